@@ -1,0 +1,1024 @@
+"""What any paper on Qwen-VL would have identically: models, data, attention, rollout, scoring,
+reward, evaluation, runs.
+
+Nothing here knows about RAL. The shapes are the same everywhere: B prompts, G responses a prompt
+(the group), P prompt positions (left-padded), T response positions, V vocabulary, L layers, H
+heads. The one idea worth reading first is the packed layout of section 4: a prompt and its G
+responses stand behind one another on the sequence axis,
+
+    [ prompt (P) | response 1 (T) | response 2 (T) | ... | response G (T) ]
+
+so that a prompt and its image are computed once for the whole group, in the rollout as in every
+training pass.
+"""
+
+import json
+import random
+import shutil
+import sys
+import tempfile
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging as transformers_logging
+
+from data import Example, Processor, Prompt
+
+transformers_logging.disable_progress_bar()
+
+# 1. Runtime
+
+
+class UsageError(Exception):
+    """Something the user can mend: one line that names the field, the value and the remedy."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UsageError(message)` unless `condition` holds."""
+    if not condition:
+        raise UsageError(message)
+
+
+def run_script(args_class: type, main: Callable, description: str) -> None:
+    """Parse the command line into `args_class` and run `main`; a `UsageError` becomes one line and
+    exit status 2."""
+    # A third value, None, means "as the checkpoint", which a plain flag could not say.
+    flags = {"--think": "--think=True", "--no-think": "--think=False"}
+    argv = [flags.get(word, word) for word in sys.argv[1:]]
+    try:
+        main(tyro.cli(args_class, args=argv, description=description))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def require_positive(args: Any, *names: str) -> None:
+    """Refuse fields that are not above zero; None means "take the default" and passes."""
+    for name in names:
+        value = getattr(args, name)
+        require(value is None or value > 0, f"--{name.replace('_', '-')} {value}: must be above 0")
+
+
+def require_not_negative(args: Any, *names: str) -> None:
+    """Refuse fields below zero."""
+    for name in names:
+        value = getattr(args, name)
+        require(value >= 0, f"--{name.replace('_', '-')} {value}: must be 0 or above")
+
+
+def fill_defaults(args: Any, table: dict[str, Any]) -> Any:
+    """`args` with every field that is None taken from `table`, if it is there."""
+    return replace(
+        args, **{name: value for name, value in table.items() if getattr(args, name) is None}
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch. On a CPU with a fixed thread count a run is then reproduced to
+    the bit."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+# 2. Model
+
+
+def load_model(path: str | Path, train_vision: bool = False) -> tuple[torch.nn.Module, Processor]:
+    """Load a Qwen2-VL or Qwen2.5-VL checkpoint whose text layers run `grouped_attention`.
+
+    The vision encoder and its projector are frozen unless `train_vision` [paper: frozen]. Weights
+    are float32: in pure bfloat16 an update at learning rate 1e-6 is below the resolution of most
+    weights. Safetensors only, and no code from the checkpoint is run.
+
+    Raises:
+        UsageError: `path` is neither a checkpoint directory nor a hub name, or holds another family
+        of models.
+    """
+    remedy = "give a checkpoint directory or a hub name (owner/name)"
+    require(Path(path).is_dir() or "/" in str(path), f"--model {path}: no such directory; {remedy}")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--model {path}: {reason.rstrip('. ')}; {remedy}") from None
+    families = ("qwen2_vl", "qwen2_5_vl")
+    found = f"--model {path}: is a {config.model_type!r} model"
+    require(config.model_type in families, f"{found}; supported are {' and '.join(families)}")
+    model = AutoModelForImageTextToText.from_pretrained(
+        path,
+        attn_implementation={"text_config": "grouped_sdpa", "vision_config": "sdpa"},
+        dtype=torch.float32,
+        use_safetensors=True,
+    ).to("cuda" if torch.cuda.is_available() else "cpu")
+    model.model.visual.requires_grad_(train_vision)
+    image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+    return model.eval(), Processor(AutoTokenizer.from_pretrained(path), image_processor)
+
+
+def vision_token_ids(config: Any) -> list[int]:
+    """The special vision tokens, which no response may contain: suppressed while sampling and at
+    -inf in every pass."""
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return [getattr(config, name) for name in names]
+
+
+# 3. Batches
+
+
+@dataclass
+class PromptBatch:
+    """B prompts, left-padded to P: `ids` (B, P), `positions` (3, B, P), `mask` (B, P) or None where
+    nothing is padded.
+
+    `features[b]` are the visual features of prompt b, (visual tokens, hidden), computed once and
+    reused by every pass.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor | None
+    features: list[Tensor]
+    is_video: list[bool]
+
+    def __getitem__(self, rows: slice) -> "PromptBatch":
+        mask = None if self.mask is None else self.mask[rows]
+        return PromptBatch(
+            self.ids[rows], self.positions[:, rows], mask, self.features[rows], self.is_video[rows]
+        )
+
+
+def visual_features(model: torch.nn.Module, prompts: Sequence[Prompt]) -> list[Tensor]:
+    """Visual features of each prompt, (visual tokens, hidden): one call of the vision tower for all
+    of them."""
+    pixels = torch.cat([prompt.pixels for prompt in prompts]).to(model.device)
+    grids = torch.stack([prompt.grid for prompt in prompts])
+    return list(model.get_image_features(pixels, grids.to(model.device)).pooler_output)
+
+
+def collate(model: torch.nn.Module, prompts: Sequence[Prompt], pad_id: int) -> PromptBatch:
+    """Left-pad prompts into a batch on the model's device, and compute their visual features."""
+    longest = max(len(prompt.ids) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), pad_id)
+    positions = torch.zeros(3, len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt.ids) :] = prompt.ids
+        positions[:, row, longest - len(prompt.ids) :] = prompt.positions
+        mask[row, longest - len(prompt.ids) :] = True
+    return PromptBatch(
+        ids.to(model.device),
+        positions.to(model.device),
+        None if mask.all() else mask.to(model.device),
+        visual_features(model, prompts),
+        [prompt.example.is_video for prompt in prompts],
+    )
+
+
+def encoder_outputs(prompts: PromptBatch) -> dict[str, BaseModelOutputWithPooling]:
+    """The precomputed features as the model's forward takes them (`mm_encoder_outputs`)."""
+    outputs = {}
+    for kind, wanted in (("image", False), ("video", True)):
+        chosen = tuple(
+            f
+            for f, is_video in zip(prompts.features, prompts.is_video, strict=True)
+            if is_video == wanted
+        )
+        if chosen:
+            outputs[kind] = BaseModelOutputWithPooling(pooler_output=chosen)
+    return outputs
+
+
+# 4. Attention
+
+
+class GroupCache:
+    """Keys and values of a grouped rollout: the prompt's once, (B, K, P, D), and each response's
+    own, (B * G, K, T, D).
+
+    K is the number of key-value heads. Decoding reads a prompt's keys once for its G responses, and
+    appends in place.
+    """
+
+    def __init__(self, group_size: int, max_new_tokens: int):
+        self.group_size, self.max_new_tokens = group_size, max_new_tokens
+        self.prompt: list[tuple[Tensor, Tensor]] = []  # one pair a layer
+        self.own: list[tuple[Tensor, Tensor]] = []
+        self.length = 0  # response tokens written; whoever drives the decoding counts it up
+
+    def add_prompt(self, key: Tensor, value: Tensor) -> None:
+        batch, heads, _, width = key.shape
+        self.prompt.append((key, value))
+        shape = (batch * self.group_size, heads, self.max_new_tokens, width)
+        self.own.append((key.new_empty(shape), value.new_empty(shape)))
+
+
+@dataclass
+class Layout:
+    """How the rows of one forward lie, handed to `grouped_attention` as a keyword argument of the
+    model's forward.
+
+    With `cache`, the forward is a prefill (the cache is empty) or one step of decoding. Without, it
+    is packed: `response_mask` (1 or B, 1, R * T, P + T) is the additive mask of a response over
+    prompt keys and own keys, where R = H / K query heads share a key head. `attn_layers` are the
+    layers whose attention policy is handed out.
+    """
+
+    prompt_len: int
+    group_size: int
+    prompt_mask: Tensor | None
+    response_mask: Tensor | None = None
+    cache: GroupCache | None = None
+    attn_layers: tuple[int, ...] = ()
+    attn_row: str = "predicting"
+
+
+def grouped_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    layout: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Fused SDPA for a group, and on the chosen layers the attention policy (eq. 2) as the second
+    return value.
+
+    query (B, H, L, D), key and value (B, K, L, D) with rotary positions applied; returns (B, L, H,
+    D). Transformers collects the second value under `output_attentions=True`, so that the policy
+    arrives as `outputs.attentions`. Without a `layout` this is transformers' own SDPA.
+    """
+    if layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if layout.cache is not None and len(layout.cache.prompt) > module.layer_idx:
+        return decode_attention(query, key, value, scaling, layout, module.layer_idx), None
+    p = layout.prompt_len
+    prompt_out = prompt_attention(
+        query[:, :, :p], key[:, :, :p], value[:, :, :p], scaling, layout.prompt_mask
+    )
+    if layout.cache is not None:
+        layout.cache.add_prompt(key, value)
+        return prompt_out, None
+    response_out = response_attention(query, key, value, scaling, layout)
+    policy = (
+        attention_policy(query, key, scaling, layout)
+        if module.layer_idx in layout.attn_layers
+        else None
+    )
+    return torch.cat([prompt_out, response_out], dim=1), policy
+
+
+AttentionInterface.register("grouped_sdpa", grouped_attention)
+AttentionMaskInterface.register("grouped_sdpa", sdpa_mask)
+
+
+def prompt_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None
+) -> Tensor:
+    """Causal attention inside the prompts; (B, P, H, D). Padded keys are hidden, padded rows see
+    themselves."""
+    if mask is None:
+        out = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2)
+    p = mask.shape[1]
+    causal = torch.ones(p, p, dtype=torch.bool, device=mask.device).tril()
+    allowed = (causal & mask[:, None, None, :]) | torch.eye(p, dtype=torch.bool, device=mask.device)
+    shared = query.shape[1] // key.shape[1]  # a masked GPU kernel wants equal heads
+    key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=allowed, scale=scaling
+    ).transpose(1, 2)
+
+
+def split_group(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """(B, heads, P + G * T, D) to the prompt's (B, heads, P, D) and the responses' (B, G, heads, T,
+    D)."""
+    prompt, responses = x[:, :, : layout.prompt_len], x[:, :, layout.prompt_len :]
+    return prompt, responses.unflatten(2, (layout.group_size, -1)).transpose(1, 2)
+
+
+def response_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, layout: Layout
+) -> Tensor:
+    """Attention of the G responses, each over the prompt and itself, as one batched call; (B, G *
+    T, H, D).
+
+    The R query heads that share a key head become R * T rows of it, so that keys are never repeated
+    by head.
+    """
+    b, h, _, d = query.shape
+    g, k = layout.group_size, key.shape[1]
+
+    def keys(x: Tensor) -> Tensor:  # (B * G, K, P + T, D)
+        prompt, own = split_group(x, layout)
+        return torch.cat([prompt[:, None].expand(-1, g, -1, -1, -1), own], dim=3).flatten(0, 1)
+
+    rows = split_group(query, layout)[1].reshape(b * g, k, -1, d)  # (B * G, K, R * T, D)
+    mask = layout.response_mask
+    if len(mask) > 1:
+        mask = mask.repeat_interleave(g, dim=0)
+    out = F.scaled_dot_product_attention(
+        rows, keys(key), keys(value), attn_mask=mask, scale=scaling
+    )
+    return out.view(b, g, h, -1, d).transpose(2, 3).flatten(1, 2)
+
+
+def decode_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, layout: Layout, layer: int
+) -> Tensor:
+    """One new token a response over the prompt's keys and its own so far; (B * G, 1, H, D). Appends
+    to the cache."""
+    cache = layout.cache
+    n, h, _, d = query.shape
+    (prompt_key, prompt_value), (own_key, own_value) = cache.prompt[layer], cache.own[layer]
+    b, k, p, _ = prompt_key.shape
+    own_key[:, :, cache.length] = key[:, :, 0]
+    own_value[:, :, cache.length] = value[:, :, 0]
+    own_key, own_value = own_key[:, :, : cache.length + 1], own_value[:, :, : cache.length + 1]
+
+    def by_prompt(
+        x: Tensor,
+    ) -> Tensor:  # (B * G, K, R, -1) to (B, K, G * R, -1): a prompt's rows together
+        return x.view(b, -1, k, h // k, x.shape[-1]).transpose(1, 2).flatten(2, 3)
+
+    def by_response(x: Tensor) -> Tensor:  # and back
+        return x.unflatten(2, (-1, h // k)).transpose(1, 2).flatten(0, 1)
+
+    rows = query.view(n, k, h // k, d) * scaling
+    prompt_scores = by_prompt(rows) @ prompt_key.mT
+    if layout.prompt_mask is not None:
+        prompt_scores = prompt_scores.masked_fill(~layout.prompt_mask[:, None, None, :], -torch.inf)
+    scores = torch.cat(
+        [by_response(prompt_scores), rows @ own_key.mT], dim=-1
+    )  # (B * G, K, R, P + length)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
+    out = by_response(by_prompt(weights[..., :p]) @ prompt_value) + weights[..., p:] @ own_value
+    return out.reshape(n, 1, h, d)
+
+
+POLICY_CHUNK = 2**24  # attention weights recomputed at a time (float32: 64 MB)
+
+
+def attention_policy(query: Tensor, key: Tensor, scaling: float, layout: Layout) -> Tensor:
+    """Eq. 2: head-averaged attention of the row of each response token, (B, G, T, P + T), float32,
+    rows sum to 1.
+
+    With `attn_row="predicting"` the row of y_t is that of position t - 1, whose output *is* the
+    prediction of y_t, so that of y_1 is the prompt's last row. With `attn_row="own"` it is y_t's
+    own position with itself masked out: heads averaged first, then divided by what is left [ours:
+    the paper does not say which]. The last T columns are the response's own positions. Rows are
+    recomputed in chunks, in the backward pass too, so that no H x T x (P + T) array is ever kept:
+    memory grows with T x (P + T).
+    """
+    prompt_key, own_key = (x.float() for x in split_group(key, layout))
+    b, g, k, t, _ = own_key.shape
+    prompt_rows, rows = split_group(query, layout)
+    if layout.attn_row == "predicting":
+        last = prompt_rows[:, None, :, -1:].expand(-1, g, -1, -1, -1)
+        rows = torch.cat([last, rows[:, :, :, :-1]], dim=3)
+    rows = rows.unflatten(2, (k, -1)).float() * scaling  # (B, G, K, R, T, D)
+    index = torch.arange(t, device=key.device)
+    # A predicting row t (position t - 1) sees own keys j < t; a row of its own position sees j <=
+    # t.
+    seen = (
+        index[None, :] < index[:, None]
+        if layout.attn_row == "predicting"
+        else index[None, :] <= index[:, None]
+    )
+
+    def chunk(rows: Tensor, prompt_key: Tensor, own_key: Tensor, seen: Tensor) -> Tensor:
+        r = rows.shape[3]
+        by_prompt = rows.permute(0, 2, 1, 3, 4, 5).flatten(2, 4)  # (B, K, G * R * rows, D)
+        prompt_scores = (by_prompt @ prompt_key.mT).unflatten(2, (g, r, -1)).transpose(1, 2)
+        if layout.prompt_mask is not None:
+            prompt_scores = prompt_scores.masked_fill(
+                ~layout.prompt_mask[:, None, None, None, None, :], -torch.inf
+            )
+        own_scores = (
+            (rows.flatten(3, 4) @ own_key.mT).unflatten(3, (r, -1)).masked_fill(~seen, -torch.inf)
+        )
+        return torch.cat([prompt_scores, own_scores], dim=-1).softmax(dim=-1).mean(dim=(2, 3))
+
+    size = max(
+        1, POLICY_CHUNK // (b * g * rows.shape[2] * rows.shape[3] * (prompt_key.shape[2] + t))
+    )
+    parts = [
+        checkpoint(
+            chunk,
+            rows[..., i : i + size, :],
+            prompt_key,
+            own_key,
+            seen[i : i + size],
+            use_reentrant=False,
+        )
+        for i in range(0, t, size)
+    ]
+    policy = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+    if layout.attn_row == "own":
+        itself = F.pad(torch.eye(t, dtype=torch.bool, device=key.device), (policy.shape[-1] - t, 0))
+        policy = policy.masked_fill(itself, 0.0)
+        policy = policy / policy.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(policy.dtype).tiny)
+    return policy
+
+
+# 5. Rollout
+
+
+@dataclass
+class Rollout:
+    """G responses to each of B prompts: `completion_ids` and `completion_mask` (B, G, T),
+    `truncated` (B, G).
+
+    The mask covers each response up to and including its first EOS; a response without one, cut at
+    `max_new_tokens`, is truncated. Masks come from generated lengths, never from comparing ids with
+    the padding id.
+    """
+
+    prompts: PromptBatch
+    completion_ids: Tensor
+    completion_mask: Tensor
+    truncated: Tensor
+
+    def __getitem__(self, rows: slice) -> "Rollout":
+        return Rollout(
+            self.prompts[rows],
+            self.completion_ids[rows],
+            self.completion_mask[rows],
+            self.truncated[rows],
+        )
+
+    def texts(self, tokenizer: Any) -> list[list[str]]:
+        """The responses as text, B lists of G."""
+        return [
+            [
+                tokenizer.decode(ids[mask], skip_special_tokens=True)
+                for ids, mask in zip(group, masks, strict=True)
+            ]
+            for group, masks in zip(
+                self.completion_ids.cpu(), self.completion_mask.cpu(), strict=True
+            )
+        ]
+
+
+def sampling_noise(
+    seed: int, step: int, prompts: Iterable[int], group_size: int, max_new_tokens: int
+) -> Tensor:
+    """Uniform numbers in [0, 1) for each token to be sampled, (B * G, T).
+
+    A function of (seed, step, prompt index, response index) alone: what a prompt's responses are
+    does not depend on the batch or the process it was put into.
+    """
+    rows = [
+        np.random.default_rng([seed, step, prompt, response]).random(
+            max_new_tokens, dtype=np.float32
+        )
+        for prompt in prompts
+        for response in range(group_size)
+    ]
+    return torch.from_numpy(np.stack(rows))
+
+
+def pick_tokens(logits: Tensor, noise: Tensor | None, temperature: float, top_p: float) -> Tensor:
+    """Next tokens (N,) from logits (N, V): the most likely without `noise`, else sampled by
+    inverting the CDF at it.
+
+    `top_p` keeps the smallest set of tokens whose probability reaches it. It shapes sampling only:
+    the policy of the losses is softmax(logits / temperature) over the whole vocabulary.
+    """
+    if noise is None:
+        return logits.argmax(dim=-1)
+    probs, order = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    cumulative = probs.cumsum(dim=-1)
+    kept = cumulative - probs < top_p
+    total = (probs * kept).sum(dim=-1, keepdim=True)
+    rank = torch.searchsorted(cumulative, noise[:, None] * total, right=True)
+    return order.gather(1, rank.clamp(max=kept.sum(dim=-1, keepdim=True) - 1))[:, 0]
+
+
+@torch.no_grad()
+def generate_group(
+    model: torch.nn.Module,
+    prompts: PromptBatch,
+    group_size: int,
+    max_new_tokens: int,
+    noise: Tensor | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> Rollout:
+    """Sample G responses to every prompt (greedy without `noise`), all decoded together after one
+    prefill a prompt.
+
+    A response ends with any of the model's EOS ids. Special vision tokens are never produced.
+    """
+    model.eval()
+    config, device = model.config, model.device
+    eos = model.generation_config.eos_token_id
+    eos = torch.tensor(eos if isinstance(eos, list) else [eos], device=device)
+    suppressed = torch.tensor(vision_token_ids(config), device=device)
+    batch, prompt_len = prompts.ids.shape
+    n = batch * group_size
+    cache = GroupCache(group_size, max_new_tokens)
+    layout = Layout(prompt_len, group_size, prompts.mask, cache=cache)
+    inputs = {
+        "input_ids": prompts.ids,
+        "position_ids": prompts.positions,
+        "mm_encoder_outputs": encoder_outputs(prompts),
+    }
+    logits = model(**inputs, layout=layout, use_cache=False, logits_to_keep=1).logits[:, -1]
+    logits = logits.repeat_interleave(group_size, dim=0)
+    position = prompts.positions[:, :, -1:].repeat_interleave(group_size, dim=1)
+    noise = None if noise is None else noise.to(device)
+    ids = torch.zeros(n, max_new_tokens, dtype=torch.long, device=device)
+    done = torch.zeros(n, dtype=torch.bool, device=device)
+    lengths = torch.zeros(n, dtype=torch.long, device=device)
+    check_every = 1 if device.type == "cpu" else 16  # reading `done` stalls a GPU
+    for t in range(max_new_tokens):
+        logits = logits.index_fill(-1, suppressed, -torch.inf)
+        ids[:, t] = pick_tokens(logits, None if noise is None else noise[:, t], temperature, top_p)
+        lengths += ~done
+        done |= torch.isin(ids[:, t], eos)
+        if t + 1 == max_new_tokens or (t % check_every == check_every - 1 and bool(done.all())):
+            break
+        cache.length = t
+        step = {"input_ids": ids[:, t : t + 1], "position_ids": position + 1 + t}
+        logits = model(**step, layout=layout, use_cache=False).logits[:, -1]
+    longest = int(lengths.max())
+    mask = torch.arange(longest, device=device) < lengths[:, None]
+    shape = (batch, group_size, longest)
+    return Rollout(prompts, ids[:, :longest].view(shape), mask.view(shape), ~done.view(shape[:2]))
+
+
+# 6. Log-probabilities
+
+
+@dataclass
+class Scores:
+    """What one packed pass says of the responses: `logps` and `entropy` (nats, no gradient), both
+    (B, G, T).
+
+    `attentions[i]` is the policy of the i-th asked layer, (B, G, T, P + T). Where the mask is
+    False, `logps` are 0.
+    """
+
+    logps: Tensor
+    entropy: Tensor
+    mask: Tensor
+    attentions: tuple[Tensor, ...]
+
+
+def score(
+    model: torch.nn.Module,
+    rollout: Rollout,
+    temperature: float = 1.0,
+    attn_layers: Sequence[int] = (),
+    attn_row: str = "predicting",
+) -> Scores:
+    """One packed forward over every prompt and its G responses: log-probabilities, entropy and
+    attention policy.
+
+    The policy is softmax(logits / temperature) with the special vision tokens at -inf, the same in
+    sampling, old, reference and current passes. A vision token inside a response is replaced by
+    padding and masked.
+    """
+    prompts, config = rollout.prompts, model.config
+    b, g, t = rollout.completion_ids.shape
+    p = prompts.ids.shape[1]
+    suppressed = torch.tensor(vision_token_ids(config), device=model.device)
+    mask = rollout.completion_mask & ~torch.isin(rollout.completion_ids, suppressed)
+    pad = config.text_config.pad_token_id or 0
+    ids = torch.where(mask, rollout.completion_ids, pad)
+    steps = torch.arange(t, device=model.device)
+    positions = (
+        prompts.positions[:, :, -1:, None] + 1 + steps
+    )  # (3, B, 1, T): responses go on where the prompt ends
+    layout = Layout(
+        p,
+        g,
+        prompts.mask,
+        response_mask=response_mask(
+            prompts.mask, p, t, config.text_config, model.dtype, model.device
+        ),
+        attn_layers=tuple(layer % config.text_config.num_hidden_layers for layer in attn_layers),
+        attn_row=attn_row,
+    )
+    # Row t of response g predicts its token t; the prompt's last row predicts every first token.
+    rows = p + t * torch.arange(g, device=model.device)[:, None] + steps - 1
+    rows[:, 0] = p - 1
+    outputs = model(
+        input_ids=torch.cat([prompts.ids, ids.flatten(1)], dim=1),
+        position_ids=torch.cat(
+            [prompts.positions, positions.expand(-1, -1, g, -1).flatten(2)], dim=2
+        ),
+        mm_encoder_outputs=encoder_outputs(prompts),
+        logits_to_keep=rows.flatten(),
+        layout=layout,
+        output_attentions=bool(attn_layers),
+        use_cache=False,
+    )
+    logps, entropy = token_logps(
+        outputs.logits.flatten(0, 1), ids.flatten(), temperature, suppressed
+    )
+    logps = logps.view(b, g, t).masked_fill(~mask, 0.0)
+    return Scores(logps, entropy.view(b, g, t), mask, outputs.attentions or ())
+
+
+def response_mask(
+    prompt_mask: Tensor | None,
+    p: int,
+    t: int,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Additive mask of a response over (prompt, itself), repeated for the heads that share a key
+    head: see `Layout`."""
+    own = torch.full((t, t), -torch.inf, device=device).triu(1)
+    mask = F.pad(own, (p, 0))[None, None]  # (1, 1, T, P + T)
+    if prompt_mask is not None:
+        hidden = torch.zeros(prompt_mask.shape, device=device).masked_fill(~prompt_mask, -torch.inf)
+        mask = mask + F.pad(hidden, (0, t))[:, None, None]
+    return mask.repeat(1, 1, config.num_attention_heads // config.num_key_value_heads, 1).to(dtype)
+
+
+LOGIT_CHUNK = 2**24  # logits turned to float32 at a time (64 MB)
+
+
+def token_logps(
+    logits: Tensor, targets: Tensor, temperature: float, suppressed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy of each row, both (N,), float32, from logits (N,
+    V) in any dtype.
+
+    In row chunks that the backward pass recomputes: the float32 copy of 152k logits a token is
+    never whole.
+    """
+
+    def chunk(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logps = (
+            (logits.float() / temperature)
+            .index_fill(-1, suppressed, -torch.inf)
+            .log_softmax(dim=-1)
+        )
+        with torch.no_grad():
+            entropy = -torch.nansum(logps.exp() * logps, dim=-1)
+        return logps.gather(-1, targets[:, None])[:, 0], entropy
+
+    size = max(1, LOGIT_CHUNK // logits.shape[-1])
+    parts = [
+        checkpoint(chunk, rows, wanted, use_reentrant=False)
+        for rows, wanted in zip(logits.split(size), targets.split(size), strict=True)
+    ]
+    logps, entropies = zip(*parts, strict=True)
+    return torch.cat(logps), torch.cat(entropies)
+
+
+def response_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x (..., T) over the tokens of each response; 0 for a response with no token left.
+
+    Every loss is the mean of this over all responses of an optimiser step, so every response weighs
+    the same whatever its length, and the update does not depend on how the step was cut into
+    microbatches.
+    """
+    return torch.where(mask, x, 0.0).sum(-1) / mask.sum(-1).clamp_min(1)
+
+
+# 7. Reward
+
+
+def extract_answer(text: str) -> str | None:
+    """What stands in the first `<answer>...</answer>`, stripped, or None.
+
+    >>> extract_answer("<think> no </think> <answer> red </answer>")
+    'red'
+    """
+    start = text.find("<answer>")
+    end = text.find("</answer>", start)
+    return None if start < 0 or end < 0 else text[start + len("<answer>") : end].strip()
+
+
+def has_format(text: str, think: bool) -> bool:
+    """Whether `text` is `<think>...</think><answer>...</answer>` (eq. 7), or the answer alone
+    without `think` [ours].
+
+    Exactly one of each tag, in order, and nothing but white space before, between and after.
+
+    >>> has_format("<think> the star </think> <answer> red </answer>", think=True)
+    True
+    """
+    text = text.strip()
+    tags = ["<think>", "</think>", "<answer>", "</answer>"]
+    if [text.count(tag) for tag in tags] != [int(think), int(think), 1, 1] or not text.endswith(
+        "</answer>"
+    ):
+        return False
+    if not think:
+        return text.startswith("<answer>")
+    close, answer = text.find("</think>"), text.find("<answer>")
+    return (
+        text.startswith("<think>")
+        and close < answer
+        and not text[close + len("</think>") : answer].strip()
+    )
+
+
+def accuracy(text: str, solution: str) -> float:
+    """Eq. 7: 1 if what stands in the first answer tags is exactly the solution, else 0."""
+    return float(extract_answer(text) == solution.strip())
+
+
+# 8. Evaluation and pictures
+
+
+@dataclass
+class Look:
+    """One held-out example after an evaluation: response, verdict, and where the model looked when
+    it answered."""
+
+    example: Example
+    response: str
+    correct: bool
+    attention: Tensor  # (visual tokens,): mass in the row that first names the answer
+    grid: tuple[int, int, int]  # temporal patches, rows and columns of visual tokens
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module,
+    processor: Processor,
+    prompts: Sequence[Prompt],
+    think: bool,
+    max_new_tokens: int,
+    attn_layer: int = -1,
+    batch_size: int = 64,
+) -> tuple[dict[str, float], list[Look]]:
+    """Greedy accuracy, format and length over all prompts, and on the toy the attention mass on the
+    target.
+
+    `eval/target_attn` is the mass on the target's visual tokens in layer `attn_layer`, in the row
+    that predicts the first token of the answer where the response first names it, counted as 0 for
+    a response without an answer; `eval/target_attn_l<i>` is the same for every layer.
+    """
+    layers = range(model.config.text_config.num_hidden_layers)
+    merge = model.config.vision_config.spatial_merge_size
+    placeholders = torch.tensor([model.config.image_token_id, model.config.video_token_id])
+    looks, on_target, lengths, formats = [], [], [], []
+    for start in range(0, len(prompts), batch_size):
+        chunk = prompts[start : start + batch_size]
+        batch = collate(model, chunk, processor.tokenizer.pad_token_id)
+        rollout = generate_group(model, batch, 1, max_new_tokens)
+        texts = rollout.texts(processor.tokenizer)
+        attentions = torch.stack(score(model, rollout, attn_layers=layers).attentions).cpu()
+        for row, (prompt, (text,)) in enumerate(zip(chunk, texts, strict=True)):
+            ids = rollout.completion_ids[row, 0][rollout.completion_mask[row, 0]]
+            visual = torch.isin(batch.ids[row].cpu(), placeholders).nonzero()[:, 0]
+            mass = torch.zeros(len(layers), len(visual))
+            if (token := answer_token(processor.tokenizer, ids, text)) is not None:
+                mass = attentions[:, row, 0, token, visual]
+            t, h, w = prompt.grid.tolist()
+            correct = accuracy(text, prompt.example.solution) == 1.0
+            grid = (t, h // merge, w // merge)
+            looks.append(Look(prompt.example, text, correct, mass[attn_layer], grid))
+            on_target.append(mass[:, list(prompt.example.target)].sum(dim=1))
+            lengths.append(len(ids))
+            formats.append(has_format(text, think) and not bool(rollout.truncated[row, 0]))
+    metrics = {
+        "eval/accuracy": float(np.mean([look.correct for look in looks])),
+        "eval/format": float(np.mean(formats)),
+        "eval/completion_len": float(np.mean(lengths)),
+    }
+    if all(look.example.target for look in looks):
+        by_layer = torch.stack(on_target).mean(dim=0).tolist()
+        metrics["eval/target_attn"] = by_layer[attn_layer]
+        metrics |= {f"eval/target_attn_l{layer}": by_layer[layer] for layer in layers}
+    return metrics, looks
+
+
+def answer_token(tokenizer: Any, ids: Tensor, text: str) -> int | None:
+    """Index of the response token that begins the first mention of the answer, or None if there is
+    no answer.
+
+    A thinking response names its finding in the thought; the row that looks is the one that
+    predicts it there.
+    """
+    answer = extract_answer(text)
+    if not answer:
+        return None
+    mention = text.find(answer)
+
+    def reached(t: int) -> bool:
+        return len(tokenizer.decode(ids[: t + 1], skip_special_tokens=True)) > mention
+
+    return bisect_left(range(len(ids)), True, key=reached)
+
+
+def draw_looks(path: Path, rows: dict[str, list[Look]], count: int = 6) -> None:
+    """Draw where the model looked when it answered: a row of held-out examples for each entry of
+    `rows`.
+
+    Bright cells hold attention mass (heads averaged), the rest is dimmed; a frame
+    marks the target. A video is a strip of its temporal patches.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.patches import Rectangle
+
+    patches = max(look.grid[0] for looks in rows.values() for look in looks[:count])
+    figure, axes = pyplot.subplots(
+        len(rows),
+        count,
+        figsize=(2.3 * count, 1.2 + 2.4 * len(rows) * (1 if patches == 1 else 0.6)),
+        squeeze=False,
+    )
+    for (label, looks), line in zip(rows.items(), axes, strict=True):
+        for look, axis in zip(looks[:count], line, strict=False):
+            t, h, w = look.grid
+            frames = look.example.media[:: 2 if look.example.is_video else 1][:t]
+            axis.imshow(
+                np.concatenate([np.asarray(frame.convert("RGB")) for frame in frames], axis=1)
+            )
+            height, width = frames[0].height, frames[0].width
+            heat = look.attention.view(t, h, w).permute(1, 0, 2).reshape(h, t * w).numpy()
+            dim = np.zeros((*heat.shape, 4))
+            dim[..., 3] = 0.85 * (1 - heat / max(heat.max(), 1e-9))
+            extent = (-0.5, width * t - 0.5, height - 0.5, -0.5)
+            axis.imshow(dim, extent=extent, interpolation="nearest")
+            for token in look.example.target:
+                patch, cell = divmod(token, h * w)
+                corner = (patch * width + cell % w * width / w, cell // w * height / h)
+                axis.add_patch(
+                    Rectangle(corner, width / w, height / h, fill=False, edgecolor="magenta", lw=2)
+                )
+            mass = look.attention[list(look.example.target)].sum()
+            verdict, colour = ("right", "green") if look.correct else ("WRONG", "red")
+            said = extract_answer(look.response) or "no answer"
+            axis.set_title(
+                f"{verdict}: {said[:16]}\nmass on target {mass:.2f}", color=colour, fontsize=9
+            )
+            axis.set_xlabel(look.example.problem[:32], fontsize=8)
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(label, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def draw_curves(path: Path, metrics: Path, names: Sequence[str]) -> None:
+    """Draw the named metrics of a run's `metrics.jsonl` against the step, one panel each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    names = [name for name in names if any(name in line for line in lines)]
+    figure, axes = pyplot.subplots(1, len(names), figsize=(3.2 * len(names), 2.8), squeeze=False)
+    for name, axis in zip(names, axes[0], strict=True):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        axis.plot(
+            *zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3
+        )
+        axis.set(title=name, xlabel="step")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+# 9. Runs
+
+
+class Run:
+    """A run directory, all there is to know of a run: `args.json`, `metrics.jsonl`,
+    `samples.jsonl`, `tensorboard/`, pictures and `checkpoint/`.
+
+    A run already at `out` is moved to `<out>.1` and so on, or replaced with `overwrite`; a
+    directory that is not a run is never touched. `track` sends the same metrics to Weights &
+    Biases.
+    """
+
+    def __init__(self, args: Any, overwrite: bool, track: bool):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.out = Path(args.out)
+        wandb = _import_wandb() if track else None
+        if self.out.exists() and any(self.out.iterdir()):
+            require(
+                (self.out / "args.json").is_file(),
+                f"--out {self.out}: exists and is not a run; choose another",
+            )
+            if overwrite:
+                shutil.rmtree(self.out)
+            else:
+                number = next(
+                    i for i in range(1, sys.maxsize) if not Path(f"{self.out}.{i}").exists()
+                )
+                self.out.rename(f"{self.out}.{number}")
+                print(f"the run at {self.out} is now at {self.out}.{number}")
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.args = asdict(args)
+        (self.out / "args.json").write_text(json.dumps(self.args, indent=2) + "\n")
+        self.metrics_file = (self.out / "metrics.jsonl").open("w")
+        self.samples_file = (self.out / "samples.jsonl").open("w")
+        self.tensorboard = SummaryWriter(self.out / "tensorboard")
+        self.wandb = (
+            wandb.init(project="ral", name=self.out.name, config=self.args) if wandb else None
+        )
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write one line of metrics, to every sink."""
+        self.metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.metrics_file.flush()
+        for name, value in metrics.items():
+            self.tensorboard.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+
+    def sample(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
+        """Write sampled responses with their rewards."""
+        for row in rows:
+            self.samples_file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+        self.samples_file.flush()
+
+    def save_checkpoint(
+        self, model: torch.nn.Module, processor: Processor, extra: Callable[[Path], None]
+    ) -> Path:
+        """Write `checkpoint/`, which plain `from_pretrained` loads: aside first, then renamed, so
+        never half-written."""
+        final, aside = (
+            self.out / "checkpoint",
+            Path(tempfile.mkdtemp(prefix="checkpoint.", dir=self.out)),
+        )
+        model.save_pretrained(aside)
+        processor.save(aside)
+        extra(aside)
+        aside.chmod(0o755)
+        if final.exists():
+            final.rename(aside.with_suffix(".old"))
+        aside.rename(final)
+        shutil.rmtree(aside.with_suffix(".old"), ignore_errors=True)
+        return final
+
+    def close(self) -> None:
+        self.metrics_file.close()
+        self.samples_file.close()
+        self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _import_wandb() -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UsageError(
+            "--track: wandb is not installed; `pip install wandb`, or leave the flag out"
+        ) from None
+    return wandb
+
+
+def print_summary(
+    run: Run,
+    before: dict[str, float],
+    after: dict[str, float],
+    steps: int,
+    seconds: float,
+    then: str,
+) -> None:
+    """The short table at the end of a run: what changed, what it took, where it is, what to try
+    next."""
+    print(f"\n{'held-out':<24}{'before':>8}{'after':>8}")
+    for name, label in (("eval/accuracy", "accuracy"), ("eval/target_attn", "attention on target")):
+        if name in after:
+            print(f"{label:<24}{before[name]:>8.3f}{after[name]:>8.3f}")
+    for label, value in (("steps", steps), ("seconds", round(seconds)), ("run", run.out)):
+        print(f"{label:<24}{value!s:>16}")
+    print(f"pictures: {run.out}/attention.png, {run.out}/curves.png\nnext: {then}")

@@ -1,0 +1,137 @@
+"""From a question about an image or a video to the tensors of a prompt, for Qwen2-VL and
+Qwen2.5-VL.
+
+Only the tokenizer and the PIL image processor of a checkpoint are used, so everything works, and
+works the same, with and without torchvision.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+@dataclass
+class Example:
+    """One question about one image or video.
+
+    `media` is one picture, or the frames of a video; `response` a demonstration for SFT; `target`,
+    on the toy only, the indices of the visual tokens that show what the question asks about.
+    """
+
+    problem: str
+    solution: str
+    media: list[Image.Image]
+    is_video: bool
+    response: str | None = None
+    target: tuple[int, ...] = ()
+    seconds_per_patch: float = (
+        1.0  # time between two temporal patches; Qwen2.5-VL's positions follow it
+    )
+
+
+@dataclass
+class Prompt:
+    """An `Example` as tensors: `ids` (P,), `positions` (3, P), `pixels` (patches, values), `grid`
+    (3,) = t, h, w."""
+
+    ids: Tensor
+    positions: Tensor
+    pixels: Tensor
+    grid: Tensor
+    example: Example
+
+
+@dataclass
+class Processor:
+    """Tokenizer and PIL image processor of a checkpoint: what turns an `Example` into tensors,
+    without torchvision."""
+
+    tokenizer: Any
+    image_processor: Any
+
+    def save(self, directory: Path) -> None:
+        self.tokenizer.save_pretrained(directory)
+        self.image_processor.save_pretrained(directory)
+
+
+def encode_prompt(
+    processor: Processor, config: Any, example: Example, question_first: bool = False
+) -> Prompt:
+    """Render the chat template, expand the placeholder to one token per visual token, and lay out
+    the positions.
+
+    The question's text is tokenised apart from the template, with special tokens split: an
+    `<|image_pad|>` in a data file stays text and never becomes a placeholder.
+    """
+    pixels, grid = process_media(processor.image_processor, example)
+    marker = (
+        "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the question while the template is rendered
+    )
+    content = [{"type": "video" if example.is_video else "image"}, {"type": "text", "text": marker}]
+    messages = [{"role": "user", "content": content[::-1] if question_first else content}]
+    tokenizer = processor.tokenizer
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    before, after = text.split(marker)
+    ids = tokenizer.encode(before, add_special_tokens=False)
+    ids += tokenizer.encode(
+        example.problem.strip(), add_special_tokens=False, split_special_tokens=True
+    )
+    ids += tokenizer.encode(after, add_special_tokens=False)
+    placeholder = config.video_token_id if example.is_video else config.image_token_id
+    at = ids.index(placeholder)
+    visual_tokens = int(grid.prod()) // config.vision_config.spatial_merge_size**2
+    ids = ids[:at] + [placeholder] * visual_tokens + ids[at + 1 :]
+    positions = mrope_positions(
+        len(ids), at, grid, config, example.is_video, example.seconds_per_patch
+    )
+    return Prompt(torch.tensor(ids), positions, pixels, grid, example)
+
+
+def process_media(image_processor: Any, example: Example) -> tuple[Tensor, Tensor]:
+    """Pixels (patches, channels * 2 * patch * patch) and grid (t, h, w) of one image or one video.
+
+    A temporal patch holds two frames; an odd number of frames is padded by repeating the last, as
+    the family's own video processor does. An image fills both halves with itself. Frames run
+    through the image processor, so resizing and normalisation are those of images.
+    """
+    output = image_processor(images=example.media, return_tensors="pt")
+    pixels, grids = output["pixel_values"], output["image_grid_thw"]
+    if not example.is_video:
+        return pixels, grids[0]
+    depth, side = image_processor.temporal_patch_size, image_processor.patch_size
+    frames = pixels.view(len(example.media), -1, 3, depth, side, side)[:, :, :, 0]
+    if pad := -len(frames) % depth:
+        frames = torch.cat([frames, frames[-1:].expand(pad, -1, -1, -1, -1)])
+    patches = frames.unflatten(0, (-1, depth)).permute(
+        0, 2, 3, 1, 4, 5
+    )  # (t, h * w, channel, depth, side, side)
+    grid = torch.tensor([len(patches), grids[0, 1], grids[0, 2]])
+    return patches.reshape(-1, pixels.shape[1]), grid
+
+
+def mrope_positions(
+    length: int, start: int, grid: Tensor, config: Any, is_video: bool, seconds_per_patch: float
+) -> Tensor:
+    """Positions (3, P) of a prompt whose only image or video begins at index `start`: time, height
+    and width axes.
+
+    Text after the vision block goes on at the block's largest position + 1 on every axis. That is
+    the rule of the models' release and of inference servers; transformers 5.23 starts text after a
+    *video* at max(h, w) / 2 past its start, inside the video's own time axis. Images do not tell
+    the two apart.
+    """
+    merge = config.vision_config.spatial_merge_size
+    t, h, w = int(grid[0]), int(grid[1]) // merge, int(grid[2]) // merge
+    interval = (
+        getattr(config.vision_config, "tokens_per_second", 1) * seconds_per_patch if is_video else 1
+    )
+    if config.model_type == "qwen2_vl":
+        interval = 1  # Qwen2-VL counts temporal patches, Qwen2.5-VL counts time
+    axes = ((torch.arange(t) * interval).long(), torch.arange(h), torch.arange(w))
+    block = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1) + start
+    after = torch.arange(length - start - block.shape[1]) + block.max() + 1
+    return torch.cat([torch.arange(start).expand(3, -1), block, after.expand(3, -1)], dim=1)

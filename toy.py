@@ -1,0 +1,328 @@
+"""The embedded default: visual search that a laptop learns in minutes, and a real Qwen2-VL of one
+million parameters.
+
+A scene is a grid of cells. Eight shapes (a star, a ring, ...) lie in eight of them, each in a
+random colour; clutter dots lie in others. The question is "what colour is the star ?". One cell is
+28 x 28 pixels, which is exactly one visual token of Qwen2-VL (patch 14, merge 2), so "did the model
+look at the right cell?" is a number: the attention mass on the target's token. In a video of N
+frames every shape is visible for a while only, and the target's tokens are its cell in those
+frames.
+
+The question stands *before* the image (`--toy-order question-first`). With the image first, as in
+chat prompts, the question's own words can do the looking inside the prompt, where no response token
+sees it and RAL has nothing to act on; question first, the row that emits the colour must look for
+itself. `--toy-order image-first` is there to compare.
+
+Training and held-out scenes never share an image: a hash of the scene decides on which side it
+falls.
+"""
+
+import json
+import random
+import zlib
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from common import require
+from data import Example
+
+CELL = 28  # pixels; one visual token of Qwen2-VL
+SHAPES = ("star", "circle", "square", "triangle", "cross", "ring", "diamond", "bar")
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (30, 160, 60),
+    "blue": (40, 80, 230),
+    "yellow": (240, 200, 20),
+    "purple": (150, 50, 190),
+    "orange": (250, 130, 20),
+    "cyan": (20, 190, 210),
+    "black": (20, 20, 20),
+}
+BACKGROUND = (235, 235, 235)
+EVAL_SEED = 20_260_204  # the held-out set is one and the same for every run, whatever its seed
+
+# 1. The task
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a toy checkpoint was trained on; stored beside its weights as `toy_task.json`."""
+
+    grid: int = 4
+    frames: int | None = None
+    order: str = "question-first"
+    think: bool = False
+
+    def save(self, directory: Path) -> None:
+        (directory / "toy_task.json").write_text(json.dumps(vars(self)))
+
+    @staticmethod
+    def load(directory: Path) -> "Task | None":
+        """The task of a toy checkpoint, or None if `directory` is not one."""
+        path = directory / "toy_task.json"
+        return Task(**json.loads(path.read_text())) if path.is_file() else None
+
+
+def resolve_task(args: Any, model: str, may_differ: bool = False) -> Task:
+    """The task of a run: that of the toy checkpoint `model`, with what the command line sets
+    (`None` inherits).
+
+    `may_differ` is for SFT, which can teach a checkpoint a new task; the other scripts refuse one
+    it never saw.
+    """
+    known = Task.load(Path(model))
+    fields = {
+        "grid": args.grid,
+        "frames": args.frames,
+        "order": args.toy_order,
+        "think": args.think,
+    }
+    asked = {name: value for name, value in fields.items() if value is not None}
+    for name, value in asked.items():
+        require(
+            known is None or may_differ or getattr(known, name) == value,
+            f"--{'toy-order' if name == 'order' else name} {value}: {model} was trained with"
+            f" {getattr(known, name, None)}; leave it out, or train that with sft.py first",
+        )
+    # Chat prompts put the image first, so that is what a model which is not a toy gets.
+    return replace(known or Task(order="image-first" if model else "question-first"), **asked)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Where each shape lies, its colour, and the temporal patches (pairs of frames) [first, last]
+    that show it."""
+
+    shapes: tuple[tuple[str, int, str, int, int], ...]  # (shape, cell, colour, first, last)
+    dots: tuple[tuple[int, int, int, str], ...]  # (cell, x, y, colour), clutter
+
+    def held_out(self) -> bool:
+        """One scene in eight is for evaluation. Clutter does not count, so the two sides differ in
+        what matters."""
+        return zlib.crc32(repr(self.shapes).encode()) % 8 == 0
+
+
+def draw_scene(scene: Scene, grid: int, frames: int | None) -> list[Image.Image]:
+    """Render a scene as one image, or as `frames` frames; each picture is (grid * 28) pixels
+    square."""
+    pictures = []
+    for frame in range(frames or 1):
+        picture = Image.new("RGB", (grid * CELL, grid * CELL), BACKGROUND)
+        draw = ImageDraw.Draw(picture)
+        for cell, x, y, colour in scene.dots:
+            left, top = cell % grid * CELL + x, cell // grid * CELL + y
+            draw.ellipse((left, top, left + 4, top + 4), fill=COLOURS[colour])
+        for shape, cell, colour, first, last in scene.shapes:
+            if first <= frame // 2 <= last:
+                picture.paste(sprite(shape, colour), (cell % grid * CELL, cell // grid * CELL))
+        pictures.append(picture)
+    return pictures
+
+
+@cache
+def sprite(shape: str, colour: str) -> Image.Image:
+    """One cell with one shape on the background."""
+    image = Image.new("RGB", (CELL, CELL), BACKGROUND)
+    draw = ImageDraw.Draw(image)
+    fill = COLOURS[colour]
+    if shape == "circle":
+        draw.ellipse((4, 4, 23, 23), fill=fill)
+    elif shape == "ring":
+        draw.ellipse((4, 4, 23, 23), outline=fill, width=5)
+    elif shape == "square":
+        draw.rectangle((5, 5, 22, 22), fill=fill)
+    elif shape == "bar":
+        draw.rectangle((3, 10, 24, 17), fill=fill)
+    elif shape == "triangle":
+        draw.polygon(((14, 3), (24, 23), (3, 23)), fill=fill)
+    elif shape == "diamond":
+        draw.polygon(((14, 2), (22, 14), (14, 25), (5, 14)), fill=fill)
+    elif shape == "cross":
+        draw.rectangle((11, 3, 16, 24), fill=fill)
+        draw.rectangle((3, 11, 24, 16), fill=fill)
+    elif shape == "star":
+        points = (
+            (14, 2),
+            (17, 10),
+            (25, 10),
+            (19, 15),
+            (21, 24),
+            (14, 19),
+            (6, 24),
+            (8, 15),
+            (2, 10),
+            (10, 10),
+        )
+        draw.polygon(points, fill=fill)
+    return image
+
+
+def sample_scene(rng: random.Random, task: Task, held_out: bool) -> Scene:
+    """A random scene from the asked side of the split."""
+    patches = (task.frames + 1) // 2 if task.frames else 1
+    while True:
+        cells = rng.sample(range(task.grid**2), len(SHAPES))
+        shapes = []
+        for shape, cell in zip(SHAPES, cells, strict=True):
+            length = rng.randint(1, max(1, patches // 2))
+            first = rng.randint(0, patches - length)
+            shapes.append((shape, cell, rng.choice(list(COLOURS)), first, first + length - 1))
+        dots = []
+        for cell in range(task.grid**2):
+            if cell not in cells and rng.random() < 0.5:
+                dots.append(
+                    (cell, rng.randint(3, 20), rng.randint(3, 20), rng.choice(list(COLOURS)))
+                )
+        scene = Scene(tuple(shapes), tuple(dots))
+        if scene.held_out() == held_out:
+            return scene
+
+
+def sample_example(
+    rng: random.Random, task: Task, held_out: bool = False, caption: bool = False
+) -> Example:
+    """One question about a random scene, or a request to name every shape's colour in a random
+    order.
+
+    The caption teaches the lookup shape -> colour eight times an image; questions alone do not
+    within minutes. `Example.target` holds the visual tokens (raster order, frame pair by frame
+    pair) that show the shape asked about.
+    """
+    scene = sample_scene(rng, task, held_out)
+    media = draw_scene(scene, task.grid, task.frames)
+    if caption:
+        named = rng.sample(scene.shapes, len(scene.shapes))
+        response = " ".join(f"{shape} {colour}" for shape, _, colour, _, _ in named)
+        return Example("list all", "", media, task.frames is not None, response=response)
+    shape, cell, colour, first, last = rng.choice(scene.shapes)
+    thought = f"<think> {shape} {colour} </think> " if task.think else ""
+    return Example(
+        problem=f"what colour is the {shape} ?",
+        solution=colour,
+        media=media,
+        is_video=task.frames is not None,
+        response=f"{thought}<answer> {colour} </answer>",
+        target=tuple(patch * task.grid**2 + cell for patch in range(first, last + 1)),
+    )
+
+
+def training_example(task: Task, seed: int, index: int, caption: bool = False) -> Example:
+    """Training example number `index`: a function of (seed, index), so that no state has to be
+    carried along."""
+    return sample_example(random.Random(f"{seed}/{index}"), task, caption=caption)
+
+
+def held_out_examples(task: Task, count: int) -> list[Example]:
+    """The fixed evaluation set: the same for every seed, method and run."""
+    rng = random.Random(EVAL_SEED)
+    return [sample_example(rng, task, held_out=True) for _ in range(count)]
+
+
+# 2. The model
+
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+)
+SPECIAL += ("<|video_pad|>",)
+WORDS = ("<unk>", "user", "assistant", "what", "colour", "is", "the", "?", "list", "all")
+WORDS += ("<think>", "</think>", "<answer>", "</answer>")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|> {{ message.role }} "
+    "{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
+)
+
+SIZES = {  # hidden, layers, heads, key-value heads, MLP: about 1 M and 4 M parameters
+    "small": (128, 2, 4, 2, 384),
+    "large": (256, 3, 8, 4, 768),
+}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with the special tokens of Qwen2-VL; <|endoftext|> pads and <|im_end|>
+    ends a turn.
+
+    The special tokens are added, not words of the vocabulary, so that one in a question can be
+    split to <unk>.
+    """
+    vocabulary = {word: i for i, word in enumerate((*WORDS, *SHAPES, *COLOURS))}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=list(SPECIAL[1:]),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def write_base(directory: Path, seed: int, size: str = "small") -> None:
+    """Write an untrained toy checkpoint, in the very format of a downloaded one, for
+    `from_pretrained` to load."""
+    hidden, layers, heads, kv_heads, mlp = SIZES[size]
+    tokenizer = make_tokenizer()
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": hidden,
+            "intermediate_size": mlp,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "max_position_embeddings": 4096,
+            "initializer_range": 0.05,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_section": [
+                    4,
+                    6,
+                    6,
+                ],  # time, height, width; a head has 32 dimensions, 16 frequencies
+            },
+            "bos_token_id": None,
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+        },
+        vision_config={
+            "depth": 2,
+            "embed_dim": 64,
+            "hidden_size": hidden,
+            "num_heads": 4,
+            "mlp_ratio": 4,
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )
+    config.vision_config.initializer_range = 0.05
+    torch.manual_seed(seed)
+    model = Qwen2VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = ids["<|im_end|>"]
+    model.generation_config.pad_token_id = ids["<|endoftext|>"]
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    Qwen2VLImageProcessorPil(min_pixels=CELL * CELL).save_pretrained(directory)

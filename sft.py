@@ -1,0 +1,285 @@
+"""Stage 1, supervised fine-tuning: teach a model to answer in tags, with or without a thought
+before.
+
+On the toy this is a *cold start*, not convergence: it begins with random weights and stops at the
+first evaluation that reaches `--stop-accuracy` (0.42), which leaves the reinforcement learning
+something to do. Half of the batches ask the question, half ask for every shape's colour in a random
+order; without those captions the lookup is not learned in minutes. It arrives in a jump, at a step
+that moves with the seed, so the run stops at a measured accuracy: whenever a batch of fresh
+questions gives its answers more than `--watch-above` probability, the model is evaluated at once.
+Videos (`--frames N`) are grown from images, since N frames from scratch take far longer.
+
+Differences from the paper's stage 1 [ours]: loss = -log p of the response, averaged per token
+within a response and then over responses, as in the RL scripts, in the same packed layout with one
+response a prompt.
+
+    python sft.py                                   # the toy from scratch: about a minute on two
+    cores python sft.py --think                           # ... that thinks before it answers python
+    sft.py --frames 8                        # ... on videos of 8 frames python sft.py --model
+    runs/sft/checkpoint ...   # go on from a checkpoint
+
+Data: the built-in visual-search task (toy.py). Memory and time: see "Cost" in the README.
+"""
+
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+import toy
+from common import (
+    Rollout,
+    Run,
+    collate,
+    draw_curves,
+    draw_looks,
+    evaluate,
+    fill_defaults,
+    load_model,
+    print_summary,
+    require,
+    require_not_negative,
+    require_positive,
+    response_mean,
+    run_script,
+    score,
+    seed_everything,
+)
+from data import Example, Processor, Prompt, encode_prompt
+
+# 1. Arguments
+
+# Fields that are None take their value from one of these: the toy's, or a real model's.
+TOY = {"steps": 2000, "learning_rate": 1.5e-3, "stop_accuracy": 0.42, "train_vision": True}
+REAL = {"steps": 800, "learning_rate": 1e-5, "stop_accuracy": 2.0, "train_vision": False}
+TOY |= {"prompts_per_step": 32, "micro_batch_size": 32}
+REAL |= {"prompts_per_step": 8, "micro_batch_size": 1}
+NEW_TOKENS = {"toy": {False: 16, True: 64}, "real": {False: 768, True: 768}}  # direct, thinking
+
+
+@dataclass
+class Args:
+    model: str | None = None
+    """Checkpoint directory or hub name; unset: a toy model with random weights."""
+    out: str = f"runs/{Path(__file__).stem}"
+    """Run directory. A run that is in the way is moved to OUT.1 and so on."""
+    overwrite: bool = False
+    """Replace the run at OUT instead of moving it."""
+    track: bool = False
+    """Send the metrics to Weights & Biases too."""
+    seed: int = 1
+    """Seed of weights and data; one seed reproduces a run on one machine."""
+    think: bool | None = None
+    """`--think`: a thought, then the answer; `--no-think`: the answer alone (RAL-zero). Paper:
+    think. Toy: no."""
+    frames: int | None = None
+    """Frames of each video; unset: images."""
+    grid: int | None = None
+    """Cells along each side of the toy's pictures (3 or more); unset: the checkpoint's, or 4."""
+    toy_order: Literal["question-first", "image-first"] | None = None
+    """What the toy's prompt begins with; unset: the checkpoint's, or the question."""
+    steps: int | None = None
+    """Optimisation steps at most. Toy: 2000."""
+    eval_every: int = 100
+    """Steps between evaluations on held-out examples."""
+    eval_examples: int = 512
+    """Held-out examples of an evaluation."""
+    learning_rate: float | None = None
+    """AdamW's learning rate, after `warmup_steps`. Paper's code base: 1e-5. Toy: 1.5e-3."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    micro_batch_size: int | None = None
+    """Prompts in one forward pass; changes memory and speed, not the update."""
+    prompts_per_step: int | None = None
+    """Demonstrations in each step. Toy: 32. Real: 8 [ours]."""
+    max_new_tokens: int | None = None
+    """Longest response of an evaluation in tokens. Toy: 16, thinking 64. Real: 768."""
+    warmup_steps: int = 50
+    """Steps over which the learning rate rises from 0."""
+    toy_size: Literal["small", "large"] = "small"
+    """Size of a new toy model: about 0.7 M or 4 M parameters."""
+    train_vision: bool | None = None
+    """Train the vision encoder too. Paper: frozen. Toy: trained here, frozen in every later
+    stage."""
+    stop_accuracy: float | None = None
+    """Stop at the first evaluation that reaches this accuracy; above 1: never. Toy: 0.42."""
+    watch_above: float = 0.2
+    """Toy: mean probability of a question batch's demonstrations above which the step is
+    evaluated."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "steps", "eval_every", "eval_examples", "learning_rate", "max_grad_norm", "frames"
+        )
+        require_positive(
+            self, "micro_batch_size", "prompts_per_step", "warmup_steps", "max_new_tokens"
+        )
+        require_positive(self, "stop_accuracy", "watch_above")
+        require_not_negative(self, "seed")
+        require(
+            self.grid is None or self.grid >= 3,
+            f"--grid {self.grid}: eight shapes need 3 or more cells a side",
+        )
+
+
+# 2. Prompt and reward
+
+THINK = (
+    "Think inside <think> </think> tags, then give the answer alone inside <answer> </answer> tags."
+)
+DIRECT = "Give the answer alone inside <answer> </answer> tags."
+
+
+def ask(example: Example, think: bool, is_toy: bool) -> Example:
+    """Add the request for tags to the question. The toy's checkpoints know none but their own sixty
+    words."""
+    if not is_toy:
+        example.problem = f"{example.problem}\n{THINK if think else DIRECT}"
+    return example
+
+
+# 3. Rollout
+# SFT has none: the demonstrations stand where the responses would.
+
+
+def demonstrations(model: Module, processor: Processor, prompts: list[Prompt]) -> Rollout:
+    """The prompts with their demonstrated responses and an EOS, as a rollout of group size 1."""
+    tokenizer = processor.tokenizer
+    ids = [
+        tokenizer.encode(prompt.example.response, add_special_tokens=False) for prompt in prompts
+    ]
+    rows = [torch.tensor([*row, tokenizer.eos_token_id], device=model.device) for row in ids]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[:, None]
+    lengths = torch.tensor([len(row) for row in rows], device=model.device)
+    mask = torch.arange(padded.shape[-1], device=model.device) < lengths[:, None, None]
+    batch = collate(model, prompts, tokenizer.pad_token_id)
+    return Rollout(batch, padded, mask, torch.zeros(len(prompts), 1, dtype=torch.bool))
+
+
+# 4. Loss
+
+
+def loss_terms(model: Module, rollout: Rollout) -> dict[str, Tensor]:
+    """-log p of each response, nats a token, and the probability of the whole response; both (B,
+    1)."""
+    scores = score(model, rollout)
+    return {
+        "loss": -response_mean(scores.logps, scores.mask),
+        "demo_prob": scores.logps.sum(-1).exp().detach(),
+    }
+
+
+# 5. Update
+
+
+def update(
+    model: Module,
+    processor: Processor,
+    optimizer: Optimizer,
+    prompts: list[Prompt],
+    args: Args,
+) -> dict[str, float]:
+    """One optimiser step over all demonstrations, whatever the microbatches."""
+    model.train()
+    metrics = {"train/loss": 0.0, "train/demo_prob": 0.0}
+    for i in range(0, len(prompts), args.micro_batch_size):
+        terms = loss_terms(
+            model, demonstrations(model, processor, prompts[i : i + args.micro_batch_size])
+        )
+        (terms["loss"].sum() / len(prompts)).backward()
+        for name, term in terms.items():
+            metrics[f"train/{name}"] += term.detach().sum().item() / len(prompts)
+    metrics["train/grad_norm"] = torch.nn.utils.clip_grad_norm_(
+        model.parameters(), args.max_grad_norm
+    ).item()
+    optimizer.step()
+    optimizer.zero_grad()
+    return metrics
+
+
+# 6. Training loop
+
+
+def main(args: Args) -> dict[str, float]:
+    """Train until `stop_accuracy`, write the run directory; returns the last evaluation and step as
+    one dictionary."""
+    start = time.time()
+    is_toy = args.model is None or toy.Task.load(Path(args.model)) is not None
+    task = toy.resolve_task(args, args.model or "", may_differ=True)
+    args = fill_defaults(
+        args, (TOY | {"think": task.think}) if is_toy else (REAL | {"think": True})
+    )
+    args = fill_defaults(
+        args, {"max_new_tokens": NEW_TOKENS["toy" if is_toy else "real"][args.think]}
+    )
+    task = replace(task, think=args.think)
+    seed_everything(args.seed)
+    if args.model is None:
+        with tempfile.TemporaryDirectory() as base:
+            toy.write_base(Path(base), args.seed, args.toy_size)
+            model, processor = load_model(base, args.train_vision)
+    else:
+        model, processor = load_model(args.model, args.train_vision)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+    )
+
+    def encode(example: Example) -> Prompt:
+        first = task.order == "question-first"
+        return encode_prompt(
+            processor, model.config, ask(example, args.think, is_toy), question_first=first
+        )
+
+    held_out = [encode(example) for example in toy.held_out_examples(task, args.eval_examples)]
+    look = partial(evaluate, model, processor, held_out, args.think, args.max_new_tokens)
+    before, looks_before = look()
+    run = Run(args, args.overwrite, args.track)
+    run.log(0, before)
+    after, looks_after = before, looks_before
+    bar = tqdm(range(1, args.steps + 1), desc=Path(__file__).stem, dynamic_ncols=True)
+    growing = is_toy and task.frames is not None and args.model is None
+    for step in bar:
+        tick = time.time()
+        numbers = range((step - 1) * args.prompts_per_step, step * args.prompts_per_step)
+        caption = is_toy and step % 2 == 0
+        current = replace(task, frames=None) if growing else task
+        prompts = [
+            encode(toy.training_example(current, args.seed, number, caption)) for number in numbers
+        ]
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * min(1.0, step / args.warmup_steps)
+        metrics = update(model, processor, optimizer, prompts, args)
+        metrics["perf/step_s"] = time.time() - tick
+        arriving = is_toy and not caption and metrics["train/demo_prob"] > args.watch_above
+        growing = (
+            growing and not arriving
+        )  # as soon as the lookup arrives on images, go over to videos
+        if arriving or step % args.eval_every == 0 or step == args.steps:
+            after, looks_after = look()
+            metrics |= after
+        run.log(step, metrics)
+        bar.set_postfix(loss=f"{metrics['train/loss']:.2f}", eval=f"{after['eval/accuracy']:.3f}")
+        if after["eval/accuracy"] >= args.stop_accuracy:
+            break
+    bar.close()
+    run.save_checkpoint(model, processor, task.save if is_toy else lambda directory: None)
+    run.close()
+    draw_looks(run.out / "attention.png", {"before": looks_before, "after": looks_after})
+    names = ("train/loss", "train/demo_prob", "eval/accuracy", "eval/target_attn")
+    draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
+    then = f"python ral_grpo.py{'' if args.out == 'runs/sft' else f' --model {run.out}/checkpoint'}"
+    print_summary(run, before, after, step, time.time() - start, then)
+    return metrics
+
+
+if __name__ == "__main__":
+    run_script(Args, main, __doc__)

@@ -1,0 +1,102 @@
+"""Tiny random checkpoints of each model family, and examples to run them on."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import common
+import data
+import toy
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """A directory for each family, with the toy's tokenizer and random weights large enough to look
+    somewhere."""
+    directories = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
+    toy.write_base(directories["qwen2_vl"], seed=0)
+    toy.write_base(directories["qwen2_5_vl"], seed=0)
+    config = common.AutoConfig.from_pretrained(directories["qwen2_vl"])
+    text = config.text_config.to_dict() | {"model_type": "qwen2_5_vl_text"}
+    vision = {
+        "depth": 2,
+        "hidden_size": 64,
+        "out_hidden_size": 128,
+        "num_heads": 4,
+        "intermediate_size": 128,
+    }
+    vision |= {
+        "fullatt_block_indexes": [1],
+        "tokens_per_second": 2,
+        "window_size": 56,
+        "initializer_range": 0.05,
+    }
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids = {name: getattr(config, name) for name in names}
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
+    )
+    model.generation_config.eos_token_id = config.text_config.eos_token_id
+    model.save_pretrained(directories["qwen2_5_vl"])
+    return directories
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def loaded(checkpoints, family):
+    """(model, processor) of one family, all weights trainable."""
+    return common.load_model(checkpoints[family], train_vision=True)
+
+
+def make_prompts(
+    model, processor, kinds=("image", "image"), grids=(4, 3), frames=(14, 6)
+) -> list[data.Prompt]:
+    """Prompts of different lengths: an image or a video of its own grid size each."""
+    rng = random.Random(0)
+    prompts = []
+    for kind, grid, count in zip(kinds, grids, frames, strict=False):
+        task = toy.Task(grid=grid, frames=count if kind == "video" else None)
+        example = toy.sample_example(rng, task)
+        prompts.append(data.encode_prompt(processor, model.config, example, question_first=True))
+    return prompts
+
+
+def make_rollout(
+    model, processor, prompts, lengths=((5, 3, 6), (1, 6, 2)), seed=0
+) -> common.Rollout:
+    """A rollout of random word tokens with the given response lengths, B x G."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor(lengths)[: len(prompts)]
+    t = int(lengths.max())
+    ids = torch.randint(1, 30, (*lengths.shape, t), generator=generator)
+    mask = torch.arange(t) < lengths[..., None]
+    batch = common.collate(model, prompts, processor.tokenizer.pad_token_id)
+    return common.Rollout(batch, ids, mask, torch.zeros(lengths.shape, dtype=torch.bool))
+
+
+def unpacked(model, prompt, response_ids, **kwargs):
+    """One plain forward of one prompt and one response, from pixels, by the model's own code;
+    returns its output."""
+    ids = torch.cat([prompt.ids, response_ids])[None]
+    steps = torch.arange(len(response_ids)) + prompt.positions[:, -1:] + 1
+    positions = torch.cat([prompt.positions, steps], dim=1)[:, None]
+    names = (
+        ("pixel_values_videos", "video_grid_thw")
+        if prompt.example.is_video
+        else ("pixel_values", "image_grid_thw")
+    )
+    media = dict(zip(names, (prompt.pixels, prompt.grid[None]), strict=True))
+    return model(input_ids=ids, position_ids=positions, use_cache=False, **media, **kwargs)

@@ -1,0 +1,162 @@
+"""Grouped, cached, left-padded decoding samples from the very policy that the losses score."""
+
+import pytest
+import torch
+from conftest import make_prompts
+
+import common
+import data
+
+
+@pytest.mark.parametrize("kinds", [("image", "image"), ("video", "image"), ("video", "video")])
+def test_greedy_rollout_is_generate(loaded, kinds):
+    """Token for token, on prompts of different lengths; a 14-frame video has more temporal patches
+    than rows."""
+    model, processor = loaded
+    with torch.no_grad():  # a model that says one thing over and over would prove little
+        for name, parameter in model.model.language_model.layers.named_parameters():
+            parameter.mul_(4.0 if "proj" in name else 1.0)
+    model.generation_config.eos_token_id = [28, 29]
+    prompts = make_prompts(model, processor, kinds, frames=(14, 8))
+    new_tokens, said = 16, set()
+    rollout = common.generate_group(model, common.collate(model, prompts, 0), 2, new_tokens)
+    model.set_attn_implementation("sdpa")
+    for b, prompt in enumerate(prompts):
+        video = prompt.example.is_video
+        names = (
+            ("pixel_values_videos", "video_grid_thw")
+            if video
+            else ("pixel_values", "image_grid_thw")
+        )
+        media = dict(zip(names, (prompt.pixels, prompt.grid[None]), strict=True))
+        text_positions = torch.arange(len(prompt.ids))[None, None]
+        model.model.rope_deltas = prompt.positions[:, -1:].max()[None, None] + 1 - len(prompt.ids)
+        generated = model.generate(
+            prompt.ids[None],
+            attention_mask=torch.ones(1, len(prompt.ids), dtype=torch.long),
+            position_ids=torch.cat([text_positions, prompt.positions[:, None]]),
+            suppress_tokens=common.vision_token_ids(model.config),
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            **media,
+        )[0, len(prompt.ids) :]
+        for g in range(2):
+            ids = rollout.completion_ids[b, g][rollout.completion_mask[b, g]]
+            assert ids.tolist() == generated.tolist()
+        said |= set(generated.tolist())
+    assert len(said) > 5
+
+
+def test_responses_do_not_depend_on_their_batch(loaded):
+    model, processor = loaded
+    prompts = make_prompts(model, processor, ("video", "image"))
+    noise = common.sampling_noise(3, 7, range(2), 4, 10)
+    together = common.generate_group(model, common.collate(model, prompts, 0), 4, 10, noise)
+    alone = common.generate_group(model, common.collate(model, prompts[1:], 0), 4, 10, noise[4:])
+    ids, mask = together.completion_ids[1], together.completion_mask[1]
+    assert [i[m].tolist() for i, m in zip(ids, mask, strict=True)] == [
+        i[m].tolist()
+        for i, m in zip(alone.completion_ids[0], alone.completion_mask[0], strict=True)
+    ]
+
+
+def test_sampling_follows_the_policy():
+    """Frequencies of many samples against softmax(logits / temperature), cut at top-p."""
+    logits = torch.tensor([2.0, 0.0, 1.0, -1.0, -torch.inf])
+    noise = (torch.arange(20_000) + 0.5) / 20_000
+    for temperature, top_p, kept in [(1.0, 1.0, 4), (0.7, 1.0, 4), (1.0, 0.7, 2), (1.0, 1e-6, 1)]:
+        tokens = common.pick_tokens(logits.expand(20_000, -1), noise, temperature, top_p)
+        probs = (logits / temperature).softmax(0)
+        probs = torch.where(probs >= probs.sort(descending=True).values[kept - 1], probs, 0.0)
+        frequencies = torch.bincount(tokens, minlength=5) / 20_000
+        torch.testing.assert_close(frequencies, probs / probs.sum(), atol=2e-4, rtol=0)
+
+
+def test_vision_tokens_are_never_sampled(loaded):
+    model, processor = loaded
+    special = common.vision_token_ids(model.config)
+    with torch.no_grad():  # a head that wants nothing else
+        direction = torch.randn(model.lm_head.in_features)
+        model.lm_head.weight.copy_(0.01 * torch.randn_like(model.lm_head.weight))
+        model.lm_head.weight[special] += 10 * direction
+    batch = common.collate(model, make_prompts(model, processor), 0)
+    noise = common.sampling_noise(0, 0, range(2), 8, 20)
+    rollout = common.generate_group(model, batch, 8, 20, noise)
+    assert not torch.isin(rollout.completion_ids, torch.tensor(special)).any()
+
+
+def test_a_response_ends_with_its_first_eos(loaded):
+    model, processor = loaded
+    model.generation_config.eos_token_id = [processor.tokenizer.eos_token_id, 17]
+    batch = common.collate(model, make_prompts(model, processor), 0)
+    noise = common.sampling_noise(0, 0, range(2), 16, 30)
+    rollout = common.generate_group(model, batch, 16, 30, noise, temperature=3.0)
+    eos = torch.tensor(model.generation_config.eos_token_id)
+    assert rollout.truncated.any() and not rollout.truncated.all()
+    for ids, mask, cut in zip(
+        rollout.completion_ids.flatten(0, 1),
+        rollout.completion_mask.flatten(0, 1),
+        rollout.truncated.flatten(),
+        strict=True,
+    ):
+        ends = torch.isin(ids[mask], eos)
+        assert not ends[:-1].any() and bool(ends[-1]) != bool(cut)
+
+
+def test_image_positions_are_those_of_transformers(loaded):
+    model, processor = loaded
+    for prompt in make_prompts(model, processor):
+        kinds = (prompt.ids == model.config.image_token_id).int()[None]
+        expected, _ = model.model.get_rope_index(
+            prompt.ids[None], kinds, image_grid_thw=prompt.grid[None]
+        )
+        assert torch.equal(prompt.positions, expected[:, 0])
+
+
+def test_text_after_a_long_video_starts_after_its_last_position(loaded, family):
+    """The release's rule, written out: 3 tokens of text, 7 temporal patches of 2 x 3 tokens, 2
+    tokens of text."""
+    model, _ = loaded
+    grid = torch.tensor([7, 4, 6])
+    positions = data.mrope_positions(
+        3 + 42 + 2, 3, grid, model.config, is_video=True, seconds_per_patch=1.5
+    )
+    times = (
+        range(7) if family == "qwen2_vl" else [0, 3, 6, 9, 12, 15, 18]
+    )  # 2 positions a second, 1.5 s a patch
+    table = [[0, 0, 0], [1, 1, 1], [2, 2, 2]]
+    table += [[3 + t, 3 + h, 3 + w] for t in times for h in range(2) for w in range(3)]
+    last = max(max(row) for row in table)
+    table += [[last + 1] * 3, [last + 2] * 3]
+    assert positions.T.tolist() == table
+
+
+def test_video_patches_are_two_frames_deep(loaded):
+    """Against a plain loop over the documented layout; an odd number of frames repeats the last."""
+    _, processor = loaded
+    example = make_prompts(*loaded, kinds=("video",), frames=(5,))[0].example
+    pixels, grid = data.process_media(processor.image_processor, example)
+    assert grid.tolist() == [3, 8, 8]
+    mean = torch.tensor(processor.image_processor.image_mean)[:, None, None]
+    std = torch.tensor(processor.image_processor.image_std)[:, None, None]
+    array = [
+        torch.tensor(list(f.convert("RGB").tobytes())).view(112, 112, 3).permute(2, 0, 1) / 255
+        for f in example.media
+    ]
+    frames = [(frame - mean) / std for frame in [*array, array[-1]]]
+    row = 0
+    for t in range(3):
+        for block_h in range(4):
+            for block_w in range(4):
+                for h in range(2 * block_h, 2 * block_h + 2):
+                    for w in range(2 * block_w, 2 * block_w + 2):
+                        cut = [
+                            f[:, 14 * h : 14 * h + 14, 14 * w : 14 * w + 14]
+                            for f in frames[2 * t : 2 * t + 2]
+                        ]
+                        expected = torch.stack(
+                            cut, dim=1
+                        ).flatten()  # channel, frame, height, width
+                        torch.testing.assert_close(pixels[row], expected, atol=1e-5, rtol=0)
+                        row += 1
+    assert row == len(pixels)

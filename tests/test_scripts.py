@@ -1,0 +1,252 @@
+"""The scripts' own `main`: reproducible, GRPO where RAL is off, acting where it is on, clear about
+bad input."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_prompts, make_rollout
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+import common
+import grpo_baseline
+import ral_grpo
+import sft
+import toy
+
+SMALL = {"eval_examples": 8, "prompts_per_step": 2, "group_size": 4, "micro_batch_size": 2}
+
+
+@pytest.fixture(scope="session")
+def cold_start(tmp_path_factory) -> Path:
+    """A toy that has the format and guesses the colour, so that rewards differ within a group."""
+    out = tmp_path_factory.mktemp("runs") / "sft"
+    sft.main(sft.Args(out=str(out), steps=60, eval_examples=8, watch_above=1.0))
+    return out / "checkpoint"
+
+
+@pytest.fixture
+def train(cold_start, tmp_path):
+    """Run a script's main for a few steps; returns its metrics by step and its final weights."""
+
+    def run(script, steps=2, **fields):
+        out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        fields = {"model": str(cold_start), "steps": steps, "learning_rate": 1e-3} | SMALL | fields
+        script.main(script.Args(out=str(out), **fields))
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        lines = [{k: v for k, v in x.items() if not k.startswith("perf/")} for x in lines]
+        return lines, load_file(out / "checkpoint" / "model.safetensors")
+
+    return run
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("script", [grpo_baseline, ral_grpo])
+@pytest.mark.parametrize("mode", [{}, {"temperature": 0.8, "top_p": 0.9, "beta": 0.0}])
+def test_one_seed_reproduces_a_run(train, script, mode):
+    metrics, weights = train(script, **mode)
+    again, same_weights = train(script, **mode)
+    assert metrics == again and same(weights, same_weights)
+    assert len(metrics) == 3 and max(line.get("train/grad_norm", 0) for line in metrics) > 0
+    other, _ = train(script, seed=2, **mode)
+    assert other != metrics
+
+
+def test_sft_reproduces_a_run(tmp_path):
+    runs = []
+    for name in ("a", "b"):
+        out = tmp_path / name
+        sft.main(sft.Args(out=str(out), steps=2, eval_examples=8, think=True, frames=4))
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        runs.append([{k: v for k, v in x.items() if not k.startswith("perf/")} for x in lines])
+    assert runs[0] == runs[1] and len(runs[0]) == 3
+
+
+def test_lambda_0_is_grpo_to_the_bit(train, cold_start):
+    _, grpo = train(grpo_baseline, steps=4)
+    lines, ral = train(ral_grpo, steps=4, lambda_attn=0.0)
+    assert same(grpo, ral)
+    assert not same(grpo, load_file(cold_start / "model.safetensors"))  # and they have learned
+    assert lines[-1]["train/attn_jsd_4"] > 0
+
+
+def test_with_one_inner_iteration_any_lambda_is_grpo(train):
+    _, grpo = train(grpo_baseline, steps=4, num_iterations=1)
+    lines, ral = train(ral_grpo, steps=4, num_iterations=1, lambda_attn=1e3, attn_norm_every=1)
+    assert max(abs(line["train/attn_loss"]) for line in lines[1:]) == 0
+    assert max(line["train/attn_grad_norm"] for line in lines[1:]) == 0
+    for name in grpo:
+        torch.testing.assert_close(ral[name], grpo[name], atol=1e-7, rtol=1e-6)
+
+
+def test_lambda_acts_from_the_second_inner_iteration_on(train):
+    _, grpo = train(grpo_baseline, steps=2, num_iterations=2)
+    lines, ral = train(ral_grpo, steps=2, num_iterations=2, lambda_attn=100.0, attn_norm_every=1)
+    assert not same(grpo, ral)
+    assert lines[1]["train/attn_jsd_1"] == 0 < lines[1]["train/attn_jsd_2"]
+    assert lines[1]["train/attn_grad_norm"] > 0 and lines[1]["train/pg_grad_norm"] > 0
+
+
+@pytest.mark.parametrize("field", ["attn_layer", "attn_row", "attn_anchor", "attn_divergence"])
+def test_options_change_the_update(train, field):
+    other = {"attn_layer": 0, "attn_row": "own", "attn_anchor": "reference"}
+    _, default = train(ral_grpo, steps=4, lambda_attn=100.0)
+    _, changed = train(
+        ral_grpo, steps=4, lambda_attn=100.0, **{field: other.get(field, "reverse-kl")}
+    )
+    assert not same(default, changed)
+
+
+def planted_batch(model, processor, sign: float) -> tuple[ral_grpo.Batch, torch.Tensor]:
+    """A batch whose anchor puts half of the mass of every row on one image token, with advantage
+    `sign`."""
+    prompts = make_prompts(model, processor, grids=(4, 4))
+    rollout = make_rollout(model, processor, prompts)
+    with torch.no_grad():
+        scores = common.score(model, rollout, attn_layers=[-1])
+    target = torch.zeros(scores.attentions[0].shape)
+    target[..., 20] = 1.0
+    anchor = (scores.attentions[0] + target) / 2
+    advantages = torch.full(rollout.truncated.shape, sign)
+    return ral_grpo.Batch(rollout, advantages, None, scores.logps, anchor), target
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("kind", ["jsd", "forward-kl", "reverse-kl"])
+def test_ral_acts(checkpoints, monkeypatch, sign, kind):
+    """Token term off, anchor planted: one update of the script moves the gaze to it, or away from
+    it."""
+    model, processor = common.load_model(checkpoints["qwen2_vl"])
+    monkeypatch.setattr(ral_grpo, "clipped_loss", lambda logps, *_: (0 * logps, 0 * logps))
+    args = ral_grpo.Args(num_iterations=1, beta=0.0, attn_divergence=kind)
+    batch, target = planted_batch(model, processor, sign)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1e-2)
+
+    def measure() -> tuple[float, float]:
+        with torch.no_grad():
+            attention = common.score(model, batch.rollout, attn_layers=[-1]).attentions[0]
+        seen = batch.rollout.completion_mask
+        divergence = ral_grpo.divergence(attention, batch.old_attn, kind)[seen].mean()
+        return divergence.item(), (attention * target).sum(-1)[seen].mean().item()
+
+    divergence, mass = measure()
+    ral_grpo.update(model, optimizer, [batch], args, measure=False)
+    after, mass_after = measure()
+    assert (after - divergence) * sign < -1e-6
+    assert (mass_after - mass) * sign > 1e-6
+
+
+def test_first_iteration_has_no_attention_gradient(checkpoints):
+    """At p_theta = p_old the divergence and its gradient are zero: not small, zero."""
+    model, processor = common.load_model(checkpoints["qwen2_vl"])
+    batch, _ = planted_batch(model, processor, 1.0)
+    batch.old_attn = batch.old_logps = None
+    terms = ral_grpo.loss_terms(model, batch, ral_grpo.Args())
+    terms["attn_loss"].sum().backward()
+    assert terms["attn_loss"].abs().max() == 0
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("script", [grpo_baseline, ral_grpo])
+def test_the_update_does_not_depend_on_the_microbatches(train, script):
+    fields = {"prompts_per_step": 4, "steps": 1, "lambda_attn": 100.0, "learning_rate": 1e-4}
+    if script is grpo_baseline:
+        fields.pop("lambda_attn")
+    whole, weights = train(script, **fields | {"micro_batch_size": 4})
+    for size in (1, 3):
+        lines, other = train(script, **fields | {"micro_batch_size": size})
+        assert lines[1]["train/loss"] == pytest.approx(whole[1]["train/loss"], abs=1e-5)
+        for name in weights:
+            torch.testing.assert_close(other[name], weights[name], atol=2e-5, rtol=0)
+
+
+def test_zero_variance_groups_are_counted_and_do_nothing(train, monkeypatch, cold_start):
+    monkeypatch.setattr(grpo_baseline, "reward", lambda right, tidy: torch.full_like(right, 0.9))
+    lines, weights = train(grpo_baseline, beta=0.0)
+    assert [line["rollout/frac_zero_std"] for line in lines[1:]] == [1.0, 1.0]
+    before = load_file(cold_start / "model.safetensors")
+    assert same(weights, before)
+
+
+def test_the_run_directory_is_complete(cold_start, train, tmp_path):
+    train(ral_grpo)
+    (out,) = tmp_path.iterdir()
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        *("args.json", "metrics.jsonl", "samples.jsonl", "tensorboard"),
+        *("attention.png", "curves.png", "checkpoint"),
+    }
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert (
+        len(samples) == 2 * 2 * 4 and {"step", "problem", "response", "reward"} <= samples[0].keys()
+    )
+    assert json.loads((out / "args.json").read_text())["learning_rate"] == 1e-3
+    model = AutoModelForImageTextToText.from_pretrained(out / "checkpoint")
+    ours, _ = common.load_model(out / "checkpoint")
+    assert same(model.state_dict(), ours.state_dict())
+    assert AutoTokenizer.from_pretrained(out / "checkpoint").chat_template == toy.CHAT_TEMPLATE
+    files = {path.name for path in (out / "checkpoint").iterdir()}
+    assert files >= {path.name for path in cold_start.iterdir()}
+
+
+def test_a_run_in_the_way_is_moved_or_replaced_but_other_files_never(tmp_path):
+    args = grpo_baseline.Args(out=str(tmp_path / "run"))
+    for expected in (["run"], ["run", "run.1"], ["run", "run.1", "run.2"]):
+        common.Run(args, overwrite=False, track=False).close()
+        assert sorted(path.name for path in tmp_path.iterdir()) == expected
+    common.Run(args, overwrite=True, track=False).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.1", "run.2"]
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter1.tex").write_text("...")
+    for overwrite in (False, True):
+        with pytest.raises(common.UsageError, match="is not a run"):
+            common.Run(replace(args, out=str(thesis)), overwrite, track=False)
+    assert (thesis / "chapter1.tex").exists()
+
+
+BAD = [  # script, command line, what the one line must name
+    (grpo_baseline, ["--group-size", "1"], ["--group-size", "1", "2 or more"]),
+    (grpo_baseline, ["--steps", "0"], ["--steps", "0", "above 0"]),
+    (grpo_baseline, ["--learning-rate", "-1"], ["--learning-rate", "-1"]),
+    (grpo_baseline, ["--top-p", "1.5"], ["--top-p", "1.5"]),
+    (grpo_baseline, ["--beta", "-0.1"], ["--beta", "-0.1"]),
+    (grpo_baseline, ["--grid", "2"], ["--grid", "2", "3 or more"]),
+    (grpo_baseline, ["--model", "nowhere"], ["--model", "nowhere", "directory"]),
+    (grpo_baseline, [], ["--model", "python sft.py"]),
+    (ral_grpo, [], ["--model", "python sft.py"]),
+    (ral_grpo, ["--model", "COLD", "--attn-layer", "2"], ["--attn-layer", "2", "layers"]),
+    (ral_grpo, ["--model", "COLD", "--frames", "8"], ["--frames", "8", "sft.py"]),
+    (ral_grpo, ["--model", "COLD", "--think"], ["--think", "sft.py"]),
+    (ral_grpo, ["--lambda-attn", "-1"], ["--lambda-attn", "-1"]),
+    (sft, ["--model", "EMPTY"], ["--model", "config.json"]),
+    (sft, ["--track"], ["--track", "wandb", "pip install"]),
+    (sft, ["--out", "BUSY"], ["--out", "is not a run"]),
+]
+
+
+@pytest.mark.parametrize(("script", "line", "words"), BAD)
+def test_bad_input_is_one_line(script, line, words, cold_start, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "BUSY").mkdir()
+    (tmp_path / "BUSY" / "thesis.tex").touch()
+    line = [str(cold_start) if word == "COLD" else word for word in line]
+    monkeypatch.setattr(sys, "argv", [script.__file__, *line])
+    with pytest.raises(SystemExit) as stopped:
+        common.run_script(script.Args, script.main, script.__doc__)
+    error = capsys.readouterr().err
+    message = [part for part in error.splitlines() if part.startswith("error: ")]
+    assert stopped.value.code == 2 and len(message) == 1 and "Traceback" not in error
+    assert all(word in message[0] for word in words), message
+    assert not (tmp_path / "runs").exists()

@@ -3,7 +3,7 @@ reward, evaluation, runs.
 
 Nothing here knows about RAL. The shapes are the same everywhere: B prompts, G responses a prompt
 (the group), P prompt positions (left-padded), T response positions, V vocabulary, L layers, H
-heads. The one idea worth reading first is the packed layout of section 4: a prompt and its G
+heads. The one idea worth reading first is the packed layout of section 3: a prompt and its G
 responses stand behind one another on the sequence axis,
 
     [ prompt (P) | response 1 (T) | response 2 (T) | ... | response G (T) ]
@@ -39,10 +39,9 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging as transformers_logging
 
-from data import Example, Processor, Prompt
+from data import Example, Processor, Prompt, PromptBatch, collate, encoder_outputs
 
 transformers_logging.disable_progress_bar()
 
@@ -136,6 +135,31 @@ def load_model(path: str | Path, train_vision: bool = False) -> tuple[torch.nn.M
     return model.eval(), Processor(AutoTokenizer.from_pretrained(path), image_processor)
 
 
+def load_teacher(path: str, processor: Processor) -> torch.nn.Module:
+    """Load a frozen teacher that reads the student's very token ids and pixels.
+
+    Raises:
+        UsageError: there is no such teacher, or its tokenizer or image processor is another one.
+    """
+    require(Path(path).is_dir() or "/" in path, f"--teacher {path}: no such directory; train one")
+    teacher, other = load_model(path)
+    ours, theirs = processor.tokenizer, other.tokenizer
+    same = ours.get_vocab() == theirs.get_vocab() and ours.eos_token_id == theirs.eos_token_id
+    require(same, f"--teacher {path}: its tokenizer is not the student's; use one of its family")
+    for name in ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std"):
+        same = getattr(processor.image_processor, name) == getattr(other.image_processor, name)
+        require(
+            same, f"--teacher {path}: its image processor has another {name} than the student's"
+        )
+    return teacher.requires_grad_(False)
+
+
+def require_layer(field: str, layer: int, model: torch.nn.Module) -> None:
+    """Refuse an index that is no decoder layer of the model; negative ones count from the end."""
+    layers = model.config.text_config.num_hidden_layers
+    require(-layers <= layer < layers, f"{field} {layer}: the model has {layers} layers")
+
+
 def vision_token_ids(config: Any) -> list[int]:
     """The special vision tokens, which no response may contain: suppressed while sampling and at
     -inf in every pass."""
@@ -143,73 +167,7 @@ def vision_token_ids(config: Any) -> list[int]:
     return [getattr(config, name) for name in names]
 
 
-# 3. Batches
-
-
-@dataclass
-class PromptBatch:
-    """B prompts, left-padded to P: `ids` (B, P), `positions` (3, B, P), `mask` (B, P) or None where
-    nothing is padded.
-
-    `features[b]` are the visual features of prompt b, (visual tokens, hidden), computed once and
-    reused by every pass.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    mask: Tensor | None
-    features: list[Tensor]
-    is_video: list[bool]
-
-    def __getitem__(self, rows: slice) -> "PromptBatch":
-        mask = None if self.mask is None else self.mask[rows]
-        return PromptBatch(
-            self.ids[rows], self.positions[:, rows], mask, self.features[rows], self.is_video[rows]
-        )
-
-
-def visual_features(model: torch.nn.Module, prompts: Sequence[Prompt]) -> list[Tensor]:
-    """Visual features of each prompt, (visual tokens, hidden): one call of the vision tower for all
-    of them."""
-    pixels = torch.cat([prompt.pixels for prompt in prompts]).to(model.device)
-    grids = torch.stack([prompt.grid for prompt in prompts])
-    return list(model.get_image_features(pixels, grids.to(model.device)).pooler_output)
-
-
-def collate(model: torch.nn.Module, prompts: Sequence[Prompt], pad_id: int) -> PromptBatch:
-    """Left-pad prompts into a batch on the model's device, and compute their visual features."""
-    longest = max(len(prompt.ids) for prompt in prompts)
-    ids = torch.full((len(prompts), longest), pad_id)
-    positions = torch.zeros(3, len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt.ids) :] = prompt.ids
-        positions[:, row, longest - len(prompt.ids) :] = prompt.positions
-        mask[row, longest - len(prompt.ids) :] = True
-    return PromptBatch(
-        ids.to(model.device),
-        positions.to(model.device),
-        None if mask.all() else mask.to(model.device),
-        visual_features(model, prompts),
-        [prompt.example.is_video for prompt in prompts],
-    )
-
-
-def encoder_outputs(prompts: PromptBatch) -> dict[str, BaseModelOutputWithPooling]:
-    """The precomputed features as the model's forward takes them (`mm_encoder_outputs`)."""
-    outputs = {}
-    for kind, wanted in (("image", False), ("video", True)):
-        chosen = tuple(
-            f
-            for f, is_video in zip(prompts.features, prompts.is_video, strict=True)
-            if is_video == wanted
-        )
-        if chosen:
-            outputs[kind] = BaseModelOutputWithPooling(pooler_output=chosen)
-    return outputs
-
-
-# 4. Attention
+# 3. Attention
 
 
 class GroupCache:
@@ -448,7 +406,7 @@ def attention_policy(query: Tensor, key: Tensor, scaling: float, layout: Layout)
     return policy
 
 
-# 5. Rollout
+# 4. Rollout
 
 
 @dataclass
@@ -575,7 +533,7 @@ def generate_group(
     return Rollout(prompts, ids[:, :longest].view(shape), mask.view(shape), ~done.view(shape[:2]))
 
 
-# 6. Log-probabilities
+# 5. Log-probabilities
 
 
 @dataclass
@@ -583,13 +541,14 @@ class Scores:
     """What one packed pass says of the responses: `logps` and `entropy` (nats, no gradient), both
     (B, G, T).
 
-    `attentions[i]` is the policy of the i-th asked layer, (B, G, T, P + T). Where the mask is
-    False, `logps` are 0.
+    `logits` (B, G, T, V) are the model's, before temperature and suppression. `attentions[i]` is
+    the policy of the i-th asked layer, (B, G, T, P + T). Where the mask is False, `logps` are 0.
     """
 
     logps: Tensor
     entropy: Tensor
     mask: Tensor
+    logits: Tensor
     attentions: tuple[Tensor, ...]
 
 
@@ -646,7 +605,8 @@ def score(
         outputs.logits.flatten(0, 1), ids.flatten(), temperature, suppressed
     )
     logps = logps.view(b, g, t).masked_fill(~mask, 0.0)
-    return Scores(logps, entropy.view(b, g, t), mask, outputs.attentions or ())
+    logits = outputs.logits.unflatten(1, (g, t))
+    return Scores(logps, entropy.view(b, g, t), mask, logits, outputs.attentions or ())
 
 
 def response_mask(
@@ -670,33 +630,31 @@ def response_mask(
 LOGIT_CHUNK = 2**24  # logits turned to float32 at a time (64 MB)
 
 
+def by_rows(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Apply `function` to tensors of N rows, in chunks that the backward pass recomputes.
+
+    The first one has the logits, (N, V): the float32 copy of 152k logits a token is never whole.
+    """
+    size = max(1, LOGIT_CHUNK // tensors[0].shape[-1])
+    chunks = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    parts = [checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
 def token_logps(
     logits: Tensor, targets: Tensor, temperature: float, suppressed: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy of each row, both (N,), float32, from logits (N,
-    V) in any dtype.
-
-    In row chunks that the backward pass recomputes: the float32 copy of 152k logits a token is
-    never whole.
-    """
+    """Log-probability of each target and entropy of each row, both (N,), float32, from logits
+    (N, V) in any dtype."""
 
     def chunk(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logps = (
-            (logits.float() / temperature)
-            .index_fill(-1, suppressed, -torch.inf)
-            .log_softmax(dim=-1)
-        )
+        scaled = (logits.float() / temperature).index_fill(-1, suppressed, -torch.inf)
+        logps = scaled.log_softmax(dim=-1)
         with torch.no_grad():
             entropy = -torch.nansum(logps.exp() * logps, dim=-1)
         return logps.gather(-1, targets[:, None])[:, 0], entropy
 
-    size = max(1, LOGIT_CHUNK // logits.shape[-1])
-    parts = [
-        checkpoint(chunk, rows, wanted, use_reentrant=False)
-        for rows, wanted in zip(logits.split(size), targets.split(size), strict=True)
-    ]
-    logps, entropies = zip(*parts, strict=True)
-    return torch.cat(logps), torch.cat(entropies)
+    return by_rows(chunk, logits, targets)
 
 
 def response_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -709,7 +667,7 @@ def response_mean(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, 0.0).sum(-1) / mask.sum(-1).clamp_min(1)
 
 
-# 7. Reward
+# 6. Reward
 
 
 def extract_answer(text: str) -> str | None:
@@ -753,7 +711,7 @@ def accuracy(text: str, solution: str) -> float:
     return float(extract_answer(text) == solution.strip())
 
 
-# 8. Evaluation and pictures
+# 7. Evaluation and pictures
 
 
 @dataclass
@@ -913,7 +871,7 @@ def draw_curves(path: Path, metrics: Path, names: Sequence[str]) -> None:
     pyplot.close(figure)
 
 
-# 9. Runs
+# 8. Runs
 
 
 class Run:

@@ -5,6 +5,7 @@ Only the tokenizer and the PIL image processor of a checkpoint are used, so ever
 works the same, with and without torchvision.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
 @dataclass
@@ -19,7 +21,8 @@ class Example:
     """One question about one image or video.
 
     `media` is one picture, or the frames of a video; `response` a demonstration for SFT; `target`,
-    on the toy only, the indices of the visual tokens that show what the question asks about.
+    on the toy only, the indices of the visual tokens that show what the question asks about;
+    `seconds_per_patch` the time between two temporal patches, which Qwen2.5-VL's positions follow.
     """
 
     problem: str
@@ -28,9 +31,7 @@ class Example:
     is_video: bool
     response: str | None = None
     target: tuple[int, ...] = ()
-    seconds_per_patch: float = (
-        1.0  # time between two temporal patches; Qwen2.5-VL's positions follow it
-    )
+    seconds_per_patch: float = 1.0
 
 
 @dataclass
@@ -135,3 +136,72 @@ def mrope_positions(
     block = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1) + start
     after = torch.arange(length - start - block.shape[1]) + block.max() + 1
     return torch.cat([torch.arange(start).expand(3, -1), block, after.expand(3, -1)], dim=1)
+
+
+@dataclass
+class PromptBatch:
+    """B prompts, left-padded to P: `ids` (B, P), `positions` (3, B, P), `mask` (B, P) or None where
+    nothing is padded.
+
+    `features[b]` are the visual features of prompt b, (visual tokens, hidden), computed once and
+    reused by every pass; `grids` (B, 3) are t, h, w in patches before merging.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor | None
+    features: list[Tensor]
+    grids: Tensor
+    is_video: list[bool]
+
+    def __getitem__(self, rows: slice) -> "PromptBatch":
+        return PromptBatch(
+            self.ids[rows],
+            self.positions[:, rows],
+            None if self.mask is None else self.mask[rows],
+            self.features[rows],
+            self.grids[rows],
+            self.is_video[rows],
+        )
+
+
+def visual_features(model: torch.nn.Module, prompts: Sequence[Prompt]) -> list[Tensor]:
+    """Visual features of each prompt, (visual tokens, hidden): one call of the vision tower for all
+    of them."""
+    pixels = torch.cat([prompt.pixels for prompt in prompts]).to(model.device)
+    grids = torch.stack([prompt.grid for prompt in prompts])
+    return list(model.get_image_features(pixels, grids.to(model.device)).pooler_output)
+
+
+def collate(model: torch.nn.Module, prompts: Sequence[Prompt], pad_id: int) -> PromptBatch:
+    """Left-pad prompts into a batch on the model's device, and compute their visual features."""
+    longest = max(len(prompt.ids) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), pad_id)
+    positions = torch.zeros(3, len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt.ids) :] = prompt.ids
+        positions[:, row, longest - len(prompt.ids) :] = prompt.positions
+        mask[row, longest - len(prompt.ids) :] = True
+    return PromptBatch(
+        ids.to(model.device),
+        positions.to(model.device),
+        None if mask.all() else mask.to(model.device),
+        visual_features(model, prompts),
+        torch.stack([prompt.grid for prompt in prompts]),
+        [prompt.example.is_video for prompt in prompts],
+    )
+
+
+def encoder_outputs(prompts: PromptBatch) -> dict[str, BaseModelOutputWithPooling]:
+    """The precomputed features as the model's forward takes them (`mm_encoder_outputs`)."""
+    outputs = {}
+    for kind, wanted in (("image", False), ("video", True)):
+        chosen = tuple(
+            f
+            for f, is_video in zip(prompts.features, prompts.is_video, strict=True)
+            if is_video == wanted
+        )
+        if chosen:
+            outputs[kind] = BaseModelOutputWithPooling(pooler_output=chosen)
+    return outputs

@@ -40,7 +40,6 @@ from common import (
     Rollout,
     Run,
     accuracy,
-    collate,
     draw_curves,
     draw_looks,
     evaluate,
@@ -58,7 +57,7 @@ from common import (
     score,
     seed_everything,
 )
-from data import Example, Processor, Prompt, encode_prompt
+from data import Example, Processor, Prompt, collate, encode_prompt
 
 # 1. Arguments
 
@@ -321,9 +320,8 @@ def main(args: Args) -> dict[str, float]:
     is_toy = toy.Task.load(Path(base)) is not None
     task = toy.resolve_task(args, base)
     args = fill_defaults(args, (TOY | {"think": task.think}) if is_toy else REAL)
-    args = fill_defaults(
-        args, {"max_new_tokens": NEW_TOKENS["toy" if is_toy else "real"][args.think]}
-    )
+    new_tokens = NEW_TOKENS["toy" if is_toy else "real"][args.think]
+    args = fill_defaults(args, {"max_new_tokens": new_tokens})
     seed_everything(args.seed)
     model, processor = load_model(base)
     needs_reference = args.beta > 0
@@ -353,10 +351,8 @@ def main(args: Args) -> dict[str, float]:
         rollout, rewards, metrics, samples = roll_out(model, processor, prompts, args, step)
         advantages = group_advantages(rewards)
         size = args.micro_batch_size
-        batches = [
-            Batch(rollout[i : i + size], advantages[i : i + size])
-            for i in range(0, len(prompts), size)
-        ]
+        cuts = [slice(i, i + size) for i in range(0, len(prompts), size)]
+        batches = [Batch(rollout[cut], advantages[cut]) for cut in cuts]
         if reference is not None:
             score_reference(reference, batches, args)
         metrics |= update(model, optimizer, batches, args)
@@ -372,10 +368,12 @@ def main(args: Args) -> dict[str, float]:
         )
     run.save_checkpoint(model, processor, task.save if is_toy else lambda directory: None)
     run.close()
-    draw_looks(run.out / "attention.png", {"before": looks_before, "after": looks_after})
+    looks = {"before": looks_before, "after": looks_after}
+    draw_looks(run.out / "attention.png", looks)
     names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
     draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
-    print_summary(run, before, after, args.steps, time.time() - start, "python ral_grpo.py")
+    then = "python ral_grpo.py"
+    print_summary(run, before, after, args.steps, time.time() - start, then)
     return metrics
 
 

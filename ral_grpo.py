@@ -48,7 +48,6 @@ from common import (
     Rollout,
     Run,
     accuracy,
-    collate,
     draw_curves,
     draw_looks,
     evaluate,
@@ -58,6 +57,7 @@ from common import (
     load_model,
     print_summary,
     require,
+    require_layer,
     require_not_negative,
     require_positive,
     response_mean,
@@ -66,7 +66,7 @@ from common import (
     score,
     seed_everything,
 )
-from data import Example, Processor, Prompt, encode_prompt
+from data import Example, Processor, Prompt, collate, encode_prompt
 
 # 1. Arguments
 
@@ -403,14 +403,11 @@ def main(args: Args) -> dict[str, float]:
     is_toy = toy.Task.load(Path(base)) is not None
     task = toy.resolve_task(args, base)
     args = fill_defaults(args, (TOY | {"think": task.think}) if is_toy else REAL)
-    args = fill_defaults(
-        args, {"max_new_tokens": NEW_TOKENS["toy" if is_toy else "real"][args.think]}
-    )
+    new_tokens = NEW_TOKENS["toy" if is_toy else "real"][args.think]
+    args = fill_defaults(args, {"max_new_tokens": new_tokens})
     seed_everything(args.seed)
     model, processor = load_model(base)
-    layers = model.config.text_config.num_hidden_layers
-    asked = f"--attn-layer {args.attn_layer}"  # RAL (eq. 2)
-    require(-layers <= args.attn_layer < layers, f"{asked}: the model has {layers} layers")
+    require_layer("--attn-layer", args.attn_layer, model)  # RAL (eq. 2)
     needs_reference = args.beta > 0 or args.attn_anchor == "reference"  # RAL (eq. 3)
     reference = load_model(base)[0].requires_grad_(False) if needs_reference else None
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -439,10 +436,8 @@ def main(args: Args) -> dict[str, float]:
         rollout, rewards, metrics, samples = roll_out(model, processor, prompts, args, step)
         advantages = group_advantages(rewards)
         size = args.micro_batch_size
-        batches = [
-            Batch(rollout[i : i + size], advantages[i : i + size])
-            for i in range(0, len(prompts), size)
-        ]
+        cuts = [slice(i, i + size) for i in range(0, len(prompts), size)]
+        batches = [Batch(rollout[cut], advantages[cut]) for cut in cuts]
         if reference is not None:
             score_reference(reference, batches, args)
         measure = args.attn_norm_every > 0 and step % args.attn_norm_every == 0
@@ -459,11 +454,13 @@ def main(args: Args) -> dict[str, float]:
         )
     run.save_checkpoint(model, processor, task.save if is_toy else lambda directory: None)
     run.close()
-    draw_looks(run.out / "attention.png", {"before": looks_before, "after": looks_after})
+    looks = {"before": looks_before, "after": looks_after}
+    draw_looks(run.out / "attention.png", looks)
     names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
     names += ("train/attn_jsd",)  # RAL
     draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
-    print_summary(run, before, after, args.steps, time.time() - start, "python grpo_baseline.py")
+    then = "python grpo_baseline.py"
+    print_summary(run, before, after, args.steps, time.time() - start, then)
     return metrics
 
 

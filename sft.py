@@ -38,7 +38,6 @@ import toy
 from common import (
     Rollout,
     Run,
-    collate,
     draw_curves,
     draw_looks,
     evaluate,
@@ -53,7 +52,7 @@ from common import (
     score,
     seed_everything,
 )
-from data import Example, Processor, Prompt, encode_prompt
+from data import Example, Processor, Prompt, collate, encode_prompt
 
 # 1. Arguments
 
@@ -217,9 +216,8 @@ def main(args: Args) -> dict[str, float]:
     args = fill_defaults(
         args, (TOY | {"think": task.think}) if is_toy else (REAL | {"think": True})
     )
-    args = fill_defaults(
-        args, {"max_new_tokens": NEW_TOKENS["toy" if is_toy else "real"][args.think]}
-    )
+    new_tokens = NEW_TOKENS["toy" if is_toy else "real"][args.think]
+    args = fill_defaults(args, {"max_new_tokens": new_tokens})
     task = replace(task, think=args.think)
     seed_everything(args.seed)
     if args.model is None:
@@ -273,7 +271,8 @@ def main(args: Args) -> dict[str, float]:
     bar.close()
     run.save_checkpoint(model, processor, task.save if is_toy else lambda directory: None)
     run.close()
-    draw_looks(run.out / "attention.png", {"before": looks_before, "after": looks_after})
+    looks = {"before": looks_before, "after": looks_after}
+    draw_looks(run.out / "attention.png", looks)
     names = ("train/loss", "train/demo_prob", "eval/accuracy", "eval/target_attn")
     draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
     then = f"python ral_grpo.py{'' if args.out == 'runs/sft' else f' --model {run.out}/checkpoint'}"

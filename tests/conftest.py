@@ -1,18 +1,23 @@
-"""Tiny random checkpoints of each model family, and examples to run them on."""
+"""Tiny random checkpoints of each model family, examples for them, and runs of the scripts."""
 
+import json
 import random
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import common
 import data
+import sft
 import toy
+
+torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much on a busy machine
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 
@@ -83,7 +88,7 @@ def make_rollout(
     t = int(lengths.max())
     ids = torch.randint(1, 30, (*lengths.shape, t), generator=generator)
     mask = torch.arange(t) < lengths[..., None]
-    batch = common.collate(model, prompts, processor.tokenizer.pad_token_id)
+    batch = data.collate(model, prompts, processor.tokenizer.pad_token_id)
     return common.Rollout(batch, ids, mask, torch.zeros(lengths.shape, dtype=torch.bool))
 
 
@@ -100,3 +105,41 @@ def unpacked(model, prompt, response_ids, **kwargs):
     )
     media = dict(zip(names, (prompt.pixels, prompt.grid[None]), strict=True))
     return model(input_ids=ids, position_ids=positions, use_cache=False, **media, **kwargs)
+
+
+SMALL = {"eval_examples": 8, "prompts_per_step": 2, "group_size": 4, "micro_batch_size": 2}
+
+
+@pytest.fixture(scope="session")
+def cold_start(tmp_path_factory) -> Path:
+    """A toy that has the format and guesses the colour, so that rewards differ within a group."""
+    out = tmp_path_factory.mktemp("runs") / "sft"
+    sft.main(sft.Args(out=str(out), steps=60, eval_examples=8, watch_above=1.0))
+    return out / "checkpoint"
+
+
+@pytest.fixture
+def train(cold_start, tmp_path):
+    """Run a script's main for a few steps; returns its metrics by step and its final weights."""
+
+    def run(script, steps=2, **fields):
+        out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        fields = {"model": str(cold_start), "steps": steps, "learning_rate": 1e-3} | SMALL | fields
+        script.main(script.Args(out=str(out), **fields))
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        lines = [{k: v for k, v in x.items() if not k.startswith("perf/")} for x in lines]
+        return lines, load_file(out / "checkpoint" / "model.safetensors")
+
+    return run
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory) -> Path:
+    """A larger toy, with more layers and heads than the student."""
+    out = tmp_path_factory.mktemp("runs") / "teacher"
+    sft.main(sft.Args(out=str(out), steps=20, eval_examples=8, watch_above=1.0, toy_size="large"))
+    return out / "checkpoint"

@@ -4,11 +4,10 @@ bad input."""
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_prompts, make_rollout
+from conftest import make_prompts, make_rollout, same
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -17,35 +16,6 @@ import grpo_baseline
 import ral_grpo
 import sft
 import toy
-
-SMALL = {"eval_examples": 8, "prompts_per_step": 2, "group_size": 4, "micro_batch_size": 2}
-
-
-@pytest.fixture(scope="session")
-def cold_start(tmp_path_factory) -> Path:
-    """A toy that has the format and guesses the colour, so that rewards differ within a group."""
-    out = tmp_path_factory.mktemp("runs") / "sft"
-    sft.main(sft.Args(out=str(out), steps=60, eval_examples=8, watch_above=1.0))
-    return out / "checkpoint"
-
-
-@pytest.fixture
-def train(cold_start, tmp_path):
-    """Run a script's main for a few steps; returns its metrics by step and its final weights."""
-
-    def run(script, steps=2, **fields):
-        out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        fields = {"model": str(cold_start), "steps": steps, "learning_rate": 1e-3} | SMALL | fields
-        script.main(script.Args(out=str(out), **fields))
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        lines = [{k: v for k, v in x.items() if not k.startswith("perf/")} for x in lines]
-        return lines, load_file(out / "checkpoint" / "model.safetensors")
-
-    return run
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("script", [grpo_baseline, ral_grpo])

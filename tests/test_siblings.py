@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("sft.py", "grpo_baseline.py", "ral_grpo.py")
-PAIRS = [("grpo_baseline.py", "ral_grpo.py")]
+SCRIPTS = ("sft.py", "grpo_baseline.py", "ral_grpo.py", "kd_baseline.py", "attn_distill.py")
+PAIRS = [("grpo_baseline.py", "ral_grpo.py"), ("kd_baseline.py", "attn_distill.py")]
 HEADINGS = [
     "# 1. Arguments",
     "# 2. Prompt and reward",

@@ -1,0 +1,451 @@
+"""On-policy distillation of the output distribution: the baseline of attention distillation
+(arXiv 2602.04884, section on distillation; eq. 8).
+
+The student answers; teacher and student then score the very same tokens, from the same pixels, in
+the same packed layout, and the student is moved toward the teacher's next-token distributions over
+the whole vocabulary, beside the GRPO loss of grpo_baseline.py:
+
+    loss = rl_coef * L_RL + mu_gkd * L_GKD
+
+`--rl-coef 0` is pure distillation: it needs no reward and no reference. `attn_distill.py` is this
+file plus the teacher's gaze: `diff kd_baseline.py attn_distill.py`.
+
+Known from the paper: on-policy rollouts, both terms on the same tokens, full vocabulary. Our
+reading [ours]:
+  1. The divergence is KL(student || teacher), `--gkd-beta 1`; 0 is KL(teacher || student), and what
+     lies between is the generalised Jensen-Shannon divergence. That one vanishes toward both ends,
+     so the ends are special cases, not its limits.
+  2. `--temperature` divides the logits of both models, in the loss as in sampling.
+  3. mu_gkd 1 and rl_coef 1. One optimiser step a rollout, so that distillation stays on policy.
+  4. E_t is the mean of grpo_baseline.py: over a response's tokens, then over responses.
+
+    python sft.py --toy-size large --stop-accuracy 0.99 --out runs/teacher    # a toy teacher
+    python kd_baseline.py --teacher runs/teacher/checkpoint                   # from runs/sft
+
+Data: the built-in visual-search task (toy.py). Memory and time: see "Cost" in the README.
+"""
+
+import math
+import time
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+import toy
+from common import (
+    Rollout,
+    Run,
+    accuracy,
+    by_rows,
+    draw_curves,
+    draw_looks,
+    evaluate,
+    fill_defaults,
+    generate_group,
+    has_format,
+    load_model,
+    load_teacher,
+    print_summary,
+    require,
+    require_not_negative,
+    require_positive,
+    response_mean,
+    run_script,
+    sampling_noise,
+    score,
+    seed_everything,
+    vision_token_ids,
+)
+from data import Example, Processor, Prompt, collate, encode_prompt, visual_features
+
+# 1. Arguments
+
+# Fields that are None take their value from one of these: the toy's, or a real model's.
+TOY = {"steps": 160, "learning_rate": 6e-4, "num_iterations": 1, "think": False}
+REAL = {"steps": 800, "learning_rate": 1e-6, "num_iterations": 1, "think": True}
+TOY |= {"prompts_per_step": 16, "micro_batch_size": 16}
+REAL |= {"prompts_per_step": 8, "micro_batch_size": 1}
+NEW_TOKENS = {"toy": {False: 16, True: 64}, "real": {False: 768, True: 768}}  # direct, thinking
+
+
+@dataclass
+class Args:
+    model: str | None = None
+    """Checkpoint directory or hub name; unset: the cold start that sft.py left at
+    runs/sft/checkpoint."""
+    out: str = f"runs/{Path(__file__).stem}"
+    """Run directory. A run that is in the way is moved to OUT.1 and so on."""
+    overwrite: bool = False
+    """Replace the run at OUT instead of moving it."""
+    track: bool = False
+    """Send the metrics to Weights & Biases too."""
+    seed: int = 1
+    """Seed of data and sampling; one seed reproduces a run on one machine."""
+    think: bool | None = None
+    """`--think`: a thought, then the answer; `--no-think`: the answer alone (RAL-zero). Paper:
+    think. Toy: no."""
+    frames: int | None = None
+    """Frames of each video; unset: images. The toy inherits it from its checkpoint."""
+    grid: int | None = None
+    """Cells along each side of the toy's pictures (3 or more); unset: the checkpoint's, or 4."""
+    toy_order: Literal["question-first", "image-first"] | None = None
+    """What the toy's prompt begins with; unset: the checkpoint's."""
+    steps: int | None = None
+    """Optimisation steps, each with a rollout of its own. Paper: 800. Toy: 160."""
+    eval_every: int = 20
+    """Steps between evaluations on held-out examples."""
+    eval_examples: int = 512
+    """Held-out examples of an evaluation."""
+    learning_rate: float | None = None
+    """AdamW's learning rate, constant. Digests of the paper say 1e-5, its code base 1e-6, which is
+    used. Toy: 6e-4."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    micro_batch_size: int | None = None
+    """Prompts (with all their responses) in one forward pass; changes memory and speed, not the
+    update."""
+    prompts_per_step: int | None = None
+    """Prompts in each rollout. Toy: 16. Real: 8 [ours]."""
+    group_size: int = 8
+    """G, responses to each prompt (2 or more). Paper: 8."""
+    num_iterations: int | None = None
+    """Optimiser steps on each rollout. 1 [ours]."""
+    max_new_tokens: int | None = None
+    """Longest response in tokens. Toy: 16, thinking 64. Real: 768."""
+    temperature: float = 1.0
+    """Of the policy, in sampling and in every loss. A digest of the paper says 0.9."""
+    top_p: float = 1.0
+    """Nucleus of the sampling, in (0, 1]; the losses use the whole policy."""
+    clip_eps: float = 0.2
+    """The probability ratio is clipped to 1 - clip_eps .. 1 + clip_eps. [ours]"""
+    beta: float = 0.04
+    """Weight of the KL to the starting model; 0 loads no reference. Paper: 0.04."""
+
+    teacher: str = "runs/teacher/checkpoint"
+    """Checkpoint directory or hub name of the teacher, with the student's tokenizer."""
+    gkd_beta: float = 1.0
+    """1: KL(student || teacher); 0: KL(teacher || student); between: generalised JSD. [ours]"""
+    mu_gkd: float = 1.0
+    """Weight of the distillation of the output distribution. [ours]"""
+    rl_coef: float = 1.0
+    """Weight of the GRPO loss, KL to the reference included; 0: pure distillation. [ours]"""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "steps", "eval_every", "eval_examples", "learning_rate", "max_grad_norm", "frames"
+        )
+        require_positive(
+            self, "micro_batch_size", "prompts_per_step", "num_iterations", "max_new_tokens"
+        )
+        require_positive(self, "temperature", "clip_eps")
+        require(
+            self.grid is None or self.grid >= 3,
+            f"--grid {self.grid}: eight shapes need 3 or more cells a side",
+        )
+        require(
+            self.group_size >= 2,
+            f"--group-size {self.group_size}: a group needs 2 or more responses to compare",
+        )
+        require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be in (0, 1]")
+        require_not_negative(self, "seed", "beta", "mu_gkd", "rl_coef")
+        require(0 <= self.gkd_beta <= 1, f"--gkd-beta {self.gkd_beta}: must be in [0, 1]")
+
+
+# 2. Prompt and reward
+
+THINK = (
+    "Think inside <think> </think> tags, then give the answer alone inside <answer> </answer> tags."
+)
+DIRECT = "Give the answer alone inside <answer> </answer> tags."
+
+
+def ask(example: Example, think: bool, is_toy: bool) -> Example:
+    """Add the request for tags to the question. The toy's checkpoints know none but their own sixty
+    words."""
+    if not is_toy:
+        example.problem = f"{example.problem}\n{THINK if think else DIRECT}"
+    return example
+
+
+def reward(accuracy: Tensor, format: Tensor) -> Tensor:
+    """Eq. 7."""
+    return 0.9 * accuracy + 0.1 * format
+
+
+# 3. Rollout
+
+
+@dataclass
+class Batch:
+    """Some prompts of a rollout with what the loss needs: `advantages` (B, G); log-probabilities
+    (B, G, T).
+
+    `teacher_rollout` is the same rollout with the visual features of the teacher.
+    """
+
+    rollout: Rollout
+    advantages: Tensor
+    teacher_rollout: Rollout
+    ref_logps: Tensor | None = None
+    old_logps: Tensor | None = None
+
+
+def roll_out(
+    model: Module, processor: Processor, prompts: list[Prompt], args: Args, step: int
+) -> tuple[Rollout, Tensor, dict[str, float], list[dict]]:
+    """Sample G responses to each prompt and reward them: rollout, rewards (B, G), metrics, lines of
+    samples.jsonl."""
+    with torch.no_grad():
+        batch = collate(model, prompts, processor.tokenizer.pad_token_id)
+    numbers = range(step * len(prompts), (step + 1) * len(prompts))
+    noise = sampling_noise(args.seed, step, numbers, args.group_size, args.max_new_tokens)
+    rollout = generate_group(
+        model, batch, args.group_size, args.max_new_tokens, noise, args.temperature, args.top_p
+    )
+    texts = rollout.texts(processor.tokenizer)
+    solutions = [prompt.example.solution for prompt in prompts]
+    right = torch.tensor(
+        [[accuracy(t, s) for t in group] for group, s in zip(texts, solutions, strict=True)]
+    )
+    tidy = torch.tensor([[float(has_format(t, args.think)) for t in group] for group in texts])
+    tidy = tidy.masked_fill(rollout.truncated.cpu(), 0.0)
+    rewards = reward(right, tidy)
+    metrics = {
+        "rollout/reward": rewards.mean().item(),
+        "rollout/accuracy": right.mean().item(),
+        "rollout/format": tidy.mean().item(),
+        "rollout/reward_std": rewards.std(dim=1).mean().item(),
+        "rollout/frac_zero_std": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
+        "rollout/completion_len": rollout.completion_mask.sum(-1).float().mean().item(),
+        "rollout/truncated_frac": rollout.truncated.float().mean().item(),
+    }
+    samples = [
+        {
+            "problem": prompt.example.problem,
+            "solution": prompt.example.solution,
+            "response": t,
+            "reward": r,
+        }
+        for prompt, group, values in zip(prompts, texts, rewards.tolist(), strict=True)
+        for t, r in zip(group, values, strict=True)
+    ]
+    return rollout, rewards.to(model.device), metrics, samples
+
+
+@torch.no_grad()
+def score_reference(reference: Module, batches: list[Batch], args: Args) -> None:
+    """Add what the frozen starting model says of the responses."""
+    for batch in batches:
+        scores = score(reference, batch.rollout, args.temperature)
+        batch.ref_logps = scores.logps
+
+
+# 4. Loss
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """Eq. 1: A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G); std with ddof 1 [ours].
+
+    Exactly 0 where all rewards of a group are equal, decided before dividing: eight float32 rewards
+    of 0.9 have a standard deviation of 6e-8, and would get an advantage.
+
+    >>> rewards = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.9, 0.9, 0.9, 0.9]])
+    >>> group_advantages(rewards)
+    tensor([[ 0.8659, -0.8659,  0.8659, -0.8659],
+            [ 0.0000,  0.0000,  0.0000,  0.0000]])
+    """
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    scaled = centred / (rewards.std(dim=1, keepdim=True) + 1e-4)
+    equal = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
+    return scaled.masked_fill(equal, 0.0)
+
+
+def clipped_loss(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, clip_eps: float
+) -> tuple[Tensor, Tensor]:
+    """Eq. 1: -min(ratio A, clip(ratio) A) of each token, and whether the clip held it, both (B, G,
+    T)."""
+    ratio = torch.exp(logps - old_logps)
+    advantages = advantages[..., None]
+    unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
+    return -torch.minimum(unclipped, clipped), (clipped < unclipped).float()
+
+
+def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """Eq. 1: exp(ref - logp) - (ref - logp) - 1 of each token, an unbiased estimate of KL(policy ||
+    reference)."""
+    difference = ref_logps - logps
+    return torch.exp(difference) - difference - 1
+
+
+def gkd(
+    student: Tensor, teacher: Tensor, beta: float, temperature: float, suppressed: Tensor
+) -> Tensor:
+    """Eq. 8: divergence of next-token distributions, (B, G, T), in nats, from logits (B, G, T, V).
+
+    beta * KL(teacher || m) + (1 - beta) * KL(student || m) with m = (1 - beta) * student +
+    beta * teacher; at the ends, where that is 0, KL(teacher || student) for beta 0 and
+    KL(student || teacher) for beta 1. In row chunks, see `by_rows`. A vocabulary that is padded
+    further in one model than in the other is cut to the shorter: the rest are no tokens.
+    """
+    words = min(student.shape[-1], teacher.shape[-1])
+
+    def log_probs(logits: Tensor) -> Tensor:
+        scaled = logits[:, :words].float() / temperature
+        return scaled.index_fill(-1, suppressed, -1e30).log_softmax(dim=-1)  # 0 * -inf is NaN
+
+    def chunk(student: Tensor, teacher: Tensor) -> tuple[Tensor]:
+        s, t = log_probs(student), log_probs(teacher)
+        if beta == 1:
+            return ((s.exp() * (s - t)).sum(-1),)
+        if beta == 0:
+            return ((t.exp() * (t - s)).sum(-1),)
+        m = torch.logaddexp(s + math.log(1 - beta), t + math.log(beta))
+        return (beta * (t.exp() * (t - m)).sum(-1) + (1 - beta) * (s.exp() * (s - m)).sum(-1),)
+
+    return by_rows(chunk, student.flatten(0, 2), teacher.flatten(0, 2))[0].view(student.shape[:3])
+
+
+def loss_terms(model: Module, teacher: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
+    """The terms of the loss for each response, (B, G), in nats a token: means over the response's
+    tokens."""
+    scores = score(model, batch.rollout, args.temperature)
+    with torch.no_grad():  # again in every iteration: a step's logits are too large to keep
+        taught = score(teacher, batch.teacher_rollout, args.temperature)
+    suppressed = torch.tensor(vision_token_ids(model.config), device=model.device)
+    distance = gkd(scores.logits, taught.logits, args.gkd_beta, args.temperature, suppressed)
+    if batch.old_logps is None:  # the first inner iteration: today's policy is still the rollout's
+        batch.old_logps = scores.logps.detach()
+    pg, clipped = clipped_loss(scores.logps, batch.old_logps, batch.advantages, args.clip_eps)
+    kl = torch.zeros_like(pg) if batch.ref_logps is None else k3(scores.logps, batch.ref_logps)
+    terms = {"pg_loss": pg, "kl": kl, "entropy": scores.entropy, "clip_frac": clipped}
+    terms |= {"gkd": distance}
+    terms = {name: response_mean(term, scores.mask) for name, term in terms.items()}
+    terms["loss"] = args.rl_coef * (terms["pg_loss"] + args.beta * terms["kl"])
+    terms["loss"] = terms["loss"] + args.mu_gkd * terms["gkd"]
+    return terms
+
+
+# 5. Update
+
+
+def update(
+    model: Module, teacher: Module, optimizer: Optimizer, batches: list[Batch], args: Args
+) -> dict[str, float]:
+    """`num_iterations` optimiser steps on one rollout, each over all its microbatches; metrics are
+    their means."""
+    model.train()
+    responses = sum(batch.advantages.numel() for batch in batches)
+    metrics = defaultdict(float)
+    for _ in range(args.num_iterations):
+        for batch in batches:
+            terms = loss_terms(model, teacher, batch, args)
+            (terms["loss"].sum() / responses).backward()
+            for name, term in terms.items():
+                metrics[f"train/{name}"] += (
+                    term.detach().sum().item() / responses / args.num_iterations
+                )
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        metrics["train/grad_norm"] += norm.item() / args.num_iterations
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(metrics)
+
+
+# 6. Training loop
+
+
+def main(args: Args) -> dict[str, float]:
+    """Train, evaluate, write the run directory; returns the last evaluation and step as one
+    dictionary."""
+    start = time.time()
+    base = args.model or "runs/sft/checkpoint"
+    require(
+        args.model is not None or Path(base).is_dir(),
+        "--model: no cold start at runs/sft; run `python sft.py` first",
+    )
+    is_toy = toy.Task.load(Path(base)) is not None
+    task = toy.resolve_task(args, base)
+    args = fill_defaults(args, (TOY | {"think": task.think}) if is_toy else REAL)
+    new_tokens = NEW_TOKENS["toy" if is_toy else "real"][args.think]
+    args = fill_defaults(args, {"max_new_tokens": new_tokens})
+    seed_everything(args.seed)
+    model, processor = load_model(base)
+    teacher = load_teacher(args.teacher, processor)
+    teacher_task = toy.Task.load(Path(args.teacher))
+    require(teacher_task in (None, task), f"--teacher {args.teacher}: learned another task")
+    needs_reference = args.beta > 0 and args.rl_coef > 0
+    reference = load_model(base)[0].requires_grad_(False) if needs_reference else None
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+    )
+
+    def encode(example: Example) -> Prompt:
+        first = task.order == "question-first"
+        return encode_prompt(
+            processor, model.config, ask(example, args.think, is_toy), question_first=first
+        )
+
+    held_out = [encode(example) for example in toy.held_out_examples(task, args.eval_examples)]
+    look = partial(evaluate, model, processor, held_out, args.think, args.max_new_tokens)
+    before, looks_before = look()
+    taught, looks_taught = evaluate(teacher, *look.args[1:])
+    run = Run(args, args.overwrite, args.track)
+    run.log(0, before | {"teacher/accuracy": taught["eval/accuracy"]})
+    after, looks_after = before, looks_before
+    bar = tqdm(range(1, args.steps + 1), desc=Path(__file__).stem, dynamic_ncols=True)
+    for step in bar:
+        tick = time.time()
+        numbers = range((step - 1) * args.prompts_per_step, step * args.prompts_per_step)
+        prompts = [encode(toy.training_example(task, args.seed, number)) for number in numbers]
+        rollout, rewards, metrics, samples = roll_out(model, processor, prompts, args, step)
+        advantages = group_advantages(rewards)
+        size = args.micro_batch_size
+        cuts = [slice(i, i + size) for i in range(0, len(prompts), size)]
+        with torch.no_grad():
+            seen = replace(rollout.prompts, features=visual_features(teacher, prompts))
+        teacher_rollout = replace(rollout, prompts=seen)
+        batches = [Batch(rollout[cut], advantages[cut], teacher_rollout[cut]) for cut in cuts]
+        if reference is not None:
+            score_reference(reference, batches, args)
+        metrics |= update(model, teacher, optimizer, batches, args)
+        metrics["perf/step_s"] = time.time() - tick
+        metrics["perf/tokens_per_s"] = rollout.completion_mask.sum().item() / metrics["perf/step_s"]
+        if step % args.eval_every == 0 or step == args.steps:
+            after, looks_after = look()
+            metrics |= after
+        run.log(step, metrics)
+        run.sample(step, samples)
+        bar.set_postfix(
+            reward=f"{metrics['rollout/reward']:.2f}", eval=f"{after['eval/accuracy']:.3f}"
+        )
+    run.save_checkpoint(model, processor, task.save if is_toy else lambda directory: None)
+    run.close()
+    draw_looks(
+        run.out / "attention.png",
+        {"before": looks_before, "after": looks_after, "teacher": looks_taught},
+    )
+    names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/gkd", "train/grad_norm")
+    draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
+    print_summary(
+        run,
+        before,
+        after,
+        args.steps,
+        time.time() - start,
+        f"python attn_distill.py --teacher {args.teacher}",
+    )
+    return metrics
+
+
+if __name__ == "__main__":
+    run_script(Args, main, __doc__)

@@ -1,0 +1,160 @@
+"""Distillation against SciPy and plain loops, from oneself, and with its attention term off."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_prompts, make_rollout, same
+from scipy.stats import entropy
+
+import attn_distill
+import common
+import data
+import kd_baseline
+import ral_grpo
+
+PAIR = (kd_baseline, attn_distill)
+NONE = torch.tensor([], dtype=torch.long)
+
+
+def logits(seed: int, words: int = 11) -> torch.Tensor:
+    return 2 * torch.randn(2, 3, 4, words, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("script", PAIR)
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gkd_is_scipys(script, beta, temperature):
+    student, teacher = logits(0), logits(1)
+    suppressed = [2, 5]
+    distance = script.gkd(student, teacher, beta, temperature, torch.tensor(suppressed))
+    words = [i for i in range(11) if i not in suppressed]
+    s, t = ((x[..., words].double() / temperature).softmax(-1).numpy() for x in (student, teacher))
+    m = (1 - beta) * s + beta * t
+    if beta in (0, 1):
+        expected = entropy(s, t, axis=-1) if beta == 1 else entropy(t, s, axis=-1)
+    else:
+        expected = beta * entropy(t, m, axis=-1) + (1 - beta) * entropy(s, m, axis=-1)
+    np.testing.assert_allclose(distance.numpy(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_generalised_jsd_vanishes_toward_both_ends():
+    student, teacher = logits(0), logits(1)
+    for beta in (1e-4, 1 - 1e-4):
+        assert kd_baseline.gkd(student, teacher, beta, 1.0, NONE).max() < 1e-2
+    for beta in (0, 1):
+        assert kd_baseline.gkd(student, teacher, beta, 1.0, NONE).max() > 0.5
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_chunks_change_neither_value_nor_gradient(beta, monkeypatch):
+    results = []
+    for chunk in (2**24, 40):
+        monkeypatch.setattr(common, "LOGIT_CHUNK", chunk)
+        student = logits(0).requires_grad_(True)
+        distance = kd_baseline.gkd(student, logits(1), beta, 0.8, torch.tensor([3]))
+        (distance * torch.arange(24).view(2, 3, 4)).sum().backward()
+        results.append((distance.detach(), student.grad))
+    torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-6)
+    assert results[0][1].isfinite().all() and results[0][1][..., 3].abs().max() == 0
+
+
+def test_a_vocabulary_padded_further_is_cut():
+    student, teacher = logits(0), logits(1)
+    expected = kd_baseline.gkd(student, teacher, 1.0, 1.0, NONE)
+    longer = torch.cat([teacher, torch.full((2, 3, 4, 5), 9.0)], dim=-1)
+    assert torch.equal(kd_baseline.gkd(student, longer, 1.0, 1.0, NONE), expected)
+    longer = torch.cat([student, torch.full((2, 3, 4, 5), 9.0)], dim=-1)
+    assert torch.equal(kd_baseline.gkd(longer, teacher, 1.0, 1.0, NONE), expected)
+
+
+def test_jsd_is_that_of_ral():
+    p, q = logits(0).softmax(-1), logits(1).softmax(-1)
+    assert torch.equal(attn_distill.jsd(p, q), ral_grpo.divergence(p, q))
+
+
+def test_gamma_0_is_kd_to_the_bit(train, teacher):
+    _, kd = train(kd_baseline, steps=3, teacher=str(teacher), num_iterations=2)
+    lines, both = train(attn_distill, steps=3, teacher=str(teacher), num_iterations=2, gamma_attn=0)
+    assert same(kd, both) and lines[1]["train/attn_distill"] > 0.01
+    _, gaze = train(attn_distill, steps=3, teacher=str(teacher), num_iterations=2)
+    assert not same(kd, gaze)
+
+
+@pytest.mark.parametrize("script", PAIR)
+def test_one_seed_reproduces_a_run_without_rewards(train, teacher, script):
+    runs = [train(script, teacher=str(teacher), rl_coef=0.0) for _ in range(2)]
+    assert runs[0][0] == runs[1][0] and same(runs[0][1], runs[1][1])
+    assert runs[0][0][1]["train/grad_norm"] > 0
+
+
+@pytest.mark.parametrize("bins", ["tokens", "frames"])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_distilling_a_model_from_itself_does_nothing(checkpoints, cold_start, bins, beta):
+    model, processor = common.load_model(cold_start)
+    itself, _ = common.load_model(cold_start)
+    other, _ = common.load_model(checkpoints["qwen2_vl"])
+    prompts = make_prompts(model, processor, ("video", "image"))
+    rollout = make_rollout(model, processor, prompts)
+    args = attn_distill.Args(rl_coef=0.0, gkd_beta=beta, attn_bins=bins)
+    norms = []
+    for teacher in (itself, other):
+        with torch.no_grad():
+            seen = replace(rollout.prompts, features=data.visual_features(teacher, prompts))
+        batch = attn_distill.Batch(rollout, torch.ones(2, 3), replace(rollout, prompts=seen))
+        terms = attn_distill.loss_terms(model, teacher, batch, args)
+        model.zero_grad()
+        terms["loss"].sum().backward()
+        norm = math.sqrt(sum(p.grad.pow(2).sum() for p in model.parameters() if p.grad is not None))
+        norms.append(norm)
+        if teacher is itself:
+            assert terms["loss"].abs().max() < 1e-6
+    assert norms[0] < 1e-6 * norms[1]
+
+
+@pytest.mark.parametrize("kinds", [("video", "image"), ("video", "video")])
+def test_frame_bins_are_a_plain_loop(loaded, kinds):
+    """Per temporal patch, rest of the prompt, earlier response; padded prompts and an odd video."""
+    model, processor = loaded
+    prompts = make_prompts(model, processor, kinds, frames=(7, 4))
+    rollout = make_rollout(model, processor, prompts)
+    with torch.no_grad():
+        attention = common.score(model, rollout, attn_layers=[-1]).attentions[0]
+    bins = attn_distill.frame_bins(attention, rollout.prompts, model.config)
+    longest = rollout.prompts.ids.shape[1]
+    assert bins.shape == (2, 3, 6, 4 + 2)
+    torch.testing.assert_close(bins.sum(-1), torch.ones(2, 3, 6))
+    placeholders = (model.config.image_token_id, model.config.video_token_id)
+    for b, prompt in enumerate(prompts):
+        expected = torch.zeros(3, 6, 6)
+        per_patch = int(prompt.grid[1] * prompt.grid[2]) // 4
+        seen = 0
+        for position, token in enumerate(rollout.prompts.ids[b].tolist()):
+            column = 4
+            if token in placeholders:
+                column, seen = seen // per_patch, seen + 1
+            expected[..., column] += attention[b, ..., position]
+        expected[..., 5] = attention[b, ..., longest:].sum(-1)
+        torch.testing.assert_close(bins[b], expected)
+
+
+def test_a_teacher_that_does_not_fit_is_refused(train, teacher, tmp_path):
+    with pytest.raises(common.UsageError, match=r"--teacher nowhere: no such directory"):
+        train(kd_baseline, teacher="nowhere")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in teacher.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    (copy / "toy_task.json").write_text((copy / "toy_task.json").read_text().replace("4", "5"))
+    with pytest.raises(common.UsageError, match="learned another task"):
+        train(kd_baseline, teacher=str(copy))
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["crimson"] = tokenizer["model"]["vocab"].pop("red")
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(common.UsageError, match="tokenizer is not the student's"):
+        train(attn_distill, teacher=str(copy))
+    with pytest.raises(common.UsageError, match="--teacher-attn-layer 3: the model has 3 layers"):
+        train(attn_distill, teacher=str(teacher), teacher_attn_layer=3)

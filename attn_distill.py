@@ -20,9 +20,9 @@ choices of kd_baseline.py, and
      the rest of the prompt and one for the earlier response, as a successor paper does for videos.
      Visual mass is never renormalised to 1: how much a row looks at all is part of its gaze.
 
-    python sft.py --toy-size large --stop-accuracy 0.99 --out runs/teacher    # a toy teacher
-    python attn_distill.py --teacher runs/teacher/checkpoint                  # from runs/sft
-    python attn_distill.py --teacher runs/teacher/checkpoint --rl-coef 0      # pure distillation
+    python sft.py --toy-size large --stop-accuracy 0.99 --watch-above 0.8 --out runs/teacher
+    python attn_distill.py --teacher runs/teacher/checkpoint             # from runs/sft
+    python attn_distill.py --teacher runs/teacher/checkpoint --rl-coef 0 # pure distillation
 
 Data: the built-in visual-search task (toy.py). Memory and time: see "Cost" in the README.
 """
@@ -46,6 +46,7 @@ import toy
 from common import (
     Rollout,
     Run,
+    Stopwatch,
     accuracy,
     by_rows,
     draw_curves,
@@ -73,7 +74,7 @@ from data import Example, Processor, Prompt, PromptBatch, collate, encode_prompt
 # 1. Arguments
 
 # Fields that are None take their value from one of these: the toy's, or a real model's.
-TOY = {"steps": 160, "learning_rate": 6e-4, "num_iterations": 1, "think": False}
+TOY = {"steps": 60, "learning_rate": 6e-4, "num_iterations": 1, "think": False}
 REAL = {"steps": 800, "learning_rate": 1e-6, "num_iterations": 1, "think": True}
 TOY |= {"prompts_per_step": 16, "micro_batch_size": 16}
 REAL |= {"prompts_per_step": 8, "micro_batch_size": 1}
@@ -103,8 +104,8 @@ class Args:
     toy_order: Literal["question-first", "image-first"] | None = None
     """What the toy's prompt begins with; unset: the checkpoint's."""
     steps: int | None = None
-    """Optimisation steps, each with a rollout of its own. Paper: 800. Toy: 160."""
-    eval_every: int = 20
+    """Optimisation steps, each with a rollout of its own. Paper: 800. Toy: 60."""
+    eval_every: int = 10
     """Steps between evaluations on held-out examples."""
     eval_examples: int = 512
     """Held-out examples of an evaluation."""
@@ -213,12 +214,15 @@ class Batch:
 
 
 def roll_out(
-    model: Module, processor: Processor, prompts: list[Prompt], args: Args, step: int
+    model: Module,
+    processor: Processor,
+    prompts: list[Prompt],
+    batch: PromptBatch,
+    args: Args,
+    step: int,
 ) -> tuple[Rollout, Tensor, dict[str, float], list[dict]]:
     """Sample G responses to each prompt and reward them: rollout, rewards (B, G), metrics, lines of
     samples.jsonl."""
-    with torch.no_grad():
-        batch = collate(model, prompts, processor.tokenizer.pad_token_id)
     numbers = range(step * len(prompts), (step + 1) * len(prompts))
     noise = sampling_noise(args.seed, step, numbers, args.group_size, args.max_new_tokens)
     rollout = generate_group(
@@ -455,10 +459,14 @@ def main(args: Args) -> dict[str, float]:
     after, looks_after = before, looks_before
     bar = tqdm(range(1, args.steps + 1), desc=Path(__file__).stem, dynamic_ncols=True)
     for step in bar:
-        tick = time.time()
+        clock = Stopwatch()
         numbers = range((step - 1) * args.prompts_per_step, step * args.prompts_per_step)
         prompts = [encode(toy.training_example(task, args.seed, number)) for number in numbers]
-        rollout, rewards, metrics, samples = roll_out(model, processor, prompts, args, step)
+        clock.lap("data")
+        batch = collate(model, prompts, processor.tokenizer.pad_token_id)
+        clock.lap("vision")
+        rollout, rewards, metrics, samples = roll_out(model, processor, prompts, batch, args, step)
+        clock.lap("rollout")
         advantages = group_advantages(rewards)
         size = args.micro_batch_size
         cuts = [slice(i, i + size) for i in range(0, len(prompts), size)]
@@ -468,9 +476,10 @@ def main(args: Args) -> dict[str, float]:
         batches = [Batch(rollout[cut], advantages[cut], teacher_rollout[cut]) for cut in cuts]
         if reference is not None:
             score_reference(reference, batches, args)
+        clock.lap("reference")
         metrics |= update(model, teacher, optimizer, batches, args)
-        metrics["perf/step_s"] = time.time() - tick
-        metrics["perf/tokens_per_s"] = rollout.completion_mask.sum().item() / metrics["perf/step_s"]
+        clock.lap("update")
+        metrics |= clock.stop(tokens=int(rollout.completion_mask.sum()))
         if step % args.eval_every == 0 or step == args.steps:
             after, looks_after = look()
             metrics |= after

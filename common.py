@@ -14,9 +14,11 @@ training pass.
 
 import json
 import random
+import resource
 import shutil
 import sys
 import tempfile
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -98,6 +100,32 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+class Stopwatch:
+    """Seconds of each phase of a step, and the peak memory so far, for the metrics `perf/*`."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+        self.metrics: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        """Put down the time since the last lap as `perf/<phase>_s`."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.metrics[f"perf/{phase}_s"] = now - self.last
+        self.last = now
+
+    def stop(self, tokens: int) -> dict[str, float]:
+        """All phases, the whole step, tokens a second, and peak memory (the GPU's, if any)."""
+        seconds = self.last - self.start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak *= 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes on Linux
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+        self.metrics |= {"perf/step_s": seconds, "perf/tokens_per_s": tokens / seconds}
+        return self.metrics | {"perf/peak_mem_gb": peak / 2**30}
 
 
 # 2. Model

@@ -47,6 +47,7 @@ import toy
 from common import (
     Rollout,
     Run,
+    Stopwatch,
     accuracy,
     draw_curves,
     draw_looks,
@@ -66,7 +67,7 @@ from common import (
     score,
     seed_everything,
 )
-from data import Example, Processor, Prompt, collate, encode_prompt
+from data import Example, Processor, Prompt, PromptBatch, collate, encode_prompt
 
 # 1. Arguments
 
@@ -209,12 +210,15 @@ class Batch:
 
 
 def roll_out(
-    model: Module, processor: Processor, prompts: list[Prompt], args: Args, step: int
+    model: Module,
+    processor: Processor,
+    prompts: list[Prompt],
+    batch: PromptBatch,
+    args: Args,
+    step: int,
 ) -> tuple[Rollout, Tensor, dict[str, float], list[dict]]:
     """Sample G responses to each prompt and reward them: rollout, rewards (B, G), metrics, lines of
     samples.jsonl."""
-    with torch.no_grad():
-        batch = collate(model, prompts, processor.tokenizer.pad_token_id)
     numbers = range(step * len(prompts), (step + 1) * len(prompts))
     noise = sampling_noise(args.seed, step, numbers, args.group_size, args.max_new_tokens)
     rollout = generate_group(
@@ -430,20 +434,25 @@ def main(args: Args) -> dict[str, float]:
     after, looks_after = before, looks_before
     bar = tqdm(range(1, args.steps + 1), desc=Path(__file__).stem, dynamic_ncols=True)
     for step in bar:
-        tick = time.time()
+        clock = Stopwatch()
         numbers = range((step - 1) * args.prompts_per_step, step * args.prompts_per_step)
         prompts = [encode(toy.training_example(task, args.seed, number)) for number in numbers]
-        rollout, rewards, metrics, samples = roll_out(model, processor, prompts, args, step)
+        clock.lap("data")
+        batch = collate(model, prompts, processor.tokenizer.pad_token_id)
+        clock.lap("vision")
+        rollout, rewards, metrics, samples = roll_out(model, processor, prompts, batch, args, step)
+        clock.lap("rollout")
         advantages = group_advantages(rewards)
         size = args.micro_batch_size
         cuts = [slice(i, i + size) for i in range(0, len(prompts), size)]
         batches = [Batch(rollout[cut], advantages[cut]) for cut in cuts]
         if reference is not None:
             score_reference(reference, batches, args)
+        clock.lap("reference")
         measure = args.attn_norm_every > 0 and step % args.attn_norm_every == 0
         metrics |= update(model, optimizer, batches, args, measure)
-        metrics["perf/step_s"] = time.time() - tick
-        metrics["perf/tokens_per_s"] = rollout.completion_mask.sum().item() / metrics["perf/step_s"]
+        clock.lap("update")
+        metrics |= clock.stop(tokens=int(rollout.completion_mask.sum()))
         if step % args.eval_every == 0 or step == args.steps:
             after, looks_after = look()
             metrics |= after

@@ -23,6 +23,7 @@ Data: the built-in visual-search task (toy.py). Memory and time: see "Cost" in t
 
 import tempfile
 import time
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ import toy
 from common import (
     Rollout,
     Run,
+    Stopwatch,
     draw_curves,
     draw_looks,
     evaluate,
@@ -57,10 +59,11 @@ from data import Example, Processor, Prompt, collate, encode_prompt
 # 1. Arguments
 
 # Fields that are None take their value from one of these: the toy's, or a real model's.
-TOY = {"steps": 2000, "learning_rate": 1.5e-3, "stop_accuracy": 0.42, "train_vision": True}
-REAL = {"steps": 800, "learning_rate": 1e-5, "stop_accuracy": 2.0, "train_vision": False}
+TOY = {"steps": 2000, "stop_accuracy": 0.42, "train_vision": True}
+REAL = {"steps": 800, "stop_accuracy": 2.0, "train_vision": False, "think": True}
 TOY |= {"prompts_per_step": 32, "micro_batch_size": 32}
-REAL |= {"prompts_per_step": 8, "micro_batch_size": 1}
+REAL |= {"learning_rate": 1e-5, "prompts_per_step": 8, "micro_batch_size": 1}
+TOY_RATE = {"small": 1.5e-3, "large": 1e-3}  # learning rate by toy_size
 NEW_TOKENS = {"toy": {False: 16, True: 64}, "real": {False: 768, True: 768}}  # direct, thinking
 
 
@@ -92,7 +95,7 @@ class Args:
     eval_examples: int = 512
     """Held-out examples of an evaluation."""
     learning_rate: float | None = None
-    """AdamW's learning rate, after `warmup_steps`. Paper's code base: 1e-5. Toy: 1.5e-3."""
+    """AdamW's learning rate after the warm-up. Paper's code base: 1e-5. Toy: 1.5e-3, large 1e-3."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     micro_batch_size: int | None = None
@@ -167,12 +170,12 @@ def demonstrations(model: Module, processor: Processor, prompts: list[Prompt]) -
 
 
 def loss_terms(model: Module, rollout: Rollout) -> dict[str, Tensor]:
-    """-log p of each response, nats a token, and the probability of the whole response; both (B,
-    1)."""
+    """-log p of each response, nats a token; its probability as a whole; its length; all (B, 1)."""
     scores = score(model, rollout)
     return {
         "loss": -response_mean(scores.logps, scores.mask),
         "demo_prob": scores.logps.sum(-1).exp().detach(),
+        "completion_len": scores.mask.sum(-1).float(),
     }
 
 
@@ -188,20 +191,18 @@ def update(
 ) -> dict[str, float]:
     """One optimiser step over all demonstrations, whatever the microbatches."""
     model.train()
-    metrics = {"train/loss": 0.0, "train/demo_prob": 0.0}
+    metrics = defaultdict(float)
     for i in range(0, len(prompts), args.micro_batch_size):
-        terms = loss_terms(
-            model, demonstrations(model, processor, prompts[i : i + args.micro_batch_size])
-        )
+        rollout = demonstrations(model, processor, prompts[i : i + args.micro_batch_size])
+        terms = loss_terms(model, rollout)
         (terms["loss"].sum() / len(prompts)).backward()
         for name, term in terms.items():
             metrics[f"train/{name}"] += term.detach().sum().item() / len(prompts)
-    metrics["train/grad_norm"] = torch.nn.utils.clip_grad_norm_(
-        model.parameters(), args.max_grad_norm
-    ).item()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    metrics["train/grad_norm"] = norm.item()
     optimizer.step()
     optimizer.zero_grad()
-    return metrics
+    return dict(metrics)
 
 
 # 6. Training loop
@@ -213,9 +214,8 @@ def main(args: Args) -> dict[str, float]:
     start = time.time()
     is_toy = args.model is None or toy.Task.load(Path(args.model)) is not None
     task = toy.resolve_task(args, args.model or "", may_differ=True)
-    args = fill_defaults(
-        args, (TOY | {"think": task.think}) if is_toy else (REAL | {"think": True})
-    )
+    inherited = {"think": task.think, "learning_rate": TOY_RATE[args.toy_size]}
+    args = fill_defaults(args, (TOY | inherited) if is_toy else REAL)
     new_tokens = NEW_TOKENS["toy" if is_toy else "real"][args.think]
     args = fill_defaults(args, {"max_new_tokens": new_tokens})
     task = replace(task, think=args.think)
@@ -246,17 +246,19 @@ def main(args: Args) -> dict[str, float]:
     bar = tqdm(range(1, args.steps + 1), desc=Path(__file__).stem, dynamic_ncols=True)
     growing = is_toy and task.frames is not None and args.model is None
     for step in bar:
-        tick = time.time()
+        clock = Stopwatch()
         numbers = range((step - 1) * args.prompts_per_step, step * args.prompts_per_step)
         caption = is_toy and step % 2 == 0
         current = replace(task, frames=None) if growing else task
         prompts = [
             encode(toy.training_example(current, args.seed, number, caption)) for number in numbers
         ]
+        clock.lap("data")
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * min(1.0, step / args.warmup_steps)
         metrics = update(model, processor, optimizer, prompts, args)
-        metrics["perf/step_s"] = time.time() - tick
+        clock.lap("update")
+        metrics |= clock.stop(tokens=round(metrics["train/completion_len"] * len(prompts)))
         arriving = is_toy and not caption and metrics["train/demo_prob"] > args.watch_above
         growing = (
             growing and not arriving

@@ -1,0 +1,95 @@
+"""Does the toy still keep its promises? Cold start, GRPO and RAL over seeds and thread counts.
+
+    python benchmarks/gates.py                     # direct answers, images: 5 seeds x 1 and 2
+    threads python benchmarks/gates.py --modes think video --seeds 1 2 --threads 2
+
+Prints a table of accuracy and attention on target before and after, with seconds, and writes it to
+benchmarks/results/gates.json. Runs scripts as processes, one after another, in a temporary
+directory. A cell that is there already is not run again (`--fresh` forgets them all).
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+ROOT = Path(__file__).parents[1]
+MODES = {"direct": [], "think": ["--think"], "video": ["--frames", "8"]}
+
+
+@dataclass
+class Args:
+    modes: list[Literal["direct", "think", "video"]] = field(default_factory=lambda: ["direct"])
+    """What the cold start learns: direct answers on images, thoughts first, or 8-frame videos."""
+    seeds: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    """Seeds; each has a cold start of its own."""
+    threads: list[int] = field(default_factory=lambda: [1, 2])
+    """Thread counts (OMP_NUM_THREADS)."""
+    scripts: list[str] = field(default_factory=lambda: ["grpo_baseline", "ral_grpo"])
+    """What is run from each cold start."""
+    results: Path = ROOT / "benchmarks" / "results" / "gates.json"
+    """Where the table is kept."""
+    fresh: bool = False
+    """Forget earlier results."""
+
+
+def run(script: str, options: list[str], threads: int, out: Path) -> dict[str, float]:
+    """Run one script; returns accuracy and attention on target, before and after, steps and
+    seconds."""
+    command = [sys.executable, str(ROOT / f"{script}.py"), "--out", str(out), *options]
+    start = time.time()
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [line for line in lines if "eval/accuracy" in line]
+    first, last = evaluations[0], evaluations[-1]
+    reached = next((x["step"] for x in evaluations if x["eval/accuracy"] >= 0.9), None)
+    return {
+        "before": first["eval/accuracy"],
+        "after": last["eval/accuracy"],
+        "target_before": first["eval/target_attn"],
+        "target_after": last["eval/target_attn"],
+        "step_of_0.9": reached,
+        "steps": lines[-1]["step"],
+        "seconds": round(time.time() - start, 1),
+    }
+
+
+def main(args: Args) -> None:
+    table = {} if args.fresh or not args.results.exists() else json.loads(args.results.read_text())
+    for mode in args.modes:
+        for threads in args.threads:
+            for seed in args.seeds:
+                with tempfile.TemporaryDirectory() as directory:
+                    cell = f"{mode}, {threads} threads, seed {seed}"
+                    wanted = [name for name in args.scripts if f"{cell}, {name}" not in table]
+                    if not wanted:
+                        continue
+                    cold = Path(directory) / "sft"
+                    options = ["--seed", str(seed)]
+                    table[f"{cell}, sft"] = run("sft", options + MODES[mode], threads, cold)
+                    for name in wanted:
+                        model = ["--model", str(cold / "checkpoint")]
+                        out = Path(directory) / name
+                        table[f"{cell}, {name}"] = run(name, options + model, threads, out)
+                for key in (f"{cell}, {name}" for name in ("sft", *wanted)):
+                    row = table[key]
+                    print(
+                        f"{key:<44} accuracy {row['before']:.3f} -> {row['after']:.3f}"
+                        f"  on target {row['target_before']:.3f} -> {row['target_after']:.3f}"
+                        f"  {row['steps']:>4} steps {row['seconds']:>6.1f} s",
+                        flush=True,
+                    )
+                args.results.parent.mkdir(exist_ok=True)
+                args.results.write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

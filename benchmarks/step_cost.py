@@ -1,0 +1,382 @@
+"""What attention as a policy costs: time and peak memory of an update, a rollout and a whole step.
+
+    python benchmarks/step_cost.py                             # the headline cell, a few minutes
+    python benchmarks/step_cost.py --grid                      # P 256 to 4096, T 64 and 256 as well
+    python benchmarks/step_cost.py --trl-python ENV/bin/python # whole steps against TRL's
+    GRPOTrainer
+
+One prompt of P positions, G responses of T tokens, hidden 256, 8 decoder layers, 8 heads, 2
+key-value heads, MLP 768, vocabulary 4096; vision frozen (depth 2, width 64), beta 0, one inner
+iteration, AdamW. An update is forward, backward and optimiser step with visual features given:
+
+    eager       unpacked, eager attention, output_attentions=True, JSD on the last layer
+    unpacked    unpacked, SDPA, GRPO alone
+    grpo        grpo_baseline.py's own update
+    ral         ral_grpo.py's own update; the attention term is computed and backpropagated in full
+
+A rollout is from pixels (an image of P visual tokens): `generate` with G copies of the prompt
+against ours. A whole step is image processing, vision, rollout and update. TRL 1.16.0 runs in an
+environment of its own (`pip install -r requirements.txt trl==1.16.0`).
+
+Every measurement is a process of its own, so that its peak memory is its own: one warm-up, then
+timed repetitions, of which the process reports the median. Variants take turns, and the table has
+the median and the range over the rounds. Written to benchmarks/results/step_cost.json.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+UPDATES = ("eager", "unpacked", "grpo", "ral")
+ROLLOUTS = ("generate", "ours")
+STEPS = ("step-grpo", "step-ral")
+GROUP = 8
+
+
+@dataclass
+class Args:
+    grid: bool = False
+    """All of P 256, 512, 1024, 2048, 4096 and T 64, 256; else P 1024 and T 64 (16 for rollouts)."""
+    rounds: int = 7
+    """Processes of each variant at the headline cell; elsewhere one."""
+    threads: int = 2
+    """Threads of each process."""
+    eager_max_gb: float = 14.0
+    """Leave the eager variant out where its attention matrices alone would take more than this."""
+    trl_python: str | None = None
+    """Interpreter of an environment with TRL; unset: no such row."""
+    results: Path = ROOT / "benchmarks" / "results" / "step_cost.json"
+    """Where the numbers go."""
+
+
+# The worker: one variant, one cell, one process
+
+
+def build(directory: Path | None = None):
+    """The benchmark's model with random weights, and a processor with 4096 words."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    import common
+    import data
+    import toy
+
+    words = 4096 - len(toy.SPECIAL)
+    vocabulary = {word: i for i, word in enumerate(("<unk>", "user", "assistant"))}
+    vocabulary |= {f"w{i}": i for i in range(3, words)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=list(toy.SPECIAL[1:]),
+        chat_template=toy.CHAT_TEMPLATE,
+    )
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in toy.SPECIAL}
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": 4096,
+            "hidden_size": 256,
+            "intermediate_size": 768,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [4, 6, 6],
+            },
+            "bos_token_id": None,
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+        },
+        vision_config={"depth": 2, "embed_dim": 64, "hidden_size": 256, "num_heads": 4},
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(config)
+    model.set_attn_implementation({"text_config": "grouped_sdpa", "vision_config": "sdpa"})
+    model.model.visual.requires_grad_(False)
+    model.generation_config.pad_token_id = ids["<|endoftext|>"]
+    # A token that is never sampled ends a response, so that every response has its full length.
+    model.generation_config.eos_token_id = ids["<|vision_end|>"]
+    processor = data.Processor(tokenizer, Qwen2VLImageProcessorPil(max_pixels=1 << 24))
+    return model, processor, common
+
+
+def picture(p: int):
+    """An image of exactly p visual tokens, of 28 x 28 pixels each."""
+    from PIL import Image
+
+    rows = 2 ** int(np.log2(p) / 2)
+    noise = np.random.default_rng(0).integers(0, 255, (28 * rows, 28 * (p // rows), 3))
+    return Image.fromarray(noise.astype(np.uint8))
+
+
+def update_work(variant: str, p: int, t: int) -> Callable[[], None]:
+    """One update on one prompt of p positions (16 of them text) and 8 responses of t tokens."""
+    import torch
+
+    import data
+    import grpo_baseline
+    import ral_grpo
+
+    model, _, common = build()
+    config = model.config
+    parameters = [x for x in model.parameters() if x.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+    ids = torch.randint(3, 4000, (1, p))
+    ids[:, 8 : p - 8] = config.image_token_id
+    positions = torch.arange(p).expand(3, 1, p)
+    features = [torch.randn(p - 16, 256)]
+    grid = torch.tensor([[1, 2, 2 * (p - 16)]])
+    prompts = data.PromptBatch(ids, positions, None, features, grid, [False])
+    completions = torch.randint(3, 4000, (1, GROUP, t))
+    full = torch.ones(1, GROUP, t, dtype=torch.bool)
+    rollout = common.Rollout(prompts, completions, full, torch.zeros(1, GROUP, dtype=torch.bool))
+    advantages = torch.linspace(-1, 1, GROUP)[None]
+    if variant in ("grpo", "ral"):
+        script = {"grpo": grpo_baseline, "ral": ral_grpo}[variant]
+        args = script.Args(num_iterations=1, beta=0.0)
+        more = (False,) if variant == "ral" else ()
+        return lambda: script.update(
+            model, optimizer, [script.Batch(rollout, advantages)], args, *more
+        )
+    model.set_attn_implementation("eager" if variant == "eager" else "sdpa")
+    model.train()
+    inputs = {
+        "input_ids": torch.cat([ids.expand(GROUP, -1), completions[0]], dim=1),
+        "position_ids": torch.arange(p + t).expand(3, GROUP, -1),
+        "mm_encoder_outputs": {
+            "image": data.BaseModelOutputWithPooling(pooler_output=tuple(features * GROUP))
+        },
+        "logits_to_keep": torch.arange(p - 1, p + t - 1),
+        "output_attentions": variant == "eager",
+        "use_cache": False,
+    }
+
+    def work() -> None:
+        outputs = model(**inputs)
+        logps = outputs.logits.log_softmax(-1).gather(-1, completions[0, ..., None])[..., 0]
+        ratio = torch.exp(logps - logps.detach())
+        loss = -(ratio * advantages[0, :, None]).mean()
+        if variant == "eager":
+            attention = outputs.attentions[-1][:, :, p - 1 : p + t - 1].mean(dim=1)
+            jsd = ral_grpo.divergence(attention, attention.detach())
+            loss = loss + (jsd * advantages[0, :, None]).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return work
+
+
+def prompt_of(processor, model, p: int):
+    """The prompt whose image has p visual tokens."""
+    import data
+
+    question = " ".join(f"w{i}" for i in range(10, 22))
+    example = data.Example(question, "w7", [picture(p)], False)
+    return data.encode_prompt(processor, model.config, example)
+
+
+def rollout_work(variant: str, p: int, t: int) -> Callable[[], None]:
+    """8 sampled responses of t tokens, from pixels."""
+    import torch
+
+    import data
+
+    model, processor, common = build()
+    prompt = prompt_of(processor, model, p)
+    if variant == "ours":
+        noise = common.sampling_noise(0, 0, [0], GROUP, t)
+
+        def work() -> None:
+            with torch.no_grad():
+                batch = data.collate(model, [prompt], 0)
+            assert common.generate_group(model, batch, GROUP, t, noise).completion_ids.shape[2] == t
+
+        return work
+    model.set_attn_implementation("sdpa")
+    kinds = (prompt.ids == model.config.image_token_id).int()
+
+    def work() -> None:
+        ids = model.generate(
+            prompt.ids.expand(GROUP, -1),
+            attention_mask=torch.ones(GROUP, len(prompt.ids), dtype=torch.long),
+            mm_token_type_ids=kinds.expand(GROUP, -1),
+            pixel_values=prompt.pixels.repeat(GROUP, 1),
+            image_grid_thw=prompt.grid.expand(GROUP, -1),
+            suppress_tokens=common.vision_token_ids(model.config),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=t,
+        )
+        assert ids.shape[1] == len(prompt.ids) + t
+
+    return work
+
+
+def step_work(variant: str, p: int, t: int) -> Callable[[], None]:
+    """A whole step of a script: image processing, vision, rollout, update."""
+    import torch
+
+    import grpo_baseline
+    import ral_grpo
+
+    script = grpo_baseline if variant == "step-grpo" else ral_grpo
+    model, processor, _ = build()
+    args = script.Args(num_iterations=1, beta=0.0, max_new_tokens=t, think=False)
+    parameters = [x for x in model.parameters() if x.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+    more = (False,) if variant == "step-ral" else ()
+
+    def work() -> None:
+        prompt = prompt_of(processor, model, p)
+        rollout, rewards, _, _ = script.roll_out(model, processor, [prompt], args, 0)
+        advantages = torch.linspace(-1, 1, GROUP)[None] + script.group_advantages(rewards)
+        script.update(model, optimizer, [script.Batch(rollout, advantages)], args, *more)
+
+    return work
+
+
+def worker(variant: str, p: int, t: int, repeats: int) -> None:
+    """Warm up once, time the rest, print one line of JSON."""
+    makers = dict.fromkeys(UPDATES, update_work) | dict.fromkeys(ROLLOUTS, rollout_work)
+    makers |= dict.fromkeys(STEPS, step_work)
+    work = makers[variant](variant, p, t)
+    report(work, repeats)
+
+
+def report(work: Callable[[], None], repeats: int) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    work()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({"seconds": statistics.median(seconds), "gb": peak, "gb_before": before}))
+
+
+# The driver: processes in turn, a table, a file
+
+
+def measure(args: Args, variant: str, p: int, t: int) -> dict[str, float]:
+    repeats = 1 if variant in ("eager", "trl") else 3
+    command = [sys.executable, __file__, "--worker", variant, str(p), str(t), str(repeats)]
+    if variant == "trl":
+        script = str(Path(__file__).with_name("trl_step.py"))
+        command = [args.trl_python, script, str(p), str(t), "3"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{variant} P {p} T {t} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def eager_gb(p: int, t: int) -> float:
+    """What the attention matrices of the eager variant take: 8 layers, twice (scores and
+    weights)."""
+    return 2 * 8 * GROUP * 8 * (p + t) ** 2 * 4 / 2**30
+
+
+def main(args: Args) -> None:
+    cells = [(v, 1024, 64) for v in UPDATES] + [(v, 1024, t) for t in (16, 64) for v in ROLLOUTS]
+    cells += [(v, 1024, 64) for v in STEPS]
+    if args.trl_python:
+        cells.append(("trl", 1024, 64))
+    rounds = [cells] * args.rounds
+    if args.grid:
+        sizes = [(p, t) for t in (64, 256) for p in (256, 512, 1024, 2048, 4096)]
+        others = [(v, p, t) for p, t in sizes for v in UPDATES if (p, t) != (1024, 64)]
+        others += [(v, p, 64) for p in (256, 512, 2048, 4096) for v in (*ROLLOUTS, *STEPS)]
+        rounds = [[c for c in others if c[0] != "eager" or eager_gb(*c[1:]) < args.eager_max_gb]]
+        rounds += [cells] * args.rounds
+    results: dict[str, list[dict[str, float]]] = {}
+    for number, turn in enumerate(rounds, 1):
+        for variant, p, t in turn:
+            row = measure(args, variant, p, t)
+            results.setdefault(f"{variant} P{p} T{t}", []).append(row)
+            print(
+                f"round {number}/{len(rounds)}  {variant:<10} P {p:<5} T {t:<4}"
+                f"{row['seconds']:8.3f} s  {row['gb']:6.2f} GB",
+                flush=True,
+            )
+        args.results.parent.mkdir(exist_ok=True)
+        args.results.write_text(json.dumps(results, indent=1) + "\n")
+    print_tables(results)
+
+
+def print_tables(results: dict[str, list[dict[str, float]]]) -> None:
+    def middle(cell: str, what: str) -> float:
+        return statistics.median(row[what] for row in results[cell])
+
+    print(f"\n{'cell':<24}{'median s':>10}{'min':>9}{'max':>9}{'peak GB':>9}{'processes':>11}")
+    for cell, rows in results.items():
+        seconds = [row["seconds"] for row in rows]
+        print(
+            f"{cell:<24}{middle(cell, 'seconds'):>10.3f}{min(seconds):>9.3f}{max(seconds):>9.3f}"
+            f"{middle(cell, 'gb'):>9.2f}{len(rows):>11}"
+        )
+    ratios = [
+        ("RAL update / GRPO update, time", "ral P1024 T64", "grpo P1024 T64", "seconds", 1.15),
+        ("the same, peak memory", "ral P1024 T64", "grpo P1024 T64", "gb", 1.10),
+        ("RAL update / unpacked GRPO, time", "ral P1024 T64", "unpacked P1024 T64", "seconds", 0.3),
+        ("RAL update / eager RAL, time", "ral P1024 T64", "eager P1024 T64", "seconds", 0.08),
+        ("the same, peak memory", "ral P1024 T64", "eager P1024 T64", "gb", 0.20),
+        ("RAL step / TRL GRPO step, time", "step-ral P1024 T64", "trl P1024 T64", "seconds", 0.28),
+        ("the same, peak memory", "step-ral P1024 T64", "trl P1024 T64", "gb", 0.42),
+        ("our rollout / generate, T 16", "ours P1024 T16", "generate P1024 T16", "seconds", 0.20),
+        ("our rollout / generate, T 64", "ours P1024 T64", "generate P1024 T64", "seconds", 0.35),
+    ]
+    print(f"\n{'ratio':<36}{'here':>7}{'at most':>9}")
+    for label, a, b, what, bound in ratios:
+        if a in results and b in results:
+            # Paired by round, so that a drift of the machine does not count.
+            pairs = zip(results[a], results[b], strict=True)
+            ratio = statistics.median(x[what] / y[what] for x, y in pairs)
+            print(f"{label:<36}{ratio:>7.3f}{bound:>9.2f}")
+    for variant in UPDATES:
+        sizes = [p for p in (256, 512, 1024, 2048, 4096) if f"{variant} P{p} T64" in results]
+        if len(sizes) > 2:
+            slopes = []
+            for what in ("seconds", "gb"):
+                offset = {"seconds": 0.0, "gb": 1.0}[what]
+                values = [
+                    middle(f"{variant} P{p} T64", what)
+                    - offset * middle(f"{variant} P{p} T64", "gb_before")
+                    for p in sizes
+                ]
+                slopes.append(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+            print(f"{variant}: time grows with P^{slopes[0]:.2f}, memory with P^{slopes[1]:.2f}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker(sys.argv[2], *map(int, sys.argv[3:]))
+    else:
+        import tyro
+
+        main(tyro.cli(Args, description=__doc__))

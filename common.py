@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
+from torch.nn import Module
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AttentionInterface,
@@ -131,7 +132,9 @@ class Stopwatch:
 # 2. Model
 
 
-def load_model(path: str | Path, train_vision: bool = False) -> tuple[torch.nn.Module, Processor]:
+def load_model(
+    path: str | Path, train_vision: bool = False, field: str = "--model"
+) -> tuple[Module, Processor]:
     """Load a Qwen2-VL or Qwen2.5-VL checkpoint whose text layers run `grouped_attention`.
 
     The vision encoder and its projector are frozen unless `train_vision` [paper: frozen]. Weights
@@ -143,15 +146,17 @@ def load_model(path: str | Path, train_vision: bool = False) -> tuple[torch.nn.M
         of models.
     """
     remedy = "give a checkpoint directory or a hub name (owner/name)"
-    require(Path(path).is_dir() or "/" in str(path), f"--model {path}: no such directory; {remedy}")
+    require(Path(path).is_dir() or "/" in str(path), f"{field} {path}: no such directory; {remedy}")
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"--model {path}: {reason.rstrip('. ')}; {remedy}") from None
+        raise UsageError(f"{field} {path}: {reason.rstrip('. ')}; {remedy}") from None
     families = ("qwen2_vl", "qwen2_5_vl")
-    found = f"--model {path}: is a {config.model_type!r} model"
+    found = f"{field} {path}: is a {config.model_type!r} model"
     require(config.model_type in families, f"{found}; supported are {' and '.join(families)}")
+    sliding = "sliding_attention" in config.text_config.layer_types
+    require(not sliding, f"{found} with sliding-window attention, which the packed layout has not")
     model = AutoModelForImageTextToText.from_pretrained(
         path,
         attn_implementation={"text_config": "grouped_sdpa", "vision_config": "sdpa"},
@@ -163,26 +168,23 @@ def load_model(path: str | Path, train_vision: bool = False) -> tuple[torch.nn.M
     return model.eval(), Processor(AutoTokenizer.from_pretrained(path), image_processor)
 
 
-def load_teacher(path: str, processor: Processor) -> torch.nn.Module:
+def load_teacher(path: str, processor: Processor) -> Module:
     """Load a frozen teacher that reads the student's very token ids and pixels.
 
     Raises:
         UsageError: there is no such teacher, or its tokenizer or image processor is another one.
     """
-    require(Path(path).is_dir() or "/" in path, f"--teacher {path}: no such directory; train one")
-    teacher, other = load_model(path)
+    teacher, other = load_model(path, field="--teacher")
     ours, theirs = processor.tokenizer, other.tokenizer
     same = ours.get_vocab() == theirs.get_vocab() and ours.eos_token_id == theirs.eos_token_id
     require(same, f"--teacher {path}: its tokenizer is not the student's; use one of its family")
     for name in ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std"):
         same = getattr(processor.image_processor, name) == getattr(other.image_processor, name)
-        require(
-            same, f"--teacher {path}: its image processor has another {name} than the student's"
-        )
+        require(same, f"--teacher {path}: its image processor has another {name}")
     return teacher.requires_grad_(False)
 
 
-def require_layer(field: str, layer: int, model: torch.nn.Module) -> None:
+def require_layer(field: str, layer: int, model: Module) -> None:
     """Refuse an index that is no decoder layer of the model; negative ones count from the end."""
     layers = model.config.text_config.num_hidden_layers
     require(-layers <= layer < layers, f"{field} {layer}: the model has {layers} layers")
@@ -240,7 +242,7 @@ class Layout:
 
 
 def grouped_attention(
-    module: torch.nn.Module,
+    module: Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -271,11 +273,9 @@ def grouped_attention(
         layout.cache.add_prompt(key, value)
         return prompt_out, None
     response_out = response_attention(query, key, value, scaling, layout)
-    policy = (
-        attention_policy(query, key, scaling, layout)
-        if module.layer_idx in layout.attn_layers
-        else None
-    )
+    policy = None
+    if module.layer_idx in layout.attn_layers:
+        policy = attention_policy(query, key, scaling, layout)
     return torch.cat([prompt_out, response_out], dim=1), policy
 
 
@@ -349,9 +349,7 @@ def decode_attention(
     own_value[:, :, cache.length] = value[:, :, 0]
     own_key, own_value = own_key[:, :, : cache.length + 1], own_value[:, :, : cache.length + 1]
 
-    def by_prompt(
-        x: Tensor,
-    ) -> Tensor:  # (B * G, K, R, -1) to (B, K, G * R, -1): a prompt's rows together
+    def by_prompt(x: Tensor) -> Tensor:  # (B * G, K, R, -1) to (B, K, G * R, -1)
         return x.view(b, -1, k, h // k, x.shape[-1]).transpose(1, 2).flatten(2, 3)
 
     def by_response(x: Tensor) -> Tensor:  # and back
@@ -361,9 +359,7 @@ def decode_attention(
     prompt_scores = by_prompt(rows) @ prompt_key.mT
     if layout.prompt_mask is not None:
         prompt_scores = prompt_scores.masked_fill(~layout.prompt_mask[:, None, None, :], -torch.inf)
-    scores = torch.cat(
-        [by_response(prompt_scores), rows @ own_key.mT], dim=-1
-    )  # (B * G, K, R, P + length)
+    scores = torch.cat([by_response(prompt_scores), rows @ own_key.mT], dim=-1)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
     out = by_response(by_prompt(weights[..., :p]) @ prompt_value) + weights[..., p:] @ own_value
     return out.reshape(n, 1, h, d)
@@ -390,43 +386,25 @@ def attention_policy(query: Tensor, key: Tensor, scaling: float, layout: Layout)
         last = prompt_rows[:, None, :, -1:].expand(-1, g, -1, -1, -1)
         rows = torch.cat([last, rows[:, :, :, :-1]], dim=3)
     rows = rows.unflatten(2, (k, -1)).float() * scaling  # (B, G, K, R, T, D)
-    index = torch.arange(t, device=key.device)
-    # A predicting row t (position t - 1) sees own keys j < t; a row of its own position sees j <=
-    # t.
-    seen = (
-        index[None, :] < index[:, None]
-        if layout.attn_row == "predicting"
-        else index[None, :] <= index[:, None]
-    )
+    # The predicting row t is position t - 1 and sees own keys j < t; y_t's own row sees j <= t.
+    seen = torch.ones(t, t, dtype=torch.bool, device=key.device)
+    seen = seen.tril(-1 if layout.attn_row == "predicting" else 0)
+    hidden = None if layout.prompt_mask is None else ~layout.prompt_mask[:, None, None, None, None]
 
     def chunk(rows: Tensor, prompt_key: Tensor, own_key: Tensor, seen: Tensor) -> Tensor:
         r = rows.shape[3]
         by_prompt = rows.permute(0, 2, 1, 3, 4, 5).flatten(2, 4)  # (B, K, G * R * rows, D)
         prompt_scores = (by_prompt @ prompt_key.mT).unflatten(2, (g, r, -1)).transpose(1, 2)
-        if layout.prompt_mask is not None:
-            prompt_scores = prompt_scores.masked_fill(
-                ~layout.prompt_mask[:, None, None, None, None, :], -torch.inf
-            )
-        own_scores = (
-            (rows.flatten(3, 4) @ own_key.mT).unflatten(3, (r, -1)).masked_fill(~seen, -torch.inf)
-        )
+        if hidden is not None:
+            prompt_scores = prompt_scores.masked_fill(hidden, -torch.inf)
+        own_scores = (rows.flatten(3, 4) @ own_key.mT).unflatten(3, (r, -1))
+        own_scores = own_scores.masked_fill(~seen, -torch.inf)
         return torch.cat([prompt_scores, own_scores], dim=-1).softmax(dim=-1).mean(dim=(2, 3))
 
-    size = max(
-        1, POLICY_CHUNK // (b * g * rows.shape[2] * rows.shape[3] * (prompt_key.shape[2] + t))
-    )
-    parts = [
-        checkpoint(
-            chunk,
-            rows[..., i : i + size, :],
-            prompt_key,
-            own_key,
-            seen[i : i + size],
-            use_reentrant=False,
-        )
-        for i in range(0, t, size)
-    ]
-    policy = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+    size = max(1, POLICY_CHUNK // (b * g * query.shape[1] * (layout.prompt_len + t)))
+    pieces = zip(rows.split(size, dim=4), seen.split(size), strict=True)
+    parts = [checkpoint(chunk, r, prompt_key, own_key, s, use_reentrant=False) for r, s in pieces]
+    policy = torch.cat(parts, dim=2)
     if layout.attn_row == "own":
         itself = F.pad(torch.eye(t, dtype=torch.bool, device=key.device), (policy.shape[-1] - t, 0))
         policy = policy.masked_fill(itself, 0.0)
@@ -462,15 +440,11 @@ class Rollout:
 
     def texts(self, tokenizer: Any) -> list[list[str]]:
         """The responses as text, B lists of G."""
-        return [
-            [
-                tokenizer.decode(ids[mask], skip_special_tokens=True)
-                for ids, mask in zip(group, masks, strict=True)
-            ]
-            for group, masks in zip(
-                self.completion_ids.cpu(), self.completion_mask.cpu(), strict=True
-            )
-        ]
+        ids, masks = self.completion_ids.flatten(0, 1), self.completion_mask.flatten(0, 1)
+        rows = [row[mask].tolist() for row, mask in zip(ids.cpu(), masks.cpu(), strict=True)]
+        texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+        group = self.completion_ids.shape[1]
+        return [texts[i : i + group] for i in range(0, len(texts), group)]
 
 
 def sampling_noise(
@@ -502,15 +476,16 @@ def pick_tokens(logits: Tensor, noise: Tensor | None, temperature: float, top_p:
         return logits.argmax(dim=-1)
     probs, order = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     cumulative = probs.cumsum(dim=-1)
-    kept = cumulative - probs < top_p
-    total = (probs * kept).sum(dim=-1, keepdim=True)
+    # Tokens of probability 0 are never kept, whatever the rounding of the sums.
+    last = ((cumulative - probs < top_p) & (probs > 0)).sum(dim=-1, keepdim=True) - 1
+    total = cumulative.gather(1, last)
     rank = torch.searchsorted(cumulative, noise[:, None] * total, right=True)
-    return order.gather(1, rank.clamp(max=kept.sum(dim=-1, keepdim=True) - 1))[:, 0]
+    return order.gather(1, rank.minimum(last))[:, 0]
 
 
 @torch.no_grad()
 def generate_group(
-    model: torch.nn.Module,
+    model: Module,
     prompts: PromptBatch,
     group_size: int,
     max_new_tokens: int,
@@ -581,7 +556,7 @@ class Scores:
 
 
 def score(
-    model: torch.nn.Module,
+    model: Module,
     rollout: Rollout,
     temperature: float = 1.0,
     attn_layers: Sequence[int] = (),
@@ -602,17 +577,16 @@ def score(
     pad = config.text_config.pad_token_id or 0
     ids = torch.where(mask, rollout.completion_ids, pad)
     steps = torch.arange(t, device=model.device)
-    positions = (
-        prompts.positions[:, :, -1:, None] + 1 + steps
-    )  # (3, B, 1, T): responses go on where the prompt ends
+    # Every response goes on where the prompt ends: (3, B, 1, T).
+    positions = prompts.positions[:, :, -1:, None] + 1 + steps
+    positions = positions.expand(-1, -1, g, -1).flatten(2)
+    text = config.text_config
     layout = Layout(
         p,
         g,
         prompts.mask,
-        response_mask=response_mask(
-            prompts.mask, p, t, config.text_config, model.dtype, model.device
-        ),
-        attn_layers=tuple(layer % config.text_config.num_hidden_layers for layer in attn_layers),
+        response_mask=response_mask(prompts, t, text, model.dtype),
+        attn_layers=tuple(layer % text.num_hidden_layers for layer in attn_layers),
         attn_row=attn_row,
     )
     # Row t of response g predicts its token t; the prompt's last row predicts every first token.
@@ -620,37 +594,28 @@ def score(
     rows[:, 0] = p - 1
     outputs = model(
         input_ids=torch.cat([prompts.ids, ids.flatten(1)], dim=1),
-        position_ids=torch.cat(
-            [prompts.positions, positions.expand(-1, -1, g, -1).flatten(2)], dim=2
-        ),
+        position_ids=torch.cat([prompts.positions, positions], dim=2),
         mm_encoder_outputs=encoder_outputs(prompts),
         logits_to_keep=rows.flatten(),
         layout=layout,
         output_attentions=bool(attn_layers),
         use_cache=False,
     )
-    logps, entropy = token_logps(
-        outputs.logits.flatten(0, 1), ids.flatten(), temperature, suppressed
-    )
-    logps = logps.view(b, g, t).masked_fill(~mask, 0.0)
     logits = outputs.logits.unflatten(1, (g, t))
+    logps, entropy = token_logps(logits.flatten(0, 2), ids.flatten(), temperature, suppressed)
+    logps = logps.view(b, g, t).masked_fill(~mask, 0.0)
     return Scores(logps, entropy.view(b, g, t), mask, logits, outputs.attentions or ())
 
 
-def response_mask(
-    prompt_mask: Tensor | None,
-    p: int,
-    t: int,
-    config: Any,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
+def response_mask(prompts: PromptBatch, t: int, config: Any, dtype: torch.dtype) -> Tensor:
     """Additive mask of a response over (prompt, itself), repeated for the heads that share a key
     head: see `Layout`."""
+    device, p = prompts.ids.device, prompts.ids.shape[1]
     own = torch.full((t, t), -torch.inf, device=device).triu(1)
     mask = F.pad(own, (p, 0))[None, None]  # (1, 1, T, P + T)
-    if prompt_mask is not None:
-        hidden = torch.zeros(prompt_mask.shape, device=device).masked_fill(~prompt_mask, -torch.inf)
+    if prompts.mask is not None:
+        hidden = torch.zeros(prompts.mask.shape, device=device)
+        hidden = hidden.masked_fill(~prompts.mask, -torch.inf)
         mask = mask + F.pad(hidden, (0, t))[:, None, None]
     return mask.repeat(1, 1, config.num_attention_heads // config.num_key_value_heads, 1).to(dtype)
 
@@ -756,7 +721,7 @@ class Look:
 
 @torch.no_grad()
 def evaluate(
-    model: torch.nn.Module,
+    model: Module,
     processor: Processor,
     prompts: Sequence[Prompt],
     think: bool,
@@ -955,7 +920,7 @@ class Run:
         self.samples_file.flush()
 
     def save_checkpoint(
-        self, model: torch.nn.Module, processor: Processor, extra: Callable[[Path], None]
+        self, model: Module, processor: Processor, extra: Callable[[Path], None]
     ) -> Path:
         """Write `checkpoint/`, which plain `from_pretrained` loads: aside first, then renamed, so
         never half-written."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import Module
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
@@ -165,7 +166,7 @@ class PromptBatch:
         )
 
 
-def visual_features(model: torch.nn.Module, prompts: Sequence[Prompt]) -> list[Tensor]:
+def visual_features(model: Module, prompts: Sequence[Prompt]) -> list[Tensor]:
     """Visual features of each prompt, (visual tokens, hidden): one call of the vision tower for all
     of them."""
     pixels = torch.cat([prompt.pixels for prompt in prompts]).to(model.device)
@@ -173,7 +174,7 @@ def visual_features(model: torch.nn.Module, prompts: Sequence[Prompt]) -> list[T
     return list(model.get_image_features(pixels, grids.to(model.device)).pooler_output)
 
 
-def collate(model: torch.nn.Module, prompts: Sequence[Prompt], pad_id: int) -> PromptBatch:
+def collate(model: Module, prompts: Sequence[Prompt], pad_id: int) -> PromptBatch:
     """Left-pad prompts into a batch on the model's device, and compute their visual features."""
     longest = max(len(prompt.ids) for prompt in prompts)
     ids = torch.full((len(prompts), longest), pad_id)

@@ -183,11 +183,7 @@ def loss_terms(model: Module, rollout: Rollout) -> dict[str, Tensor]:
 
 
 def update(
-    model: Module,
-    processor: Processor,
-    optimizer: Optimizer,
-    prompts: list[Prompt],
-    args: Args,
+    model: Module, processor: Processor, optimizer: Optimizer, prompts: list[Prompt], args: Args
 ) -> dict[str, float]:
     """One optimiser step over all demonstrations, whatever the microbatches."""
     model.train()

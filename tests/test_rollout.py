@@ -72,6 +72,15 @@ def test_sampling_follows_the_policy():
         torch.testing.assert_close(frequencies, probs / probs.sum(), atol=2e-4, rtol=0)
 
 
+def test_a_token_of_probability_0_is_never_sampled():
+    """Not even where the noise is as close to 1 as float32 comes, and sums are rounded."""
+    logits = torch.randn(2000, 997, generator=torch.Generator().manual_seed(0))
+    logits[:, 500:] = -torch.inf
+    for top_p in (1.0, 0.9999999):
+        tokens = common.pick_tokens(logits, torch.full((2000,), 1 - 2**-24), 1.0, top_p)
+        assert tokens.max() < 500
+
+
 def test_vision_tokens_are_never_sampled(loaded):
     model, processor = loaded
     special = common.vision_token_ids(model.config)

@@ -474,13 +474,17 @@ def pick_tokens(logits: Tensor, noise: Tensor | None, temperature: float, top_p:
     """
     if noise is None:
         return logits.argmax(dim=-1)
-    probs, order = (logits.float() / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
+    probs, order = (logits.float() / temperature).softmax(dim=-1), None
+    if top_p < 1:
+        probs, order = probs.sort(dim=-1, descending=True)
     cumulative = probs.cumsum(dim=-1)
-    # Tokens of probability 0 are never kept, whatever the rounding of the sums.
-    last = ((cumulative - probs < top_p) & (probs > 0)).sum(dim=-1, keepdim=True) - 1
-    total = cumulative.gather(1, last)
-    rank = torch.searchsorted(cumulative, noise[:, None] * total, right=True)
-    return order.gather(1, rank.minimum(last))[:, 0]
+    total = cumulative[:, -1:]
+    if top_p < 1:
+        total = cumulative.gather(1, (cumulative < top_p * total).sum(dim=-1, keepdim=True))
+    # Below the total, the first sum above the noise is never that of a token of probability 0.
+    below = torch.nextafter(total, torch.zeros_like(total))
+    rank = torch.searchsorted(cumulative, (noise[:, None] * total).minimum(below), right=True)
+    return (rank if order is None else order.gather(1, rank))[:, 0]
 
 
 @torch.no_grad()

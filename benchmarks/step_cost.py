@@ -288,7 +288,7 @@ def measure(args: Args, variant: str, p: int, t: int) -> dict[str, float]:
     command = [sys.executable, __file__, "--worker", variant, str(p), str(t), str(repeats)]
     if variant == "trl":
         script = str(Path(__file__).with_name("trl_step.py"))
-        command = [args.trl_python, script, str(p), str(t), "3"]
+        command = [args.trl_python, script, str(p), str(t), str(repeats)]
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -448,17 +448,15 @@ class Rollout:
 
 
 def sampling_noise(
-    seed: int, step: int, prompts: Iterable[int], group_size: int, max_new_tokens: int
+    seed: int, prompts: Iterable[int], group_size: int, max_new_tokens: int
 ) -> Tensor:
     """Uniform numbers in [0, 1) for each token to be sampled, (B * G, T).
 
-    A function of (seed, step, prompt index, response index) alone: what a prompt's responses are
-    does not depend on the batch or the process it was put into.
+    A function of the seed, the prompt's number in the run and the response's number in its group
+    alone: what the responses are does not depend on the batch or process a prompt was put into.
     """
     rows = [
-        np.random.default_rng([seed, step, prompt, response]).random(
-            max_new_tokens, dtype=np.float32
-        )
+        np.random.default_rng([seed, prompt, response]).random(max_new_tokens, dtype=np.float32)
         for prompt in prompts
         for response in range(group_size)
     ]
@@ -754,7 +752,7 @@ def evaluate(
             ids = rollout.completion_ids[row, 0][rollout.completion_mask[row, 0]]
             visual = torch.isin(batch.ids[row].cpu(), placeholders).nonzero()[:, 0]
             mass = torch.zeros(len(layers), len(visual))
-            if (token := answer_token(processor.tokenizer, ids, text)) is not None:
+            if (token := answer_token(processor.tokenizer, ids.tolist(), text)) is not None:
                 mass = attentions[:, row, 0, token, visual]
             t, h, w = prompt.grid.tolist()
             correct = accuracy(text, prompt.example.solution) == 1.0
@@ -775,7 +773,7 @@ def evaluate(
     return metrics, looks
 
 
-def answer_token(tokenizer: Any, ids: Tensor, text: str) -> int | None:
+def answer_token(tokenizer: Any, ids: list[int], text: str) -> int | None:
     """Index of the response token that begins the first mention of the answer, or None if there is
     no answer.
 

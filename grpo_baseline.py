@@ -145,15 +145,12 @@ class Args:
 
 # 2. Prompt and reward
 
-THINK = (
-    "Think inside <think> </think> tags, then give the answer alone inside <answer> </answer> tags."
-)
 DIRECT = "Give the answer alone inside <answer> </answer> tags."
+THINK = f"Think first, inside <think> </think> tags. {DIRECT}"
 
 
 def ask(example: Example, think: bool, is_toy: bool) -> Example:
-    """Add the request for tags to the question. The toy's checkpoints know none but their own sixty
-    words."""
+    """Add the request for tags to the question; the toy's checkpoints know only their own words."""
     if not is_toy:
         example.problem = f"{example.problem}\n{THINK if think else DIRECT}"
     return example
@@ -183,13 +180,12 @@ def roll_out(
     processor: Processor,
     prompts: list[Prompt],
     batch: PromptBatch,
+    numbers: range,
     args: Args,
-    step: int,
 ) -> tuple[Rollout, Tensor, dict[str, float], list[dict]]:
     """Sample G responses to each prompt and reward them: rollout, rewards (B, G), metrics, lines of
-    samples.jsonl."""
-    numbers = range(step * len(prompts), (step + 1) * len(prompts))
-    noise = sampling_noise(args.seed, step, numbers, args.group_size, args.max_new_tokens)
+    samples.jsonl. `numbers` count the prompts of the run, and with the seed decide the noise."""
+    noise = sampling_noise(args.seed, numbers, args.group_size, args.max_new_tokens)
     rollout = generate_group(
         model, batch, args.group_size, args.max_new_tokens, noise, args.temperature, args.top_p
     )
@@ -211,13 +207,8 @@ def roll_out(
         "rollout/truncated_frac": rollout.truncated.float().mean().item(),
     }
     samples = [
-        {
-            "problem": prompt.example.problem,
-            "solution": prompt.example.solution,
-            "response": t,
-            "reward": r,
-        }
-        for prompt, group, values in zip(prompts, texts, rewards.tolist(), strict=True)
+        {"problem": x.example.problem, "solution": x.example.solution, "response": t, "reward": r}
+        for x, group, values in zip(prompts, texts, rewards.tolist(), strict=True)
         for t, r in zip(group, values, strict=True)
     ]
     return rollout, rewards.to(model.device), metrics, samples
@@ -355,7 +346,9 @@ def main(args: Args) -> dict[str, float]:
         clock.lap("data")
         batch = collate(model, prompts, processor.tokenizer.pad_token_id)
         clock.lap("vision")
-        rollout, rewards, metrics, samples = roll_out(model, processor, prompts, batch, args, step)
+        rollout, rewards, metrics, samples = roll_out(
+            model, processor, prompts, batch, numbers, args
+        )
         clock.lap("rollout")
         advantages = group_advantages(rewards)
         size = args.micro_batch_size

@@ -134,15 +134,12 @@ class Args:
 
 # 2. Prompt and reward
 
-THINK = (
-    "Think inside <think> </think> tags, then give the answer alone inside <answer> </answer> tags."
-)
 DIRECT = "Give the answer alone inside <answer> </answer> tags."
+THINK = f"Think first, inside <think> </think> tags. {DIRECT}"
 
 
 def ask(example: Example, think: bool, is_toy: bool) -> Example:
-    """Add the request for tags to the question. The toy's checkpoints know none but their own sixty
-    words."""
+    """Add the request for tags to the question; the toy's checkpoints know only their own words."""
     if not is_toy:
         example.problem = f"{example.problem}\n{THINK if think else DIRECT}"
     return example

@@ -209,7 +209,7 @@ def rollout_work(variant: str, p: int, t: int) -> Callable[[], None]:
     model, processor, common = build()
     prompt = prompt_of(processor, model, p)
     if variant == "ours":
-        noise = common.sampling_noise(0, 0, [0], GROUP, t)
+        noise = common.sampling_noise(0, [0], GROUP, t)
 
         def work() -> None:
             with torch.no_grad():
@@ -241,6 +241,7 @@ def step_work(variant: str, p: int, t: int) -> Callable[[], None]:
     """A whole step of a script: image processing, vision, rollout, update."""
     import torch
 
+    import data
     import grpo_baseline
     import ral_grpo
 
@@ -253,7 +254,9 @@ def step_work(variant: str, p: int, t: int) -> Callable[[], None]:
 
     def work() -> None:
         prompt = prompt_of(processor, model, p)
-        rollout, rewards, _, _ = script.roll_out(model, processor, [prompt], args, 0)
+        batch = data.collate(model, [prompt], processor.tokenizer.pad_token_id)
+        numbers = range(1)
+        rollout, rewards, _, _ = script.roll_out(model, processor, [prompt], batch, numbers, args)
         advantages = torch.linspace(-1, 1, GROUP)[None] + script.group_advantages(rewards)
         script.update(model, optimizer, [script.Batch(rollout, advantages)], args, *more)
 

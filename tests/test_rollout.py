@@ -50,7 +50,7 @@ def test_greedy_rollout_is_generate(loaded, kinds):
 def test_responses_do_not_depend_on_their_batch(loaded):
     model, processor = loaded
     prompts = make_prompts(model, processor, ("video", "image"))
-    noise = common.sampling_noise(3, 7, range(2), 4, 10)
+    noise = common.sampling_noise(3, range(2), 4, 10)
     together = common.generate_group(model, data.collate(model, prompts, 0), 4, 10, noise)
     alone = common.generate_group(model, data.collate(model, prompts[1:], 0), 4, 10, noise[4:])
     ids, mask = together.completion_ids[1], together.completion_mask[1]
@@ -89,7 +89,7 @@ def test_vision_tokens_are_never_sampled(loaded):
         model.lm_head.weight.copy_(0.01 * torch.randn_like(model.lm_head.weight))
         model.lm_head.weight[special] += 10 * direction
     batch = data.collate(model, make_prompts(model, processor), 0)
-    noise = common.sampling_noise(0, 0, range(2), 8, 20)
+    noise = common.sampling_noise(0, range(2), 8, 20)
     rollout = common.generate_group(model, batch, 8, 20, noise)
     assert not torch.isin(rollout.completion_ids, torch.tensor(special)).any()
 
@@ -98,7 +98,7 @@ def test_a_response_ends_with_its_first_eos(loaded):
     model, processor = loaded
     model.generation_config.eos_token_id = [processor.tokenizer.eos_token_id, 17]
     batch = data.collate(model, make_prompts(model, processor), 0)
-    noise = common.sampling_noise(0, 0, range(2), 16, 30)
+    noise = common.sampling_noise(0, range(2), 16, 30)
     rollout = common.generate_group(model, batch, 16, 30, noise, temperature=3.0)
     eos = torch.tensor(model.generation_config.eos_token_id)
     assert rollout.truncated.any() and not rollout.truncated.all()

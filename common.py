@@ -365,7 +365,7 @@ def decode_attention(
     return out.reshape(n, 1, h, d)
 
 
-POLICY_CHUNK = 2**24  # attention weights recomputed at a time (float32: 64 MB)
+POLICY_CHUNK = 2**21  # attention weights recomputed at a time (8 MB): more costs memory, not time
 
 
 def attention_policy(query: Tensor, key: Tensor, scaling: float, layout: Layout) -> Tensor:

@@ -13,6 +13,7 @@ training pass.
 """
 
 import json
+import os
 import random
 import resource
 import shutil
@@ -22,6 +23,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import Module
 from torch.utils.checkpoint import checkpoint
@@ -142,52 +145,64 @@ def load_model(
     weights. Safetensors only, and no code from the checkpoint is run.
 
     Raises:
-        UsageError: `path` is neither a checkpoint directory nor a hub name, or holds another family
-        of models.
+        UsageError: `path` is neither a checkpoint directory nor a hub name, lacks a part, or holds
+        another family of models.
     """
     remedy = "give a checkpoint directory or a hub name (owner/name)"
-    require(Path(path).is_dir() or "/" in str(path), f"{field} {path}: no such directory; {remedy}")
+    named = f"{field} {path}"
+    is_name = str(path).count("/") == 1 and not str(path).startswith((".", "/", "runs/"))
+    require(Path(path).is_dir() or is_name, f"{named}: no such directory; {remedy}")
+    families = ("qwen2_vl", "qwen2_5_vl")
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"{field} {path}: {reason.rstrip('. ')}; {remedy}") from None
-    families = ("qwen2_vl", "qwen2_5_vl")
-    found = f"{field} {path}: is a {config.model_type!r} model"
-    require(config.model_type in families, f"{found}; supported are {' and '.join(families)}")
-    sliding = "sliding_attention" in config.text_config.layer_types
-    require(not sliding, f"{found} with sliding-window attention, which the packed layout has not")
-    model = AutoModelForImageTextToText.from_pretrained(
-        path,
-        attn_implementation={"text_config": "grouped_sdpa", "vision_config": "sdpa"},
-        dtype=torch.float32,
-        use_safetensors=True,
-    ).to("cuda" if torch.cuda.is_available() else "cpu")
+        family = f"{named}: is a {config.model_type!r} model"
+        require(config.model_type in families, f"{family}; supported are {' and '.join(families)}")
+        sliding = "sliding_attention" in config.text_config.layer_types
+        require(not sliding, f"{family} with sliding-window attention, which is not supported")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        require(bool(tokenizer.chat_template), f"{named}: has no chat template; use a chat model")
+        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        model = AutoModelForImageTextToText.from_pretrained(
+            path,
+            attn_implementation={"text_config": "grouped_sdpa", "vision_config": "sdpa"},
+            dtype=torch.float32,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
+        raise UsageError(f"{named}: {reason}; {remedy}") from None
+    ends = model.generation_config.eos_token_id is not None
+    require(ends, f"{named}: names no end-of-turn token; add eos_token_id to its generation config")
     model.model.visual.requires_grad_(train_vision)
-    image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-    return model.eval(), Processor(AutoTokenizer.from_pretrained(path), image_processor)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval(), Processor(tokenizer, image_processor)
 
 
-def load_teacher(path: str, processor: Processor) -> Module:
-    """Load a frozen teacher that reads the student's very token ids and pixels.
+def load_teacher(path: str, model: Module, processor: Processor) -> Module:
+    """Load a frozen teacher that reads the student's very token ids, positions and pixels.
 
     Raises:
-        UsageError: there is no such teacher, or its tokenizer or image processor is another one.
+        UsageError: there is no such teacher, or it is of another family than the student.
     """
     teacher, other = load_model(path, field="--teacher")
     ours, theirs = processor.tokenizer, other.tokenizer
+    remedy = "distil within one family of models"
     same = ours.get_vocab() == theirs.get_vocab() and ours.eos_token_id == theirs.eos_token_id
-    require(same, f"--teacher {path}: its tokenizer is not the student's; use one of its family")
+    require(same, f"--teacher {path}: its tokenizer is not the student's; {remedy}")
     for name in ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std"):
         same = getattr(processor.image_processor, name) == getattr(other.image_processor, name)
-        require(same, f"--teacher {path}: its image processor has another {name}")
+        require(same, f"--teacher {path}: its image processor has another {name}; {remedy}")
+    same = model.config.model_type == teacher.config.model_type  # it decides a video's positions
+    require(same, f"--teacher {path}: its family is not the student's; {remedy}")
     return teacher.requires_grad_(False)
 
 
 def require_layer(field: str, layer: int, model: Module) -> None:
     """Refuse an index that is no decoder layer of the model; negative ones count from the end."""
     layers = model.config.text_config.num_hidden_layers
-    require(-layers <= layer < layers, f"{field} {layer}: the model has {layers} layers")
+    allowed = f"give {-layers} to {layers - 1}"
+    known = -layers <= layer < layers
+    require(known, f"{field} {layer}: the model has {layers} layers; {allowed}")
 
 
 def vision_token_ids(config: Any) -> list[int]:
@@ -288,18 +303,18 @@ def prompt_attention(
 ) -> Tensor:
     """Causal attention inside the prompts; (B, P, H, D). Padded keys are hidden, padded rows see
     themselves."""
-    if mask is None:
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
-        )
-        return out.transpose(1, 2)
-    p = mask.shape[1]
-    causal = torch.ones(p, p, dtype=torch.bool, device=mask.device).tril()
-    allowed = (causal & mask[:, None, None, :]) | torch.eye(p, dtype=torch.bool, device=mask.device)
-    shared = query.shape[1] // key.shape[1]  # a masked GPU kernel wants equal heads
-    key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
+    if query.is_cuda:  # no fused float32 kernel there lets query heads share a key head
+        shared = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
+    allowed = None
+    if mask is not None:
+        p = mask.shape[1]
+        causal = torch.ones(p, p, dtype=torch.bool, device=mask.device).tril()
+        itself = torch.eye(p, dtype=torch.bool, device=mask.device)
+        allowed = (causal & mask[:, None, None, :]) | itself
+    shares = not query.is_cuda
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=allowed, scale=scaling
+        query, key, value, allowed, is_causal=mask is None, scale=scaling, enable_gqa=shares
     ).transpose(1, 2)
 
 
@@ -369,8 +384,8 @@ POLICY_CHUNK = 2**21  # attention weights recomputed at a time (8 MB): more cost
 
 
 def attention_policy(query: Tensor, key: Tensor, scaling: float, layout: Layout) -> Tensor:
-    """Eq. 2: head-averaged attention of the row of each response token, (B, G, T, P + T), float32,
-    rows sum to 1.
+    """Eq. 2: head-averaged attention of the row of each response token, (B, G, T, P + T), float32;
+    rows sum to 1 (an "own" row to 0 if all it saw was itself).
 
     With `attn_row="predicting"` the row of y_t is that of position t - 1, whose output *is* the
     prediction of y_t, so that of y_1 is the prompt's last row. With `attn_row="own"` it is y_t's
@@ -439,10 +454,11 @@ class Rollout:
         )
 
     def texts(self, tokenizer: Any) -> list[list[str]]:
-        """The responses as text, B lists of G."""
-        ids, masks = self.completion_ids.flatten(0, 1), self.completion_mask.flatten(0, 1)
-        rows = [row[mask].tolist() for row, mask in zip(ids.cpu(), masks.cpu(), strict=True)]
-        texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+        """The responses as text, B lists of G, without their EOS; other special tokens stay, so
+        that no reward overlooks them."""
+        lengths = (self.completion_mask.sum(-1) - (~self.truncated).long()).flatten().tolist()
+        rows = self.completion_ids.flatten(0, 1).tolist()
+        texts = tokenizer.batch_decode([r[:n] for r, n in zip(rows, lengths, strict=True)])
         group = self.completion_ids.shape[1]
         return [texts[i : i + group] for i in range(0, len(texts), group)]
 
@@ -546,14 +562,15 @@ class Scores:
     """What one packed pass says of the responses: `logps` and `entropy` (nats, no gradient), both
     (B, G, T).
 
-    `logits` (B, G, T, V) are the model's, before temperature and suppression. `attentions[i]` is
-    the policy of the i-th asked layer, (B, G, T, P + T). Where the mask is False, `logps` are 0.
+    `logits` (B, G, T, V), where asked for, are the model's, before temperature and suppression.
+    `attentions` are the policies of the asked layers, (B, G, T, P + T) each, in the order of the
+    layers. Where the mask is False, `logps` are 0.
     """
 
     logps: Tensor
     entropy: Tensor
     mask: Tensor
-    logits: Tensor
+    logits: Tensor | None
     attentions: tuple[Tensor, ...]
 
 
@@ -563,6 +580,7 @@ def score(
     temperature: float = 1.0,
     attn_layers: Sequence[int] = (),
     attn_row: str = "predicting",
+    keep_logits: bool = False,
 ) -> Scores:
     """One packed forward over every prompt and its G responses: log-probabilities, entropy and
     attention policy.
@@ -606,7 +624,8 @@ def score(
     logits = outputs.logits.unflatten(1, (g, t))
     logps, entropy = token_logps(logits.flatten(0, 2), ids.flatten(), temperature, suppressed)
     logps = logps.view(b, g, t).masked_fill(~mask, 0.0)
-    return Scores(logps, entropy.view(b, g, t), mask, logits, outputs.attentions or ())
+    kept = logits if keep_logits else None
+    return Scores(logps, entropy.view(b, g, t), mask, kept, outputs.attentions or ())
 
 
 def response_mask(prompts: PromptBatch, t: int, config: Any, dtype: torch.dtype) -> Tensor:
@@ -738,7 +757,8 @@ def evaluate(
     that predicts the first token of the answer where the response first names it, counted as 0 for
     a response without an answer; `eval/target_attn_l<i>` is the same for every layer.
     """
-    layers = range(model.config.text_config.num_hidden_layers)
+    has_targets = all(prompt.example.target for prompt in prompts)
+    layers = range(model.config.text_config.num_hidden_layers) if has_targets else [attn_layer]
     merge = model.config.vision_config.spatial_merge_size
     placeholders = torch.tensor([model.config.image_token_id, model.config.video_token_id])
     looks, on_target, lengths, formats = [], [], [], []
@@ -757,7 +777,8 @@ def evaluate(
             t, h, w = prompt.grid.tolist()
             correct = accuracy(text, prompt.example.solution) == 1.0
             grid = (t, h // merge, w // merge)
-            looks.append(Look(prompt.example, text, correct, mass[attn_layer], grid))
+            gaze = mass[attn_layer if has_targets else 0]
+            looks.append(Look(prompt.example, text, correct, gaze, grid))
             on_target.append(mass[:, list(prompt.example.target)].sum(dim=1))
             lengths.append(len(ids))
             formats.append(has_format(text, think) and not bool(rollout.truncated[row, 0]))
@@ -766,7 +787,7 @@ def evaluate(
         "eval/format": float(np.mean(formats)),
         "eval/completion_len": float(np.mean(lengths)),
     }
-    if all(look.example.target for look in looks):
+    if has_targets:
         by_layer = torch.stack(on_target).mean(dim=0).tolist()
         metrics["eval/target_attn"] = by_layer[attn_layer]
         metrics |= {f"eval/target_attn_l{layer}": by_layer[layer] for layer in layers}
@@ -786,7 +807,7 @@ def answer_token(tokenizer: Any, ids: list[int], text: str) -> int | None:
     mention = text.find(answer)
 
     def reached(t: int) -> bool:
-        return len(tokenizer.decode(ids[: t + 1], skip_special_tokens=True)) > mention
+        return len(tokenizer.decode(ids[: t + 1])) > mention
 
     return bisect_left(range(len(ids)), True, key=reached)
 
@@ -869,42 +890,55 @@ def draw_curves(path: Path, metrics: Path, names: Sequence[str]) -> None:
 # 8. Runs
 
 
+def check_run(args: Any, *inputs: str) -> None:
+    """Refuse, before any work is done, an `--out` that cannot become this run's directory.
+
+    `inputs` are the checkpoints that the run reads: it must not move or replace them.
+    """
+    out = Path(args.out)
+    require(not out.exists() or out.is_dir(), f"--out {out}: is a file; choose another")
+    busy = out.is_dir() and any(out.iterdir())
+    is_run = (out / "args.json").is_file()
+    require(not busy or is_run, f"--out {out}: exists and is not a run; choose another")
+    for path in inputs:
+        holds = out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents)
+        require(not holds, f"--out {out}: holds {path}, which this run reads; choose another")
+    parent = next(parent for parent in out.resolve().parents if parent.exists())
+    writable = parent.is_dir() and os.access(parent, os.W_OK)
+    require(writable, f"--out {out}: {parent} cannot be written to; choose another")
+    if args.track and find_spec("wandb") is None:
+        raise UsageError("--track: wandb is not installed; `pip install wandb`, or leave it out")
+
+
 class Run:
     """A run directory, all there is to know of a run: `args.json`, `metrics.jsonl`,
     `samples.jsonl`, `tensorboard/`, pictures and `checkpoint/`.
 
-    A run already at `out` is moved to `<out>.1` and so on, or replaced with `overwrite`; a
-    directory that is not a run is never touched. `track` sends the same metrics to Weights &
-    Biases.
+    A run already at `out` is moved to `<out>.1` and so on, or replaced with `--overwrite`; see
+    `check_run` for what is never touched. `--track` sends the metrics to Weights & Biases too.
     """
 
-    def __init__(self, args: Any, overwrite: bool, track: bool):
+    def __init__(self, args: Any):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.out = Path(args.out)
-        wandb = _import_wandb() if track else None
+        self.out, self.args, self.wandb = Path(args.out), asdict(args), None
+        if args.track:  # before anything is moved: it may fail
+            import wandb
+
+            self.wandb = wandb.init(project="ral", name=self.out.name, config=self.args)
         if self.out.exists() and any(self.out.iterdir()):
-            require(
-                (self.out / "args.json").is_file(),
-                f"--out {self.out}: exists and is not a run; choose another",
-            )
-            if overwrite:
+            if args.overwrite:
                 shutil.rmtree(self.out)
             else:
-                number = next(
-                    i for i in range(1, sys.maxsize) if not Path(f"{self.out}.{i}").exists()
-                )
-                self.out.rename(f"{self.out}.{number}")
-                print(f"the run at {self.out} is now at {self.out}.{number}")
+                numbers = range(1, sys.maxsize)
+                aside = next(p for n in numbers if not (p := Path(f"{self.out}.{n}")).exists())
+                self.out.rename(aside)
+                print(f"the run at {self.out} is now at {aside}")
         self.out.mkdir(parents=True, exist_ok=True)
-        self.args = asdict(args)
         (self.out / "args.json").write_text(json.dumps(self.args, indent=2) + "\n")
         self.metrics_file = (self.out / "metrics.jsonl").open("w")
         self.samples_file = (self.out / "samples.jsonl").open("w")
         self.tensorboard = SummaryWriter(self.out / "tensorboard")
-        self.wandb = (
-            wandb.init(project="ral", name=self.out.name, config=self.args) if wandb else None
-        )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write one line of metrics, to every sink."""
@@ -926,10 +960,8 @@ class Run:
     ) -> Path:
         """Write `checkpoint/`, which plain `from_pretrained` loads: aside first, then renamed, so
         never half-written."""
-        final, aside = (
-            self.out / "checkpoint",
-            Path(tempfile.mkdtemp(prefix="checkpoint.", dir=self.out)),
-        )
+        final = self.out / "checkpoint"
+        aside = Path(tempfile.mkdtemp(prefix="checkpoint.", dir=self.out))
         model.save_pretrained(aside)
         processor.save(aside)
         extra(aside)
@@ -948,30 +980,16 @@ class Run:
             self.wandb.finish()
 
 
-def _import_wandb() -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UsageError(
-            "--track: wandb is not installed; `pip install wandb`, or leave the flag out"
-        ) from None
-    return wandb
-
-
-def print_summary(
-    run: Run,
-    before: dict[str, float],
-    after: dict[str, float],
-    steps: int,
-    seconds: float,
-    then: str,
-) -> None:
+def print_summary(run: Run, before: dict, after: dict, steps: int, start: float, then: str) -> None:
     """The short table at the end of a run: what changed, what it took, where it is, what to try
     next."""
     print(f"\n{'held-out':<24}{'before':>8}{'after':>8}")
-    for name, label in (("eval/accuracy", "accuracy"), ("eval/target_attn", "attention on target")):
-        if name in after:
-            print(f"{label:<24}{before[name]:>8.3f}{after[name]:>8.3f}")
-    for label, value in (("steps", steps), ("seconds", round(seconds)), ("run", run.out)):
+    labels = {name: name.removeprefix("eval/") for name in after}
+    labels = {name: label for name, label in labels.items() if "accuracy" in label or "_l" in label}
+    for name, label in labels.items():
+        label = label.replace("target_attn_l", "on target, layer ")
+        print(f"{label:<24}{before[name]:>8.3f}{after[name]:>8.3f}")
+    seconds = round(time.time() - start)
+    for label, value in (("steps", steps), ("seconds", seconds), ("run", run.out)):
         print(f"{label:<24}{value!s:>16}")
     print(f"pictures: {run.out}/attention.png, {run.out}/curves.png\nnext: {then}")

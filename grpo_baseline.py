@@ -41,6 +41,7 @@ from common import (
     Run,
     Stopwatch,
     accuracy,
+    check_run,
     draw_curves,
     draw_looks,
     evaluate,
@@ -121,7 +122,7 @@ class Args:
     clip_eps: float = 0.2
     """The probability ratio is clipped to 1 - clip_eps .. 1 + clip_eps. [ours]"""
     beta: float = 0.04
-    """Weight of the KL to the starting model; 0 loads no reference. Paper: 0.04."""
+    """Weight of the KL to the starting model; 0 needs no reference. Paper: 0.04."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -131,14 +132,8 @@ class Args:
             self, "micro_batch_size", "prompts_per_step", "num_iterations", "max_new_tokens"
         )
         require_positive(self, "temperature", "clip_eps")
-        require(
-            self.grid is None or self.grid >= 3,
-            f"--grid {self.grid}: eight shapes need 3 or more cells a side",
-        )
-        require(
-            self.group_size >= 2,
-            f"--group-size {self.group_size}: a group needs 2 or more responses to compare",
-        )
+        require(self.grid is None or self.grid >= 3, f"--grid {self.grid}: needs 3 or more")
+        require(self.group_size >= 2, f"--group-size {self.group_size}: needs 2 or more")
         require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be in (0, 1]")
         require_not_negative(self, "seed", "beta")
 
@@ -308,15 +303,14 @@ def main(args: Args) -> dict[str, float]:
     dictionary."""
     start = time.time()
     base = args.model or "runs/sft/checkpoint"
-    require(
-        args.model is not None or Path(base).is_dir(),
-        "--model: no cold start at runs/sft; run `python sft.py` first",
-    )
+    found = args.model is not None or Path(base).is_dir()
+    require(found, f"--model: none at {base}; run `python sft.py` first")
     is_toy = toy.Task.load(Path(base)) is not None
     task = toy.resolve_task(args, base)
     args = fill_defaults(args, (TOY | {"think": task.think}) if is_toy else REAL)
     new_tokens = NEW_TOKENS["toy" if is_toy else "real"][args.think]
     args = fill_defaults(args, {"max_new_tokens": new_tokens})
+    check_run(args, base)
     seed_everything(args.seed)
     model, processor = load_model(base)
     needs_reference = args.beta > 0
@@ -332,10 +326,12 @@ def main(args: Args) -> dict[str, float]:
             processor, model.config, ask(example, args.think, is_toy), question_first=first
         )
 
+    size = args.micro_batch_size
     held_out = [encode(example) for example in toy.held_out_examples(task, args.eval_examples)]
-    look = partial(evaluate, model, processor, held_out, args.think, args.max_new_tokens)
-    before, looks_before = look()
-    run = Run(args, args.overwrite, args.track)
+    judge = partial(evaluate, processor=processor, prompts=held_out, think=args.think)
+    judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=4 * size)
+    before, looks_before = judge(model)
+    run = Run(args)
     run.log(0, before)
     after, looks_after = before, looks_before
     bar = tqdm(range(1, args.steps + 1), desc=Path(__file__).stem, dynamic_ncols=True)
@@ -351,7 +347,6 @@ def main(args: Args) -> dict[str, float]:
         )
         clock.lap("rollout")
         advantages = group_advantages(rewards)
-        size = args.micro_batch_size
         cuts = [slice(i, i + size) for i in range(0, len(prompts), size)]
         batches = [Batch(rollout[cut], advantages[cut]) for cut in cuts]
         if reference is not None:
@@ -361,7 +356,7 @@ def main(args: Args) -> dict[str, float]:
         clock.lap("update")
         metrics |= clock.stop(tokens=int(rollout.completion_mask.sum()))
         if step % args.eval_every == 0 or step == args.steps:
-            after, looks_after = look()
+            after, looks_after = judge(model)
             metrics |= after
         run.log(step, metrics)
         run.sample(step, samples)
@@ -374,8 +369,9 @@ def main(args: Args) -> dict[str, float]:
     draw_looks(run.out / "attention.png", looks)
     names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
     draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
-    then = "python ral_grpo.py"
-    print_summary(run, before, after, args.steps, time.time() - start, then)
+    again = f" --model {args.model}" if args.model else ""
+    then = f"python ral_grpo.py{again}"
+    print_summary(run, before, after, args.steps, start, then)
     return metrics
 
 

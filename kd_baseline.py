@@ -46,6 +46,7 @@ from common import (
     Stopwatch,
     accuracy,
     by_rows,
+    check_run,
     draw_curves,
     draw_looks,
     evaluate,
@@ -74,6 +75,7 @@ TOY = {"steps": 60, "learning_rate": 6e-4, "num_iterations": 1, "think": False}
 REAL = {"steps": 800, "learning_rate": 1e-6, "num_iterations": 1, "think": True}
 TOY |= {"prompts_per_step": 16, "micro_batch_size": 16}
 REAL |= {"prompts_per_step": 8, "micro_batch_size": 1}
+TEACH = "train one: `python sft.py --toy-size large --stop-accuracy 0.99 --out runs/teacher`"
 NEW_TOKENS = {"toy": {False: 16, True: 64}, "real": {False: 768, True: 768}}  # direct, thinking
 
 
@@ -128,7 +130,7 @@ class Args:
     clip_eps: float = 0.2
     """The probability ratio is clipped to 1 - clip_eps .. 1 + clip_eps. [ours]"""
     beta: float = 0.04
-    """Weight of the KL to the starting model; 0 loads no reference. Paper: 0.04."""
+    """Weight of the KL to the starting model; 0 needs no reference. Paper: 0.04."""
 
     teacher: str = "runs/teacher/checkpoint"
     """Checkpoint directory or hub name of the teacher, with the student's tokenizer."""
@@ -147,14 +149,8 @@ class Args:
             self, "micro_batch_size", "prompts_per_step", "num_iterations", "max_new_tokens"
         )
         require_positive(self, "temperature", "clip_eps")
-        require(
-            self.grid is None or self.grid >= 3,
-            f"--grid {self.grid}: eight shapes need 3 or more cells a side",
-        )
-        require(
-            self.group_size >= 2,
-            f"--group-size {self.group_size}: a group needs 2 or more responses to compare",
-        )
+        require(self.grid is None or self.grid >= 3, f"--grid {self.grid}: needs 3 or more")
+        require(self.group_size >= 2, f"--group-size {self.group_size}: needs 2 or more")
         require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be in (0, 1]")
         require_not_negative(self, "seed", "beta", "mu_gkd", "rl_coef")
         require(0 <= self.gkd_beta <= 1, f"--gkd-beta {self.gkd_beta}: must be in [0, 1]")
@@ -312,9 +308,10 @@ def gkd(
 def loss_terms(model: Module, teacher: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
     """The terms of the loss for each response, (B, G), in nats a token: means over the response's
     tokens."""
-    scores = score(model, batch.rollout, args.temperature)
+    both = partial(score, temperature=args.temperature, keep_logits=True)
+    scores = both(model, batch.rollout)
     with torch.no_grad():  # again in every iteration: a step's logits are too large to keep
-        taught = score(teacher, batch.teacher_rollout, args.temperature)
+        taught = both(teacher, batch.teacher_rollout)
     suppressed = torch.tensor(vision_token_ids(model.config), device=model.device)
     distance = gkd(scores.logits, taught.logits, args.gkd_beta, args.temperature, suppressed)
     if batch.old_logps is None:  # the first inner iteration: today's policy is still the rollout's
@@ -363,20 +360,22 @@ def main(args: Args) -> dict[str, float]:
     dictionary."""
     start = time.time()
     base = args.model or "runs/sft/checkpoint"
-    require(
-        args.model is not None or Path(base).is_dir(),
-        "--model: no cold start at runs/sft; run `python sft.py` first",
-    )
+    found = args.model is not None or Path(base).is_dir()
+    require(found, f"--model: none at {base}; run `python sft.py` first")
     is_toy = toy.Task.load(Path(base)) is not None
     task = toy.resolve_task(args, base)
     args = fill_defaults(args, (TOY | {"think": task.think}) if is_toy else REAL)
     new_tokens = NEW_TOKENS["toy" if is_toy else "real"][args.think]
     args = fill_defaults(args, {"max_new_tokens": new_tokens})
+    unset = args.teacher == Args.teacher and not Path(args.teacher).is_dir()
+    require(not unset, f"--teacher: none at {args.teacher}; {TEACH}")
+    check_run(args, base, args.teacher)
     seed_everything(args.seed)
     model, processor = load_model(base)
-    teacher = load_teacher(args.teacher, processor)
+    teacher = load_teacher(args.teacher, model, processor)
     teacher_task = toy.Task.load(Path(args.teacher))
-    require(teacher_task in (None, task), f"--teacher {args.teacher}: learned another task")
+    same = teacher_task in (None, task)
+    require(same, f"--teacher {args.teacher}: learned another task; {TEACH}")
     needs_reference = args.beta > 0 and args.rl_coef > 0
     reference = load_model(base)[0].requires_grad_(False) if needs_reference else None
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -390,11 +389,13 @@ def main(args: Args) -> dict[str, float]:
             processor, model.config, ask(example, args.think, is_toy), question_first=first
         )
 
+    size = args.micro_batch_size
     held_out = [encode(example) for example in toy.held_out_examples(task, args.eval_examples)]
-    look = partial(evaluate, model, processor, held_out, args.think, args.max_new_tokens)
-    before, looks_before = look()
-    taught, looks_taught = evaluate(teacher, *look.args[1:])
-    run = Run(args, args.overwrite, args.track)
+    judge = partial(evaluate, processor=processor, prompts=held_out, think=args.think)
+    judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=4 * size)
+    before, looks_before = judge(model)
+    taught, looks_taught = judge(teacher)
+    run = Run(args)
     run.log(0, before | {"teacher/accuracy": taught["eval/accuracy"]})
     after, looks_after = before, looks_before
     bar = tqdm(range(1, args.steps + 1), desc=Path(__file__).stem, dynamic_ncols=True)
@@ -410,7 +411,6 @@ def main(args: Args) -> dict[str, float]:
         )
         clock.lap("rollout")
         advantages = group_advantages(rewards)
-        size = args.micro_batch_size
         cuts = [slice(i, i + size) for i in range(0, len(prompts), size)]
         with torch.no_grad():
             seen = replace(rollout.prompts, features=visual_features(teacher, prompts))
@@ -423,7 +423,7 @@ def main(args: Args) -> dict[str, float]:
         clock.lap("update")
         metrics |= clock.stop(tokens=int(rollout.completion_mask.sum()))
         if step % args.eval_every == 0 or step == args.steps:
-            after, looks_after = look()
+            after, looks_after = judge(model)
             metrics |= after
         run.log(step, metrics)
         run.sample(step, samples)
@@ -432,20 +432,13 @@ def main(args: Args) -> dict[str, float]:
         )
     run.save_checkpoint(model, processor, task.save if is_toy else lambda directory: None)
     run.close()
-    draw_looks(
-        run.out / "attention.png",
-        {"before": looks_before, "after": looks_after, "teacher": looks_taught},
-    )
+    looks = {"before": looks_before, "after": looks_after, "teacher": looks_taught}
+    draw_looks(run.out / "attention.png", looks)
     names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/gkd", "train/grad_norm")
     draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
-    print_summary(
-        run,
-        before,
-        after,
-        args.steps,
-        time.time() - start,
-        f"python attn_distill.py --teacher {args.teacher}",
-    )
+    again = f" --model {args.model}" if args.model else ""
+    then = f"python attn_distill.py --teacher {args.teacher}{again}"
+    print_summary(run, before, after, args.steps, start, then)
     return metrics
 
 

@@ -5,12 +5,11 @@ GRPO rewards what to say; RAL also rewards where to look. For every response tok
 attention distribution of the row that predicts it (eq. 2: one layer, heads averaged, over prompt
 and earlier response), and add to the loss
 
-    lambda_attn * E_t[ A_t * JSD(p_theta^t, p_old^t) ]
-    (eqs. 3 to 5)
+    lambda_attn * E_t[ A_t * JSD(p_theta^t, p_old^t) ]          (eqs. 3 to 5)
 
 with p_old the attention at rollout time: a response with positive advantage keeps its gaze, one
-with negative advantage loses it. Lines marked `# RAL (eq. N)` are all there is to it: `diff
-grpo_baseline.py ral_grpo.py`.
+with negative advantage loses it. Lines marked `# RAL` and the functions `divergence` and
+`term_norm` are all there is to it: `diff grpo_baseline.py ral_grpo.py`.
 
 At p_theta = p_old the divergence *and its gradient* are zero. So with one update per rollout RAL is
 GRPO; it acts from the second inner iteration on, which is why `num_iterations` is above 1 here, and
@@ -49,6 +48,7 @@ from common import (
     Run,
     Stopwatch,
     accuracy,
+    check_run,
     draw_curves,
     draw_looks,
     evaluate,
@@ -130,7 +130,7 @@ class Args:
     clip_eps: float = 0.2
     """The probability ratio is clipped to 1 - clip_eps .. 1 + clip_eps. [ours]"""
     beta: float = 0.04
-    """Weight of the KL to the starting model; 0 loads no reference. Paper: 0.04."""
+    """Weight of the KL to the starting model; 0 needs no reference. Paper: 0.04."""
 
     lambda_attn: float = 1.0  # RAL (eq. 5)
     """Weight of the attention term; 0 is GRPO. Paper: 1, tried 0.5 and 5."""
@@ -156,14 +156,8 @@ class Args:
             self, "micro_batch_size", "prompts_per_step", "num_iterations", "max_new_tokens"
         )
         require_positive(self, "temperature", "clip_eps")
-        require(
-            self.grid is None or self.grid >= 3,
-            f"--grid {self.grid}: eight shapes need 3 or more cells a side",
-        )
-        require(
-            self.group_size >= 2,
-            f"--group-size {self.group_size}: a group needs 2 or more responses to compare",
-        )
+        require(self.grid is None or self.grid >= 3, f"--grid {self.grid}: needs 3 or more")
+        require(self.group_size >= 2, f"--group-size {self.group_size}: needs 2 or more")
         require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be in (0, 1]")
         require_not_negative(self, "seed", "beta")
         require_not_negative(self, "lambda_attn", "attn_norm_every")
@@ -249,10 +243,10 @@ def roll_out(
 def score_reference(reference: Module, batches: list[Batch], args: Args) -> None:
     """Add what the frozen starting model says of the responses."""
     for batch in batches:
-        scores = score(reference, batch.rollout, args.temperature, [args.attn_layer], args.attn_row)
+        layers = [args.attn_layer] if args.attn_anchor == "reference" else []  # RAL (eq. 3)
+        scores = score(reference, batch.rollout, args.temperature, layers, args.attn_row)  # RAL
         batch.ref_logps = scores.logps
-        if args.attn_anchor == "reference":  # RAL (eq. 3)
-            batch.old_attn = scores.attentions[0]
+        batch.old_attn = scores.attentions[0] if layers else None  # RAL (eq. 3)
 
 
 # 4. Loss
@@ -319,7 +313,8 @@ def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
 def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
     """The terms of the loss for each response, (B, G), in nats a token: means over the response's
     tokens."""
-    scores = score(model, batch.rollout, args.temperature, [args.attn_layer], args.attn_row)
+    layers = [args.attn_layer]  # RAL (eq. 2)
+    scores = score(model, batch.rollout, args.temperature, layers, args.attn_row)  # RAL (eq. 2)
     attn = scores.attentions[0]  # RAL (eq. 2): (B, G, T, P + T)
     if batch.old_attn is None:  # RAL (eq. 3): as for the log-probabilities below
         batch.old_attn = attn.detach()
@@ -391,15 +386,14 @@ def main(args: Args) -> dict[str, float]:
     dictionary."""
     start = time.time()
     base = args.model or "runs/sft/checkpoint"
-    require(
-        args.model is not None or Path(base).is_dir(),
-        "--model: no cold start at runs/sft; run `python sft.py` first",
-    )
+    found = args.model is not None or Path(base).is_dir()
+    require(found, f"--model: none at {base}; run `python sft.py` first")
     is_toy = toy.Task.load(Path(base)) is not None
     task = toy.resolve_task(args, base)
     args = fill_defaults(args, (TOY | {"think": task.think}) if is_toy else REAL)
     new_tokens = NEW_TOKENS["toy" if is_toy else "real"][args.think]
     args = fill_defaults(args, {"max_new_tokens": new_tokens})
+    check_run(args, base)
     seed_everything(args.seed)
     model, processor = load_model(base)
     require_layer("--attn-layer", args.attn_layer, model)  # RAL (eq. 2)
@@ -416,11 +410,13 @@ def main(args: Args) -> dict[str, float]:
             processor, model.config, ask(example, args.think, is_toy), question_first=first
         )
 
+    size = args.micro_batch_size
     held_out = [encode(example) for example in toy.held_out_examples(task, args.eval_examples)]
-    look = partial(evaluate, model, processor, held_out, args.think, args.max_new_tokens)
-    look = partial(look, attn_layer=args.attn_layer)  # RAL (eq. 2)
-    before, looks_before = look()
-    run = Run(args, args.overwrite, args.track)
+    judge = partial(evaluate, processor=processor, prompts=held_out, think=args.think)
+    judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=4 * size)
+    judge = partial(judge, attn_layer=args.attn_layer)  # RAL (eq. 2)
+    before, looks_before = judge(model)
+    run = Run(args)
     run.log(0, before)
     after, looks_after = before, looks_before
     bar = tqdm(range(1, args.steps + 1), desc=Path(__file__).stem, dynamic_ncols=True)
@@ -436,18 +432,18 @@ def main(args: Args) -> dict[str, float]:
         )
         clock.lap("rollout")
         advantages = group_advantages(rewards)
-        size = args.micro_batch_size
         cuts = [slice(i, i + size) for i in range(0, len(prompts), size)]
         batches = [Batch(rollout[cut], advantages[cut]) for cut in cuts]
         if reference is not None:
             score_reference(reference, batches, args)
         clock.lap("reference")
+        # RAL (eq. 6): the two terms' gradient norms cost two passes, so only now and then.
         measure = args.attn_norm_every > 0 and step % args.attn_norm_every == 0
         metrics |= update(model, optimizer, batches, args, measure)
         clock.lap("update")
         metrics |= clock.stop(tokens=int(rollout.completion_mask.sum()))
         if step % args.eval_every == 0 or step == args.steps:
-            after, looks_after = look()
+            after, looks_after = judge(model)
             metrics |= after
         run.log(step, metrics)
         run.sample(step, samples)
@@ -461,8 +457,9 @@ def main(args: Args) -> dict[str, float]:
     names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
     names += ("train/attn_jsd",)  # RAL
     draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
-    then = "python grpo_baseline.py"
-    print_summary(run, before, after, args.steps, time.time() - start, then)
+    again = f" --model {args.model}" if args.model else ""
+    then = f"python grpo_baseline.py{again}"
+    print_summary(run, before, after, args.steps, start, then)
     return metrics
 
 

@@ -1,5 +1,4 @@
-"""Stage 1, supervised fine-tuning: teach a model to answer in tags, with or without a thought
-before.
+"""Stage 1, supervised fine-tuning: teach a model to answer in tags, with or without a thought.
 
 On the toy this is a *cold start*, not convergence: it begins with random weights and stops at the
 first evaluation that reaches `--stop-accuracy` (0.42), which leaves the reinforcement learning
@@ -13,10 +12,10 @@ Differences from the paper's stage 1 [ours]: loss = -log p of the response, aver
 within a response and then over responses, as in the RL scripts, in the same packed layout with one
 response a prompt.
 
-    python sft.py                                   # the toy from scratch: about a minute on two
-    cores python sft.py --think                           # ... that thinks before it answers python
-    sft.py --frames 8                        # ... on videos of 8 frames python sft.py --model
-    runs/sft/checkpoint ...   # go on from a checkpoint
+    python sft.py                        # the toy from scratch, about a minute on two cores
+    python sft.py --think                # ... that thinks before it answers
+    python sft.py --frames 8             # ... on videos of 8 frames
+    python sft.py --model runs/sft/checkpoint --stop-accuracy 0.9 --out runs/sft2   # go on
 
 Data: the built-in visual-search task (toy.py). Memory and time: see "Cost" in the README.
 """
@@ -40,6 +39,7 @@ from common import (
     Rollout,
     Run,
     Stopwatch,
+    check_run,
     draw_curves,
     draw_looks,
     evaluate,
@@ -95,7 +95,7 @@ class Args:
     eval_examples: int = 512
     """Held-out examples of an evaluation."""
     learning_rate: float | None = None
-    """AdamW's learning rate after the warm-up. Paper's code base: 1e-5. Toy: 1.5e-3, large 1e-3."""
+    """AdamW's learning rate after the warm-up. Video-R1: 1e-5. Toy: 1.5e-3, large 1e-3."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     micro_batch_size: int | None = None
@@ -107,7 +107,7 @@ class Args:
     warmup_steps: int = 50
     """Steps over which the learning rate rises from 0."""
     toy_size: Literal["small", "large"] = "small"
-    """Size of a new toy model: about 0.7 M or 4 M parameters."""
+    """Size of a new toy model: 0.7 M or 3.9 M parameters."""
     train_vision: bool | None = None
     """Train the vision encoder too. Paper: frozen. Toy: trained here, frozen in every later
     stage."""
@@ -126,10 +126,7 @@ class Args:
         )
         require_positive(self, "stop_accuracy", "watch_above")
         require_not_negative(self, "seed")
-        require(
-            self.grid is None or self.grid >= 3,
-            f"--grid {self.grid}: eight shapes need 3 or more cells a side",
-        )
+        require(self.grid is None or self.grid >= 3, f"--grid {self.grid}: needs 3 or more")
 
 
 # 2. Prompt and reward
@@ -212,6 +209,7 @@ def main(args: Args) -> dict[str, float]:
     new_tokens = NEW_TOKENS["toy" if is_toy else "real"][args.think]
     args = fill_defaults(args, {"max_new_tokens": new_tokens})
     task = replace(task, think=args.think)
+    check_run(args, *([args.model] if args.model else []))
     seed_everything(args.seed)
     if args.model is None:
         with tempfile.TemporaryDirectory() as base:
@@ -231,9 +229,13 @@ def main(args: Args) -> dict[str, float]:
         )
 
     held_out = [encode(example) for example in toy.held_out_examples(task, args.eval_examples)]
-    look = partial(evaluate, model, processor, held_out, args.think, args.max_new_tokens)
-    before, looks_before = look()
-    run = Run(args, args.overwrite, args.track)
+    judge = partial(evaluate, processor=processor, prompts=held_out, think=args.think)
+    judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=2 * args.micro_batch_size)
+    before, looks_before = judge(model)
+    done = before["eval/accuracy"] >= args.stop_accuracy
+    reached = f"{args.model} is at {before['eval/accuracy']:.3f} already; ask for more"
+    require(not done, f"--stop-accuracy {args.stop_accuracy}: {reached}")
+    run = Run(args)
     run.log(0, before)
     after, looks_after = before, looks_before
     bar = tqdm(range(1, args.steps + 1), desc=Path(__file__).stem, dynamic_ncols=True)
@@ -257,13 +259,16 @@ def main(args: Args) -> dict[str, float]:
             growing and not arriving
         )  # as soon as the lookup arrives on images, go over to videos
         if arriving or step % args.eval_every == 0 or step == args.steps:
-            after, looks_after = look()
+            after, looks_after = judge(model)
             metrics |= after
+            done = after["eval/accuracy"] >= args.stop_accuracy
         run.log(step, metrics)
         bar.set_postfix(loss=f"{metrics['train/loss']:.2f}", eval=f"{after['eval/accuracy']:.3f}")
-        if after["eval/accuracy"] >= args.stop_accuracy:
+        if done:
             break
     bar.close()
+    if is_toy and not done:
+        print(f"did not reach --stop-accuracy {args.stop_accuracy}; try more --steps or a --seed")
     run.save_checkpoint(model, processor, task.save if is_toy else lambda directory: None)
     run.close()
     looks = {"before": looks_before, "after": looks_after}
@@ -271,7 +276,7 @@ def main(args: Args) -> dict[str, float]:
     names = ("train/loss", "train/demo_prob", "eval/accuracy", "eval/target_attn")
     draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
     then = f"python ral_grpo.py{'' if args.out == 'runs/sft' else f' --model {run.out}/checkpoint'}"
-    print_summary(run, before, after, step, time.time() - start, then)
+    print_summary(run, before, after, step, start, then)
     return metrics
 
 

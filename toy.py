@@ -1,5 +1,5 @@
-"""The embedded default: visual search that a laptop learns in minutes, and a real Qwen2-VL of one
-million parameters.
+"""The embedded default: visual search that a laptop learns in minutes, and a real Qwen2-VL of less
+than a million parameters.
 
 A scene is a grid of cells. Eight shapes (a star, a ring, ...) lie in eight of them, each in a
 random colour; clutter dots lie in others. The question is "what colour is the star ?". One cell is
@@ -31,7 +31,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from common import require
+from common import UsageError, require
 from data import Example
 
 CELL = 28  # pixels; one visual token of Qwen2-VL
@@ -68,7 +68,10 @@ class Task:
     def load(directory: Path) -> "Task | None":
         """The task of a toy checkpoint, or None if `directory` is not one."""
         path = directory / "toy_task.json"
-        return Task(**json.loads(path.read_text())) if path.is_file() else None
+        try:
+            return Task(**json.loads(path.read_text())) if path.is_file() else None
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{path}: not a toy's task ({error}); train it again") from None
 
 
 def resolve_task(args: Any, model: str, may_differ: bool = False) -> Task:
@@ -249,9 +252,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
 )
 
-SIZES = {  # hidden, layers, heads, key-value heads, MLP: about 1 M and 4 M parameters
+SIZES = {  # hidden, layers, heads, key-value heads, MLP: 0.7 M and 3.9 M parameters
     "small": (128, 2, 4, 2, 384),
-    "large": (256, 3, 8, 4, 768),
+    "large": (256, 3, 8, 4, 1280),
 }
 
 

@@ -125,6 +125,8 @@ def train(cold_start, tmp_path):
     def run(script, steps=2, **fields):
         out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         fields = {"model": str(cold_start), "steps": steps, "learning_rate": 1e-3} | SMALL | fields
+        if script is sft:
+            fields = {k: v for k, v in fields.items() if k != "group_size"} | {"stop_accuracy": 2.0}
         script.main(script.Args(out=str(out), **fields))
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         lines = [{k: v for k, v in x.items() if not k.startswith("perf/")} for x in lines]

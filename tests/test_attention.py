@@ -57,16 +57,15 @@ def test_captured_attention_is_eager_attention(
                 captured.append(policy.flatten())
                 expected.append(reference.flatten())
     torch.testing.assert_close(torch.cat(captured), torch.cat(expected), atol=1e-5, rtol=0)
-    names = [name for name, p in model.named_parameters()]
+    names = [name for name, _ in model.named_parameters()]
     grads = torch.autograd.grad(ours, list(model.parameters()), allow_unused=True)
     eager_grads = torch.autograd.grad(theirs, list(eager.parameters()), allow_unused=True)
     compared = 0
     for name, grad, wanted in zip(names, grads, eager_grads, strict=True):
         assert (grad is None) == (wanted is None), name
         if grad is not None:
-            torch.testing.assert_close(
-                grad, wanted, atol=1e-5, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
-            )
+            error = (grad - wanted).norm() / wanted.norm().clamp_min(1e-4)
+            assert error < 1e-3, (name, error)
             compared += 1
     assert compared > 20
 
@@ -89,3 +88,29 @@ def test_own_row_is_divided_by_what_is_left_even_if_that_is_nothing():
     layout = common.Layout(2, 1, None, attn_row="own")
     policy = common.attention_policy(query, key, 1.0, layout)
     assert torch.equal(policy, torch.zeros(1, 1, 2, 4))
+
+
+def saved_bytes(model, rollout, layers) -> int:
+    """Bytes that autograd keeps of one pass; what a checkpointed chunk recomputes is not among
+    them."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        scores = common.score(model, rollout, attn_layers=layers)
+        loss = scores.logps.sum() + sum(x.pow(2).sum() for x in scores.attentions)
+    del loss
+    return sum(kept.values())
+
+
+def test_the_policys_memory_grows_with_t_times_p(checkpoints):
+    """Not with P squared: three times the prompt costs about three times, far from nine."""
+    model, processor = common.load_model(checkpoints["qwen2_vl"])
+    costs = []
+    for grid in (8, 14):  # about 80 and 210 prompt positions
+        rollout = make_rollout(model, processor, make_prompts(model, processor, grids=(grid, grid)))
+        costs.append(saved_bytes(model, rollout, [-1]) - saved_bytes(model, rollout, []))
+    assert costs[0] > 0 and costs[1] / costs[0] < 1.2 * 210 / 78

@@ -112,6 +112,20 @@ def test_a_response_ends_with_its_first_eos(loaded):
         assert not ends[:-1].any() and bool(ends[-1]) != bool(cut)
 
 
+def test_a_text_ends_before_its_eos_and_hides_nothing(loaded):
+    """A special token between the tags stays in the text, where format and accuracy can see it."""
+    _, processor = loaded
+    tokenizer = processor.tokenizer
+    said = tokenizer.encode(
+        "<answer> <|im_start|> red </answer> <|im_end|>", add_special_tokens=False
+    )
+    ids = torch.tensor([[said, said]])
+    mask = torch.arange(5) < torch.tensor([5, 4])[:, None]
+    rollout = common.Rollout(None, ids, mask[None], torch.tensor([[False, True]]))
+    assert rollout.texts(tokenizer) == [["<answer> <|im_start|> red </answer>"] * 2]
+    assert common.accuracy(rollout.texts(tokenizer)[0][0], "red") == 0.0
+
+
 def test_image_positions_are_those_of_transformers(loaded):
     model, processor = loaded
     for prompt in make_prompts(model, processor):

@@ -54,17 +54,54 @@ def test_the_diff_is_the_idea(baseline, idea):
     diff = list(difflib.ndiff(code_lines(ROOT / baseline), code_lines(ROOT / idea)))
     added = sum(line.startswith("+ ") for line in diff)
     removed = sum(line.startswith("- ") for line in diff)
-    assert added <= 80 and removed <= 10, f"+{added}/-{removed}"
+    assert added <= 60 and removed <= 10, f"+{added}/-{removed}"
+
+
+def top_level(script: str) -> dict[str, str]:
+    """The source of each function and class of a script, without comments."""
+    tree = ast.parse((ROOT / script).read_text())
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return {node.name: ast.unparse(node) for node in tree.body if isinstance(node, kinds)}
+
+
+@pytest.mark.parametrize("script", ["ral_grpo.py", "kd_baseline.py", "attn_distill.py"])
+def test_what_siblings_share_they_share_to_the_letter(script):
+    """So the tests of the mathematics in grpo_baseline.py hold for all of them."""
+    ours, baseline = top_level(script), top_level("grpo_baseline.py")
+    for name in ("ask", "reward", "roll_out", "group_advantages", "clipped_loss", "k3"):
+        assert ours[name] == baseline[name], name
+
+
+def args_fields(script: str) -> dict[str, str]:
+    """Type and default of each field of Args, in order."""
+    tree = ast.parse((ROOT / script).read_text())
+    args = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Args")
+    return {n.target.id: ast.unparse(n) for n in args.body if isinstance(n, ast.AnnAssign)}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_shared_fields_come_first_and_are_the_same(script):
-    def fields(path: Path) -> list[str]:
-        tree = ast.parse(path.read_text())
-        args = next(
-            node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args"
-        )
-        return [node.target.id for node in args.body if isinstance(node, ast.AnnAssign)]
+    ours, baseline = args_fields(script), args_fields("grpo_baseline.py")
+    common = 14 if script == "sft.py" else len(baseline)
+    assert list(ours)[:common] == list(baseline)[:common]
+    for name in list(baseline)[:common]:
+        if name != "eval_every":  # its default suits the length of the run
+            assert ours[name] == baseline[name]
 
-    first = fields(ROOT / "grpo_baseline.py")[:14]
-    assert fields(ROOT / script)[:14] == first
+
+@pytest.mark.parametrize(("baseline", "idea"), PAIRS)
+def test_the_idea_is_marked(baseline, idea):
+    """A changed or added line of the loss, update and loop says so, or stands in a new function."""
+    mark = {"ral_grpo.py": "# RAL", "attn_distill.py": "# Attention"}[idea]
+    new = set(top_level(idea)) - set(top_level(baseline))
+    tree = ast.parse((ROOT / idea).read_text())
+    skip = set()
+    for node in tree.body:
+        if getattr(node, "name", "") in {*new, "Args"} or isinstance(node, ast.ImportFrom):
+            skip |= set(range(node.lineno, node.end_lineno + 1))
+    lines = (ROOT / idea).read_text().splitlines()
+    marked = {line for n, line in enumerate(lines, 1) if n in skip or mark in line}
+    diff = difflib.ndiff(code_lines(ROOT / baseline), code_lines(ROOT / idea))
+    added = [line[2:] for line in diff if line.startswith("+ ")]
+    bare = [line for line in added if not any(x.startswith(line) for x in marked)]
+    assert len(bare) <= 12, "\n".join(bare)  # arguments passed on, and the plumbing of `measure`

@@ -984,11 +984,10 @@ def print_summary(run: Run, before: dict, after: dict, steps: int, start: float,
     """The short table at the end of a run: what changed, what it took, where it is, what to try
     next."""
     print(f"\n{'held-out':<24}{'before':>8}{'after':>8}")
-    labels = {name: name.removeprefix("eval/") for name in after}
-    labels = {name: label for name, label in labels.items() if "accuracy" in label or "_l" in label}
-    for name, label in labels.items():
-        label = label.replace("target_attn_l", "on target, layer ")
-        print(f"{label:<24}{before[name]:>8.3f}{after[name]:>8.3f}")
+    for name in after:
+        if name == "eval/accuracy" or name.startswith("eval/target_attn_l"):
+            label = name.removeprefix("eval/").replace("target_attn_l", "on target, layer ")
+            print(f"{label:<24}{before[name]:>8.3f}{after[name]:>8.3f}")
     seconds = round(time.time() - start)
     for label, value in (("steps", steps), ("seconds", seconds), ("run", run.out)):
         print(f"{label:<24}{value!s:>16}")

@@ -108,8 +108,7 @@ class Args:
     eval_examples: int = 512
     """Held-out examples of an evaluation."""
     learning_rate: float | None = None
-    """AdamW's learning rate, constant. Digests of the paper say 1e-5, its code base 1e-6, which is
-    used. Toy: 6e-4."""
+    """AdamW's learning rate, constant. Real: 1e-6, as Video-R1 (a digest: 1e-5). Toy: 6e-4."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     micro_batch_size: int | None = None

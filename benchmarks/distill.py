@@ -1,4 +1,4 @@
-"""Table 3 in small: what a teacher's words, and its gaze besides, teach the toy's student.
+"""What a teacher's words, and its gaze besides, teach the toy's student.
 
     python benchmarks/distill.py --teacher runs/teacher/checkpoint      # 5 seeds, resumable
 
@@ -54,7 +54,7 @@ BUDGET |= {"eval_every": 60, "eval_examples": 64, "overwrite": True}
 def judge(path: str, teacher_path: str, examples: int) -> dict[str, float]:
     """Accuracy, attention on target, and divergence to the teacher's attention of a checkpoint."""
     model, processor = common.load_model(path)
-    teacher = common.load_teacher(teacher_path, processor)
+    teacher = common.load_teacher(teacher_path, model, processor)
     task = toy.Task.load(Path(path))
     first = task.order == "question-first"
     prompts = [

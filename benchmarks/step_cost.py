@@ -1,9 +1,8 @@
 """What attention as a policy costs: time and peak memory of an update, a rollout and a whole step.
 
-    python benchmarks/step_cost.py                             # the headline cell, a few minutes
-    python benchmarks/step_cost.py --grid                      # P 256 to 4096, T 64 and 256 as well
-    python benchmarks/step_cost.py --trl-python ENV/bin/python # whole steps against TRL's
-    GRPOTrainer
+    python benchmarks/step_cost.py                               # the headline cell
+    python benchmarks/step_cost.py --grid                        # P 256 to 4096, T 64 and 256 too
+    python benchmarks/step_cost.py --trl-python ENV/bin/python   # TRL's GRPOTrainer too
 
 One prompt of P positions, G responses of T tokens, hidden 256, 8 decoder layers, 8 heads, 2
 key-value heads, MLP 768, vocabulary 4096; vision frozen (depth 2, width 64), beta 0, one inner
@@ -17,6 +16,9 @@ iteration, AdamW. An update is forward, backward and optimiser step with visual 
 A rollout is from pixels (an image of P visual tokens): `generate` with G copies of the prompt
 against ours. A whole step is image processing, vision, rollout and update. TRL 1.16.0 runs in an
 environment of its own (`pip install -r requirements.txt trl==1.16.0`).
+
+Not in it: `--attn-norm-every 10`, which adds two forward and backward passes every tenth step, so
+about 5% of the update at four inner iterations.
 
 Every measurement is a process of its own, so that its peak memory is its own: one warm-up, then
 timed repetitions, of which the process reports the median. Variants take turns, and the table has

@@ -13,6 +13,7 @@ training pass.
 """
 
 import json
+import math
 import os
 import random
 import resource
@@ -816,8 +817,9 @@ def draw_looks(path: Path, rows: dict[str, list[Look]], count: int = 6) -> None:
     """Draw where the model looked when it answered: a row of held-out examples for each entry of
     `rows`.
 
-    Bright cells hold attention mass (heads averaged), the rest is dimmed; a frame
-    marks the target. A video is a strip of its temporal patches.
+    Bright cells hold attention mass (heads averaged), the rest is dimmed; a frame marks the target.
+    A video is a mosaic of its temporal patches, in reading order, of which the first frame is
+    shown. Without an answer there is nothing to show, and nothing is dimmed.
     """
     import matplotlib
 
@@ -825,32 +827,30 @@ def draw_looks(path: Path, rows: dict[str, list[Look]], count: int = 6) -> None:
     from matplotlib import pyplot
     from matplotlib.patches import Rectangle
 
-    patches = max(look.grid[0] for looks in rows.values() for look in looks[:count])
-    figure, axes = pyplot.subplots(
-        len(rows),
-        count,
-        figsize=(2.3 * count, 1.2 + 2.4 * len(rows) * (1 if patches == 1 else 0.6)),
-        squeeze=False,
-    )
+    count = min([count, *map(len, rows.values())])
+    size = (2.3 * count, 2.8 * len(rows))
+    figure, axes = pyplot.subplots(len(rows), count, figsize=size, squeeze=False)
     for (label, looks), line in zip(rows.items(), axes, strict=True):
-        for look, axis in zip(looks[:count], line, strict=False):
+        for look, axis in zip(looks[:count], line, strict=True):
             t, h, w = look.grid
             frames = look.example.media[:: 2 if look.example.is_video else 1][:t]
-            axis.imshow(
-                np.concatenate([np.asarray(frame.convert("RGB")) for frame in frames], axis=1)
-            )
-            height, width = frames[0].height, frames[0].width
-            heat = look.attention.view(t, h, w).permute(1, 0, 2).reshape(h, t * w).numpy()
-            dim = np.zeros((*heat.shape, 4))
-            dim[..., 3] = 0.85 * (1 - heat / max(heat.max(), 1e-9))
-            extent = (-0.5, width * t - 0.5, height - 0.5, -0.5)
-            axis.imshow(dim, extent=extent, interpolation="nearest")
-            for token in look.example.target:
-                patch, cell = divmod(token, h * w)
-                corner = (patch * width + cell % w * width / w, cell // w * height / h)
-                axis.add_patch(
-                    Rectangle(corner, width / w, height / h, fill=False, edgecolor="magenta", lw=2)
-                )
+            width, height = frames[0].size
+            columns = math.ceil(math.sqrt(t))
+            heat = look.attention.view(t, h, w).numpy()
+            for patch, frame in enumerate(frames):
+                left, top = patch % columns * width * 1.05, patch // columns * height * 1.05
+                extent = (left, left + width, top + height, top)
+                axis.imshow(np.asarray(frame.convert("RGB")), extent=extent)
+                if heat.max() > 0:
+                    dim = np.zeros((h, w, 4))
+                    dim[..., 3] = 0.85 * (1 - heat[patch] / heat.max())
+                    axis.imshow(dim, extent=extent, interpolation="nearest")
+                for token in look.example.target:
+                    if token // (h * w) == patch:
+                        row, column = divmod(token % (h * w), w)
+                        corner = (left + column * width / w, top + row * height / h)
+                        box = (corner, width / w, height / h)
+                        axis.add_patch(Rectangle(*box, fill=False, edgecolor="magenta", lw=2))
             mass = look.attention[list(look.example.target)].sum()
             verdict, colour = ("right", "green") if look.correct else ("WRONG", "red")
             said = extract_answer(look.response) or "no answer"
@@ -858,6 +858,9 @@ def draw_looks(path: Path, rows: dict[str, list[Look]], count: int = 6) -> None:
                 f"{verdict}: {said[:16]}\nmass on target {mass:.2f}", color=colour, fontsize=9
             )
             axis.set_xlabel(look.example.problem[:32], fontsize=8)
+            axis.set(
+                xlim=(0, columns * width * 1.05), ylim=(math.ceil(t / columns) * height * 1.05, 0)
+            )
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(label, fontsize=10)
     figure.tight_layout()

@@ -12,6 +12,7 @@ the code, `--fresh` forgets them.
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -68,6 +69,12 @@ def run(script: str, options: list[str], threads: int, out: Path) -> dict[str, f
     evaluations = [line for line in lines if "eval/accuracy" in line]
     first, last = evaluations[0], evaluations[-1]
     reached = next((x["step"] for x in evaluations if x["eval/accuracy"] >= 0.9), None)
+    ratios = [
+        line["train/attn_grad_norm"] / line["train/pg_grad_norm"]
+        for line in lines
+        if line.get("train/pg_grad_norm", 0) > 0
+    ]
+    jsds = [line["train/attn_jsd"] for line in lines if "train/attn_jsd" in line]
     return {
         "before": first["eval/accuracy"],
         "after": last["eval/accuracy"],
@@ -76,6 +83,9 @@ def run(script: str, options: list[str], threads: int, out: Path) -> dict[str, f
         "step_of_0.9": reached,
         "steps": lines[-1]["step"],
         "seconds": round(time.time() - start, 1),
+        # RAL: divergence in nats, and gradient norm of the attention term over the token term's
+        "attn_jsd": statistics.median(jsds) if jsds else None,
+        "attn_over_pg": [min(ratios), statistics.median(ratios), max(ratios)] if ratios else None,
     }
 
 
@@ -105,6 +115,13 @@ def main(args: Args) -> None:
                         f"  {row['steps']:>4} steps {row['seconds']:>6.1f} s  {row['verdict']}",
                         flush=True,
                     )
+                    if row["attn_over_pg"]:
+                        low, middle, high = row["attn_over_pg"]
+                        print(
+                            f"    attention term: JSD {row['attn_jsd']:.1e} nats, gradient norm"
+                            f" {middle:.4f} of the token term's ({low:.4f} to {high:.4f})",
+                            flush=True,
+                        )
                 args.results.parent.mkdir(exist_ok=True)
                 args.results.write_text(json.dumps(table, indent=1) + "\n")
 

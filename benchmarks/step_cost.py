@@ -2,6 +2,7 @@
 
     python benchmarks/step_cost.py                               # the headline cell
     python benchmarks/step_cost.py --grid                        # P 256 to 4096, T 64 and 256 too
+    python benchmarks/step_cost.py --grid --rounds 0 --variants grpo ral      # the growth alone
     python benchmarks/step_cost.py --trl-python ENV/bin/python   # TRL's GRPOTrainer too
 
 One prompt of P positions, G responses of T tokens, hidden 256, 8 decoder layers, 8 heads, 2
@@ -33,7 +34,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,9 @@ class Args:
     grid: bool = False
     """All of P 256, 512, 1024, 2048, 4096 and T 64, 256; else P 1024 and T 64 (16 for rollouts)."""
     rounds: int = 7
-    """Processes of each variant at the headline cell; elsewhere one."""
+    """Processes of each variant at the headline cell, 0 for none; elsewhere one."""
+    variants: list[str] = field(default_factory=lambda: [*UPDATES, *ROLLOUTS, *STEPS, "trl"])
+    """Which variants to run; numbers of the others stay in the file as they are."""
     threads: int = 2
     """Threads of each process."""
     eager_max_gb: float = 14.0
@@ -319,7 +322,10 @@ def main(args: Args) -> None:
         others += [(v, p, 64) for p in (256, 512, 2048, 4096) for v in (*ROLLOUTS, *STEPS)]
         rounds = [[c for c in others if c[0] != "eager" or eager_gb(*c[1:]) < args.eager_max_gb]]
         rounds += [cells] * args.rounds
-    results: dict[str, list[dict[str, float]]] = {}
+    rounds = [[cell for cell in turn if cell[0] in args.variants] for turn in rounds]
+    results = json.loads(args.results.read_text()) if args.results.exists() else {}
+    for cell in {cell for turn in rounds for cell in turn}:
+        results.pop("{} P{} T{}".format(*cell), None)
     for number, turn in enumerate(rounds, 1):
         for variant, p, t in turn:
             row = measure(args, variant, p, t)

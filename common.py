@@ -858,9 +858,9 @@ def draw_looks(path: Path, rows: dict[str, list[Look]], count: int = 6) -> None:
                 f"{verdict}: {said[:16]}\nmass on target {mass:.2f}", color=colour, fontsize=9
             )
             axis.set_xlabel(look.example.problem[:32], fontsize=8)
-            axis.set(
-                xlim=(0, columns * width * 1.05), ylim=(math.ceil(t / columns) * height * 1.05, 0)
-            )
+            right = (columns * 1.05 - 0.05) * width
+            bottom = (math.ceil(t / columns) * 1.05 - 0.05) * height
+            axis.set(xlim=(0, right), ylim=(bottom, 0))
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(label, fontsize=10)
     figure.tight_layout()

@@ -45,6 +45,7 @@ from tqdm import tqdm
 
 import toy
 from common import (
+    ATTENTION_CHUNK,
     Rollout,
     Run,
     Stopwatch,
@@ -321,14 +322,18 @@ def gkd(
 
 def jsd(p: Tensor, q: Tensor) -> Tensor:
     """Eq. 9: Jensen-Shannon divergence of distributions along the last axis, in nats, between 0 and
-    ln 2; zeros are harmless, in value and in gradient."""
+    ln 2; zeros are harmless, in value and in gradient. In row chunks, see `by_rows`."""
 
     def kl(p: Tensor, q: Tensor) -> Tensor:
         tiny = torch.finfo(p.dtype).tiny
         return (p * (p.clamp_min(tiny).log() - q.clamp_min(tiny).log())).sum(-1)
 
-    middle = (p + q) / 2
-    return (kl(p, middle) + kl(q, middle)) / 2
+    def chunk(p: Tensor, q: Tensor) -> tuple[Tensor]:
+        middle = (p + q) / 2
+        return ((kl(p, middle) + kl(q, middle)) / 2,)
+
+    rows = (x.reshape(-1, x.shape[-1]) for x in (p, q))
+    return by_rows(chunk, *rows, elements=ATTENTION_CHUNK)[0].view(p.shape[:-1])
 
 
 def frame_bins(attention: Tensor, prompts: PromptBatch, config: Any) -> Tensor:

@@ -381,7 +381,8 @@ def decode_attention(
     return out.reshape(n, 1, h, d)
 
 
-POLICY_CHUNK = 2**21  # attention weights recomputed at a time (8 MB): more costs memory, not time
+# Attention weights computed at a time: 4 MB stay in a CPU's cache; a GPU wants few launches.
+ATTENTION_CHUNK = 2**26 if torch.cuda.is_available() else 2**20
 
 
 def attention_policy(query: Tensor, key: Tensor, scaling: float, layout: Layout) -> Tensor:
@@ -417,7 +418,7 @@ def attention_policy(query: Tensor, key: Tensor, scaling: float, layout: Layout)
         own_scores = own_scores.masked_fill(~seen, -torch.inf)
         return torch.cat([prompt_scores, own_scores], dim=-1).softmax(dim=-1).mean(dim=(2, 3))
 
-    size = max(1, POLICY_CHUNK // (b * g * query.shape[1] * (layout.prompt_len + t)))
+    size = max(1, ATTENTION_CHUNK // (b * g * query.shape[1] * (layout.prompt_len + t)))
     pieces = zip(rows.split(size, dim=4), seen.split(size), strict=True)
     parts = [checkpoint(chunk, r, prompt_key, own_key, s, use_reentrant=False) for r, s in pieces]
     policy = torch.cat(parts, dim=2)
@@ -645,12 +646,15 @@ def response_mask(prompts: PromptBatch, t: int, config: Any, dtype: torch.dtype)
 LOGIT_CHUNK = 2**24  # logits turned to float32 at a time (64 MB)
 
 
-def by_rows(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+def by_rows(
+    function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor, elements: int = LOGIT_CHUNK
+) -> tuple[Tensor, ...]:
     """Apply `function` to tensors of N rows, in chunks that the backward pass recomputes.
 
-    The first one has the logits, (N, V): the float32 copy of 152k logits a token is never whole.
+    The first one decides how many rows make a chunk of `elements`. So neither the float32 copy of
+    152k logits a token nor the temporaries of a divergence of attentions are ever whole.
     """
-    size = max(1, LOGIT_CHUNK // tensors[0].shape[-1])
+    size = max(1, elements // tensors[0].shape[-1])
     chunks = zip(*(tensor.split(size) for tensor in tensors), strict=True)
     parts = [checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))

@@ -44,10 +44,12 @@ from tqdm import tqdm
 
 import toy
 from common import (
+    ATTENTION_CHUNK,
     Rollout,
     Run,
     Stopwatch,
     accuracy,
+    by_rows,
     check_run,
     draw_curves,
     draw_looks,
@@ -290,7 +292,8 @@ def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
     """Eq. 4: Jensen-Shannon divergence of distributions along the last axis, in nats, between 0 and
     ln 2.
 
-    `p` is today's attention, `q` the anchor. Zeros are harmless, in value and in gradient.
+    `p` is today's attention, `q` the anchor. Zeros are harmless, in value and in gradient. In row
+    chunks, see `by_rows`.
 
     >>> p, q = torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[0.0, 1.0], [0.5, 0.5]])
     >>> divergence(p, q)
@@ -301,12 +304,16 @@ def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
         tiny = torch.finfo(p.dtype).tiny
         return (p * (p.clamp_min(tiny).log() - q.clamp_min(tiny).log())).sum(-1)
 
-    if kind == "forward-kl":
-        return kl(q, p)
-    if kind == "reverse-kl":
-        return kl(p, q)
-    middle = (p + q) / 2
-    return (kl(p, middle) + kl(q, middle)) / 2
+    def chunk(p: Tensor, q: Tensor) -> tuple[Tensor]:
+        if kind == "forward-kl":
+            return (kl(q, p),)
+        if kind == "reverse-kl":
+            return (kl(p, q),)
+        middle = (p + q) / 2
+        return ((kl(p, middle) + kl(q, middle)) / 2,)
+
+    rows = (x.reshape(-1, x.shape[-1]) for x in (p, q))
+    return by_rows(chunk, *rows, elements=ATTENTION_CHUNK)[0].view(p.shape[:-1])
 
 
 def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:

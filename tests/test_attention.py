@@ -24,7 +24,7 @@ def eager_policy(model, prompt, ids, layer, row):
 def test_captured_attention_is_eager_attention(
     loaded, checkpoints, family, kinds, row, checkpointing, monkeypatch
 ):
-    monkeypatch.setattr(common, "POLICY_CHUNK", 2**12)  # several chunks of rows
+    monkeypatch.setattr(common, "ATTENTION_CHUNK", 2**12)  # several chunks of rows
     model, processor = loaded
     eager = AutoModelForImageTextToText.from_pretrained(
         checkpoints[family], attn_implementation="eager"

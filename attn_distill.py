@@ -25,7 +25,8 @@ choices of kd_baseline.py, and
     python attn_distill.py --teacher runs/teacher/checkpoint             # from runs/sft
     python attn_distill.py --teacher runs/teacher/checkpoint --rl-coef 0 # pure distillation
 
-Data: the built-in visual-search task (toy.py). Memory and time: see "Cost" in the README.
+Data: the built-in visual-search task (toy.py), or files of Video-R1's form (data.py). Memory and
+time: see "Cost" in the README.
 """
 
 import math
@@ -33,6 +34,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,13 +54,11 @@ from common import (
     accuracy,
     by_rows,
     check_run,
-    draw_curves,
-    draw_looks,
-    evaluate,
     fill_defaults,
     generate_group,
     has_format,
     load_model,
+    load_processor,
     load_teacher,
     print_summary,
     require,
@@ -72,7 +72,9 @@ from common import (
     seed_everything,
     vision_token_ids,
 )
-from data import Example, Processor, Prompt, PromptBatch, collate, encode_prompt, visual_features
+from data import check_data, check_files, open_data
+from evaluate import draw_curves, draw_looks, evaluate
+from prompts import Example, Processor, Prompt, PromptBatch, collate, encode_prompt, visual_features
 
 # 1. Arguments
 
@@ -82,6 +84,9 @@ REAL = {"steps": 800, "learning_rate": 1e-6, "num_iterations": 1, "think": True}
 TOY |= {"prompts_per_step": 16, "micro_batch_size": 16}
 REAL |= {"prompts_per_step": 8, "micro_batch_size": 1}
 TEACH = "train one: `python sft.py --toy-size large --stop-accuracy 0.99 --out runs/teacher`"
+TOY |= {"eval_every": 10, "eval_examples": 512, "workers": 0}
+REAL |= {"eval_every": 100, "eval_examples": 128, "workers": 4, "max_prompt_tokens": 16384}
+REAL |= {"max_pixels": 256 * 28 * 28, "frame_pixels": 128 * 28 * 28}
 NEW_TOKENS = {"toy": {False: 16, True: 64}, "real": {False: 768, True: 768}}  # direct, thinking
 
 
@@ -90,6 +95,14 @@ class Args:
     model: str | None = None
     """Checkpoint directory or hub name; unset: the cold start that sft.py left at
     runs/sft/checkpoint."""
+    data: str | None = None
+    """JSON or JSON lines file with Video-R1's fields, see data.py; unset: the built-in task."""
+    eval_data: str | None = None
+    """The same, to evaluate on; unset: up to a tenth of --data, kept out of training."""
+    media_root: tuple[str, ...] = ()
+    """Folders that the rows' paths are relative to; unset: the data file's own."""
+    check_data: bool = False
+    """Read every row once, report what cannot be used, and stop."""
     out: str = f"runs/{Path(__file__).stem}"
     """Run directory. A run that is in the way is moved to OUT.1 and so on."""
     overwrite: bool = False
@@ -102,19 +115,33 @@ class Args:
     """`--think`: a thought, then the answer; `--no-think`: the answer alone (RAL-zero). Paper:
     think. Toy: no."""
     frames: int | None = None
-    """Frames of each video; unset: images. The toy inherits it from its checkpoint."""
+    """Frames of each video, evenly spaced; unset: 16, on the toy those of its checkpoint."""
+    fps: float | None = None
+    """Frames a second of each video instead, with --frames as the most."""
+    max_pixels: int | None = None
+    """Pixels of an image at most; a visual token has 28 x 28. Real: 256 tokens, as Video-R1."""
+    frame_pixels: int | None = None
+    """The same of each frame of a video. Real: 128 tokens, two frames share one; as Video-R1."""
+    max_prompt_tokens: int | None = None
+    """A row whose prompt is longer is skipped. Real: 16384."""
+    max_skipped: float = 0.01
+    """Stop when more than this fraction of the rows cannot be used."""
+    workers: int | None = None
+    """Processes that read and encode ahead. Toy: 0. Real: 4."""
     grid: int | None = None
     """Cells along each side of the toy's pictures (3 or more); unset: the checkpoint's, or 4."""
     toy_order: Literal["question-first", "image-first"] | None = None
     """What the toy's prompt begins with; unset: the checkpoint's."""
     steps: int | None = None
     """Optimisation steps, each with a rollout of its own. Paper: 800. Toy: 60."""
-    eval_every: int = 10
-    """Steps between evaluations on held-out examples."""
-    eval_examples: int = 512
-    """Held-out examples of an evaluation."""
+    eval_every: int | None = None
+    """Steps between evaluations on held-out examples. Toy: 10. Real: 100."""
+    eval_examples: int | None = None
+    """Held-out examples of an evaluation. Toy: 512. Real: 128."""
     learning_rate: float | None = None
     """AdamW's learning rate, constant. Real: 1e-6, as Video-R1 (a digest: 1e-5). Toy: 6e-4."""
+    train_vision: bool = False
+    """Train the vision encoder too; every pass then computes the features anew. Paper: frozen."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     micro_batch_size: int | None = None
@@ -132,6 +159,8 @@ class Args:
     """Of the policy, in sampling and in every loss. A digest of the paper says 0.9."""
     top_p: float = 1.0
     """Nucleus of the sampling, in (0, 1]; the losses use the whole policy."""
+    reward: Literal["by-type", "exact"] = "by-type"
+    """Accuracy by the example's problem type, as Video-R1, or by exact match. Paper: exact."""
     clip_eps: float = 0.2
     """The probability ratio is clipped to 1 - clip_eps .. 1 + clip_eps. [ours]"""
     beta: float = 0.04
@@ -160,6 +189,7 @@ class Args:
         require_positive(
             self, "steps", "eval_every", "eval_examples", "learning_rate", "max_grad_norm", "frames"
         )
+        require_positive(self, "fps", "max_pixels", "frame_pixels", "max_prompt_tokens")
         require_positive(
             self, "micro_batch_size", "prompts_per_step", "num_iterations", "max_new_tokens"
         )
@@ -167,7 +197,7 @@ class Args:
         require(self.grid is None or self.grid >= 3, f"--grid {self.grid}: needs 3 or more")
         require(self.group_size >= 2, f"--group-size {self.group_size}: needs 2 or more")
         require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be in (0, 1]")
-        require_not_negative(self, "seed", "beta", "mu_gkd", "rl_coef", "gamma_attn")
+        require_not_negative(self, "max_skipped", "seed", "beta", "mu_gkd", "rl_coef", "gamma_attn")
         require(0 <= self.gkd_beta <= 1, f"--gkd-beta {self.gkd_beta}: must be in [0, 1]")
 
 
@@ -175,13 +205,28 @@ class Args:
 
 DIRECT = "Give the answer alone inside <answer> </answer> tags."
 THINK = f"Think first, inside <think> </think> tags. {DIRECT}"
+ANSWER = {  # what is asked for, by problem type
+    "multiple choice": "The answer is the letter of one option.",
+    "numerical": "The answer is a number.",
+    "regression": "The answer is a number.",
+    "OCR": "The answer is the text as it stands there.",
+    "free-form": "The answer is a short text.",
+}
 
 
-def ask(example: Example, think: bool, is_toy: bool) -> Example:
-    """Add the request for tags to the question; the toy's checkpoints know only their own words."""
-    if not is_toy:
-        example.problem = f"{example.problem}\n{THINK if think else DIRECT}"
-    return example
+def ask(example: Example, think: bool) -> str:
+    """What the user says beside the image or video: question, options, how to answer."""
+    options = ["Options:", *example.options] if example.options else []
+    request = f"{THINK if think else DIRECT} {ANSWER.get(example.problem_type, '')}"
+    return "\n".join([example.problem, *options, request.strip()])
+
+
+def encode(
+    example: Example, processor: Processor, config: Any, think: bool, task: toy.Task, is_toy: bool
+) -> Prompt:
+    """The prompt of an example; the toy's checkpoints know only their own words."""
+    text = example.problem if is_toy else ask(example, think)
+    return encode_prompt(processor, config, example, text, task.order == "question-first")
 
 
 def reward(accuracy: Tensor, format: Tensor) -> Tensor:
@@ -222,9 +267,9 @@ def roll_out(
         model, batch, args.group_size, args.max_new_tokens, noise, args.temperature, args.top_p
     )
     texts = rollout.texts(processor.tokenizer)
-    solutions = [prompt.example.solution for prompt in prompts]
+    examples = [prompt.example for prompt in prompts]
     right = torch.tensor(
-        [[accuracy(t, s) for t in group] for group, s in zip(texts, solutions, strict=True)]
+        [[accuracy(t, x, args.reward) for t in g] for g, x in zip(texts, examples, strict=True)]
     )
     tidy = torch.tensor([[float(has_format(t, args.think)) for t in group] for group in texts])
     tidy = tidy.masked_fill(rollout.truncated.cpu(), 0.0)
@@ -239,8 +284,8 @@ def roll_out(
         "rollout/truncated_frac": rollout.truncated.float().mean().item(),
     }
     samples = [
-        {"problem": x.example.problem, "solution": x.example.solution, "response": t, "reward": r}
-        for x, group, values in zip(prompts, texts, rewards.tolist(), strict=True)
+        {"row": x.name, "problem": x.problem, "solution": x.solution, "response": t, "reward": r}
+        for x, group, values in zip(examples, texts, rewards.tolist(), strict=True)
         for t, r in zip(group, values, strict=True)
     ]
     return rollout, rewards.to(model.device), metrics, samples
@@ -426,8 +471,16 @@ def main(args: Args) -> dict[str, float]:
     unset = args.teacher == Args.teacher and not Path(args.teacher).is_dir()
     require(not unset, f"--teacher: none at {args.teacher}; {TEACH}")
     check_run(args, base, args.teacher)
+    check_files(args, is_toy)
     seed_everything(args.seed)
-    model, processor = load_model(base)
+    config, processor = load_processor(base, args.max_pixels, args.frame_pixels)
+    turn = partial(encode, processor=processor, config=config, think=args.think)
+    turn = partial(turn, task=task, is_toy=is_toy)
+    if args.check_data:
+        return check_data(args, turn)
+    open_prompts = open_data if args.data else partial(toy.open_data, task)
+    train, held_out, skipped = open_prompts(args, turn)
+    model = load_model(base, args.train_vision)[0]
     teacher = load_teacher(args.teacher, model, processor)
     require_layer("--attn-layer", args.attn_layer, model)  # Attention (eq. 9)
     require_layer("--teacher-attn-layer", args.teacher_attn_layer, teacher)
@@ -441,27 +494,22 @@ def main(args: Args) -> dict[str, float]:
         parameters, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
     )
 
-    def encode(example: Example) -> Prompt:
-        first = task.order == "question-first"
-        return encode_prompt(
-            processor, model.config, ask(example, args.think, is_toy), question_first=first
-        )
-
     size = args.micro_batch_size
-    held_out = [encode(example) for example in toy.held_out_examples(task, args.eval_examples)]
     judge = partial(evaluate, processor=processor, prompts=held_out, think=args.think)
     judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=4 * size)
+    judge = partial(judge, reward=args.reward)
     before, looks_before = judge(model, attn_layer=args.attn_layer)  # Attention (eq. 9)
     taught, looks_taught = judge(teacher, attn_layer=args.teacher_attn_layer)
-    run = Run(args)
+    run = Run(args, skipped)
     run.log(0, before | {"teacher/accuracy": taught["eval/accuracy"]})
     after, looks_after = before, looks_before
+    stream = iter(train)
     bar = tqdm(range(1, args.steps + 1), desc=Path(__file__).stem, dynamic_ncols=True)
     for step in bar:
         clock = Stopwatch()
         numbers = range((step - 1) * args.prompts_per_step, step * args.prompts_per_step)
-        prompts = [encode(toy.training_example(task, args.seed, number)) for number in numbers]
-        clock.lap("data")
+        prompts = list(islice(stream, args.prompts_per_step))
+        clock.lap("data_wait")
         batch = collate(model, prompts, processor.tokenizer.pad_token_id)
         clock.lap("vision")
         rollout, rewards, metrics, samples = roll_out(
@@ -471,7 +519,9 @@ def main(args: Args) -> dict[str, float]:
         advantages = group_advantages(rewards)
         cuts = [slice(i, i + size) for i in range(0, len(prompts), size)]
         with torch.no_grad():
-            seen = replace(rollout.prompts, features=visual_features(teacher, prompts))
+            pixels = [prompt.pixels for prompt in prompts]
+            features = visual_features(teacher, pixels, rollout.prompts.grids)
+            seen = replace(rollout.prompts, features=features, pixels=None)
         teacher_rollout = replace(rollout, prompts=seen)
         batches = [Batch(rollout[cut], advantages[cut], teacher_rollout[cut]) for cut in cuts]
         if reference is not None:
@@ -488,7 +538,7 @@ def main(args: Args) -> dict[str, float]:
         bar.set_postfix(
             reward=f"{metrics['rollout/reward']:.2f}", eval=f"{after['eval/accuracy']:.3f}"
         )
-    run.save_checkpoint(model, processor, task.save if is_toy else lambda directory: None)
+    run.save_checkpoint(model, processor)
     run.close()
     looks = {"before": looks_before, "after": looks_after, "teacher": looks_taught}
     draw_looks(run.out / "attention.png", looks)

@@ -1,5 +1,5 @@
-"""What any paper on Qwen-VL would have identically: models, data, attention, rollout, scoring,
-reward, evaluation, runs.
+"""What any paper on Qwen-VL would have identically: models, attention, rollout, scoring, reward,
+runs. (From a question to tensors: prompts.py; data files: data.py; evaluation: evaluate.py.)
 
 Nothing here knows about RAL. The shapes are the same everywhere: B prompts, G responses a prompt
 (the group), P prompt positions (left-padded), T response positions, V vocabulary, L layers, H
@@ -16,22 +16,25 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import sys
 import tempfile
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import Module
@@ -48,7 +51,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
-from data import Example, Processor, Prompt, PromptBatch, collate, encoder_outputs
+from prompts import Example, Processor, PromptBatch, encoder_outputs
 
 transformers_logging.disable_progress_bar()
 
@@ -136,6 +139,57 @@ class Stopwatch:
 # 2. Model
 
 
+FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+REMEDY = "give a checkpoint directory or a hub name (owner/name)"
+
+
+@contextmanager
+def one_line(named: str) -> Iterator[None]:
+    """Turn what loading a checkpoint raises into a `UsageError` of one line."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
+        raise UsageError(f"{named}: {reason}; {REMEDY}") from None
+
+
+def load_processor(
+    path: str | Path,
+    max_pixels: int | None = None,
+    frame_pixels: int | None = None,
+    field: str = "--model",
+) -> tuple[Any, Processor]:
+    """Config and processor of a Qwen2-VL or Qwen2.5-VL checkpoint, without its weights; the pixel
+    budgets are those of `Processor`.
+
+    Raises:
+        UsageError: `path` is neither a checkpoint directory nor a hub name, lacks a part, or holds
+        another family of models.
+    """
+    named = f"{field} {path}"
+    is_name = str(path).count("/") == 1 and not str(path).startswith((".", "/", "runs/"))
+    require(Path(path).is_dir() or is_name, f"{named}: no such directory; {REMEDY}")
+    with one_line(named):
+        config = AutoConfig.from_pretrained(path)
+        family = f"{named}: is a {config.model_type!r} model"
+        note = "; Qwen3-VL needs a time stamp for each frame in the prompt and positions to match"
+        note = note if config.model_type.startswith("qwen3_vl") else ""
+        known = config.model_type in FAMILIES
+        require(known, f"{family}; supported are {' and '.join(FAMILIES)}{note}")
+        sliding = "sliding_attention" in config.text_config.layer_types
+        require(not sliding, f"{family} with sliding-window attention, which is not supported")
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        require(bool(tokenizer.chat_template), f"{named}: has no chat template; use a chat model")
+        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        kinds = ("*.json", "*.txt", "*.jinja")
+        if not (folder := Path(path)).is_dir():
+            folder = Path(snapshot_download(str(path), allow_patterns=list(kinds)))
+        weights = {"config.json", "generation_config.json", "model.safetensors.index.json"}
+        files = {file.name: file for kind in kinds for file in folder.glob(kind)}
+        files = {name: file.read_bytes() for name, file in files.items() if name not in weights}
+    return config, Processor(tokenizer, image_processor, files, max_pixels, frame_pixels)
+
+
 def load_model(
     path: str | Path, train_vision: bool = False, field: str = "--model"
 ) -> tuple[Module, Processor]:
@@ -146,37 +200,22 @@ def load_model(
     weights. Safetensors only, and no code from the checkpoint is run.
 
     Raises:
-        UsageError: `path` is neither a checkpoint directory nor a hub name, lacks a part, or holds
-        another family of models.
+        UsageError: as `load_processor`, or the weights are missing or unreadable.
     """
-    remedy = "give a checkpoint directory or a hub name (owner/name)"
-    named = f"{field} {path}"
-    is_name = str(path).count("/") == 1 and not str(path).startswith((".", "/", "runs/"))
-    require(Path(path).is_dir() or is_name, f"{named}: no such directory; {remedy}")
-    families = ("qwen2_vl", "qwen2_5_vl")
-    try:
-        config = AutoConfig.from_pretrained(path)
-        family = f"{named}: is a {config.model_type!r} model"
-        require(config.model_type in families, f"{family}; supported are {' and '.join(families)}")
-        sliding = "sliding_attention" in config.text_config.layer_types
-        require(not sliding, f"{family} with sliding-window attention, which is not supported")
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        require(bool(tokenizer.chat_template), f"{named}: has no chat template; use a chat model")
-        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+    _, processor = load_processor(path, field=field)
+    with one_line(f"{field} {path}"):
         model = AutoModelForImageTextToText.from_pretrained(
             path,
             attn_implementation={"text_config": "grouped_sdpa", "vision_config": "sdpa"},
             dtype=torch.float32,
             use_safetensors=True,
         )
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
-        raise UsageError(f"{named}: {reason}; {remedy}") from None
     ends = model.generation_config.eos_token_id is not None
-    require(ends, f"{named}: names no end-of-turn token; add eos_token_id to its generation config")
+    remedy = "add eos_token_id to its generation config"
+    require(ends, f"{field} {path}: names no end-of-turn token; {remedy}")
     model.model.visual.requires_grad_(train_vision)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval(), Processor(tokenizer, image_processor)
+    return model.to(device).eval(), processor
 
 
 def load_teacher(path: str, model: Module, processor: Processor) -> Module:
@@ -530,7 +569,7 @@ def generate_group(
     inputs = {
         "input_ids": prompts.ids,
         "position_ids": prompts.positions,
-        "mm_encoder_outputs": encoder_outputs(prompts),
+        "mm_encoder_outputs": encoder_outputs(model, prompts),
     }
     logits = model(**inputs, layout=layout, use_cache=False, logits_to_keep=1).logits[:, -1]
     logits = logits.repeat_interleave(group_size, dim=0)
@@ -617,7 +656,7 @@ def score(
     outputs = model(
         input_ids=torch.cat([prompts.ids, ids.flatten(1)], dim=1),
         position_ids=torch.cat([prompts.positions, positions], dim=2),
-        mm_encoder_outputs=encoder_outputs(prompts),
+        mm_encoder_outputs=encoder_outputs(model, prompts),
         logits_to_keep=rows.flatten(),
         layout=layout,
         output_attentions=bool(attn_layers),
@@ -725,176 +764,84 @@ def has_format(text: str, think: bool) -> bool:
     )
 
 
-def accuracy(text: str, solution: str) -> float:
-    """Eq. 7: 1 if what stands in the first answer tags is exactly the solution, else 0."""
-    return float(extract_answer(text) == solution.strip())
+def accuracy(text: str, example: Example, rule: str = "by-type") -> float:
+    """Eq. 7: what the first answer in `text` is worth, between 0 and 1.
 
-
-# 7. Evaluation and pictures
-
-
-@dataclass
-class Look:
-    """One held-out example after an evaluation: response, verdict, and where the model looked when
-    it answered."""
-
-    example: Example
-    response: str
-    correct: bool
-    attention: Tensor  # (visual tokens,): mass in the row that first names the answer
-    grid: tuple[int, int, int]  # temporal patches, rows and columns of visual tokens
-
-
-@torch.no_grad()
-def evaluate(
-    model: Module,
-    processor: Processor,
-    prompts: Sequence[Prompt],
-    think: bool,
-    max_new_tokens: int,
-    attn_layer: int = -1,
-    batch_size: int = 64,
-) -> tuple[dict[str, float], list[Look]]:
-    """Greedy accuracy, format and length over all prompts, and on the toy the attention mass on the
-    target.
-
-    `eval/target_attn` is the mass on the target's visual tokens in layer `attn_layer`, in the row
-    that predicts the first token of the answer where the response first names it, counted as 0 for
-    a response without an answer; `eval/target_attn_l<i>` is the same for every layer.
+    Exactly the solution or nothing (`rule="exact"`, the paper's, and where an example names no
+    type), or by its problem type, as Video-R1 judges: options by letter, numbers to two decimals,
+    transcriptions by word error rate, free text by ROUGE, regression by relative error. [ours]: an
+    option's letter may come with brackets, a point or its text.
     """
-    has_targets = all(prompt.example.target for prompt in prompts)
-    layers = range(model.config.text_config.num_hidden_layers) if has_targets else [attn_layer]
-    merge = model.config.vision_config.spatial_merge_size
-    placeholders = torch.tensor([model.config.image_token_id, model.config.video_token_id])
-    looks, on_target, lengths, formats = [], [], [], []
-    for start in range(0, len(prompts), batch_size):
-        chunk = prompts[start : start + batch_size]
-        batch = collate(model, chunk, processor.tokenizer.pad_token_id)
-        rollout = generate_group(model, batch, 1, max_new_tokens)
-        texts = rollout.texts(processor.tokenizer)
-        attentions = torch.stack(score(model, rollout, attn_layers=layers).attentions).cpu()
-        for row, (prompt, (text,)) in enumerate(zip(chunk, texts, strict=True)):
-            ids = rollout.completion_ids[row, 0][rollout.completion_mask[row, 0]]
-            visual = torch.isin(batch.ids[row].cpu(), placeholders).nonzero()[:, 0]
-            mass = torch.zeros(len(layers), len(visual))
-            if (token := answer_token(processor.tokenizer, ids.tolist(), text)) is not None:
-                mass = attentions[:, row, 0, token, visual]
-            t, h, w = prompt.grid.tolist()
-            correct = accuracy(text, prompt.example.solution) == 1.0
-            grid = (t, h // merge, w // merge)
-            gaze = mass[attn_layer if has_targets else 0]
-            looks.append(Look(prompt.example, text, correct, gaze, grid))
-            on_target.append(mass[:, list(prompt.example.target)].sum(dim=1))
-            lengths.append(len(ids))
-            formats.append(has_format(text, think) and not bool(rollout.truncated[row, 0]))
-    metrics = {
-        "eval/accuracy": float(np.mean([look.correct for look in looks])),
-        "eval/format": float(np.mean(formats)),
-        "eval/completion_len": float(np.mean(lengths)),
+    answer, solution = extract_answer(text), example.solution.strip()
+    if answer is None:
+        return 0.0
+    judges = {
+        "multiple choice": same_option,
+        "numerical": same_number,
+        "regression": closeness,
+        "OCR": word_accuracy,
+        "free-form": rouge,
     }
-    if has_targets:
-        by_layer = torch.stack(on_target).mean(dim=0).tolist()
-        metrics["eval/target_attn"] = by_layer[attn_layer]
-        metrics |= {f"eval/target_attn_l{layer}": by_layer[layer] for layer in layers}
-    return metrics, looks
+    judge = judges.get(example.problem_type) if rule == "by-type" else None
+    return float(answer == solution) if judge is None else float(judge(answer, solution))
 
 
-def answer_token(tokenizer: Any, ids: list[int], text: str) -> int | None:
-    """Index of the response token that begins the first mention of the answer, or None if there is
-    no answer.
-
-    A thinking response names its finding in the thought; the row that looks is the one that
-    predicts it there.
-    """
-    answer = extract_answer(text)
-    if not answer:
-        return None
-    mention = text.find(answer)
-
-    def reached(t: int) -> bool:
-        return len(tokenizer.decode(ids[: t + 1])) > mention
-
-    return bisect_left(range(len(ids)), True, key=reached)
+def option_letter(answer: str) -> str:
+    """The letter of an option written as `A`, `A.`, `(A)`, `A. a red car` or `(A) a red car`; else
+    the answer itself."""
+    found = re.fullmatch(r"\(([A-Z])\).*|([A-Z])(?:[.:)].*)?", answer, re.DOTALL)
+    return answer if found is None else found[1] or found[2]
 
 
-def draw_looks(path: Path, rows: dict[str, list[Look]], count: int = 6) -> None:
-    """Draw where the model looked when it answered: a row of held-out examples for each entry of
-    `rows`.
-
-    Bright cells hold attention mass (heads averaged), the rest is dimmed; a frame marks the target.
-    A video is a mosaic of its temporal patches, in reading order, of which the first frame is
-    shown. Without an answer there is nothing to show, and nothing is dimmed.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.patches import Rectangle
-
-    count = min([count, *map(len, rows.values())])
-    size = (2.3 * count, 2.8 * len(rows))
-    figure, axes = pyplot.subplots(len(rows), count, figsize=size, squeeze=False)
-    for (label, looks), line in zip(rows.items(), axes, strict=True):
-        for look, axis in zip(looks[:count], line, strict=True):
-            t, h, w = look.grid
-            frames = look.example.media[:: 2 if look.example.is_video else 1][:t]
-            width, height = frames[0].size
-            columns = math.ceil(math.sqrt(t))
-            heat = look.attention.view(t, h, w).numpy()
-            for patch, frame in enumerate(frames):
-                left, top = patch % columns * width * 1.05, patch // columns * height * 1.05
-                extent = (left, left + width, top + height, top)
-                axis.imshow(np.asarray(frame.convert("RGB")), extent=extent)
-                if heat.max() > 0:
-                    dim = np.zeros((h, w, 4))
-                    dim[..., 3] = 0.85 * (1 - heat[patch] / heat.max())
-                    axis.imshow(dim, extent=extent, interpolation="nearest")
-                for token in look.example.target:
-                    if token // (h * w) == patch:
-                        row, column = divmod(token % (h * w), w)
-                        corner = (left + column * width / w, top + row * height / h)
-                        box = (corner, width / w, height / h)
-                        axis.add_patch(Rectangle(*box, fill=False, edgecolor="magenta", lw=2))
-            mass = look.attention[list(look.example.target)].sum()
-            verdict, colour = ("right", "green") if look.correct else ("WRONG", "red")
-            said = extract_answer(look.response) or "no answer"
-            axis.set_title(
-                f"{verdict}: {said[:16]}\nmass on target {mass:.2f}", color=colour, fontsize=9
-            )
-            axis.set_xlabel(look.example.problem[:32], fontsize=8)
-            right = (columns * 1.05 - 0.05) * width
-            bottom = (math.ceil(t / columns) * 1.05 - 0.05) * height
-            axis.set(xlim=(0, right), ylim=(bottom, 0))
-            axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(label, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    pyplot.close(figure)
+def same_option(answer: str, solution: str) -> bool:
+    return option_letter(answer) == option_letter(solution)
 
 
-def draw_curves(path: Path, metrics: Path, names: Sequence[str]) -> None:
-    """Draw the named metrics of a run's `metrics.jsonl` against the step, one panel each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    names = [name for name in names if any(name in line for line in lines)]
-    figure, axes = pyplot.subplots(1, len(names), figsize=(3.2 * len(names), 2.8), squeeze=False)
-    for name, axis in zip(names, axes[0], strict=True):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        axis.plot(
-            *zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3
-        )
-        axis.set(title=name, xlabel="step")
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    pyplot.close(figure)
+def number(text: str) -> float:
+    """The number in `text`, thousands separated by commas or not; NaN, equal to nothing, if there
+    is none."""
+    try:
+        value = float(text.replace(",", ""))
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan
 
 
-# 8. Runs
+def same_number(answer: str, solution: str) -> bool:
+    """Equal after rounding to two decimals, and both with or both without a decimal point."""
+    same = round(number(answer), 2) == round(number(solution), 2)
+    return same and ("." in answer) == ("." in solution)
+
+
+def closeness(answer: str, solution: str) -> float:
+    """1 - min(1, |p - g| / |g|); for g = 0 whether p is 0 too."""
+    p, g = number(answer), number(solution)
+    if math.isnan(p) or math.isnan(g):
+        return 0.0
+    return float(p == g) if g == 0 else 1 - min(1.0, abs(p - g) / abs(g))
+
+
+def word_accuracy(answer: str, solution: str) -> float:
+    """1 - word error rate, not below 0."""
+    import jiwer
+
+    return 1 - min(1.0, jiwer.wer(solution, answer))
+
+
+@cache
+def rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+
+
+def rouge(answer: str, solution: str) -> float:
+    """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L, with stemming."""
+    scores = rouge_scorer().score(solution, answer)
+    return sum(score.fmeasure for score in scores.values()) / len(scores)
+
+
+# 7. Runs
 
 
 def check_run(args: Any, *inputs: str) -> None:
@@ -917,15 +864,50 @@ def check_run(args: Any, *inputs: str) -> None:
         raise UsageError("--track: wandb is not installed; `pip install wandb`, or leave it out")
 
 
+@dataclass
+class Skipped:
+    """The account of bad rows. It stops the run when more than `most` of the rows read so far, or
+    of the file's first 1,000, are bad."""
+
+    most: float = 0.0
+    rows: int = 0
+    bad: dict[str, str] = field(default_factory=dict)
+    read: int = 0
+    file: TextIO | None = None  # skipped.jsonl
+
+    def add(self, bad: dict[str, str]) -> None:
+        self.read += 1 + len(bad)
+        new = {name: reason for name, reason in bad.items() if name not in self.bad}
+        self.bad |= new
+        if self.file is not None:
+            self.write(new)
+        if len(self.bad) > self.most * max(self.read, min(self.rows, 1000)):
+            last = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[-2:])
+            count = f"{len(self.bad)} bad rows among the first {self.read}"
+            remedy = "--check-data lists them all; mend them, or raise --max-skipped"
+            raise UsageError(f"--max-skipped {self.most}: {count} ({last}); {remedy}")
+
+    def open(self, path: Path) -> None:
+        """Write what is known, and from now on each bad row as it is met."""
+        self.file = path.open("w")
+        self.write(self.bad)
+
+    def write(self, bad: dict[str, str]) -> None:
+        for name, reason in bad.items():
+            line = json.dumps({"row": name, "reason": reason}, ensure_ascii=False)
+            self.file.write(line + "\n")
+        self.file.flush()
+
+
 class Run:
     """A run directory, all there is to know of a run: `args.json`, `metrics.jsonl`,
-    `samples.jsonl`, `tensorboard/`, pictures and `checkpoint/`.
+    `samples.jsonl`, `skipped.jsonl`, `tensorboard/`, pictures and `checkpoint/`.
 
     A run already at `out` is moved to `<out>.1` and so on, or replaced with `--overwrite`; see
     `check_run` for what is never touched. `--track` sends the metrics to Weights & Biases too.
     """
 
-    def __init__(self, args: Any):
+    def __init__(self, args: Any, skipped: Skipped):
         from torch.utils.tensorboard import SummaryWriter
 
         self.out, self.args, self.wandb = Path(args.out), asdict(args), None
@@ -946,9 +928,14 @@ class Run:
         self.metrics_file = (self.out / "metrics.jsonl").open("w")
         self.samples_file = (self.out / "samples.jsonl").open("w")
         self.tensorboard = SummaryWriter(self.out / "tensorboard")
+        self.skipped = skipped
+        if args.data:
+            skipped.open(self.out / "skipped.jsonl")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write one line of metrics, to every sink."""
+        if self.skipped.file is not None:
+            metrics = metrics | {"data/skipped": len(self.skipped.bad)}
         self.metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.metrics_file.flush()
         for name, value in metrics.items():
@@ -962,16 +949,13 @@ class Run:
             self.samples_file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
         self.samples_file.flush()
 
-    def save_checkpoint(
-        self, model: Module, processor: Processor, extra: Callable[[Path], None]
-    ) -> Path:
-        """Write `checkpoint/`, which plain `from_pretrained` loads: aside first, then renamed, so
-        never half-written."""
+    def save_checkpoint(self, model: Module, processor: Processor) -> Path:
+        """Write `checkpoint/`, which plain `from_pretrained` loads, with every processor file of
+        the model it began with: aside first, then renamed, so never half-written."""
         final = self.out / "checkpoint"
         aside = Path(tempfile.mkdtemp(prefix="checkpoint.", dir=self.out))
         model.save_pretrained(aside)
         processor.save(aside)
-        extra(aside)
         aside.chmod(0o755)
         if final.exists():
             final.rename(aside.with_suffix(".old"))

@@ -1,208 +1,450 @@
-"""From a question about an image or a video to the tensors of a prompt, for Qwen2-VL and
-Qwen2.5-VL.
+"""Data files: rows of JSON, the images and videos they name, and prompts read ahead of training.
 
-Only the tokenizer and the PIL image processor of a checkpoint are used, so everything works, and
-works the same, with and without torchvision.
+A row is an object in a JSON array or on a line of its own, with the fields of Video-R1:
+
+    {"problem": "What is the man holding?", "data_type": "video", "path": "./clips/17.mp4",
+     "problem_type": "multiple choice", "options": ["A. a cup", "B. a book"],
+     "solution": "<answer>A</answer>"}
+
+`problem_type` is one of PROBLEM_TYPES; `options`, `problem_id`, `data_source` and, for SFT,
+`process` (the thought) may be there. Nothing in a file is trusted: a row that cannot be used is
+named with its reason and skipped, and no path leads out of the media roots.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import mmap
+import os
+import re
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from PIL import Image
-from torch import Tensor
-from torch.nn import Module
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from common import Skipped, UsageError, extract_answer, require, require_not_negative
+from prompts import Example, Prompt
+
+PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no format that runs a program
+# Bytes, characters, characters: more is a broken row, not an example.
+MAX_ROW, MAX_SOLUTION, MAX_THOUGHT = 2**20, 10_000, 50_000
+MAX_RATIO = 200  # of an image's sides, the image processor's limit
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are the parallelism
+os.environ.setdefault("DECORD_EOF_RETRY_MAX", "64")  # a truncated video fails, instead of hanging
+
+# 1. Rows
 
 
-@dataclass
-class Example:
-    """One question about one image or video.
+class BadRow(Exception):
+    """A row that cannot be used, and why."""
 
-    `media` is one picture, or the frames of a video; `response` a demonstration for SFT; `target`,
-    on the toy only, the indices of the visual tokens that show what the question asks about;
-    `seconds_per_patch` the time between two temporal patches, which Qwen2.5-VL's positions follow.
+
+TEXT = rb'"(?:[^"\\]++|\\.)*+"'
+FLAT = rb'\{(?:[^{}"]++|' + TEXT + rb")*+\}"
+ROW = re.compile(rb'\{(?:[^{}"]++|' + TEXT + rb"|" + FLAT + rb")*+\}", re.DOTALL)
+BETWEEN = re.compile(rb"[\s,]*+")
+NEXT_ROW = re.compile(rb"[\n,]\s*+(?=\{)|\Z")
+
+
+def find_rows(content: mmap.mmap) -> Iterator[tuple[int, int]]:
+    """Start and end of each row, in bytes: of a JSON array if the first character is a bracket,
+    else of each line that is not blank.
+
+    Nothing is decoded yet. What is no object in an array is a row as well, up to where the next one
+    seems to begin, and so is a missing end of the array: they will be named as unreadable, and
+    nothing is dropped in silence.
+    """
+    at = 3 if content[:3] == b"\xef\xbb\xbf" else 0  # a byte order mark
+    at = BETWEEN.match(content, at).end()
+    if content[at : at + 1] != b"[":
+        while at < len(content):
+            end = content.find(b"\n", at)
+            end = len(content) if end < 0 else end
+            if content[at:end].strip():
+                yield at, end
+            at = end + 1
+        return
+    at, whole = BETWEEN.match(content, at + 1).end(), True
+    while at < len(content) and content[at : at + 1] != b"]":
+        whole = ROW.match(content, at)
+        end = (whole or NEXT_ROW.search(content, at)).end()
+        yield at, end
+        at = BETWEEN.match(content, end).end()
+    if at >= len(content) and whole:
+        yield at, at
+
+
+class DataFile:
+    """The rows of a data file as `Example`s, read one at a time: only their offsets are in memory.
+
+    `frames` and `fps` are those of `frame_indices`. Media are looked for under `roots`, the file's
+    own folder by default.
+
+    Raises:
+        UsageError: the file or a root is not there, or the file has no row.
     """
 
-    problem: str
-    solution: str
-    media: list[Image.Image]
-    is_video: bool
-    response: str | None = None
-    target: tuple[int, ...] = ()
-    seconds_per_patch: float = 1.0
+    def __init__(
+        self,
+        path: str,
+        roots: Sequence[str] = (),
+        frames: int | None = 16,
+        fps: float | None = None,
+        option: str = "--data",
+    ):
+        self.path, self.frames, self.fps = Path(path), frames, fps
+        require(self.path.is_file(), f"{option} {path}: no such file")
+        require(self.path.stat().st_size > 0, f"{option} {path}: is empty")
+        self.roots = [Path(root).resolve() for root in roots or [self.path.parent]]
+        for root in self.roots:
+            require(root.is_dir(), f"--media-root {root}: no such directory")
+        offsets = array("q")
+        with (
+            self.path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            for start, end in find_rows(content):
+                offsets.extend((start, end))
+        self.offsets = np.array(offsets).reshape(-1, 2)
+        require(len(self) > 0, f"{option} {path}: has no rows")
 
+    def __len__(self) -> int:
+        return len(self.offsets)
 
-@dataclass
-class Prompt:
-    """An `Example` as tensors: `ids` (P,), `positions` (3, P), `pixels` (patches, values), `grid`
-    (3,) = t, h, w."""
+    def name(self, row: int) -> str:
+        return f"{self.path.name} row {row + 1}"
 
-    ids: Tensor
-    positions: Tensor
-    pixels: Tensor
-    grid: Tensor
-    example: Example
+    def place(self, row: int) -> str:
+        """File, row and line, each counted from 1, to find the row with an editor."""
+        start, lines = int(self.offsets[row, 0]), 1
+        with self.path.open("rb") as file:
+            while start > 0:
+                start -= len(chunk := file.read(min(start, 2**20)))
+                lines += chunk.count(b"\n")
+        return f"{self.name(row)} (line {lines})"
 
+    def example(self, row: int) -> Example:
+        """Row number `row` (from 0) with its media.
 
-@dataclass
-class Processor:
-    """Tokenizer and PIL image processor of a checkpoint: what turns an `Example` into tensors,
-    without torchvision."""
+        Raises:
+            BadRow: it cannot be used.
+        """
+        start, end = map(int, self.offsets[row])
+        if end - start > MAX_ROW:
+            raise BadRow(f"is {end - start:,} bytes long; at most {MAX_ROW:,} are allowed")
+        with self.path.open("rb") as file:
+            file.seek(start)
+            content = file.read(end - start)
+        try:
+            fields = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise BadRow(f"is not JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise BadRow("is not a JSON object")
+        example = self.parse(fields)
+        path = self.find(fields["path"])
+        if not example.is_video:
+            return replace(example, media=[read_image(path)], name=self.name(row))
+        media, seconds = read_video(path, self.frames, self.fps)
+        return replace(example, media=media, seconds_per_patch=seconds, name=self.name(row))
 
-    tokenizer: Any
-    image_processor: Any
-
-    def save(self, directory: Path) -> None:
-        self.tokenizer.save_pretrained(directory)
-        self.image_processor.save_pretrained(directory)
-
-
-def encode_prompt(
-    processor: Processor, config: Any, example: Example, question_first: bool = False
-) -> Prompt:
-    """Render the chat template, expand the placeholder to one token per visual token, and lay out
-    the positions.
-
-    The question's text is tokenised apart from the template, with special tokens split: an
-    `<|image_pad|>` in a data file stays text and never becomes a placeholder.
-    """
-    pixels, grid = process_media(processor.image_processor, example)
-    marker = (
-        "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the question while the template is rendered
-    )
-    content = [{"type": "video" if example.is_video else "image"}, {"type": "text", "text": marker}]
-    messages = [{"role": "user", "content": content[::-1] if question_first else content}]
-    tokenizer = processor.tokenizer
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    before, after = text.split(marker)
-    ids = tokenizer.encode(before, add_special_tokens=False)
-    ids += tokenizer.encode(
-        example.problem.strip(), add_special_tokens=False, split_special_tokens=True
-    )
-    ids += tokenizer.encode(after, add_special_tokens=False)
-    placeholder = config.video_token_id if example.is_video else config.image_token_id
-    at = ids.index(placeholder)
-    visual_tokens = int(grid.prod()) // config.vision_config.spatial_merge_size**2
-    ids = ids[:at] + [placeholder] * visual_tokens + ids[at + 1 :]
-    positions = mrope_positions(
-        len(ids), at, grid, config, example.is_video, example.seconds_per_patch
-    )
-    return Prompt(torch.tensor(ids), positions, pixels, grid, example)
-
-
-def process_media(image_processor: Any, example: Example) -> tuple[Tensor, Tensor]:
-    """Pixels (patches, channels * 2 * patch * patch) and grid (t, h, w) of one image or one video.
-
-    A temporal patch holds two frames; an odd number of frames is padded by repeating the last, as
-    the family's own video processor does. An image fills both halves with itself. Frames run
-    through the image processor, so resizing and normalisation are those of images.
-    """
-    output = image_processor(images=example.media, return_tensors="pt")
-    pixels, grids = output["pixel_values"], output["image_grid_thw"]
-    if not example.is_video:
-        return pixels, grids[0]
-    depth, side = image_processor.temporal_patch_size, image_processor.patch_size
-    frames = pixels.view(len(example.media), -1, 3, depth, side, side)[:, :, :, 0]
-    if pad := -len(frames) % depth:
-        frames = torch.cat([frames, frames[-1:].expand(pad, -1, -1, -1, -1)])
-    patches = frames.unflatten(0, (-1, depth)).permute(
-        0, 2, 3, 1, 4, 5
-    )  # (t, h * w, channel, depth, side, side)
-    grid = torch.tensor([len(patches), grids[0, 1], grids[0, 2]])
-    return patches.reshape(-1, pixels.shape[1]), grid
-
-
-def mrope_positions(
-    length: int, start: int, grid: Tensor, config: Any, is_video: bool, seconds_per_patch: float
-) -> Tensor:
-    """Positions (3, P) of a prompt whose only image or video begins at index `start`: time, height
-    and width axes.
-
-    Text after the vision block goes on at the block's largest position + 1 on every axis. That is
-    the rule of the models' release and of inference servers; transformers 5.23 starts text after a
-    *video* at max(h, w) / 2 past its start, inside the video's own time axis. Images do not tell
-    the two apart.
-    """
-    merge = config.vision_config.spatial_merge_size
-    t, h, w = int(grid[0]), int(grid[1]) // merge, int(grid[2]) // merge
-    interval = (
-        getattr(config.vision_config, "tokens_per_second", 1) * seconds_per_patch if is_video else 1
-    )
-    if config.model_type == "qwen2_vl":
-        interval = 1  # Qwen2-VL counts temporal patches, Qwen2.5-VL counts time
-    axes = ((torch.arange(t) * interval).long(), torch.arange(h), torch.arange(w))
-    block = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1) + start
-    after = torch.arange(length - start - block.shape[1]) + block.max() + 1
-    return torch.cat([torch.arange(start).expand(3, -1), block, after.expand(3, -1)], dim=1)
-
-
-@dataclass
-class PromptBatch:
-    """B prompts, left-padded to P: `ids` (B, P), `positions` (3, B, P), `mask` (B, P) or None where
-    nothing is padded.
-
-    `features[b]` are the visual features of prompt b, (visual tokens, hidden), computed once and
-    reused by every pass; `grids` (B, 3) are t, h, w in patches before merging.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    mask: Tensor | None
-    features: list[Tensor]
-    grids: Tensor
-    is_video: list[bool]
-
-    def __getitem__(self, rows: slice) -> "PromptBatch":
-        return PromptBatch(
-            self.ids[rows],
-            self.positions[:, rows],
-            None if self.mask is None else self.mask[rows],
-            self.features[rows],
-            self.grids[rows],
-            self.is_video[rows],
+    def parse(self, fields: dict[str, Any]) -> Example:
+        """The example of a row, without its media."""
+        for name in ("problem", "solution", "path", "data_type", "problem_type"):
+            value = fields.get(name)
+            if isinstance(value, int | float) and name == "solution":
+                value = fields[name] = str(value)
+            if not isinstance(value, str) or not value.strip():
+                raise BadRow(f"has no text in {name!r}")
+        if fields["data_type"] not in ("image", "video"):
+            raise BadRow(f"data_type is {fields['data_type'][:40]!r}; known are image and video")
+        if fields["problem_type"] not in PROBLEM_TYPES:
+            known = ", ".join(PROBLEM_TYPES)
+            raise BadRow(f"problem_type is {fields['problem_type'][:40]!r}; known are {known}")
+        solution = extract_answer(fields["solution"])
+        solution = fields["solution"].strip() if solution is None else solution
+        if not 0 < len(solution) <= MAX_SOLUTION:
+            raise BadRow(f"solution has {len(solution):,} characters; allowed are 1 to 10,000")
+        options = fields.get("options") or []
+        if not isinstance(options, list) or not all(isinstance(x, str) for x in options):
+            raise BadRow("options is not a list of texts")
+        thought = fields.get("process")
+        if isinstance(thought, str) and len(thought) > MAX_THOUGHT:
+            raise BadRow(f"process has {len(thought):,} characters; at most {MAX_THOUGHT:,}")
+        return Example(
+            problem=fields["problem"],
+            solution=solution,
+            media=[],
+            is_video=fields["data_type"] == "video",
+            response=thought.strip() if isinstance(thought, str) and thought.strip() else None,
+            problem_type=fields["problem_type"],
+            options=tuple(options),
+            source=str(fields.get("data_source", ""))[:200],
         )
 
+    def find(self, path: str) -> Path:
+        """The file that `path` names under one of the roots; links are followed, and checked."""
+        outside = False
+        for root in self.roots:
+            try:
+                target = (root / path).resolve()
+                if any(target.is_relative_to(allowed) for allowed in self.roots):
+                    if target.is_file():
+                        return target
+                else:
+                    outside = True
+            except (OSError, ValueError):  # too long, or with a NUL
+                continue
+        raise BadRow(f"path {path[:200]!r} {'leaves' if outside else 'is not under'} --media-root")
 
-def visual_features(model: Module, prompts: Sequence[Prompt]) -> list[Tensor]:
-    """Visual features of each prompt, (visual tokens, hidden): one call of the vision tower for all
-    of them."""
-    pixels = torch.cat([prompt.pixels for prompt in prompts]).to(model.device)
-    grids = torch.stack([prompt.grid for prompt in prompts])
-    return list(model.get_image_features(pixels, grids.to(model.device)).pooler_output)
+
+# 2. Media
 
 
-def collate(model: Module, prompts: Sequence[Prompt], pad_id: int) -> PromptBatch:
-    """Left-pad prompts into a batch on the model's device, and compute their visual features."""
-    longest = max(len(prompt.ids) for prompt in prompts)
-    ids = torch.full((len(prompts), longest), pad_id)
-    positions = torch.zeros(3, len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt.ids) :] = prompt.ids
-        positions[:, row, longest - len(prompt.ids) :] = prompt.positions
-        mask[row, longest - len(prompt.ids) :] = True
-    return PromptBatch(
-        ids.to(model.device),
-        positions.to(model.device),
-        None if mask.all() else mask.to(model.device),
-        visual_features(model, prompts),
-        torch.stack([prompt.grid for prompt in prompts]),
-        [prompt.example.is_video for prompt in prompts],
+def read_image(path: Path) -> Image.Image:
+    """An image in RGB; what is transparent becomes white.
+
+    Raises:
+        BadRow: it cannot be read, or is too large or too narrow.
+    """
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if max(image.size) > MAX_RATIO * min(image.size):
+                raise BadRow(f"{path.name}: sides of {image.size} are too unequal")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                return Image.alpha_composite(white, image).convert("RGB")
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadRow(f"{path.name}: not a readable image ({first_line(error)})") from None
+
+
+def frame_indices(total: int, rate: float, frames: int | None, fps: float | None) -> list[int]:
+    """Which of `total` frames, at `rate` a second, to look at: `frames` of them, evenly spaced from
+    first to last, or `fps` a second, then at most `frames`.
+
+    No frame is taken twice: a shorter video gives all it has.
+    """
+    count = total if frames is None else frames
+    if fps is not None:
+        count = min(count, max(2, round(total / rate * fps)))
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
+
+
+def read_video(
+    path: Path, frames: int | None, fps: float | None
+) -> tuple[list[Image.Image], float]:
+    """The chosen frames of a video and the seconds between two of its temporal patches (pairs of
+    frames).
+
+    Raises:
+        BadRow: it has no frame that can be decoded.
+        UsageError: decord is not installed.
+    """
+    try:
+        import decord
+    except ImportError:
+        why = "videos need decord, which has no package for this platform or is not installed"
+        raise UsageError(f"{path}: {why}; pip install decord, or use images only") from None
+    with path.open("rb") as file:
+        if b"\0" not in file.read(4096):  # a playlist is text, and would open other files
+            raise BadRow(f"{path.name}: not a video")
+    decord.logging.set_level(decord.logging.QUIET)  # the reason goes into the row's record
+    try:
+        reader = decord.VideoReader(str(path), num_threads=1)
+        total, rate = len(reader), reader.get_avg_fps()
+        if total == 0 or not rate > 0:
+            raise BadRow(f"{path.name}: has no frames")
+        indices = frame_indices(total, rate, frames, fps)
+        pictures = reader.get_batch(indices).asnumpy()
+    except (decord.DECORDError, RuntimeError, IndexError) as error:
+        raise BadRow(f"{path.name}: not a readable video ({first_line(error)})") from None
+    height, width = pictures.shape[1:3]
+    if max(height, width) > MAX_RATIO * min(height, width):
+        raise BadRow(f"{path.name}: sides of {(width, height)} are too unequal")
+    return [Image.fromarray(picture) for picture in pictures], 2 * total / rate / len(indices)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+# 3. Prompts, read ahead
+
+
+class Prompts(Dataset):
+    """Prompt number n of a run, n from 0, and the bad rows met on the way to it.
+
+    With a seed it is a function of (seed, n) alone, so that no state has to be carried along: every
+    epoch is an order of its own, and in the place of a bad row stands another one, drawn at random.
+    Without one, prompt n is row n, or None where that is bad. `source` has `example(row)`.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        encode: Callable[[Example], Prompt],
+        rows: np.ndarray | None = None,
+        seed: int | None = None,
+        max_tokens: int | None = None,
+        keep_media: bool = False,
+    ):
+        self.source, self.encode, self.rows, self.seed = source, encode, rows, seed
+        self.max_tokens, self.keep_media = max_tokens, keep_media
+        self.order = (-1, rows)  # of the epoch asked for last
+
+    def row(self, n: int, attempt: int) -> int:
+        if self.rows is None:
+            return n
+        if self.seed is None:
+            return int(self.rows[n])
+        if attempt:
+            draw = np.random.default_rng([self.seed, n, attempt])
+            return int(self.rows[draw.integers(len(self.rows))])
+        epoch, place = divmod(n, len(self.rows))
+        if self.order[0] != epoch:
+            draw = np.random.default_rng([self.seed, epoch])
+            self.order = (epoch, draw.permutation(self.rows))
+        return int(self.order[1][place])
+
+    def prompt(self, row: int) -> Prompt:
+        prompt = self.encode(self.source.example(row))
+        if self.max_tokens is not None and len(prompt.ids) > self.max_tokens:
+            limit = f"above --max-prompt-tokens {self.max_tokens}"
+            raise BadRow(f"its prompt has {len(prompt.ids)} tokens, {limit}")
+        if not self.keep_media:
+            prompt.example = replace(prompt.example, media=[])
+        return prompt
+
+    def __getitem__(self, n: int) -> tuple[Prompt | UsageError | None, dict[str, str]]:
+        bad = {}
+        for attempt in range(100 if self.seed is not None else 1):
+            row = self.row(n, attempt)
+            try:
+                return self.prompt(row), bad
+            except BadRow as error:
+                bad[self.source.place(row)] = str(error)
+            except UsageError as error:  # raised here, it would lose its form on the way to main
+                return error, bad
+        return None, bad
+
+
+@dataclass
+class Reader:
+    """Iterates over the prompts `numbers`, which `workers` processes read and encode ahead (0: this
+    process, when asked)."""
+
+    prompts: Prompts
+    numbers: Sequence[int]
+    workers: int
+    skipped: Skipped
+
+    @property
+    def epoch(self) -> int:
+        """Rows there are to train on."""
+        return len(self.prompts.rows)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        loader = DataLoader(
+            self.prompts,
+            batch_size=None,
+            sampler=self.numbers,
+            num_workers=min(self.workers, os.cpu_count()),
+            collate_fn=same,
+            prefetch_factor=4 if self.workers else None,
+        )
+        for prompt, bad in loader:
+            self.skipped.add(bad)
+            if isinstance(prompt, UsageError):
+                raise prompt
+            if prompt is not None:
+                yield prompt
+            elif self.prompts.seed is not None:
+                raise UsageError(f"100 bad rows one after another; the last: {bad.popitem()}")
+
+
+def same(item: Any) -> Any:
+    return item
+
+
+def check_files(args: Any, is_toy: bool) -> None:
+    """Refuse arguments about data files that make no sense together."""
+    require_not_negative(args, "workers")
+    if args.data is None:
+        names = ("eval_data", "media_root", "check_data", "fps")
+        for name in names:
+            given = bool(getattr(args, name))
+            require(not given, f"--{name.replace('_', '-')}: needs --data")
+        if not is_toy:
+            print("no --data: the built-in task, a smoke run of the model")
+        return
+    learned = "the toy knows only the words of its task"
+    require(not is_toy, f"--data {args.data}: {learned}; give --model a real checkpoint")
+    require(args.grid is None and args.toy_order is None, "--grid, --toy-order: not with --data")
+
+
+def open_data(args: Any, encode: Callable[[Example], Prompt]) -> tuple[Reader, Reader, Skipped]:
+    """Training prompts of `--data` without end, those to evaluate on, and the account of bad rows.
+
+    Without `--eval-data`, up to `eval_examples` rows, but at most a tenth, are kept out of training
+    to evaluate on: the same ones whatever the seed.
+    """
+    frames = args.frames or (None if args.fps else 16)
+    train = held_out = DataFile(args.data, args.media_root, frames, args.fps)
+    rows = np.random.default_rng(0).permutation(len(train))
+    if args.eval_data:
+        held_out = DataFile(args.eval_data, args.media_root, frames, args.fps, "--eval-data")
+        apart = np.random.default_rng(0).permutation(len(held_out))[: args.eval_examples]
+    else:
+        require(len(rows) > 1, f"--data {args.data}: has one row; give --eval-data")
+        apart, rows = np.split(rows, [min(args.eval_examples, max(1, len(rows) // 10))])
+    apart, rows, most = np.sort(apart), np.sort(rows), args.max_prompt_tokens
+    skipped = Skipped(args.max_skipped, len(train))
+    training = Prompts(train, encode, rows, args.seed, most)
+    evaluation = Prompts(held_out, encode, apart, None, most, keep_media=True)
+    return (
+        Reader(training, range(2**62), args.workers, skipped),
+        Reader(evaluation, range(len(apart)), args.workers, skipped),
+        skipped,
     )
 
 
-def encoder_outputs(prompts: PromptBatch) -> dict[str, BaseModelOutputWithPooling]:
-    """The precomputed features as the model's forward takes them (`mm_encoder_outputs`)."""
-    outputs = {}
-    for kind, wanted in (("image", False), ("video", True)):
-        chosen = tuple(
-            f
-            for f, is_video in zip(prompts.features, prompts.is_video, strict=True)
-            if is_video == wanted
+def check_data(args: Any, encode: Callable[[Example], Prompt]) -> dict[str, float]:
+    """Read every row of `--data` and `--eval-data` once, and print what was found.
+
+    Raises:
+        UsageError: more than `--max-skipped` of the rows are bad.
+    """
+    report, frames = {}, args.frames or (None if args.fps else 16)
+    for option, path in (("--data", args.data), ("--eval-data", args.eval_data)):
+        if path is None:
+            continue
+        file = DataFile(path, args.media_root, frames, args.fps, option)
+        rows = np.arange(len(file))
+        skipped = Skipped(1.0, len(file))
+        reader = Reader(
+            Prompts(file, encode, rows, None, args.max_prompt_tokens), rows, args.workers, skipped
         )
-        if chosen:
-            outputs[kind] = BaseModelOutputWithPooling(pooler_output=chosen)
-    return outputs
+        kinds, lengths = Counter(), []
+        for prompt in tqdm(reader, total=len(rows), desc=f"{option} {path}"):
+            example = prompt.example
+            kinds[f"{'video' if example.is_video else 'image'}, {example.problem_type}"] += 1
+            lengths.append(len(prompt.ids))
+        for name, reason in skipped.bad.items():
+            print(f"bad: {name}: {reason}")
+        print(f"{option} {path}: {len(rows):,} rows, {len(skipped.bad):,} bad")
+        for kind, number in sorted(kinds.items()):
+            print(f"  {kind:<28}{number:>10,}")
+        if lengths:
+            print(f"  prompt tokens: median {np.median(lengths):,.0f}, most {max(lengths):,}")
+        report |= {f"{option}/rows": len(rows), f"{option}/bad": len(skipped.bad)}
+        few = len(skipped.bad) <= args.max_skipped * len(rows)
+        require(few, f"{option} {path}: more than --max-skipped {args.max_skipped} are bad")
+    return report

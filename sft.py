@@ -17,16 +17,19 @@ response a prompt.
     python sft.py --frames 8             # ... on videos of 8 frames
     python sft.py --model runs/sft/checkpoint --stop-accuracy 0.9 --out runs/sft2   # go on
 
-Data: the built-in visual-search task (toy.py). Memory and time: see "Cost" in the README.
+Data: the built-in visual-search task (toy.py), or files of Video-R1's form with a thought in each
+row (data.py), of which an epoch is the unit. Memory and time: see "Cost" in the README.
 """
 
+import math
 import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,11 +43,9 @@ from common import (
     Run,
     Stopwatch,
     check_run,
-    draw_curves,
-    draw_looks,
-    evaluate,
     fill_defaults,
     load_model,
+    load_processor,
     print_summary,
     require,
     require_not_negative,
@@ -54,16 +55,21 @@ from common import (
     score,
     seed_everything,
 )
-from data import Example, Processor, Prompt, collate, encode_prompt
+from data import BadRow, check_data, check_files, open_data
+from evaluate import draw_curves, draw_looks, evaluate
+from prompts import Example, Processor, Prompt, collate, encode_prompt
 
 # 1. Arguments
 
 # Fields that are None take their value from one of these: the toy's, or a real model's.
-TOY = {"steps": 2000, "stop_accuracy": 0.42, "train_vision": True}
-REAL = {"steps": 800, "stop_accuracy": 2.0, "train_vision": False, "think": True}
+TOY = {"steps": 2000, "stop_accuracy": 0.42, "train_vision": True, "schedule": "constant"}
+REAL = {"stop_accuracy": 2.0, "train_vision": False, "think": True, "schedule": "cosine"}
 TOY |= {"prompts_per_step": 32, "micro_batch_size": 32}
 REAL |= {"learning_rate": 1e-5, "prompts_per_step": 8, "micro_batch_size": 1}
 TOY_RATE = {"small": 1.5e-3, "large": 1e-3}  # learning rate by toy_size
+TOY |= {"eval_every": 100, "eval_examples": 512, "workers": 0}
+REAL |= {"eval_every": 100, "eval_examples": 128, "workers": 4, "max_prompt_tokens": 16384}
+REAL |= {"max_pixels": 256 * 28 * 28, "frame_pixels": 128 * 28 * 28}
 NEW_TOKENS = {"toy": {False: 16, True: 64}, "real": {False: 768, True: 768}}  # direct, thinking
 
 
@@ -71,6 +77,14 @@ NEW_TOKENS = {"toy": {False: 16, True: 64}, "real": {False: 768, True: 768}}  # 
 class Args:
     model: str | None = None
     """Checkpoint directory or hub name; unset: a toy model with random weights."""
+    data: str | None = None
+    """JSON or JSON lines file with Video-R1's fields, see data.py; unset: the built-in task."""
+    eval_data: str | None = None
+    """The same, to evaluate on; unset: up to a tenth of --data, kept out of training."""
+    media_root: tuple[str, ...] = ()
+    """Folders that the rows' paths are relative to; unset: the data file's own."""
+    check_data: bool = False
+    """Read every row once, report what cannot be used, and stop."""
     out: str = f"runs/{Path(__file__).stem}"
     """Run directory. A run that is in the way is moved to OUT.1 and so on."""
     overwrite: bool = False
@@ -83,17 +97,29 @@ class Args:
     """`--think`: a thought, then the answer; `--no-think`: the answer alone (RAL-zero). Paper:
     think. Toy: no."""
     frames: int | None = None
-    """Frames of each video; unset: images."""
+    """Frames of each video, evenly spaced; unset: 16, on the toy images."""
+    fps: float | None = None
+    """Frames a second of each video instead, with --frames as the most."""
+    max_pixels: int | None = None
+    """Pixels of an image at most; a visual token has 28 x 28. Real: 256 tokens, as Video-R1."""
+    frame_pixels: int | None = None
+    """The same of each frame of a video. Real: 128 tokens, two frames share one; as Video-R1."""
+    max_prompt_tokens: int | None = None
+    """A row whose prompt is longer is skipped. Real: 16384."""
+    max_skipped: float = 0.01
+    """Stop when more than this fraction of the rows cannot be used."""
+    workers: int | None = None
+    """Processes that read and encode ahead. Toy: 0. Real: 4."""
     grid: int | None = None
     """Cells along each side of the toy's pictures (3 or more); unset: the checkpoint's, or 4."""
     toy_order: Literal["question-first", "image-first"] | None = None
     """What the toy's prompt begins with; unset: the checkpoint's, or the question."""
     steps: int | None = None
-    """Optimisation steps at most. Toy: 2000."""
-    eval_every: int = 100
-    """Steps between evaluations on held-out examples."""
-    eval_examples: int = 512
-    """Held-out examples of an evaluation."""
+    """Optimisation steps at most. Toy: 2000. With --data: as many as --epochs need."""
+    eval_every: int | None = None
+    """Steps between evaluations on held-out examples. Toy: 100. Real: 100."""
+    eval_examples: int | None = None
+    """Held-out examples of an evaluation. Toy: 512. Real: 128."""
     learning_rate: float | None = None
     """AdamW's learning rate after the warm-up. Video-R1: 1e-5. Toy: 1.5e-3, large 1e-3."""
     max_grad_norm: float = 1.0
@@ -104,6 +130,10 @@ class Args:
     """Demonstrations in each step. Toy: 32. Real: 8 [ours]."""
     max_new_tokens: int | None = None
     """Longest response of an evaluation in tokens. Toy: 16, thinking 64. Real: 768."""
+    epochs: float = 1.0
+    """Passes over --data, where --steps is not set."""
+    schedule: Literal["constant", "cosine"] | None = None
+    """Of the learning rate after the warm-up. Toy: constant. Real: cosine [ours]."""
     warmup_steps: int = 50
     """Steps over which the learning rate rises from 0."""
     toy_size: Literal["small", "large"] = "small"
@@ -121,11 +151,12 @@ class Args:
         require_positive(
             self, "steps", "eval_every", "eval_examples", "learning_rate", "max_grad_norm", "frames"
         )
+        require_positive(self, "fps", "max_pixels", "frame_pixels", "max_prompt_tokens")
         require_positive(
-            self, "micro_batch_size", "prompts_per_step", "warmup_steps", "max_new_tokens"
+            self, "micro_batch_size", "prompts_per_step", "warmup_steps", "max_new_tokens", "epochs"
         )
         require_positive(self, "stop_accuracy", "watch_above")
-        require_not_negative(self, "seed")
+        require_not_negative(self, "max_skipped", "seed")
         require(self.grid is None or self.grid >= 3, f"--grid {self.grid}: needs 3 or more")
 
 
@@ -133,13 +164,36 @@ class Args:
 
 DIRECT = "Give the answer alone inside <answer> </answer> tags."
 THINK = f"Think first, inside <think> </think> tags. {DIRECT}"
+ANSWER = {  # what is asked for, by problem type
+    "multiple choice": "The answer is the letter of one option.",
+    "numerical": "The answer is a number.",
+    "regression": "The answer is a number.",
+    "OCR": "The answer is the text as it stands there.",
+    "free-form": "The answer is a short text.",
+}
 
 
-def ask(example: Example, think: bool, is_toy: bool) -> Example:
-    """Add the request for tags to the question; the toy's checkpoints know only their own words."""
-    if not is_toy:
-        example.problem = f"{example.problem}\n{THINK if think else DIRECT}"
-    return example
+def ask(example: Example, think: bool) -> str:
+    """What the user says beside the image or video: question, options, how to answer."""
+    options = ["Options:", *example.options] if example.options else []
+    request = f"{THINK if think else DIRECT} {ANSWER.get(example.problem_type, '')}"
+    return "\n".join([example.problem, *options, request.strip()])
+
+
+def encode(
+    example: Example, processor: Processor, config: Any, think: bool, task: toy.Task, is_toy: bool
+) -> Prompt:
+    """The prompt of an example; the toy's checkpoints know only their own words. A data file's row
+    gets its demonstration: thought and answer, or the answer alone."""
+    text = example.problem if is_toy else ask(example, think)
+    if example.problem_type:
+        if think and not example.response:
+            raise BadRow("has no text in 'process', the thought to learn")
+        thought = example.response or ""
+        thought = thought if "<think>" in thought else f"<think>{thought}</think>"
+        answer = f"<answer>{example.solution}</answer>"
+        example.response = f"{thought}\n{answer}" if think else answer
+    return encode_prompt(processor, config, example, text, task.order == "question-first")
 
 
 # 3. Rollout
@@ -149,9 +203,8 @@ def ask(example: Example, think: bool, is_toy: bool) -> Example:
 def demonstrations(model: Module, processor: Processor, prompts: list[Prompt]) -> Rollout:
     """The prompts with their demonstrated responses and an EOS, as a rollout of group size 1."""
     tokenizer = processor.tokenizer
-    ids = [
-        tokenizer.encode(prompt.example.response, add_special_tokens=False) for prompt in prompts
-    ]
+    encode = partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True)
+    ids = [encode(prompt.example.response) for prompt in prompts]
     rows = [torch.tensor([*row, tokenizer.eos_token_id], device=model.device) for row in ids]
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[:, None]
     lengths = torch.tensor([len(row) for row in rows], device=model.device)
@@ -176,20 +229,35 @@ def loss_terms(model: Module, rollout: Rollout) -> dict[str, Tensor]:
 # 5. Update
 
 
+def learning_rate(step: int, args: Args) -> float:
+    """Rises linearly over `warmup_steps`, then stays, or falls to 0 as half a cosine."""
+    rate = args.learning_rate * min(1.0, step / args.warmup_steps)
+    if args.schedule == "cosine":
+        rate *= (1 + math.cos(math.pi * (step - 1) / args.steps)) / 2
+    return rate
+
+
 def update(
     model: Module, processor: Processor, optimizer: Optimizer, prompts: list[Prompt], args: Args
 ) -> dict[str, float]:
-    """One optimiser step over all demonstrations, whatever the microbatches."""
+    """One optimiser step over all demonstrations, whatever the microbatches, which are cut by
+    length so that little is padded."""
     model.train()
     metrics = defaultdict(float)
+    if len(prompts) > args.micro_batch_size:
+        prompts = sorted(prompts, key=lambda p: (len(p.ids), len(p.example.response)))
+    positions = used = 0
     for i in range(0, len(prompts), args.micro_batch_size):
-        rollout = demonstrations(model, processor, prompts[i : i + args.micro_batch_size])
+        chunk = prompts[i : i + args.micro_batch_size]
+        rollout = demonstrations(model, processor, chunk)
+        positions += rollout.prompts.ids.numel() + rollout.completion_ids.numel()
+        used += sum(len(prompt.ids) for prompt in chunk) + int(rollout.completion_mask.sum())
         terms = loss_terms(model, rollout)
         (terms["loss"].sum() / len(prompts)).backward()
         for name, term in terms.items():
             metrics[f"train/{name}"] += term.detach().sum().item() / len(prompts)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-    metrics["train/grad_norm"] = norm.item()
+    metrics |= {"train/grad_norm": norm.item(), "train/padding_frac": 1 - used / positions}
     optimizer.step()
     optimizer.zero_grad()
     return dict(metrics)
@@ -206,51 +274,57 @@ def main(args: Args) -> dict[str, float]:
     task = toy.resolve_task(args, args.model or "", may_differ=True)
     inherited = {"think": task.think, "learning_rate": TOY_RATE[args.toy_size]}
     args = fill_defaults(args, (TOY | inherited) if is_toy else REAL)
+    if not args.data:
+        args = fill_defaults(args, {"steps": 800})  # a smoke run of a real model
     new_tokens = NEW_TOKENS["toy" if is_toy else "real"][args.think]
     args = fill_defaults(args, {"max_new_tokens": new_tokens})
     task = replace(task, think=args.think)
     check_run(args, *([args.model] if args.model else []))
+    check_files(args, is_toy)
     seed_everything(args.seed)
-    if args.model is None:
-        with tempfile.TemporaryDirectory() as base:
+    with tempfile.TemporaryDirectory() as scratch:
+        base = args.model or scratch
+        if args.model is None:
             toy.write_base(Path(base), args.seed, args.toy_size)
-            model, processor = load_model(base, args.train_vision)
-    else:
-        model, processor = load_model(args.model, args.train_vision)
+        config, processor = load_processor(base, args.max_pixels, args.frame_pixels)
+        turn = partial(encode, processor=processor, config=config, think=args.think)
+        turn = partial(turn, task=task, is_toy=is_toy)
+        if args.check_data:
+            return check_data(args, turn)
+        open_prompts = open_data if args.data else partial(toy.open_data, task)
+        train, held_out, skipped = open_prompts(args, turn)
+        model = load_model(base, args.train_vision)[0]
+    if is_toy:
+        processor.files |= task.files()
+    if args.steps is None:  # an epoch is the unit of real data
+        args.steps = math.ceil(args.epochs * train.epoch / args.prompts_per_step)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
     )
 
-    def encode(example: Example) -> Prompt:
-        first = task.order == "question-first"
-        return encode_prompt(
-            processor, model.config, ask(example, args.think, is_toy), question_first=first
-        )
-
-    held_out = [encode(example) for example in toy.held_out_examples(task, args.eval_examples)]
     judge = partial(evaluate, processor=processor, prompts=held_out, think=args.think)
     judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=2 * args.micro_batch_size)
     before, looks_before = judge(model)
     done = before["eval/accuracy"] >= args.stop_accuracy
     reached = f"{args.model} is at {before['eval/accuracy']:.3f} already; ask for more"
     require(not done, f"--stop-accuracy {args.stop_accuracy}: {reached}")
-    run = Run(args)
+    run = Run(args, skipped)
     run.log(0, before)
     after, looks_after = before, looks_before
+    stream = iter(train)
     bar = tqdm(range(1, args.steps + 1), desc=Path(__file__).stem, dynamic_ncols=True)
     growing = is_toy and task.frames is not None and args.model is None
     for step in bar:
         clock = Stopwatch()
-        numbers = range((step - 1) * args.prompts_per_step, step * args.prompts_per_step)
         caption = is_toy and step % 2 == 0
-        current = replace(task, frames=None) if growing else task
-        prompts = [
-            encode(toy.training_example(current, args.seed, number, caption)) for number in numbers
-        ]
-        clock.lap("data")
+        if is_toy:
+            train.prompts.source.caption = caption
+            train.prompts.source.task = replace(task, frames=None) if growing else task
+        prompts = list(islice(stream, args.prompts_per_step))
+        clock.lap("data_wait")
         for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * min(1.0, step / args.warmup_steps)
+            group["lr"] = learning_rate(step, args)
         metrics = update(model, processor, optimizer, prompts, args)
         clock.lap("update")
         metrics |= clock.stop(tokens=round(metrics["train/completion_len"] * len(prompts)))
@@ -269,7 +343,7 @@ def main(args: Args) -> dict[str, float]:
     bar.close()
     if is_toy and not done:
         print(f"did not reach --stop-accuracy {args.stop_accuracy}; try more --steps or a --seed")
-    run.save_checkpoint(model, processor, task.save if is_toy else lambda directory: None)
+    run.save_checkpoint(model, processor)
     run.close()
     looks = {"before": looks_before, "after": looks_after}
     draw_looks(run.out / "attention.png", looks)

@@ -20,6 +20,7 @@ falls.
 import json
 import random
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -31,8 +32,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from common import UsageError, require
-from data import Example
+from common import Skipped, UsageError, require
+from data import Prompts, Reader
+from prompts import Example, Prompt
 
 CELL = 28  # pixels; one visual token of Qwen2-VL
 SHAPES = ("star", "circle", "square", "triangle", "cross", "ring", "diamond", "bar")
@@ -61,8 +63,9 @@ class Task:
     order: str = "question-first"
     think: bool = False
 
-    def save(self, directory: Path) -> None:
-        (directory / "toy_task.json").write_text(json.dumps(vars(self)))
+    def files(self) -> dict[str, bytes]:
+        """What a checkpoint has of it, name to content."""
+        return {"toy_task.json": json.dumps(vars(self)).encode()}
 
     @staticmethod
     def load(directory: Path) -> "Task | None":
@@ -226,7 +229,31 @@ def training_example(task: Task, seed: int, index: int, caption: bool = False) -
 def held_out_examples(task: Task, count: int) -> list[Example]:
     """The fixed evaluation set: the same for every seed, method and run."""
     rng = random.Random(EVAL_SEED)
-    return [sample_example(rng, task, held_out=True) for _ in range(count)]
+    examples = [sample_example(rng, task, held_out=True) for _ in range(count)]
+    return [replace(example, name=f"held-out {i}") for i, example in enumerate(examples, 1)]
+
+
+@dataclass
+class Stream:
+    """Training examples by number, as a data file has them by row. SFT changes the task and asks
+    for captions as it goes."""
+
+    task: Task
+    seed: int
+    caption: bool = False
+
+    def example(self, row: int) -> Example:
+        return training_example(self.task, self.seed, row, self.caption)
+
+
+def open_data(
+    task: Task, args: Any, encode: Callable[[Example], Prompt]
+) -> tuple[Reader, list[Prompt], Skipped]:
+    """Training prompts without end, the held-out ones, and an account of bad rows, of which there
+    are none."""
+    train = Reader(Prompts(Stream(task, args.seed), encode), range(2**62), 0, skipped := Skipped())
+    held_out = [encode(example) for example in held_out_examples(task, args.eval_examples)]
+    return train, held_out, skipped
 
 
 # 2. The model

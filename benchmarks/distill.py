@@ -26,10 +26,11 @@ sys.path.insert(0, str(ROOT))
 
 import attn_distill
 import common
-import data
 import kd_baseline
 import sft
 import toy
+from evaluate import evaluate
+from prompts import collate, encode_prompt, visual_features
 
 
 @dataclass
@@ -58,17 +59,19 @@ def judge(path: str, teacher_path: str, examples: int) -> dict[str, float]:
     task = toy.Task.load(Path(path))
     first = task.order == "question-first"
     prompts = [
-        data.encode_prompt(processor, model.config, example, question_first=first)
+        encode_prompt(processor, model.config, example, question_first=first)
         for example in toy.held_out_examples(task, examples)
     ]
-    metrics, _ = common.evaluate(model, processor, prompts, task.think, 16)
+    metrics, _ = evaluate(model, processor, prompts, think=task.think, max_new_tokens=16)
     distances = []
     for start in range(0, examples, 64):
         chunk = prompts[start : start + 64]
-        batch = data.collate(model, chunk, processor.tokenizer.pad_token_id)
+        batch = collate(model, chunk, processor.tokenizer.pad_token_id)
         rollout = common.generate_group(model, batch, 1, 16)
         scores = common.score(model, rollout, attn_layers=[-1])
-        seen = replace(batch, features=data.visual_features(teacher, chunk))
+        pixels = [prompt.pixels for prompt in chunk]
+        features = visual_features(teacher, pixels, batch.grids)
+        seen = replace(batch, features=features, pixels=None)
         taught = common.score(teacher, replace(rollout, prompts=seen), attn_layers=[-1])
         jsd = attn_distill.jsd(scores.attentions[0], taught.attentions[0])
         distances.append(common.response_mean(jsd, scores.mask).flatten())

@@ -77,8 +77,8 @@ def build(directory: Path | None = None):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     import common
-    import data
     import toy
+    from prompts import Processor
 
     words = 4096 - len(toy.SPECIAL)
     vocabulary = {word: i for i, word in enumerate(("<unk>", "user", "assistant"))}
@@ -124,7 +124,7 @@ def build(directory: Path | None = None):
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     # A token that is never sampled ends a response, so that every response has its full length.
     model.generation_config.eos_token_id = ids["<|vision_end|>"]
-    processor = data.Processor(tokenizer, Qwen2VLImageProcessorPil(max_pixels=1 << 24))
+    processor = Processor(tokenizer, Qwen2VLImageProcessorPil(max_pixels=1 << 24))
     return model, processor, common
 
 
@@ -141,9 +141,9 @@ def update_work(variant: str, p: int, t: int) -> Callable[[], None]:
     """One update on one prompt of p positions (16 of them text) and 8 responses of t tokens."""
     import torch
 
-    import data
     import grpo_baseline
     import ral_grpo
+    from prompts import BaseModelOutputWithPooling, PromptBatch
 
     model, _, common = build()
     config = model.config
@@ -154,7 +154,7 @@ def update_work(variant: str, p: int, t: int) -> Callable[[], None]:
     positions = torch.arange(p).expand(3, 1, p)
     features = [torch.randn(p - 16, 256)]
     grid = torch.tensor([[1, 2, 2 * (p - 16)]])
-    prompts = data.PromptBatch(ids, positions, None, features, grid, [False])
+    prompts = PromptBatch(ids, positions, None, features, grid, [False])
     completions = torch.randint(3, 4000, (1, GROUP, t))
     full = torch.ones(1, GROUP, t, dtype=torch.bool)
     rollout = common.Rollout(prompts, completions, full, torch.zeros(1, GROUP, dtype=torch.bool))
@@ -172,7 +172,7 @@ def update_work(variant: str, p: int, t: int) -> Callable[[], None]:
         "input_ids": torch.cat([ids.expand(GROUP, -1), completions[0]], dim=1),
         "position_ids": torch.arange(p + t).expand(3, GROUP, -1),
         "mm_encoder_outputs": {
-            "image": data.BaseModelOutputWithPooling(pooler_output=tuple(features * GROUP))
+            "image": BaseModelOutputWithPooling(pooler_output=tuple(features * GROUP))
         },
         "logits_to_keep": torch.arange(p - 1, p + t - 1),
         "output_attentions": variant == "eager",
@@ -198,18 +198,18 @@ def update_work(variant: str, p: int, t: int) -> Callable[[], None]:
 
 def prompt_of(processor, model, p: int):
     """The prompt whose image has p visual tokens."""
-    import data
+    from prompts import Example, encode_prompt
 
     question = " ".join(f"w{i}" for i in range(10, 22))
-    example = data.Example(question, "w7", [picture(p)], False)
-    return data.encode_prompt(processor, model.config, example)
+    example = Example(question, "w7", [picture(p)], False)
+    return encode_prompt(processor, model.config, example)
 
 
 def rollout_work(variant: str, p: int, t: int) -> Callable[[], None]:
     """8 sampled responses of t tokens, from pixels."""
     import torch
 
-    import data
+    from prompts import collate
 
     model, processor, common = build()
     prompt = prompt_of(processor, model, p)
@@ -218,7 +218,7 @@ def rollout_work(variant: str, p: int, t: int) -> Callable[[], None]:
 
         def work() -> None:
             with torch.no_grad():
-                batch = data.collate(model, [prompt], 0)
+                batch = collate(model, [prompt], 0)
             assert common.generate_group(model, batch, GROUP, t, noise).completion_ids.shape[2] == t
 
         return work
@@ -246,9 +246,9 @@ def step_work(variant: str, p: int, t: int) -> Callable[[], None]:
     """A whole step of a script: image processing, vision, rollout, update."""
     import torch
 
-    import data
     import grpo_baseline
     import ral_grpo
+    from prompts import collate
 
     script = grpo_baseline if variant == "step-grpo" else ral_grpo
     model, processor, _ = build()
@@ -259,7 +259,7 @@ def step_work(variant: str, p: int, t: int) -> Callable[[], None]:
 
     def work() -> None:
         prompt = prompt_of(processor, model, p)
-        batch = data.collate(model, [prompt], processor.tokenizer.pad_token_id)
+        batch = collate(model, [prompt], processor.tokenizer.pad_token_id)
         numbers = range(1)
         rollout, rewards, _, _ = script.roll_out(model, processor, [prompt], batch, numbers, args)
         advantages = torch.linspace(-1, 1, GROUP)[None] + script.group_advantages(rewards)

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from real import write_checkpoint, write_rows
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import common
-import data
 import sft
 import toy
+from prompts import Prompt, collate, encode_prompt
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much on a busy machine
 
@@ -68,14 +69,14 @@ def loaded(checkpoints, family):
 
 def make_prompts(
     model, processor, kinds=("image", "image"), grids=(4, 3), frames=(14, 6)
-) -> list[data.Prompt]:
+) -> list[Prompt]:
     """Prompts of different lengths: an image or a video of its own grid size each."""
     rng = random.Random(0)
     prompts = []
     for kind, grid, count in zip(kinds, grids, frames, strict=False):
         task = toy.Task(grid=grid, frames=count if kind == "video" else None)
         example = toy.sample_example(rng, task)
-        prompts.append(data.encode_prompt(processor, model.config, example, question_first=True))
+        prompts.append(encode_prompt(processor, model.config, example, question_first=True))
     return prompts
 
 
@@ -88,7 +89,7 @@ def make_rollout(
     t = int(lengths.max())
     ids = torch.randint(1, 30, (*lengths.shape, t), generator=generator)
     mask = torch.arange(t) < lengths[..., None]
-    batch = data.collate(model, prompts, processor.tokenizer.pad_token_id)
+    batch = collate(model, prompts, processor.tokenizer.pad_token_id)
     return common.Rollout(batch, ids, mask, torch.zeros(lengths.shape, dtype=torch.bool))
 
 
@@ -145,3 +146,18 @@ def teacher(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "teacher"
     sft.main(sft.Args(out=str(out), steps=20, eval_examples=8, watch_above=1.0, toy_size="large"))
     return out / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory):
+    """A checkpoint of each family, and a data file."""
+    folder = tmp_path_factory.mktemp("real")
+    for family in ("qwen2_vl", "qwen2_5_vl"):
+        (folder / family).mkdir()
+        write_checkpoint(folder / family, family)
+    (folder / "media").mkdir()
+    rows = write_rows(folder / "media")
+    (folder / "rows.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+    lines = [json.dumps(row) for row in rows]
+    (folder / "rows.jsonl").write_text("\n".join([*lines[:7], "{not JSON", *lines[7:]]))
+    return folder

@@ -12,9 +12,9 @@ from scipy.stats import entropy
 
 import attn_distill
 import common
-import data
 import kd_baseline
 import ral_grpo
+from prompts import visual_features
 
 PAIR = (kd_baseline, attn_distill)
 NONE = torch.tensor([], dtype=torch.long)
@@ -103,7 +103,9 @@ def test_distilling_a_model_from_itself_does_nothing(checkpoints, cold_start, bi
     norms = []
     for teacher in (itself, other):
         with torch.no_grad():
-            seen = replace(rollout.prompts, features=data.visual_features(teacher, prompts))
+            pixels = [prompt.pixels for prompt in prompts]
+            features = visual_features(teacher, pixels, rollout.prompts.grids)
+            seen = replace(rollout.prompts, features=features, pixels=None)
         batch = attn_distill.Batch(rollout, torch.ones(2, 3), replace(rollout, prompts=seen))
         terms = attn_distill.loss_terms(model, teacher, batch, args)
         model.zero_grad()

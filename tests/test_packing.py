@@ -5,7 +5,7 @@ import torch
 from conftest import make_prompts, make_rollout, unpacked
 
 import common
-import data
+from prompts import encode_prompt
 
 
 @pytest.mark.parametrize("kinds", [("image", "image"), ("video", "image")])
@@ -79,7 +79,7 @@ def test_placeholder_in_a_question_stays_text(loaded):
     model, processor = loaded
     example = make_prompts(model, processor)[0].example
     example.problem = "what <|image_pad|> colour is the star ?"
-    prompt = data.encode_prompt(processor, model.config, example)
+    prompt = encode_prompt(processor, model.config, example)
     assert int((prompt.ids == model.config.image_token_id).sum()) == 16
 
 

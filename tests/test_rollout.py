@@ -5,7 +5,7 @@ import torch
 from conftest import make_prompts
 
 import common
-import data
+from prompts import Example, collate, mrope_positions, process_media
 
 
 @pytest.mark.parametrize("kinds", [("image", "image"), ("video", "image"), ("video", "video")])
@@ -19,7 +19,7 @@ def test_greedy_rollout_is_generate(loaded, kinds):
     model.generation_config.eos_token_id = [28, 29]
     prompts = make_prompts(model, processor, kinds, frames=(14, 8))
     new_tokens, said = 16, set()
-    rollout = common.generate_group(model, data.collate(model, prompts, 0), 2, new_tokens)
+    rollout = common.generate_group(model, collate(model, prompts, 0), 2, new_tokens)
     model.set_attn_implementation("sdpa")
     for b, prompt in enumerate(prompts):
         video = prompt.example.is_video
@@ -51,8 +51,8 @@ def test_responses_do_not_depend_on_their_batch(loaded):
     model, processor = loaded
     prompts = make_prompts(model, processor, ("video", "image"))
     noise = common.sampling_noise(3, range(2), 4, 10)
-    together = common.generate_group(model, data.collate(model, prompts, 0), 4, 10, noise)
-    alone = common.generate_group(model, data.collate(model, prompts[1:], 0), 4, 10, noise[4:])
+    together = common.generate_group(model, collate(model, prompts, 0), 4, 10, noise)
+    alone = common.generate_group(model, collate(model, prompts[1:], 0), 4, 10, noise[4:])
     ids, mask = together.completion_ids[1], together.completion_mask[1]
     assert [i[m].tolist() for i, m in zip(ids, mask, strict=True)] == [
         i[m].tolist()
@@ -88,7 +88,7 @@ def test_vision_tokens_are_never_sampled(loaded):
         direction = torch.randn(model.lm_head.in_features)
         model.lm_head.weight.copy_(0.01 * torch.randn_like(model.lm_head.weight))
         model.lm_head.weight[special] += 10 * direction
-    batch = data.collate(model, make_prompts(model, processor), 0)
+    batch = collate(model, make_prompts(model, processor), 0)
     noise = common.sampling_noise(0, range(2), 8, 20)
     rollout = common.generate_group(model, batch, 8, 20, noise)
     assert not torch.isin(rollout.completion_ids, torch.tensor(special)).any()
@@ -97,7 +97,7 @@ def test_vision_tokens_are_never_sampled(loaded):
 def test_a_response_ends_with_its_first_eos(loaded):
     model, processor = loaded
     model.generation_config.eos_token_id = [processor.tokenizer.eos_token_id, 17]
-    batch = data.collate(model, make_prompts(model, processor), 0)
+    batch = collate(model, make_prompts(model, processor), 0)
     noise = common.sampling_noise(0, range(2), 16, 30)
     rollout = common.generate_group(model, batch, 16, 30, noise, temperature=3.0)
     eos = torch.tensor(model.generation_config.eos_token_id)
@@ -123,7 +123,8 @@ def test_a_text_ends_before_its_eos_and_hides_nothing(loaded):
     mask = torch.arange(5) < torch.tensor([5, 4])[:, None]
     rollout = common.Rollout(None, ids, mask[None], torch.tensor([[False, True]]))
     assert rollout.texts(tokenizer) == [["<answer> <|im_start|> red </answer>"] * 2]
-    assert common.accuracy(rollout.texts(tokenizer)[0][0], "red") == 0.0
+    example = Example("", "red", [], False)
+    assert common.accuracy(rollout.texts(tokenizer)[0][0], example) == 0.0
 
 
 def test_image_positions_are_those_of_transformers(loaded):
@@ -141,7 +142,7 @@ def test_text_after_a_long_video_starts_after_its_last_position(loaded, family):
     tokens of text."""
     model, _ = loaded
     grid = torch.tensor([7, 4, 6])
-    positions = data.mrope_positions(
+    positions = mrope_positions(
         3 + 42 + 2, 3, grid, model.config, is_video=True, seconds_per_patch=1.5
     )
     times = (
@@ -158,7 +159,7 @@ def test_video_patches_are_two_frames_deep(loaded):
     """Against a plain loop over the documented layout; an odd number of frames repeats the last."""
     _, processor = loaded
     example = make_prompts(*loaded, kinds=("video",), frames=(5,))[0].example
-    pixels, grid = data.process_media(processor.image_processor, example)
+    pixels, grid = process_media(processor, example)
     assert grid.tolist() == [3, 8, 8]
     mean = torch.tensor(processor.image_processor.image_mean)[:, None, None]
     std = torch.tensor(processor.image_processor.image_std)[:, None, None]

@@ -206,9 +206,9 @@ def test_a_run_in_the_way_is_moved_or_replaced_but_other_files_never(tmp_path):
     args = grpo_baseline.Args(out=str(tmp_path / "run"))
     for expected in (["run"], ["run", "run.1"], ["run", "run.1", "run.2"]):
         common.check_run(args)
-        common.Run(args).close()
+        common.Run(args, common.Skipped()).close()
         assert sorted(path.name for path in tmp_path.iterdir()) == expected
-    common.Run(replace(args, overwrite=True)).close()
+    common.Run(replace(args, overwrite=True), common.Skipped()).close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.1", "run.2"]
     thesis = tmp_path / "thesis"
     thesis.mkdir()

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import common
-import data
+import evaluate
 import toy
+from prompts import collate, encode_prompt
 
 
 def cell_pixels(example, task, token: int) -> np.ndarray:
@@ -59,9 +60,7 @@ def test_evaluation_measures_the_mass_on_the_target(checkpoints, monkeypatch, th
     model, processor = common.load_model(checkpoints["qwen2_vl"])
     task = toy.Task(think=think)
     examples = toy.held_out_examples(task, 3)
-    prompts = [
-        data.encode_prompt(processor, model.config, x, question_first=True) for x in examples
-    ]
+    prompts = [encode_prompt(processor, model.config, x, question_first=True) for x in examples]
     tokenizer = processor.tokenizer
     said = [[*tokenizer.encode(x.response), tokenizer.eos_token_id] for x in examples]
     said[2] = [*tokenizer.encode("red </answer>"), tokenizer.eos_token_id]  # answers nothing
@@ -74,10 +73,12 @@ def test_evaluation_measures_the_mass_on_the_target(checkpoints, monkeypatch, th
         ids = torch.tensor(said)[:, None]
         return common.Rollout(batch, ids, mask, torch.zeros(shape, dtype=torch.bool))
 
-    monkeypatch.setattr(common, "generate_group", demonstrate)
-    metrics, looks = common.evaluate(model, processor, prompts, think, 16, attn_layer=0)
+    monkeypatch.setattr(evaluate, "generate_group", demonstrate)
+    metrics, looks = evaluate.evaluate(
+        model, processor, prompts, think=think, max_new_tokens=16, attn_layer=0
+    )
     assert metrics["eval/accuracy"] == pytest.approx(2 / 3) == metrics["eval/format"]
-    rollout = demonstrate(model, data.collate(model, prompts, 0))
+    rollout = demonstrate(model, collate(model, prompts, 0))
     attention = common.score(model, rollout, attn_layers=[0]).attentions[0]
     masses = []
     for b, (prompt, example) in enumerate(zip(prompts[:2], examples, strict=False)):
@@ -85,6 +86,6 @@ def test_evaluation_measures_the_mass_on_the_target(checkpoints, monkeypatch, th
         row = said[b].index(first)  # in the thought, if there is one
         image = prompt.ids.tolist().index(model.config.image_token_id)
         masses.append(sum(attention[b, 0, row, image + t].item() for t in example.target))
-        assert looks[b].attention[list(example.target)].sum().item() == pytest.approx(masses[-1])
+        assert looks[b].attention[0][list(example.target)].sum().item() == pytest.approx(masses[-1])
     assert metrics["eval/target_attn"] == pytest.approx(sum(masses) / 3, abs=1e-6)
     assert metrics["eval/target_attn"] == metrics["eval/target_attn_l0"]

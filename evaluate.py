@@ -1,0 +1,549 @@
+"""Evaluate a checkpoint: accuracy by problem type and by data source, sweeps over frames and pixels
+(the paper's Figure 3), and pictures of where it looked.
+
+    python evaluate.py --model runs/ral_grpo/checkpoint --overlay 8
+    python evaluate.py --model DIR_OR_HUB_NAME --data test.json --frames 16 32 64
+
+`predictions.jsonl` in the run directory gets one line an answer; the same command given again after
+an interruption goes on where it stopped, and its averages cover all rows. The first section is the
+evaluation that the training scripts call.
+"""
+
+import json
+import math
+import shutil
+import warnings
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice, product
+from pathlib import Path
+from textwrap import fill
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Module
+from tqdm import tqdm
+
+import toy
+from common import (
+    Skipped,
+    accuracy,
+    extract_answer,
+    fill_defaults,
+    generate_group,
+    has_format,
+    load_model,
+    load_processor,
+    require,
+    require_layer,
+    require_not_negative,
+    require_positive,
+    run_script,
+    score,
+)
+from data import DataFile, Prompts, Reader
+from prompts import Example, Processor, Prompt, collate, encode_prompt
+
+# 1. Evaluation
+
+
+@dataclass
+class Look:
+    """One evaluated example: `record` is its line of predictions.jsonl; `attention` (N, visual
+    tokens) where the model looked in the rows that name the answer, `tokens` what those N rows say.
+
+    `grid` counts temporal patches, rows and columns of visual tokens.
+    """
+
+    record: dict[str, Any]
+    example: Example
+    attention: Tensor
+    tokens: list[str]
+    grid: tuple[int, int, int]
+
+
+@torch.no_grad()
+def judge(
+    model: Module,
+    processor: Processor,
+    prompts: Iterable[Prompt],
+    think: bool,
+    max_new_tokens: int,
+    attn_layer: int = -1,
+    batch_size: int = 64,
+    reward: str = "by-type",
+    looks: int = 6,
+) -> Iterator[Look]:
+    """Answer every prompt greedily and judge it; the first `looks` keep their pictures and
+    attention, and those with a known target have the attention mass on it, layer by layer."""
+    config = model.config
+    merge, layers = config.vision_config.spatial_merge_size, config.text_config.num_hidden_layers
+    placeholders = torch.tensor([config.image_token_id, config.video_token_id])
+    stream, done = iter(prompts), 0
+    while chunk := list(islice(stream, batch_size)):
+        batch = collate(model, chunk, processor.tokenizer.pad_token_id)
+        rollout = generate_group(model, batch, 1, max_new_tokens)
+        texts = rollout.texts(processor.tokenizer)
+        has_targets = all(prompt.example.target for prompt in chunk)
+        wanted = list(range(layers)) if has_targets else [attn_layer % layers]
+        attentions = ()
+        if has_targets or done < looks:
+            attentions = score(model, rollout, attn_layers=wanted).attentions
+        for row, (prompt, (text,)) in enumerate(zip(chunk, texts, strict=True)):
+            ids = rollout.completion_ids[row, 0][rollout.completion_mask[row, 0]].tolist()
+            visual = torch.isin(batch.ids[row].cpu(), placeholders).nonzero()[:, 0]
+            tokens = answer_tokens(processor.tokenizer, ids, text)
+            mass = [
+                layer[row, 0, tokens.start : tokens.stop].cpu()[:, visual] for layer in attentions
+            ]
+            example = prompt.example
+            record = {
+                "row": example.name,
+                "problem_type": example.problem_type,
+                "source": example.source,
+                "problem": example.problem,
+                "solution": example.solution,
+                "response": text,
+                "accuracy": accuracy(text, example, reward),
+                "format": has_format(text, think) and not bool(rollout.truncated[row, 0]),
+                "completion_len": len(ids),
+            }
+            if has_targets:
+                # In the row that predicts the first token of the answer; 0 without an answer.
+                target = list(example.target)
+                on_target = [layer[:1, target].sum().item() for layer in mass]
+                record |= {"target_attn": on_target[attn_layer]}
+                record |= {f"target_attn_l{i}": value for i, value in enumerate(on_target)}
+            t, h, w = prompt.grid.tolist()
+            gaze, kept = torch.zeros(0, len(visual)), done < looks
+            if kept:
+                gaze = mass[attn_layer if has_targets else 0]
+            said = [processor.tokenizer.decode([ids[i]]).strip() for i in tokens]
+            example = example if kept else replace(example, media=[])
+            yield Look(record, example, gaze, said, (t, h // merge, w // merge))
+            done += 1
+
+
+def summarise(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Means of all records, and the accuracy of each problem type, where there are several."""
+    numeric = ("accuracy", "format", "completion_len")
+    names = [name for name in records[0] if name in numeric or name.startswith("target_attn")]
+    metrics = {f"eval/{name}": mean(records, name) for name in names}
+    kinds = sorted({record["problem_type"] for record in records})
+    for kind in kinds if len(kinds) > 1 else []:
+        chosen = [record for record in records if record["problem_type"] == kind]
+        metrics[f"eval/accuracy_{kind.replace(' ', '-')}"] = mean(chosen, "accuracy")
+    return metrics
+
+
+def mean(records: Sequence[dict[str, Any]], name: str) -> float:
+    return float(np.mean([record[name] for record in records]))
+
+
+def evaluate(
+    model: Module, processor: Processor, prompts: Iterable[Prompt], **options: Any
+) -> tuple[dict[str, float], list[Look]]:
+    """Metrics over all prompts, and what `judge` says of each; its options go to `judge`.
+
+    `eval/target_attn` is the mass on the target's visual tokens in layer `attn_layer`, in the row
+    that predicts the first token of the answer where the response first names it, counted as 0 for
+    a response without an answer; `eval/target_attn_l<i>` is the same for every layer.
+    """
+    looks = list(judge(model, processor, prompts, **options))
+    require(len(looks) > 0, "--eval-data: none of its rows can be used")
+    return summarise([look.record for look in looks]), looks
+
+
+def answer_tokens(tokenizer: Any, ids: list[int], text: str) -> range:
+    """Indices of the response tokens that spell the first mention of the answer; empty if there is
+    no answer.
+
+    A thinking response names its finding in the thought; the row that looks is the one that
+    predicts it there.
+    """
+    answer = extract_answer(text)
+    if not answer:
+        return range(0)
+    start = text.find(answer)
+
+    def reached(t: int) -> int:
+        return len(tokenizer.decode(ids[: t + 1]))
+
+    first = bisect_left(range(len(ids)), True, key=lambda t: reached(t) > start)
+    last = bisect_left(range(len(ids)), True, key=lambda t: reached(t) >= start + len(answer))
+    return range(first, min(last + 1, len(ids)))
+
+
+# 2. Pictures
+
+
+def draw_gaze(axis: Any, look: Look, attention: Tensor) -> None:
+    """Draw the picture or video of `look` with one row of attention over visual tokens.
+
+    Bright cells hold attention mass (heads averaged), the rest is dimmed; a frame marks the target.
+    A video is a mosaic of its temporal patches, in reading order, of which the first frame is
+    shown. Without an answer there is nothing to show, and nothing is dimmed.
+    """
+    from matplotlib.patches import Rectangle
+
+    t, h, w = look.grid
+    frames = look.example.media[:: 2 if look.example.is_video else 1][:t]
+    width, height = frames[0].size
+    columns = math.ceil(math.sqrt(t))
+    heat = attention.view(t, h, w).numpy()
+    for patch, frame in enumerate(frames):
+        left, top = patch % columns * width * 1.05, patch // columns * height * 1.05
+        extent = (left, left + width, top + height, top)
+        axis.imshow(np.asarray(frame.convert("RGB")), extent=extent)
+        if heat.max() > 0:
+            dim = np.zeros((h, w, 4))
+            dim[..., 3] = 0.85 * (1 - heat[patch] / heat.max())
+            axis.imshow(dim, extent=extent, interpolation="nearest")
+        for token in look.example.target:
+            if token // (h * w) == patch:
+                row, column = divmod(token % (h * w), w)
+                corner = (left + column * width / w, top + row * height / h)
+                box = (corner, width / w, height / h)
+                axis.add_patch(Rectangle(*box, fill=False, edgecolor="magenta", lw=2))
+    right = (columns * 1.05 - 0.05) * width
+    bottom = (math.ceil(t / columns) * 1.05 - 0.05) * height
+    axis.set(xlim=(0, right), ylim=(bottom, 0), xticks=[], yticks=[])
+
+
+def verdict(look: Look) -> tuple[str, str]:
+    """Title and colour of a picture."""
+    value = look.record["accuracy"]
+    said = (extract_answer(look.record["response"]) or "no answer")[:16]
+    if 0 < value < 1:
+        return f"{value:.2f}: {said}", "darkorange"
+    return (f"right: {said}", "green") if value else (f"WRONG: {said}", "red")
+
+
+def draw_looks(path: Path, rows: dict[str, list[Look]], count: int = 6) -> None:
+    """Draw where the model looked when it answered: a row of held-out examples for each entry of
+    `rows`, see `draw_gaze`."""
+    pyplot = load_pyplot()
+    count = min([count, *map(len, rows.values())])
+    size = (2.3 * count, 2.8 * len(rows))
+    figure, axes = pyplot.subplots(len(rows), count, figsize=size, squeeze=False)
+    for (label, looks), line in zip(rows.items(), axes, strict=True):
+        for look, axis in zip(looks[:count], line, strict=True):
+            blank = torch.zeros(math.prod(look.grid))
+            attention = look.attention[0] if len(look.attention) else blank
+            draw_gaze(axis, look, attention)
+            title, colour = verdict(look)
+            if look.example.target:
+                title += f"\nmass on target {attention[list(look.example.target)].sum():.2f}"
+            axis.set_title(title, color=colour, fontsize=9)
+            axis.set_xlabel(look.example.problem[:32], fontsize=8)
+        line[0].set_ylabel(label, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def draw_overlay(path: Path, look: Look, most: int = 12) -> None:
+    """Draw where the model looked for each token of its answer, question and response beside it."""
+    pyplot = load_pyplot()
+    rows = list(zip(look.tokens, look.attention, strict=True))[:most]
+    rows = rows or [("no answer", torch.zeros(math.prod(look.grid)))]
+    figure, axes = pyplot.subplots(1, len(rows) + 1, figsize=(3.6 * (len(rows) + 1), 4))
+    for (token, attention), axis in zip(rows, axes[1:], strict=True):
+        draw_gaze(axis, look, attention)
+        axis.set_title(f"{token!r}: mass on the picture {attention.sum():.2f}", fontsize=9)
+    record, (title, colour) = look.record, verdict(look)
+    lines = [record["problem"], f"response: {record['response']}"]
+    lines = [*lines, f"solution: {record['solution']}"]
+    text = "\n\n".join(fill(line[:600], 44) for line in lines).replace("$", r"\$")
+    axes[0].text(0, 1, text, va="top", fontsize=8, transform=axes[0].transAxes)
+    axes[0].set_title(title, color=colour, fontsize=10)
+    axes[0].axis("off")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def draw_curves(path: Path, metrics: Path, names: Sequence[str]) -> None:
+    """Draw the named metrics of a run's `metrics.jsonl` against the step, one panel each."""
+    pyplot = load_pyplot()
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    names = [name for name in names if any(name in line for line in lines)]
+    figure, axes = pyplot.subplots(1, len(names), figsize=(3.2 * len(names), 2.8), squeeze=False)
+    for name, axis in zip(names, axes[0], strict=True):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        axis.plot(
+            *zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3
+        )
+        axis.set(title=name, xlabel="step")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def load_pyplot() -> Any:
+    """Matplotlib's pyplot, drawing to files; it is slow to import, so not before it is needed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    warnings.filterwarnings("ignore", message="Glyph")  # a text may have any character
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+# 3. The command line
+
+# Fields that are None take their value from one of these: the toy's, or a real model's.
+TOY = {"examples": 512, "batch_size": 64, "workers": 0}
+REAL = {"think": True, "batch_size": 4, "workers": 4, "max_prompt_tokens": 32768}
+NEW_TOKENS = {"toy": {False: 16, True: 64}, "real": {False: 768, True: 768}}  # direct, thinking
+
+
+@dataclass
+class Args:
+    model: str
+    """Checkpoint directory or hub name."""
+    data: str | None = None
+    """JSON or JSON lines file with Video-R1's fields, see data.py; unset: the built-in task."""
+    media_root: tuple[str, ...] = ()
+    """Folders that the rows' paths are relative to; unset: the data file's own."""
+    out: str = f"runs/{Path(__file__).stem}"
+    """Where predictions, table and pictures go. The same command goes on where it stopped."""
+    overwrite: bool = False
+    """Begin again, and replace what is at OUT."""
+    think: bool | None = None
+    """`--think`: a thought, then the answer; `--no-think`: the answer alone. Toy: as trained."""
+    frames: tuple[int | None, ...] = (None,)
+    """Frames of each video, one setting each; unset: 16, on the toy those of its checkpoint."""
+    fps: float | None = None
+    """Frames a second of each video instead, with --frames as the most."""
+    max_pixels: tuple[int, ...] = (256 * 28 * 28,)
+    """Pixels of an image at most, one setting each; a visual token has 28 x 28."""
+    frame_pixels: tuple[int, ...] = (256 * 28 * 28,)
+    """Pixels of a frame at most, one setting each; two frames share their tokens."""
+    grid: tuple[int | None, ...] = (None,)
+    """Toy: cells along each side of the pictures, one setting each; unset: the checkpoint's."""
+    toy_order: Literal["question-first", "image-first"] | None = None
+    """Toy: what the prompt begins with; unset: the checkpoint's."""
+    max_prompt_tokens: int | None = None
+    """A row whose prompt is longer is skipped. Real: 32768."""
+    max_skipped: float = 0.01
+    """Stop when more than this fraction of the rows cannot be used."""
+    examples: int | None = None
+    """Rows to evaluate, the first ones; unset: all. Toy: 512."""
+    max_new_tokens: int | None = None
+    """Longest response in tokens. Toy: 16, thinking 64. Real: 768."""
+    reward: Literal["by-type", "exact"] = "by-type"
+    """Accuracy by the example's problem type, as Video-R1, or by exact match. Paper: exact."""
+    attn_layer: int = -1
+    """Decoder layer whose attention is shown, from 0, or from the end if negative."""
+    overlay: int = 0
+    """Pictures to draw of where the model looked, one an example, for each setting."""
+    batch_size: int | None = None
+    """Prompts decoded together. Toy: 64. Real: 4."""
+    workers: int | None = None
+    """Processes that read and encode ahead. Toy: 0. Real: 4."""
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "max_pixels", "frame_pixels", "grid"):
+            values = getattr(self, name)
+            option = f"--{name.replace('_', '-')}"
+            require(len(values) > 0, f"{option}: needs a value")
+            require(all(v is None or v > 0 for v in values), f"{option} {values}: must be above 0")
+        require_positive(self, "fps", "max_prompt_tokens", "examples", "max_new_tokens")
+        require_positive(self, "batch_size")
+        require_not_negative(self, "max_skipped", "overlay")
+
+
+# How a question is put, as in the training scripts.
+
+DIRECT = "Give the answer alone inside <answer> </answer> tags."
+THINK = f"Think first, inside <think> </think> tags. {DIRECT}"
+ANSWER = {  # what is asked for, by problem type
+    "multiple choice": "The answer is the letter of one option.",
+    "numerical": "The answer is a number.",
+    "regression": "The answer is a number.",
+    "OCR": "The answer is the text as it stands there.",
+    "free-form": "The answer is a short text.",
+}
+
+
+def ask(example: Example, think: bool) -> str:
+    """What the user says beside the image or video: question, options, how to answer."""
+    options = ["Options:", *example.options] if example.options else []
+    request = f"{THINK if think else DIRECT} {ANSWER.get(example.problem_type, '')}"
+    return "\n".join([example.problem, *options, request.strip()])
+
+
+def encode(
+    example: Example, processor: Processor, config: Any, think: bool, task: toy.Task, is_toy: bool
+) -> Prompt:
+    """The prompt of an example; the toy's checkpoints know only their own words."""
+    text = example.problem if is_toy else ask(example, think)
+    return encode_prompt(processor, config, example, text, task.order == "question-first")
+
+
+Setting = tuple[int | None, int, int, int | None]  # frames, max_pixels, frame_pixels, grid
+NAMES = ("frames", "max_pixels", "frame_pixels", "grid")
+
+
+def read_predictions(path: Path) -> list[dict[str, Any]]:
+    """What an interrupted evaluation has left; a line that was cut off is taken out of the file."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    if len(whole) < len(lines):
+        path.write_bytes(b"".join(whole))
+    return [json.loads(line) for line in whole]
+
+
+def open_out(args: Args) -> Path:
+    """The directory of results: new, or left by the same command."""
+    out, file = Path(args.out), Path(args.out) / "args.json"
+    mathematics = asdict(args)
+    for name in ("out", "overwrite", "overlay", "batch_size", "workers"):  # change no prediction
+        del mathematics[name]
+    mathematics = json.loads(json.dumps(mathematics))  # tuples are lists there
+    if file.exists() and args.overwrite:
+        shutil.rmtree(out)
+    if file.exists():
+        before = json.loads(file.read_text())
+        differ = [name for name in mathematics if mathematics[name] != before.get(name)]
+        remedy = "give another --out, or --overwrite"
+        require(not differ, f"--out {out}: was made with another {', '.join(differ)}; {remedy}")
+    else:
+        busy = out.is_file() or (out.is_dir() and any(out.iterdir()))
+        require(not busy, f"--out {out}: exists and is no evaluation; choose another")
+        out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(mathematics, indent=2) + "\n")
+    return out
+
+
+def prompts_of(
+    args: Args, setting: Setting, processor: Processor, config: Any, task: toy.Task, is_toy: bool
+) -> tuple[list[str], Callable[[list[int]], Iterable[Prompt]], Skipped]:
+    """Names of all examples of a setting, and what gives the prompts of the numbers asked for."""
+    frames, max_pixels, frame_pixels, grid = setting
+    processor = replace(processor, max_pixels=max_pixels, frame_pixels=frame_pixels)
+    turn = partial(encode, processor=processor, config=config, think=args.think)
+    turn = partial(turn, task=task, is_toy=is_toy)
+    if args.data is None:
+        task = replace(task, frames=frames or task.frames, grid=grid or task.grid)
+        examples = toy.held_out_examples(task, args.examples or 512)
+        names = [example.name for example in examples]
+        return names, lambda numbers: (turn(examples[n]) for n in numbers), Skipped()
+    frames = frames or (None if args.fps else 16)
+    file = DataFile(args.data, args.media_root, frames, args.fps)
+    rows = range(len(file))[: args.examples]
+    prompts = Prompts(file, turn, rows, None, args.max_prompt_tokens, keep_media=True)
+    skipped = Skipped(args.max_skipped, len(file))
+    names = [file.name(row) for row in rows]
+    return names, lambda numbers: Reader(prompts, numbers, args.workers, skipped), skipped
+
+
+def table(results: dict[Setting, list[dict[str, Any]]], varied: list[int]) -> str:
+    """Accuracy over all rows, by problem type and by data source; format and length."""
+    lines = []
+    for setting, records in results.items():
+        label = ", ".join(f"{NAMES[i]} {setting[i]}" for i in varied)
+        groups = {"all": records}
+        for field in ("problem_type", "source"):
+            for value in sorted({record[field] for record in records} - {""}):
+                groups[value] = [record for record in records if record[field] == value]
+        lines.append(
+            f"\n{label or 'held-out':<36}{'rows':>7}{'accuracy':>10}{'format':>8}{'length':>8}"
+        )
+        for name, group in groups.items():
+            values = [mean(group, what) for what in ("accuracy", "format", "completion_len")]
+            numbers = f"{values[0]:>10.3f}{values[1]:>8.3f}{values[2]:>8.1f}"
+            lines.append(f"{name[:34]:<36}{len(group):>7}{numbers}")
+        if "target_attn" in records[0]:
+            lines.append(f"{'attention on target':<43}{mean(records, 'target_attn'):>10.3f}")
+    return "\n".join(lines)
+
+
+def draw_sweep(path: Path, results: dict[Setting, list[dict[str, Any]]], varied: list[int]) -> None:
+    """Accuracy with its standard error against the first thing that was varied, a line for each
+    value of the others."""
+    pyplot = load_pyplot()
+    figure, axis = pyplot.subplots(figsize=(5, 3.6))
+    lines = defaultdict(list)
+    for setting, records in results.items():
+        rest = ", ".join(f"{NAMES[i]} {setting[i]}" for i in varied[1:])
+        error = np.std([record["accuracy"] for record in records]) / math.sqrt(len(records))
+        lines[rest].append((setting[varied[0]], mean(records, "accuracy"), error))
+    for label, points in lines.items():
+        x, y, error = zip(*sorted(points), strict=True)
+        axis.errorbar(x, y, error, marker="o", capsize=3, label=label)
+    axis.set(xlabel=NAMES[varied[0]], ylabel="accuracy")
+    axis.grid(alpha=0.3)
+    if len(lines) > 1:
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def main(args: Args) -> dict[str, float]:
+    """Evaluate every setting of the sweep; returns the metrics of the last one."""
+    base = Path(args.model)
+    is_toy = toy.Task.load(base) is not None
+    require(not (is_toy and args.data), f"--data {args.data}: the toy knows only its own task")
+    task = toy.Task.load(base) or toy.Task(order="image-first")
+    task = replace(task, order=args.toy_order or task.order)
+    args = fill_defaults(args, (TOY | {"think": task.think}) if is_toy else REAL)
+    new_tokens = NEW_TOKENS["toy" if is_toy else "real"][args.think]
+    args = fill_defaults(args, {"max_new_tokens": new_tokens})
+    config, processor = load_processor(args.model)
+    sweep = list(product(args.frames, args.max_pixels, args.frame_pixels, args.grid))
+    varied = [i for i, values in enumerate(zip(*sweep, strict=True)) if len(set(values)) > 1]
+    opened = {s: prompts_of(args, s, processor, config, task, is_toy) for s in sweep}
+    model = load_model(args.model)[0]
+    require_layer("--attn-layer", args.attn_layer, model)
+    out = open_out(args)
+    results = defaultdict(list)
+    for record in read_predictions(out / "predictions.jsonl"):
+        results[tuple(record.pop("setting"))].append(record)
+    with (out / "predictions.jsonl").open("a") as file:
+        for setting, (names, prompts, skipped) in opened.items():
+            label = "-".join(f"{NAMES[i]}{setting[i]}" for i in varied)
+            if args.data:
+                skipped.open(out / f"skipped{label and f'-{label}'}.jsonl")
+            done = {record["row"] for record in results[setting]}
+            todo = [n for n, name in enumerate(names) if name not in done]
+            looks = max(0, args.overlay - len(done))
+            options = {"think": args.think, "max_new_tokens": args.max_new_tokens, "looks": looks}
+            options |= {"attn_layer": args.attn_layer, "reward": args.reward}
+            bar = tqdm(total=len(todo), desc=label or "evaluate", dynamic_ncols=True)
+            for look in judge(
+                model, processor, prompts(todo), batch_size=args.batch_size, **options
+            ):
+                line = {"setting": setting} | look.record
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+                results[setting].append(look.record)
+                if look.example.media and len(results[setting]) <= args.overlay:
+                    number = f"{len(results[setting]):03}"
+                    draw_overlay(out / f"overlay{label and f'-{label}'}-{number}.png", look)
+                bar.update()
+            bar.close()
+            require(len(results[setting]) > 0, f"--data {args.data}: no row can be used")
+    results = {setting: results[setting] for setting in sweep}
+    text = table(results, varied)
+    (out / "table.txt").write_text(text.strip() + "\n")
+    print(text)
+    if varied:
+        draw_sweep(out / "sweep.png", results, varied)
+    print(f"results: {out}")
+    return summarise(results[sweep[-1]])
+
+
+if __name__ == "__main__":
+    run_script(Args, main, __doc__)

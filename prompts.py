@@ -1,0 +1,238 @@
+"""From a question about an image or a video to the tensors of a prompt, for Qwen2-VL and
+Qwen2.5-VL. Where the questions come from: toy.py, or data.py for files.
+
+Only the tokenizer and the PIL image processor of a checkpoint are used, so everything works, and
+works the same, with and without torchvision.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import Module
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+
+@dataclass
+class Example:
+    """One question about one image or video.
+
+    `media` is one picture, or the frames of a video; `response` a demonstration for SFT; `target`,
+    on the toy only, the indices of the visual tokens that show what the question asks about;
+    `seconds_per_patch` the time between two temporal patches, which Qwen2.5-VL's positions follow;
+    `problem_type` decides how an answer is judged, "" by exact match; `name` says where it is from.
+    """
+
+    problem: str
+    solution: str
+    media: list[Image.Image]
+    is_video: bool
+    response: str | None = None
+    target: tuple[int, ...] = ()
+    seconds_per_patch: float = 1.0
+    problem_type: str = ""
+    options: tuple[str, ...] = ()
+    name: str = ""
+    source: str = ""
+
+
+@dataclass
+class Prompt:
+    """An `Example` as tensors: `ids` (P,), `positions` (3, P), `pixels` (patches, values), `grid`
+    (3,) = t, h, w."""
+
+    ids: Tensor
+    positions: Tensor
+    pixels: Tensor
+    grid: Tensor
+    example: Example
+
+
+@dataclass
+class Processor:
+    """Tokenizer and PIL image processor of a checkpoint: what turns an `Example` into tensors,
+    without torchvision.
+
+    `files` are the checkpoint's own files beside config and weights, which go into every checkpoint
+    that is saved. `max_pixels` bounds an image, `frame_pixels` a frame of a video, before it is cut
+    into patches; None leaves the image processor's own bound.
+    """
+
+    tokenizer: Any
+    image_processor: Any
+    files: dict[str, bytes] = field(default_factory=dict)
+    max_pixels: int | None = None
+    frame_pixels: int | None = None
+
+    def save(self, directory: Path) -> None:
+        for name, content in self.files.items():
+            (directory / name).write_bytes(content)
+
+
+def encode_prompt(
+    processor: Processor,
+    config: Any,
+    example: Example,
+    text: str | None = None,
+    question_first: bool = False,
+) -> Prompt:
+    """Render the chat template, expand the placeholder to one token per visual token, and lay out
+    the positions.
+
+    `text`, the problem where it is None, is what the user's turn says beside the image or video. It
+    is tokenised apart from the template, with special tokens split: an `<|image_pad|>` in a data
+    file stays text and never becomes a placeholder.
+    """
+    pixels, grid = process_media(processor, example)
+    marker = (
+        "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the question while the template is rendered
+    )
+    content = [{"type": "video" if example.is_video else "image"}, {"type": "text", "text": marker}]
+    messages = [{"role": "user", "content": content[::-1] if question_first else content}]
+    tokenizer = processor.tokenizer
+    turn = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    before, after = turn.split(marker)
+    ids = tokenizer.encode(before, add_special_tokens=False)
+    text = (example.problem if text is None else text).strip()
+    ids += tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    ids += tokenizer.encode(after, add_special_tokens=False)
+    placeholder = config.video_token_id if example.is_video else config.image_token_id
+    at = ids.index(placeholder)
+    visual_tokens = int(grid.prod()) // config.vision_config.spatial_merge_size**2
+    ids = ids[:at] + [placeholder] * visual_tokens + ids[at + 1 :]
+    positions = mrope_positions(
+        len(ids), at, grid, config, example.is_video, example.seconds_per_patch
+    )
+    return Prompt(torch.tensor(ids), positions, pixels, grid, example)
+
+
+def process_media(processor: Processor, example: Example) -> tuple[Tensor, Tensor]:
+    """Pixels (patches, channels * 2 * patch * patch) and grid (t, h, w) of one image or one video.
+
+    A temporal patch holds two frames; an odd number of frames is padded by repeating the last, as
+    the family's own video processor does. An image fills both halves with itself. Frames run
+    through the image processor, so resizing and normalisation are those of images.
+    """
+    image_processor = processor.image_processor
+    budget = processor.frame_pixels if example.is_video else processor.max_pixels
+    least, most = (image_processor.size[edge] for edge in ("shortest_edge", "longest_edge"))
+    most = budget or most
+    size = {"shortest_edge": min(least, most), "longest_edge": most}
+    output = image_processor(images=example.media, size=size, return_tensors="pt")
+    pixels, grids = output["pixel_values"], output["image_grid_thw"]
+    if not example.is_video:
+        return pixels, grids[0]
+    depth, side = image_processor.temporal_patch_size, image_processor.patch_size
+    frames = pixels.view(len(example.media), -1, 3, depth, side, side)[:, :, :, 0]
+    if pad := -len(frames) % depth:
+        frames = torch.cat([frames, frames[-1:].expand(pad, -1, -1, -1, -1)])
+    patches = frames.unflatten(0, (-1, depth)).permute(
+        0, 2, 3, 1, 4, 5
+    )  # (t, h * w, channel, depth, side, side)
+    grid = torch.tensor([len(patches), grids[0, 1], grids[0, 2]])
+    return patches.reshape(-1, pixels.shape[1]), grid
+
+
+def mrope_positions(
+    length: int, start: int, grid: Tensor, config: Any, is_video: bool, seconds_per_patch: float
+) -> Tensor:
+    """Positions (3, P) of a prompt whose only image or video begins at index `start`: time, height
+    and width axes.
+
+    Text after the vision block goes on at the block's largest position + 1 on every axis. That is
+    the rule of the models' release and of inference servers; transformers 5.23 starts text after a
+    *video* at max(h, w) / 2 past its start, inside the video's own time axis. Images do not tell
+    the two apart.
+    """
+    merge = config.vision_config.spatial_merge_size
+    t, h, w = int(grid[0]), int(grid[1]) // merge, int(grid[2]) // merge
+    interval = (
+        getattr(config.vision_config, "tokens_per_second", 1) * seconds_per_patch if is_video else 1
+    )
+    if config.model_type == "qwen2_vl":
+        interval = 1  # Qwen2-VL counts temporal patches, Qwen2.5-VL counts time
+    axes = ((torch.arange(t) * interval).long(), torch.arange(h), torch.arange(w))
+    block = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1) + start
+    after = torch.arange(length - start - block.shape[1]) + block.max() + 1
+    return torch.cat([torch.arange(start).expand(3, -1), block, after.expand(3, -1)], dim=1)
+
+
+@dataclass
+class PromptBatch:
+    """B prompts, left-padded to P: `ids` (B, P), `positions` (3, B, P), `mask` (B, P) or None where
+    nothing is padded.
+
+    `features[b]` are the visual features of prompt b, (visual tokens, hidden), computed once and
+    reused by every pass. Where the vision encoder is trained they are None: `pixels` are kept
+    instead, and every pass computes the features of its own model. `grids` (B, 3) are t, h, w in
+    patches before merging.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor | None
+    features: list[Tensor] | None
+    grids: Tensor
+    is_video: list[bool]
+    pixels: list[Tensor] | None = None
+
+    def __getitem__(self, rows: slice) -> "PromptBatch":
+        return PromptBatch(
+            self.ids[rows],
+            self.positions[:, rows],
+            None if self.mask is None else self.mask[rows],
+            None if self.features is None else self.features[rows],
+            self.grids[rows],
+            self.is_video[rows],
+            None if self.pixels is None else self.pixels[rows],
+        )
+
+
+def visual_features(model: Module, pixels: Sequence[Tensor], grids: Tensor) -> list[Tensor]:
+    """Visual features of each prompt, (visual tokens, hidden): one call of the vision tower for all
+    of them."""
+    joined = torch.cat(list(pixels)).to(model.device)
+    return list(model.get_image_features(joined, grids.to(model.device)).pooler_output)
+
+
+def collate(model: Module, prompts: Sequence[Prompt], pad_id: int) -> PromptBatch:
+    """Left-pad prompts into a batch on the model's device, and compute their visual features."""
+    pixels = [prompt.pixels for prompt in prompts]
+    grids = torch.stack([prompt.grid for prompt in prompts])
+    frozen = not any(p.requires_grad for p in model.model.visual.parameters())
+    longest = max(len(prompt.ids) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), pad_id)
+    positions = torch.zeros(3, len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt.ids) :] = prompt.ids
+        positions[:, row, longest - len(prompt.ids) :] = prompt.positions
+        mask[row, longest - len(prompt.ids) :] = True
+    return PromptBatch(
+        ids.to(model.device),
+        positions.to(model.device),
+        None if mask.all() else mask.to(model.device),
+        visual_features(model, pixels, grids) if frozen else None,
+        grids,
+        [prompt.example.is_video for prompt in prompts],
+        None if frozen else pixels,
+    )
+
+
+def encoder_outputs(model: Module, prompts: PromptBatch) -> dict[str, BaseModelOutputWithPooling]:
+    """The visual features as the model's forward takes them (`mm_encoder_outputs`)."""
+    features = prompts.features
+    if features is None:
+        features = visual_features(model, prompts.pixels, prompts.grids)
+    outputs = {}
+    for kind, wanted in (("image", False), ("video", True)):
+        chosen = tuple(
+            f for f, is_video in zip(features, prompts.is_video, strict=True) if is_video == wanted
+        )
+        if chosen:
+            outputs[kind] = BaseModelOutputWithPooling(pooler_output=chosen)
+    return outputs

@@ -1,0 +1,80 @@
+"""An evaluation that is stopped and started again covers every row once."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import common
+import evaluate
+
+
+def predictions(out):
+    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_it_goes_on_where_it_stopped(cold_start, tmp_path):
+    args = evaluate.Args(model=str(cold_start), examples=20, batch_size=8, overlay=2)
+    whole = evaluate.main(replace(args, out=str(tmp_path / "whole")))
+    assert len(list((tmp_path / "whole").glob("overlay-*.png"))) == 2
+    part = tmp_path / "part"
+    evaluate.main(replace(args, out=str(part)))
+    file = part / "predictions.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:7]) + lines[7][:30])  # killed in the middle of a line
+    assert evaluate.main(replace(args, out=str(part), batch_size=5)) == whole
+    assert predictions(part) == predictions(tmp_path / "whole")
+    assert evaluate.main(replace(args, out=str(part))) == whole  # nothing left to do
+    assert len(predictions(part)) == 20
+
+
+def test_another_evaluation_is_not_mixed_in(cold_start, tmp_path):
+    out = tmp_path / "out"
+    args = evaluate.Args(model=str(cold_start), examples=4, out=str(out))
+    evaluate.main(args)
+    with pytest.raises(common.UsageError, match="another examples"):
+        evaluate.main(replace(args, examples=5))
+    evaluate.main(replace(args, examples=5, overwrite=True))
+    assert len(predictions(out)) == 5
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "main.tex").touch()
+    with pytest.raises(common.UsageError, match="is no evaluation"):
+        evaluate.main(replace(args, out=str(tmp_path / "thesis"), overwrite=True))
+
+
+def test_a_sweep_over_the_toys_grid(cold_start, tmp_path):
+    args = evaluate.Args(model=str(cold_start), examples=4, grid=(3, 5), out=str(tmp_path / "out"))
+    evaluate.main(args)
+    table = (tmp_path / "out" / "table.txt").read_text()
+    assert "grid 3" in table and "grid 5" in table and "attention on target" in table
+    assert (tmp_path / "out" / "sweep.png").stat().st_size > 1000
+
+
+def test_a_sweep_over_frames_with_real_data(real, tmp_path):
+    out = tmp_path / "out"
+    args = evaluate.Args(
+        model=str(real / "qwen2_5_vl"),
+        data=str(real / "rows.json"),
+        media_root=(str(real / "media"),),
+        frames=(2, 6),
+        max_pixels=(56 * 56,),
+        frame_pixels=(56 * 56,),
+        max_new_tokens=4,
+        max_skipped=0.2,
+        overlay=17,
+        out=str(out),
+    )
+    metrics = evaluate.main(args)
+    lines = predictions(out)
+    assert [line["setting"][0] for line in lines] == [2] * 18 + [6] * 18
+    assert len(list(out.glob("overlay-frames6-*.png"))) == 17
+    for frames in (2, 6):
+        skipped = (out / f"skipped-frames{frames}.jsonl").read_text().splitlines()
+        assert len(skipped) == 2
+    table = (out / "table.txt").read_text()
+    assert all(word in table for word in ("frames 2", "multiple choice", "OCR", "left", "right"))
+    values = [line["accuracy"] for line in lines if line["setting"][0] == 6]
+    assert metrics["eval/accuracy"] == pytest.approx(sum(values) / 18)
+    kinds = [line for line in lines if line["setting"][0] == 6 and line["problem_type"] == "OCR"]
+    expected = sum(line["accuracy"] for line in kinds) / len(kinds)
+    assert metrics["eval/accuracy_OCR"] == pytest.approx(expected)

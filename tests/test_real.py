@@ -1,0 +1,263 @@
+"""The real job in small: every script's own `main` on a checkpoint directory of the real form, with
+a data file of images and videos, and what a full-size model would get."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import same
+from PIL import Image
+from real import SPECIAL, write_tokenizer
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+import attn_distill
+import common
+import evaluate
+import grpo_baseline
+import kd_baseline
+import ral_grpo
+import sft
+import toy
+from prompts import Example, Processor, encode_prompt
+
+BUDGET = {"frames": 4, "max_pixels": 84 * 84, "frame_pixels": 56 * 56, "max_skipped": 0.2}
+
+
+@pytest.fixture(autouse=True)
+def reward_noise(monkeypatch):
+    """Random weights answer nothing, so what they say is rewarded by its length."""
+    for script in (grpo_baseline, ral_grpo, kd_baseline, attn_distill):
+        monkeypatch.setattr(script, "accuracy", lambda text, *_: float(len(text) % 2))
+
+
+def run(script, real, out, family="qwen2_5_vl", **fields):
+    """Two steps of a script, its metrics by step, and its checkpoint."""
+    defaults = {
+        "model": str(real / family),
+        "data": str(real / "rows.json"),
+        "media_root": (str(real / "media"),),
+        "out": str(out),
+        "steps": 2,
+        "prompts_per_step": 3,
+        "micro_batch_size": 2,
+        "max_new_tokens": 6,
+        "learning_rate": 1e-3,
+        "workers": 0,
+        "eval_every": 2,
+    }
+    if script is not sft:
+        defaults |= {"group_size": 2}
+    if script in (kd_baseline, attn_distill):
+        defaults |= {"teacher": str(real / family)}
+    script.main(script.Args(**defaults | BUDGET | fields))
+    if fields.get("check_data"):
+        return None, None
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = [{k: v for k, v in x.items() if not k.startswith("perf/")} for x in lines]
+    return lines, out / "checkpoint"
+
+
+CASES = [(script, "qwen2_5_vl") for script in (sft, grpo_baseline, kd_baseline, attn_distill)]
+CASES += [(ral_grpo, "qwen2_5_vl"), (ral_grpo, "qwen2_vl"), (sft, "qwen2_vl")]
+
+
+@pytest.mark.parametrize(("script", "family"), CASES)
+def test_train_save_and_evaluate(real, tmp_path, script, family):
+    fields = {"data": str(real / "rows.jsonl")} if script is ral_grpo else {}
+    lines, checkpoint = run(script, real, tmp_path / "run", family, steps=7, **fields)
+    assert len(lines) == 8 and 0 < lines[-1]["data/skipped"] <= 3
+    assert (tmp_path / "run" / "attention.png").stat().st_size > 1000
+    bad = [json.loads(x) for x in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert len(bad) == lines[-1]["data/skipped"]
+    assert all(" row " in row["row"] and row["reason"] for row in bad)
+    before = load_file(real / family / "model.safetensors")
+    after = load_file(checkpoint / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and not any("visual" in name for name in changed)  # frozen, and the rest learns
+    for file in (real / family).iterdir():  # every file of the original but weights and configs
+        if file.name not in ("config.json", "generation_config.json", "model.safetensors"):
+            assert (checkpoint / file.name).read_bytes() == file.read_bytes(), file.name
+    AutoModelForImageTextToText.from_pretrained(checkpoint)
+    args = {"model": str(checkpoint), "data": str(real / "rows.json"), "max_new_tokens": 6}
+    args |= {"media_root": (str(real / "media"),), "out": str(tmp_path / "eval"), "workers": 0}
+    args |= {"frames": (4,), "frame_pixels": (56 * 56,), "max_skipped": 0.2}
+    metrics = evaluate.main(evaluate.Args(**args))
+    predictions = (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()
+    assert len(predictions) == 18 and 0 <= metrics["eval/accuracy"] <= 1
+
+
+@pytest.mark.parametrize("script", [sft, ral_grpo])
+def test_worker_processes_change_nothing(real, tmp_path, script):
+    lines, weights = run(script, real, tmp_path / "a")
+    others, same_weights = run(script, real, tmp_path / "b", workers=2)
+    assert lines == others
+    files = [load_file(folder / "model.safetensors") for folder in (weights, same_weights)]
+    assert same(*files)
+
+
+def test_the_vision_encoder_is_trained_where_asked(real, tmp_path):
+    """And the reference and old passes then use the features of their own model: at the first
+    iteration of the first step nothing has moved, so both divergences are 0."""
+    fields = {"train_vision": True, "num_iterations": 1, "steps": 1}
+    lines, checkpoint = run(ral_grpo, real, tmp_path / "run", **fields)
+    before = load_file(real / "qwen2_5_vl" / "model.safetensors")
+    after = load_file(checkpoint / "model.safetensors")
+    visual = [name for name in before if "visual" in name]
+    assert any(not torch.equal(before[name], after[name]) for name in visual)
+    assert lines[1]["train/kl"] == pytest.approx(0, abs=1e-9)
+    assert lines[1]["train/attn_jsd"] == 0
+
+
+def test_sft_counts_epochs_and_follows_its_schedule(real, tmp_path):
+    lines, _ = run(sft, real, tmp_path / "run", steps=None, epochs=0.5, warmup_steps=1)
+    assert len(lines) - 1 == 3  # half of 18 rows, three a step
+    assert all(0 <= line["train/padding_frac"] < 0.5 for line in lines[1:])
+    args = sft.Args(steps=10, warmup_steps=2, learning_rate=1.0, schedule="cosine")
+    rates = [sft.learning_rate(step, args) for step in range(1, 11)]
+    assert rates[0] == 0.5 and rates[1] == max(rates) and 0 < rates[-1] < 0.03
+    assert sft.learning_rate(9, sft.Args(steps=10, learning_rate=1.0, warmup_steps=2)) == 1.0
+
+
+def test_a_demonstration_is_thought_and_answer(real):
+    config, processor = common.load_processor(real / "qwen2_vl")
+    task = toy.Task(order="image-first")
+    example = Example("q", "A", [Image.new("RGB", (56, 56))], False, "I see.", problem_type="OCR")
+    for think, text in (
+        (True, "<think>I see.</think>\n<answer>A</answer>"),
+        (False, "<answer>A</answer>"),
+    ):
+        example.response = "I see."
+        prompt = sft.encode(example, processor, config, think, task, False)
+        assert prompt.example.response == text
+    example.response = None
+    with pytest.raises(sft.BadRow, match="'process'"):
+        sft.encode(example, processor, config, True, task, False)
+
+
+def test_check_data_reports_and_stops(real, tmp_path, capsys):
+    with pytest.raises(common.UsageError, match="--max-skipped"):
+        run(ral_grpo, real, tmp_path / "x", check_data=True, max_skipped=0.01)
+    report = capsys.readouterr().out
+    assert "20 rows, 2 bad" in report and "rows.json row 15 (line " in report
+    args = ral_grpo.Args(
+        model=str(real / "qwen2_vl"),
+        data=str(real / "rows.jsonl"),
+        media_root=(str(real / "media"),),
+        check_data=True,
+        out=str(tmp_path / "run"),
+        **BUDGET,
+    )
+    assert ral_grpo.main(args) == {"--data/rows": 21, "--data/bad": 3}
+    assert not (tmp_path / "run").exists() and "row 8 (line 8)" in capsys.readouterr().out
+
+
+def test_a_prompt_that_is_too_long_is_skipped(real, tmp_path, capsys):
+    run(grpo_baseline, real, tmp_path / "run", check_data=True)
+    median = int(re.search(r"prompt tokens: median (\d+)", capsys.readouterr().out)[1])
+    fields = {"max_prompt_tokens": median, "max_skipped": 1.0, "steps": 6}
+    lines, _ = run(grpo_baseline, real, tmp_path / "run", **fields)
+    skipped = (tmp_path / "run" / "skipped.jsonl").read_text()
+    assert f"above --max-prompt-tokens {median}" in skipped and lines[-1]["data/skipped"] > 2
+
+
+def test_the_prompt_reads_as_the_family_writes_it(real):
+    config, processor = common.load_processor(real / "qwen2_vl")
+    assert AutoTokenizer.from_pretrained(real / "qwen2_vl").get_vocab() == (
+        processor.tokenizer.get_vocab()
+    )
+    example = Example(
+        "What <|image_pad|> is it?",
+        "A",
+        [Image.new("RGB", (112, 84))],
+        False,
+        problem_type="multiple choice",
+        options=("A. a red car", "B. a blue car"),
+    )
+    task = toy.Task(order="image-first")
+    prompt = grpo_baseline.encode(example, processor, config, True, task, False)
+    text = processor.tokenizer.decode(prompt.ids)
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        f"<|vision_start|>{'<|image_pad|>' * 12}<|vision_end|>What <|image_pad|> is it?\nOptions:\n"
+        "A. a red car\nB. a blue car\nThink first, inside <think> </think> tags. Give the answer"
+        " alone inside <answer> </answer> tags. The answer is the letter of one option.<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert int((prompt.ids == config.image_token_id).sum()) == 12  # the one in the question is text
+
+
+def test_qwen3_vl_is_refused_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_vl"}))
+    with pytest.raises(common.UsageError, match=r"'qwen3_vl' model; supported .* time stamp"):
+        common.load_model(tmp_path)
+
+
+TEXT_7B = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
+VISION_2 = {"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16}
+VISION_25 = {"depth": 32, "hidden_size": 1280, "out_hidden_size": 3584, "intermediate_size": 3420}
+VISION_25 |= {"tokens_per_second": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "model", "parameters", "vision", "interval"),
+    [
+        (
+            Qwen2VLConfig(text_config=TEXT_7B, vision_config=VISION_2),
+            Qwen2VLForConditionalGeneration,
+            8_291_375_616,
+            675_759_104,
+            1,
+        ),
+        (
+            Qwen2_5_VLConfig(text_config=TEXT_7B, vision_config=VISION_25),
+            Qwen2_5_VLForConditionalGeneration,
+            8_292_166_656,
+            676_550_144,
+            2,  # 2 tokens a second, a patch of 2 frames of 1 second in all
+        ),
+    ],
+    ids=["qwen2_vl", "qwen2_5_vl"],
+)
+def test_a_7b_model_at_32_frames(tmp_path, config, model, parameters, vision, interval):
+    """What the published configurations get at the default budgets, without their weights."""
+    with torch.device("meta"):
+        built = model(config)
+    built.model.visual.requires_grad_(False)
+    count = sum(p.numel() for p in built.parameters())
+    trained = sum(p.numel() for p in built.parameters() if p.requires_grad)
+    assert (count, count - trained) == (parameters, vision)
+    tokenizer = write_tokenizer(tmp_path)
+    config.video_token_id = tokenizer.convert_tokens_to_ids(SPECIAL[-1])
+    budget = ral_grpo.REAL["frame_pixels"]
+    processor = Processor(tokenizer, Qwen2VLImageProcessorPil(), frame_pixels=budget)
+    frames = [Image.new("RGB", (640, 480))] * 32
+    prompt = encode_prompt(processor, config, Example("What is it?", "", frames, True))
+    assert prompt.grid.tolist() == [16, 18, 26]  # 252 x 364 pixels of 14, below 128 x 28 x 28
+    assert prompt.pixels.shape == (16 * 18 * 26, 3 * 2 * 14 * 14)
+    video = prompt.ids == config.video_token_id
+    assert int(video.sum()) == 16 * 9 * 13 == 1872
+    start = int(video.nonzero()[0])
+    block = prompt.positions[:, video] - start
+    times = [interval * i for i in range(16)]
+    assert block[0].tolist() == [t for t in times for _ in range(9 * 13)]
+    assert block[1].tolist() == [r for _ in times for r in range(9) for _ in range(13)]
+    assert block[2].tolist() == [c for _ in times for _ in range(9) for c in range(13)]
+    after = prompt.positions[:, start + 1872]
+    assert after.tolist() == [start + max(*times, 12) + 1] * 3

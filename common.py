@@ -1,9 +1,10 @@
-"""What any paper on Qwen-VL would have identically: models, attention, rollout, scoring, reward,
-runs. (From a question to tensors: prompts.py; data files: data.py; evaluation: evaluate.py.)
+"""What any paper on Qwen-VL would have identically: models, attention, rollout, scoring, reward.
+(From a question to tensors: prompts.py; data files: data.py; evaluation: evaluate.py; run
+directories, processes and resuming: runs.py.)
 
 Nothing here knows about RAL. The shapes are the same everywhere: B prompts, G responses a prompt
 (the group), P prompt positions (left-padded), T response positions, V vocabulary, L layers, H
-heads. The one idea worth reading first is the packed layout of section 3: a prompt and its G
+heads. The one idea worth reading first is the packed layout of section 2: a prompt and its G
 responses stand behind one another on the sequence axis,
 
     [ prompt (P) | response 1 (T) | response 2 (T) | ... | response G (T) ]
@@ -12,31 +13,29 @@ so that a prompt and its image are computed once for the whole group, in the rol
 training pass.
 """
 
-import json
 import math
 import os
-import random
 import re
-import resource
-import shutil
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-import tyro
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.nn import Module
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -52,91 +51,11 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 from prompts import Example, Processor, PromptBatch, encoder_outputs
+from runs import UsageError, require, whole, world
 
 transformers_logging.disable_progress_bar()
 
-# 1. Runtime
-
-
-class UsageError(Exception):
-    """Something the user can mend: one line that names the field, the value and the remedy."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise `UsageError(message)` unless `condition` holds."""
-    if not condition:
-        raise UsageError(message)
-
-
-def run_script(args_class: type, main: Callable, description: str) -> None:
-    """Parse the command line into `args_class` and run `main`; a `UsageError` becomes one line and
-    exit status 2."""
-    # A third value, None, means "as the checkpoint", which a plain flag could not say.
-    flags = {"--think": "--think=True", "--no-think": "--think=False"}
-    argv = [flags.get(word, word) for word in sys.argv[1:]]
-    try:
-        main(tyro.cli(args_class, args=argv, description=description))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-def require_positive(args: Any, *names: str) -> None:
-    """Refuse fields that are not above zero; None means "take the default" and passes."""
-    for name in names:
-        value = getattr(args, name)
-        require(value is None or value > 0, f"--{name.replace('_', '-')} {value}: must be above 0")
-
-
-def require_not_negative(args: Any, *names: str) -> None:
-    """Refuse fields below zero."""
-    for name in names:
-        value = getattr(args, name)
-        require(value >= 0, f"--{name.replace('_', '-')} {value}: must be 0 or above")
-
-
-def fill_defaults(args: Any, table: dict[str, Any]) -> Any:
-    """`args` with every field that is None taken from `table`, if it is there."""
-    return replace(
-        args, **{name: value for name, value in table.items() if getattr(args, name) is None}
-    )
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch. On a CPU with a fixed thread count a run is then reproduced to
-    the bit."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-class Stopwatch:
-    """Seconds of each phase of a step, and the peak memory so far, for the metrics `perf/*`."""
-
-    def __init__(self) -> None:
-        self.start = self.last = time.perf_counter()
-        self.metrics: dict[str, float] = {}
-
-    def lap(self, phase: str) -> None:
-        """Put down the time since the last lap as `perf/<phase>_s`."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.metrics[f"perf/{phase}_s"] = now - self.last
-        self.last = now
-
-    def stop(self, tokens: int) -> dict[str, float]:
-        """All phases, the whole step, tokens a second, and peak memory (the GPU's, if any)."""
-        seconds = self.last - self.start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak *= 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes on Linux
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated()
-        self.metrics |= {"perf/step_s": seconds, "perf/tokens_per_s": tokens / seconds}
-        return self.metrics | {"perf/peak_mem_gb": peak / 2**30}
-
-
-# 2. Model
+# 1. Model
 
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
@@ -190,14 +109,25 @@ def load_processor(
     return config, Processor(tokenizer, image_processor, files, max_pixels, frame_pixels)
 
 
+def compute_dtype() -> torch.dtype:
+    """What forwards and backwards compute in: bfloat16 on a GPU, float32 on a CPU."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
 def load_model(
-    path: str | Path, train_vision: bool = False, field: str = "--model"
+    path: str | Path,
+    train_vision: bool = False,
+    lora_rank: int = 0,
+    frozen: bool = False,
+    field: str = "--model",
 ) -> tuple[Module, Processor]:
     """Load a Qwen2-VL or Qwen2.5-VL checkpoint whose text layers run `grouped_attention`.
 
-    The vision encoder and its projector are frozen unless `train_vision` [paper: frozen]. Weights
-    are float32: in pure bfloat16 an update at learning rate 1e-6 is below the resolution of most
-    weights. Safetensors only, and no code from the checkpoint is run.
+    The vision encoder and its projector are frozen unless `train_vision` [paper: frozen]. Trained
+    weights are float32, whatever they compute in: in pure bfloat16 an update at learning rate 1e-6
+    is below the resolution of most weights. With `lora_rank` the weights are frozen too, and
+    adapters on the language model's linear layers are trained. Safetensors only, and no code from
+    the checkpoint is run.
 
     Raises:
         UsageError: as `load_processor`, or the weights are missing or unreadable.
@@ -207,15 +137,167 @@ def load_model(
         model = AutoModelForImageTextToText.from_pretrained(
             path,
             attn_implementation={"text_config": "grouped_sdpa", "vision_config": "sdpa"},
-            dtype=torch.float32,
+            dtype=compute_dtype() if frozen or lora_rank else torch.float32,
             use_safetensors=True,
         )
     ends = model.generation_config.eos_token_id is not None
     remedy = "add eos_token_id to its generation config"
     require(ends, f"{field} {path}: names no end-of-turn token; {remedy}")
-    model.model.visual.requires_grad_(train_vision)
+    model.requires_grad_(not frozen and not lora_rank)
+    model.model.visual.requires_grad_(train_vision and not frozen)
+    if lora_rank:
+        add_adapters(model, lora_rank)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval(), processor
+    return shard(model.to(device).eval()), processor
+
+
+def add_adapters(model: Module, rank: int) -> None:
+    """LoRA adapters (float32, scaled by 2, at first without effect) on every linear layer of the
+    language model."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layers = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=layers)
+    inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+
+
+@contextmanager
+def without_adapters(model: Module) -> Iterator[None]:
+    """The model as it was before training, where only adapters are trained: the reference."""
+    adapted = [module for module in model.modules() if hasattr(module, "lora_A")]
+    for module in adapted:
+        module.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.enable_adapters(True)
+
+
+def shard(model: Module) -> Module:
+    """Spread a model over the processes of the group, if there is one, with FSDP2: a layer's
+    weights are gathered when it computes, in `compute_dtype`."""
+    if dist.is_initialized():
+        policy = MixedPrecisionPolicy(param_dtype=compute_dtype(), reduce_dtype=torch.float32)
+        for block in (*model.model.language_model.layers, *model.model.visual.blocks):
+            fully_shard(block, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+        register_fsdp_forward_method(model, "get_image_features")
+    return model
+
+
+@contextmanager
+def gathered(model: Module) -> Iterator[None]:
+    """Keep the weights of a sharded model whole while many forwards run, as in a rollout: gathered
+    once, not once a token, and no process waits for another in between."""
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not shards or getattr(model, "is_gathered", False):
+        yield
+        return
+    for module in shards:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    model.is_gathered = True
+    try:
+        yield
+    finally:
+        model.is_gathered = False
+        for module in shards:
+            module.set_reshard_after_forward(module is not model, recurse=False)
+            module.reshard()
+
+
+def save_model(directory: Path | None, model: Module, processor: Processor) -> None:
+    """Write weights, with adapters merged into them, and processor files to a directory that plain
+    `from_pretrained` loads. All ranks call it, those that write nothing with None."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if "lora_" not in name:
+            weights[name.replace(".base_layer", "")] = whole(tensor).cpu()
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            a, b = (whole(x["default"].weight).cpu() for x in (module.lora_A, module.lora_B))
+            base = weights[f"{name}.weight"]
+            merged = base.float() + module.scaling["default"] * (b @ a)
+            weights[f"{name}.weight"] = merged.to(base.dtype)
+    if directory is not None:
+        model.save_pretrained(directory, state_dict=weights)
+        processor.save(directory)
+
+
+def memory_gb(config: Any, args: Any, lora_rank: int, frozen: int, processes: int) -> float:
+    """GB that one of `processes` needs at its peak, an estimate [ours]: weights, gradients and
+    moments of what is trained, `frozen` whole models beside it (reference, teacher), the gathered
+    weights of a rollout, activations and logits, or the rollout's cache."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    text, width = config.text_config, compute_dtype().itemsize
+    total = sum(p.numel() for p in model.parameters())
+    vision = sum(p.numel() for p in model.model.visual.parameters())
+    trained = total if args.train_vision else total - vision
+    if lora_rank:
+        linear = [m for m in model.model.language_model.modules() if isinstance(m, torch.nn.Linear)]
+        trained = lora_rank * sum(m.in_features + m.out_features for m in linear)
+    held = total * (width if lora_rank else 4) + trained * (16 if lora_rank else 12)
+    held = (held + frozen * total * width) / processes
+    gathered = total * width if dist.is_initialized() else 0
+    merge = config.vision_config.spatial_merge_size * config.vision_config.patch_size
+    pixels = max(args.max_pixels or 0, (args.frames or 16) / 2 * (args.frame_pixels or 0))
+    prompt = 512 + (pixels or 112**2) / merge**2
+    group, t = getattr(args, "group_size", 1), args.max_new_tokens
+    tokens = args.micro_batch_size * (prompt + group * t)
+    in_layer = 10 * text.hidden_size + 4 * text.intermediate_size  # values kept of a token
+    layers = text.num_hidden_layers
+    kept = (
+        text.hidden_size * layers + in_layer if args.gradient_checkpointing else in_layer * layers
+    )
+    logits = 2 * args.micro_batch_size * group * t * text.vocab_size * width
+    cache = 2 * layers * text.num_key_value_heads / text.num_attention_heads * text.hidden_size
+    cache *= args.prompts_per_step * (prompt + group * t) * width
+    return (held + gathered + max(tokens * kept * width + logits, cache)) / 2**30
+
+
+def fit_memory(args: Any, config: Any, frozen: int) -> Any:
+    """Decide, before anything is loaded, what is trained: all weights if they fit, else adapters of
+    rank 64, unless `--lora-rank` says it.
+
+    Raises:
+        UsageError: it does not fit, with two things that would.
+    """
+    if args.gradient_checkpointing is None:
+        args = replace(args, gradient_checkpointing=torch.cuda.is_available())
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / here / 2**30
+    if torch.cuda.is_available():
+        have = torch.cuda.get_device_properties(0).total_memory / 2**30
+    asked = [0, 64] if args.lora_rank is None else [args.lora_rank]
+    need = {lora: memory_gb(config, args, lora, frozen, world()) for lora in asked}
+    fits = [lora for lora in asked if need[lora] < 0.95 * have]
+    if fits:
+        if fits[0] != asked[0]:
+            all_weights = f"all weights need about {need[0]:.0f} GB a process, there are {have:.0f}"
+            print(
+                f"{all_weights}: training adapters (--lora-rank {fits[0]}, {need[fits[0]]:.0f} GB)"
+            )
+        return replace(args, lora_rank=fits[0])
+    remedies = [f"--lora-rank {x}" for x in (64, 8) if x < asked[-1] or asked[-1] == 0]
+    remedies += [f"{n} processes" for n in (2, 4, 8, 16, 32, 64) if n > world()]
+    remedies += ["a smaller --max-new-tokens, --frames or --micro-batch-size"]
+
+    def mends(remedy: str) -> bool:
+        words = remedy.split()
+        if words[-1] == "processes":
+            return memory_gb(config, args, asked[-1], frozen, int(words[0])) < 0.95 * have
+        if words[0] != "--lora-rank":
+            return True
+        return memory_gb(config, args, int(words[-1]), frozen, world()) < 0.95 * have
+
+    two = " or ".join([remedy for remedy in remedies if mends(remedy)][:2])
+    short = f"about {need[asked[-1]]:.0f} GB a process are needed, there are {have:.0f}"
+    raise UsageError(f"--model {args.model}: {short}; {two} would make it fit")
 
 
 def load_teacher(path: str, model: Module, processor: Processor) -> Module:
@@ -224,7 +306,7 @@ def load_teacher(path: str, model: Module, processor: Processor) -> Module:
     Raises:
         UsageError: there is no such teacher, or it is of another family than the student.
     """
-    teacher, other = load_model(path, field="--teacher")
+    teacher, other = load_model(path, frozen=True, field="--teacher")
     ours, theirs = processor.tokenizer, other.tokenizer
     remedy = "distil within one family of models"
     same = ours.get_vocab() == theirs.get_vocab() and ours.eos_token_id == theirs.eos_token_id
@@ -234,7 +316,7 @@ def load_teacher(path: str, model: Module, processor: Processor) -> Module:
         require(same, f"--teacher {path}: its image processor has another {name}; {remedy}")
     same = model.config.model_type == teacher.config.model_type  # it decides a video's positions
     require(same, f"--teacher {path}: its family is not the student's; {remedy}")
-    return teacher.requires_grad_(False)
+    return teacher
 
 
 def require_layer(field: str, layer: int, model: Module) -> None:
@@ -252,7 +334,7 @@ def vision_token_ids(config: Any) -> list[int]:
     return [getattr(config, name) for name in names]
 
 
-# 3. Attention
+# 2. Attention
 
 
 class GroupCache:
@@ -386,7 +468,7 @@ def response_attention(
     if len(mask) > 1:
         mask = mask.repeat_interleave(g, dim=0)
     out = F.scaled_dot_product_attention(
-        rows, keys(key), keys(value), attn_mask=mask, scale=scaling
+        rows, keys(key), keys(value), attn_mask=mask.to(rows.dtype), scale=scaling
     )
     return out.view(b, g, h, -1, d).transpose(2, 3).flatten(1, 2)
 
@@ -468,7 +550,7 @@ def attention_policy(query: Tensor, key: Tensor, scaling: float, layout: Layout)
     return policy
 
 
-# 4. Rollout
+# 3. Rollout
 
 
 @dataclass
@@ -595,7 +677,7 @@ def generate_group(
     return Rollout(prompts, ids[:, :longest].view(shape), mask.view(shape), ~done.view(shape[:2]))
 
 
-# 5. Log-probabilities
+# 4. Log-probabilities
 
 
 @dataclass
@@ -646,7 +728,7 @@ def score(
         p,
         g,
         prompts.mask,
-        response_mask=response_mask(prompts, t, text, model.dtype),
+        response_mask=response_mask(prompts, t, text),
         attn_layers=tuple(layer % text.num_hidden_layers for layer in attn_layers),
         attn_row=attn_row,
     )
@@ -669,7 +751,7 @@ def score(
     return Scores(logps, entropy.view(b, g, t), mask, kept, outputs.attentions or ())
 
 
-def response_mask(prompts: PromptBatch, t: int, config: Any, dtype: torch.dtype) -> Tensor:
+def response_mask(prompts: PromptBatch, t: int, config: Any) -> Tensor:
     """Additive mask of a response over (prompt, itself), repeated for the heads that share a key
     head: see `Layout`."""
     device, p = prompts.ids.device, prompts.ids.shape[1]
@@ -679,7 +761,7 @@ def response_mask(prompts: PromptBatch, t: int, config: Any, dtype: torch.dtype)
         hidden = torch.zeros(prompts.mask.shape, device=device)
         hidden = hidden.masked_fill(~prompts.mask, -torch.inf)
         mask = mask + F.pad(hidden, (0, t))[:, None, None]
-    return mask.repeat(1, 1, config.num_attention_heads // config.num_key_value_heads, 1).to(dtype)
+    return mask.repeat(1, 1, config.num_attention_heads // config.num_key_value_heads, 1)
 
 
 LOGIT_CHUNK = 2**24  # logits turned to float32 at a time (64 MB)
@@ -725,7 +807,7 @@ def response_mean(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, 0.0).sum(-1) / mask.sum(-1).clamp_min(1)
 
 
-# 6. Reward
+# 5. Reward
 
 
 def extract_answer(text: str) -> str | None:
@@ -839,147 +921,3 @@ def rouge(answer: str, solution: str) -> float:
     """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L, with stemming."""
     scores = rouge_scorer().score(solution, answer)
     return sum(score.fmeasure for score in scores.values()) / len(scores)
-
-
-# 7. Runs
-
-
-def check_run(args: Any, *inputs: str) -> None:
-    """Refuse, before any work is done, an `--out` that cannot become this run's directory.
-
-    `inputs` are the checkpoints that the run reads: it must not move or replace them.
-    """
-    out = Path(args.out)
-    require(not out.exists() or out.is_dir(), f"--out {out}: is a file; choose another")
-    busy = out.is_dir() and any(out.iterdir())
-    is_run = (out / "args.json").is_file()
-    require(not busy or is_run, f"--out {out}: exists and is not a run; choose another")
-    for path in inputs:
-        holds = out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents)
-        require(not holds, f"--out {out}: holds {path}, which this run reads; choose another")
-    parent = next(parent for parent in out.resolve().parents if parent.exists())
-    writable = parent.is_dir() and os.access(parent, os.W_OK)
-    require(writable, f"--out {out}: {parent} cannot be written to; choose another")
-    if args.track and find_spec("wandb") is None:
-        raise UsageError("--track: wandb is not installed; `pip install wandb`, or leave it out")
-
-
-@dataclass
-class Skipped:
-    """The account of bad rows. It stops the run when more than `most` of the rows read so far, or
-    of the file's first 1,000, are bad."""
-
-    most: float = 0.0
-    rows: int = 0
-    bad: dict[str, str] = field(default_factory=dict)
-    read: int = 0
-    file: TextIO | None = None  # skipped.jsonl
-
-    def add(self, bad: dict[str, str]) -> None:
-        self.read += 1 + len(bad)
-        new = {name: reason for name, reason in bad.items() if name not in self.bad}
-        self.bad |= new
-        if self.file is not None:
-            self.write(new)
-        if len(self.bad) > self.most * max(self.read, min(self.rows, 1000)):
-            last = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[-2:])
-            count = f"{len(self.bad)} bad rows among the first {self.read}"
-            remedy = "--check-data lists them all; mend them, or raise --max-skipped"
-            raise UsageError(f"--max-skipped {self.most}: {count} ({last}); {remedy}")
-
-    def open(self, path: Path) -> None:
-        """Write what is known, and from now on each bad row as it is met."""
-        self.file = path.open("w")
-        self.write(self.bad)
-
-    def write(self, bad: dict[str, str]) -> None:
-        for name, reason in bad.items():
-            line = json.dumps({"row": name, "reason": reason}, ensure_ascii=False)
-            self.file.write(line + "\n")
-        self.file.flush()
-
-
-class Run:
-    """A run directory, all there is to know of a run: `args.json`, `metrics.jsonl`,
-    `samples.jsonl`, `skipped.jsonl`, `tensorboard/`, pictures and `checkpoint/`.
-
-    A run already at `out` is moved to `<out>.1` and so on, or replaced with `--overwrite`; see
-    `check_run` for what is never touched. `--track` sends the metrics to Weights & Biases too.
-    """
-
-    def __init__(self, args: Any, skipped: Skipped):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.out, self.args, self.wandb = Path(args.out), asdict(args), None
-        if args.track:  # before anything is moved: it may fail
-            import wandb
-
-            self.wandb = wandb.init(project="ral", name=self.out.name, config=self.args)
-        if self.out.exists() and any(self.out.iterdir()):
-            if args.overwrite:
-                shutil.rmtree(self.out)
-            else:
-                numbers = range(1, sys.maxsize)
-                aside = next(p for n in numbers if not (p := Path(f"{self.out}.{n}")).exists())
-                self.out.rename(aside)
-                print(f"the run at {self.out} is now at {aside}")
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "args.json").write_text(json.dumps(self.args, indent=2) + "\n")
-        self.metrics_file = (self.out / "metrics.jsonl").open("w")
-        self.samples_file = (self.out / "samples.jsonl").open("w")
-        self.tensorboard = SummaryWriter(self.out / "tensorboard")
-        self.skipped = skipped
-        if args.data:
-            skipped.open(self.out / "skipped.jsonl")
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write one line of metrics, to every sink."""
-        if self.skipped.file is not None:
-            metrics = metrics | {"data/skipped": len(self.skipped.bad)}
-        self.metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.metrics_file.flush()
-        for name, value in metrics.items():
-            self.tensorboard.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log(metrics, step=step)
-
-    def sample(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
-        """Write sampled responses with their rewards."""
-        for row in rows:
-            self.samples_file.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
-        self.samples_file.flush()
-
-    def save_checkpoint(self, model: Module, processor: Processor) -> Path:
-        """Write `checkpoint/`, which plain `from_pretrained` loads, with every processor file of
-        the model it began with: aside first, then renamed, so never half-written."""
-        final = self.out / "checkpoint"
-        aside = Path(tempfile.mkdtemp(prefix="checkpoint.", dir=self.out))
-        model.save_pretrained(aside)
-        processor.save(aside)
-        aside.chmod(0o755)
-        if final.exists():
-            final.rename(aside.with_suffix(".old"))
-        aside.rename(final)
-        shutil.rmtree(aside.with_suffix(".old"), ignore_errors=True)
-        return final
-
-    def close(self) -> None:
-        self.metrics_file.close()
-        self.samples_file.close()
-        self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def print_summary(run: Run, before: dict, after: dict, steps: int, start: float, then: str) -> None:
-    """The short table at the end of a run: what changed, what it took, where it is, what to try
-    next."""
-    print(f"\n{'held-out':<24}{'before':>8}{'after':>8}")
-    for name in after:
-        if name == "eval/accuracy" or name.startswith("eval/target_attn_l"):
-            label = name.removeprefix("eval/").replace("target_attn_l", "on target, layer ")
-            print(f"{label:<24}{before[name]:>8.3f}{after[name]:>8.3f}")
-    seconds = round(time.time() - start)
-    for label, value in (("steps", steps), ("seconds", seconds), ("run", run.out)):
-        print(f"{label:<24}{value!s:>16}")
-    print(f"pictures: {run.out}/attention.png, {run.out}/curves.png\nnext: {then}")

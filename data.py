@@ -27,8 +27,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from common import Skipped, UsageError, extract_answer, require, require_not_negative
+from common import extract_answer
 from prompts import Example, Prompt
+from runs import Skipped, UsageError, rank, require, require_not_negative, world
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no format that runs a program
@@ -351,6 +352,10 @@ class Reader:
         """Rows there are to train on."""
         return len(self.prompts.rows)
 
+    def begin(self, number: int) -> Iterator[Prompt]:
+        """This rank's prompts from `number` on, without end."""
+        return iter(replace(self, numbers=range(number, 2**62, world())))
+
     def __iter__(self) -> Iterator[Prompt]:
         loader = DataLoader(
             self.prompts,
@@ -391,7 +396,8 @@ def check_files(args: Any, is_toy: bool) -> None:
 
 
 def open_data(args: Any, encode: Callable[[Example], Prompt]) -> tuple[Reader, Reader, Skipped]:
-    """Training prompts of `--data` without end, those to evaluate on, and the account of bad rows.
+    """Training prompts of `--data` (see `Reader.begin`), this rank's share of those to evaluate on,
+    and the account of bad rows.
 
     Without `--eval-data`, up to `eval_examples` rows, but at most a tenth, are kept out of training
     to evaluate on: the same ones whatever the seed.
@@ -410,8 +416,8 @@ def open_data(args: Any, encode: Callable[[Example], Prompt]) -> tuple[Reader, R
     training = Prompts(train, encode, rows, args.seed, most)
     evaluation = Prompts(held_out, encode, apart, None, most, keep_media=True)
     return (
-        Reader(training, range(2**62), args.workers, skipped),
-        Reader(evaluation, range(len(apart)), args.workers, skipped),
+        Reader(training, range(0), args.workers, skipped),
+        Reader(evaluation, range(rank(), len(apart), world()), args.workers, skipped),
         skipped,
     )
 

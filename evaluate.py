@@ -31,23 +31,27 @@ from tqdm import tqdm
 
 import toy
 from common import (
-    Skipped,
     accuracy,
     extract_answer,
-    fill_defaults,
+    gathered,
     generate_group,
     has_format,
     load_model,
     load_processor,
-    require,
     require_layer,
-    require_not_negative,
-    require_positive,
-    run_script,
     score,
 )
 from data import DataFile, Prompts, Reader
 from prompts import Example, Processor, Prompt, collate, encode_prompt
+from runs import (
+    Skipped,
+    fill_defaults,
+    gather,
+    require,
+    require_not_negative,
+    require_positive,
+    run_script,
+)
 
 # 1. Evaluation
 
@@ -148,15 +152,18 @@ def mean(records: Sequence[dict[str, Any]], name: str) -> float:
 def evaluate(
     model: Module, processor: Processor, prompts: Iterable[Prompt], **options: Any
 ) -> tuple[dict[str, float], list[Look]]:
-    """Metrics over all prompts, and what `judge` says of each; its options go to `judge`.
+    """Metrics over the prompts of all ranks, and what `judge` says of this one's; options go to
+    `judge`.
 
     `eval/target_attn` is the mass on the target's visual tokens in layer `attn_layer`, in the row
     that predicts the first token of the answer where the response first names it, counted as 0 for
     a response without an answer; `eval/target_attn_l<i>` is the same for every layer.
     """
-    looks = list(judge(model, processor, prompts, **options))
-    require(len(looks) > 0, "--eval-data: none of its rows can be used")
-    return summarise([look.record for look in looks]), looks
+    with gathered(model):
+        looks = list(judge(model, processor, prompts, **options))
+    records = gather([look.record for look in looks])
+    require(len(records) > 0, "--eval-data: none of its rows can be used")
+    return summarise(records), looks
 
 
 def answer_tokens(tokenizer: Any, ids: list[int], text: str) -> range:
@@ -515,7 +522,7 @@ def main(args: Args) -> dict[str, float]:
         for setting, (names, prompts, skipped) in opened.items():
             label = "-".join(f"{NAMES[i]}{setting[i]}" for i in varied)
             if args.data:
-                skipped.open(out / f"skipped{label and f'-{label}'}.jsonl")
+                skipped.attach((out / f"skipped{label and f'-{label}'}.jsonl").open("a"))
             done = {record["row"] for record in results[setting]}
             todo = [n for n, name in enumerate(names) if name not in done]
             looks = max(0, args.overlay - len(done))

@@ -44,31 +44,41 @@ from tqdm import tqdm
 import toy
 from common import (
     Rollout,
-    Run,
-    Stopwatch,
     accuracy,
     by_rows,
-    check_run,
-    fill_defaults,
+    fit_memory,
+    gathered,
     generate_group,
     has_format,
     load_model,
     load_processor,
     load_teacher,
-    print_summary,
-    require,
-    require_not_negative,
-    require_positive,
     response_mean,
-    run_script,
     sampling_noise,
+    save_model,
     score,
-    seed_everything,
     vision_token_ids,
+    without_adapters,
 )
 from data import check_data, check_files, open_data
 from evaluate import draw_curves, draw_looks, evaluate
 from prompts import Example, Processor, Prompt, PromptBatch, collate, encode_prompt, visual_features
+from runs import (
+    Run,
+    Stopwatch,
+    check_run,
+    fill_defaults,
+    find_state,
+    print_summary,
+    rank,
+    require,
+    require_not_negative,
+    require_positive,
+    run_script,
+    seed_everything,
+    step_numbers,
+    whole,
+)
 
 # 1. Arguments
 
@@ -78,8 +88,14 @@ REAL = {"steps": 800, "learning_rate": 1e-6, "num_iterations": 1, "think": True}
 TOY |= {"prompts_per_step": 16, "micro_batch_size": 16}
 REAL |= {"prompts_per_step": 8, "micro_batch_size": 1}
 TEACH = "train one: `python sft.py --toy-size large --stop-accuracy 0.99 --out runs/teacher`"
-TOY |= {"eval_every": 10, "eval_examples": 512, "workers": 0}
-REAL |= {"eval_every": 100, "eval_examples": 128, "workers": 4, "max_prompt_tokens": 16384}
+TOY |= {"eval_every": 10, "eval_examples": 512, "workers": 0, "save_every": 0}
+REAL |= {
+    "eval_every": 100,
+    "eval_examples": 128,
+    "workers": 4,
+    "save_every": 50,
+    "max_prompt_tokens": 16384,
+}
 REAL |= {"max_pixels": 256 * 28 * 28, "frame_pixels": 128 * 28 * 28}
 NEW_TOKENS = {"toy": {False: 16, True: 64}, "real": {False: 768, True: 768}}  # direct, thinking
 
@@ -103,6 +119,14 @@ class Args:
     """Replace the run at OUT instead of moving it."""
     track: bool = False
     """Send the metrics to Weights & Biases too."""
+    save_every: int | None = None
+    """Steps between states to resume from, in OUT/state; 0: none. Toy: 0. Real: 50."""
+    keep: int = 2
+    """How many of these states are kept."""
+    resume: str | None = None
+    """Go on from this state, or with `auto` from the newest good one of OUT, if there is one."""
+    allow_changed_args: bool = False
+    """Resume although arguments that change what is computed are not as they were."""
     seed: int = 1
     """Seed of data and sampling; one seed reproduces a run on one machine."""
     think: bool | None = None
@@ -136,6 +160,11 @@ class Args:
     """AdamW's learning rate, constant. Real: 1e-6, as Video-R1 (a digest: 1e-5). Toy: 6e-4."""
     train_vision: bool = False
     """Train the vision encoder too; every pass then computes the features anew. Paper: frozen."""
+    lora_rank: int | None = None
+    """Rank of adapters that are trained instead of the weights; 0: train the weights. Unset: 0, or
+    64 where that does not fit into memory."""
+    gradient_checkpointing: bool | None = None
+    """Keep one activation a layer and compute the rest again. Unset: on a GPU."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     micro_batch_size: int | None = None
@@ -181,6 +210,7 @@ class Args:
         require(self.grid is None or self.grid >= 3, f"--grid {self.grid}: needs 3 or more")
         require(self.group_size >= 2, f"--group-size {self.group_size}: needs 2 or more")
         require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be in (0, 1]")
+        require_positive(self, "keep")
         require_not_negative(self, "max_skipped", "seed", "beta", "mu_gkd", "rl_coef")
         require(0 <= self.gkd_beta <= 1, f"--gkd-beta {self.gkd_beta}: must be in [0, 1]")
 
@@ -247,9 +277,10 @@ def roll_out(
     """Sample G responses to each prompt and reward them: rollout, rewards (B, G), metrics, lines of
     samples.jsonl. `numbers` count the prompts of the run, and with the seed decide the noise."""
     noise = sampling_noise(args.seed, numbers, args.group_size, args.max_new_tokens)
-    rollout = generate_group(
-        model, batch, args.group_size, args.max_new_tokens, noise, args.temperature, args.top_p
-    )
+    with gathered(model):
+        rollout = generate_group(
+            model, batch, args.group_size, args.max_new_tokens, noise, args.temperature, args.top_p
+        )
     texts = rollout.texts(processor.tokenizer)
     examples = [prompt.example for prompt in prompts]
     right = torch.tensor(
@@ -389,8 +420,10 @@ def update(
                 metrics[f"train/{name}"] += (
                     term.detach().sum().item() / responses / args.num_iterations
                 )
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
         metrics["train/grad_norm"] += norm.item() / args.num_iterations
+        if not torch.isfinite(norm):
+            break  # and the loop stops the run
         optimizer.step()
         optimizer.zero_grad()
     return dict(metrics)
@@ -415,6 +448,7 @@ def main(args: Args) -> dict[str, float]:
     require(not unset, f"--teacher: none at {args.teacher}; {TEACH}")
     check_run(args, base, args.teacher)
     check_files(args, is_toy)
+    state = find_state(args)
     seed_everything(args.seed)
     config, processor = load_processor(base, args.max_pixels, args.frame_pixels)
     turn = partial(encode, processor=processor, config=config, think=args.think)
@@ -423,13 +457,18 @@ def main(args: Args) -> dict[str, float]:
         return check_data(args, turn)
     open_prompts = open_data if args.data else partial(toy.open_data, task)
     train, held_out, skipped = open_prompts(args, turn)
-    model = load_model(base, args.train_vision)[0]
+    args = fit_memory(args, config, 1 + int(args.beta > 0 and args.rl_coef > 0))
+    model = load_model(base, args.train_vision, args.lora_rank)[0]
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     teacher = load_teacher(args.teacher, model, processor)
     teacher_task = toy.Task.load(Path(args.teacher))
     same = teacher_task in (None, task)
     require(same, f"--teacher {args.teacher}: learned another task; {TEACH}")
     needs_reference = args.beta > 0 and args.rl_coef > 0
-    reference = load_model(base)[0].requires_grad_(False) if needs_reference else None
+    reference = None
+    if needs_reference:  # where adapters are trained, the model without them
+        reference = model if args.lora_rank else load_model(base, frozen=True)[0]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
@@ -441,14 +480,17 @@ def main(args: Args) -> dict[str, float]:
     judge = partial(judge, reward=args.reward)
     before, looks_before = judge(model)
     taught, looks_taught = judge(teacher)
-    run = Run(args, skipped)
-    run.log(0, before | {"teacher/accuracy": taught["eval/accuracy"]})
+    run = Run(args, skipped, state)
+    if state is None:
+        run.log(0, before | {"teacher/accuracy": taught["eval/accuracy"]})
     after, looks_after = before, looks_before
-    stream = iter(train)
-    bar = tqdm(range(1, args.steps + 1), desc=Path(__file__).stem, dynamic_ncols=True)
+    run.restore(model, optimizer)
+    first = 1 if state is None else state.step + 1
+    stream = train.begin(step_numbers(args, first).start)
+    bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=rank() != 0)
     for step in bar:
         clock = Stopwatch()
-        numbers = range((step - 1) * args.prompts_per_step, step * args.prompts_per_step)
+        numbers = step_numbers(args, step)
         prompts = list(islice(stream, args.prompts_per_step))
         clock.lap("data_wait")
         batch = collate(model, prompts, processor.tokenizer.pad_token_id)
@@ -466,9 +508,11 @@ def main(args: Args) -> dict[str, float]:
         teacher_rollout = replace(rollout, prompts=seen)
         batches = [Batch(rollout[cut], advantages[cut], teacher_rollout[cut]) for cut in cuts]
         if reference is not None:
-            score_reference(reference, batches, args)
+            with without_adapters(reference):
+                score_reference(reference, batches, args)
         clock.lap("reference")
         metrics |= update(model, teacher, optimizer, batches, args)
+        run.require_finite(step, metrics, prompts)
         clock.lap("update")
         metrics |= clock.stop(tokens=int(rollout.completion_mask.sum()))
         if step % args.eval_every == 0 or step == args.steps:
@@ -479,8 +523,13 @@ def main(args: Args) -> dict[str, float]:
         bar.set_postfix(
             reward=f"{metrics['rollout/reward']:.2f}", eval=f"{after['eval/accuracy']:.3f}"
         )
-    run.save_checkpoint(model, processor)
+        if run.save_state(step, model, optimizer):
+            run.close()
+            return metrics
+    run.save_checkpoint(partial(save_model, model=model, processor=processor))
     run.close()
+    if rank() != 0:
+        return metrics
     looks = {"before": looks_before, "after": looks_after, "teacher": looks_taught}
     draw_looks(run.out / "attention.png", looks)
     names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/gkd", "train/grad_norm")

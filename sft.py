@@ -38,26 +38,27 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 import toy
-from common import (
-    Rollout,
+from common import Rollout, fit_memory, load_model, load_processor, response_mean, save_model, score
+from data import BadRow, check_data, check_files, open_data
+from evaluate import draw_curves, draw_looks, evaluate
+from prompts import Example, Processor, Prompt, collate, encode_prompt
+from runs import (
     Run,
     Stopwatch,
     check_run,
     fill_defaults,
-    load_model,
-    load_processor,
+    find_state,
     print_summary,
+    rank,
     require,
     require_not_negative,
     require_positive,
-    response_mean,
     run_script,
-    score,
     seed_everything,
+    step_numbers,
+    whole,
+    world,
 )
-from data import BadRow, check_data, check_files, open_data
-from evaluate import draw_curves, draw_looks, evaluate
-from prompts import Example, Processor, Prompt, collate, encode_prompt
 
 # 1. Arguments
 
@@ -67,8 +68,14 @@ REAL = {"stop_accuracy": 2.0, "train_vision": False, "think": True, "schedule": 
 TOY |= {"prompts_per_step": 32, "micro_batch_size": 32}
 REAL |= {"learning_rate": 1e-5, "prompts_per_step": 8, "micro_batch_size": 1}
 TOY_RATE = {"small": 1.5e-3, "large": 1e-3}  # learning rate by toy_size
-TOY |= {"eval_every": 100, "eval_examples": 512, "workers": 0}
-REAL |= {"eval_every": 100, "eval_examples": 128, "workers": 4, "max_prompt_tokens": 16384}
+TOY |= {"eval_every": 100, "eval_examples": 512, "workers": 0, "save_every": 0}
+REAL |= {
+    "eval_every": 100,
+    "eval_examples": 128,
+    "workers": 4,
+    "save_every": 50,
+    "max_prompt_tokens": 16384,
+}
 REAL |= {"max_pixels": 256 * 28 * 28, "frame_pixels": 128 * 28 * 28}
 NEW_TOKENS = {"toy": {False: 16, True: 64}, "real": {False: 768, True: 768}}  # direct, thinking
 
@@ -91,6 +98,14 @@ class Args:
     """Replace the run at OUT instead of moving it."""
     track: bool = False
     """Send the metrics to Weights & Biases too."""
+    save_every: int | None = None
+    """Steps between states to resume from, in OUT/state; 0: none. Toy: 0. Real: 50."""
+    keep: int = 2
+    """How many of these states are kept."""
+    resume: str | None = None
+    """Go on from this state, or with `auto` from the newest good one of OUT, if there is one."""
+    allow_changed_args: bool = False
+    """Resume although arguments that change what is computed are not as they were."""
     seed: int = 1
     """Seed of weights and data; one seed reproduces a run on one machine."""
     think: bool | None = None
@@ -122,6 +137,11 @@ class Args:
     """Held-out examples of an evaluation. Toy: 512. Real: 128."""
     learning_rate: float | None = None
     """AdamW's learning rate after the warm-up. Video-R1: 1e-5. Toy: 1.5e-3, large 1e-3."""
+    lora_rank: int | None = None
+    """Rank of adapters that are trained instead of the weights; 0: train the weights. Unset: 0, or
+    64 where that does not fit into memory."""
+    gradient_checkpointing: bool | None = None
+    """Keep one activation a layer and compute the rest again. Unset: on a GPU."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     micro_batch_size: int | None = None
@@ -156,6 +176,7 @@ class Args:
             self, "micro_batch_size", "prompts_per_step", "warmup_steps", "max_new_tokens", "epochs"
         )
         require_positive(self, "stop_accuracy", "watch_above")
+        require_positive(self, "keep")
         require_not_negative(self, "max_skipped", "seed")
         require(self.grid is None or self.grid >= 3, f"--grid {self.grid}: needs 3 or more")
 
@@ -256,9 +277,10 @@ def update(
         (terms["loss"].sum() / len(prompts)).backward()
         for name, term in terms.items():
             metrics[f"train/{name}"] += term.detach().sum().item() / len(prompts)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
     metrics |= {"train/grad_norm": norm.item(), "train/padding_frac": 1 - used / positions}
-    optimizer.step()
+    if torch.isfinite(norm):  # if not, the loop stops the run
+        optimizer.step()
     optimizer.zero_grad()
     return dict(metrics)
 
@@ -293,11 +315,15 @@ def main(args: Args) -> dict[str, float]:
             return check_data(args, turn)
         open_prompts = open_data if args.data else partial(toy.open_data, task)
         train, held_out, skipped = open_prompts(args, turn)
-        model = load_model(base, args.train_vision)[0]
+        if args.steps is None:  # an epoch is the unit of real data
+            args.steps = math.ceil(args.epochs * train.epoch / (args.prompts_per_step * world()))
+        state = find_state(args)
+        args = fit_memory(args, config, 0)
+        model = load_model(base, args.train_vision, args.lora_rank)[0]
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     if is_toy:
         processor.files |= task.files()
-    if args.steps is None:  # an epoch is the unit of real data
-        args.steps = math.ceil(args.epochs * train.epoch / args.prompts_per_step)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
@@ -309,12 +335,16 @@ def main(args: Args) -> dict[str, float]:
     done = before["eval/accuracy"] >= args.stop_accuracy
     reached = f"{args.model} is at {before['eval/accuracy']:.3f} already; ask for more"
     require(not done, f"--stop-accuracy {args.stop_accuracy}: {reached}")
-    run = Run(args, skipped)
-    run.log(0, before)
+    run = Run(args, skipped, state)
+    if state is None:
+        run.log(0, before)
     after, looks_after = before, looks_before
-    stream = iter(train)
-    bar = tqdm(range(1, args.steps + 1), desc=Path(__file__).stem, dynamic_ncols=True)
+    note = run.restore(model, optimizer)
+    first = 1 if state is None else state.step + 1
+    stream = train.begin(step_numbers(args, first).start)
     growing = is_toy and task.frames is not None and args.model is None
+    growing = note.get("growing", growing)
+    bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=rank() != 0)
     for step in bar:
         clock = Stopwatch()
         caption = is_toy and step % 2 == 0
@@ -326,6 +356,7 @@ def main(args: Args) -> dict[str, float]:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         metrics = update(model, processor, optimizer, prompts, args)
+        run.require_finite(step, metrics, prompts)
         clock.lap("update")
         metrics |= clock.stop(tokens=round(metrics["train/completion_len"] * len(prompts)))
         arriving = is_toy and not caption and metrics["train/demo_prob"] > args.watch_above
@@ -338,13 +369,18 @@ def main(args: Args) -> dict[str, float]:
             done = after["eval/accuracy"] >= args.stop_accuracy
         run.log(step, metrics)
         bar.set_postfix(loss=f"{metrics['train/loss']:.2f}", eval=f"{after['eval/accuracy']:.3f}")
+        if run.save_state(step, model, optimizer, {"growing": growing}):
+            run.close()
+            return metrics
         if done:
             break
     bar.close()
     if is_toy and not done:
         print(f"did not reach --stop-accuracy {args.stop_accuracy}; try more --steps or a --seed")
-    run.save_checkpoint(model, processor)
+    run.save_checkpoint(partial(save_model, model=model, processor=processor))
     run.close()
+    if rank() != 0:
+        return metrics
     looks = {"before": looks_before, "after": looks_after}
     draw_looks(run.out / "attention.png", looks)
     names = ("train/loss", "train/demo_prob", "eval/accuracy", "eval/target_attn")

@@ -32,9 +32,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from common import Skipped, UsageError, require
 from data import Prompts, Reader
 from prompts import Example, Prompt
+from runs import Skipped, UsageError, rank, require, world
 
 CELL = 28  # pixels; one visual token of Qwen2-VL
 SHAPES = ("star", "circle", "square", "triangle", "cross", "ring", "diamond", "bar")
@@ -249,11 +249,11 @@ class Stream:
 def open_data(
     task: Task, args: Any, encode: Callable[[Example], Prompt]
 ) -> tuple[Reader, list[Prompt], Skipped]:
-    """Training prompts without end, the held-out ones, and an account of bad rows, of which there
-    are none."""
-    train = Reader(Prompts(Stream(task, args.seed), encode), range(2**62), 0, skipped := Skipped())
-    held_out = [encode(example) for example in held_out_examples(task, args.eval_examples)]
-    return train, held_out, skipped
+    """Training prompts, this rank's share of the held-out ones, and an account of bad rows, of
+    which there are none."""
+    train = Reader(Prompts(Stream(task, args.seed), encode), range(0), 0, skipped := Skipped())
+    mine = held_out_examples(task, args.eval_examples)[rank() :: world()]
+    return train, [encode(example) for example in mine], skipped
 
 
 # 2. The model

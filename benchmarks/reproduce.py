@@ -11,8 +11,8 @@ examples, whose standard error is 0.01. Raw numbers go to `benchmarks/results/re
 line a cell and seed, with the commit that made them; tables are printed in Markdown, with means,
 95% intervals, and differences to the baseline paired by seed.
 
-The budget was chosen on GRPO alone, seeds 101 and 102 (5e-5: 0.65, 0.67; 1e-4: 0.77, 0.75), so that it ends near 0.7, where a better
-method has room to show.
+The budget was chosen on GRPO alone, seeds 101 and 102 (5e-5: 0.65, 0.67; 1e-4: 0.77, 0.75), so that
+it ends near 0.7, where a better method has room to show.
 """
 
 import json

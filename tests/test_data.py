@@ -13,8 +13,8 @@ from PIL import Image
 from real import write_rows, write_video
 
 import data
-from common import Skipped, UsageError
 from prompts import Prompt
+from runs import Skipped, UsageError
 
 ROW = {
     "problem": "What is it?",

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-import common
 import evaluate
+import runs
 
 
 def predictions(out):
@@ -32,13 +32,13 @@ def test_another_evaluation_is_not_mixed_in(cold_start, tmp_path):
     out = tmp_path / "out"
     args = evaluate.Args(model=str(cold_start), examples=4, out=str(out))
     evaluate.main(args)
-    with pytest.raises(common.UsageError, match="another examples"):
+    with pytest.raises(runs.UsageError, match="another examples"):
         evaluate.main(replace(args, examples=5))
     evaluate.main(replace(args, examples=5, overwrite=True))
     assert len(predictions(out)) == 5
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "main.tex").touch()
-    with pytest.raises(common.UsageError, match="is no evaluation"):
+    with pytest.raises(runs.UsageError, match="is no evaluation"):
         evaluate.main(replace(args, out=str(tmp_path / "thesis"), overwrite=True))
 
 

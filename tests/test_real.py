@@ -26,6 +26,7 @@ import evaluate
 import grpo_baseline
 import kd_baseline
 import ral_grpo
+import runs
 import sft
 import toy
 from prompts import Example, Processor, encode_prompt
@@ -145,7 +146,7 @@ def test_a_demonstration_is_thought_and_answer(real):
 
 
 def test_check_data_reports_and_stops(real, tmp_path, capsys):
-    with pytest.raises(common.UsageError, match="--max-skipped"):
+    with pytest.raises(runs.UsageError, match="--max-skipped"):
         run(ral_grpo, real, tmp_path / "x", check_data=True, max_skipped=0.01)
     report = capsys.readouterr().out
     assert "20 rows, 2 bad" in report and "rows.json row 15 (line " in report
@@ -198,7 +199,7 @@ def test_the_prompt_reads_as_the_family_writes_it(real):
 
 def test_qwen3_vl_is_refused_in_one_line(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_vl"}))
-    with pytest.raises(common.UsageError, match=r"'qwen3_vl' model; supported .* time stamp"):
+    with pytest.raises(runs.UsageError, match=r"'qwen3_vl' model; supported .* time stamp"):
         common.load_model(tmp_path)
 
 

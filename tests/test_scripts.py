@@ -16,6 +16,7 @@ import common
 import grpo_baseline
 import kd_baseline
 import ral_grpo
+import runs
 import sft
 import toy
 
@@ -169,7 +170,7 @@ def test_a_broken_checkpoint_is_one_line(cold_start, tmp_path, part, harm):
         (copy / part).write_bytes(b"")
     else:
         torch.save({"a": torch.ones(1)}, copy / part)
-    with pytest.raises(common.UsageError, match=r"^--model .*copy: [^\n]*$"):
+    with pytest.raises(runs.UsageError, match=r"^--model .*copy: [^\n]*$"):
         common.load_model(copy)
 
 
@@ -205,21 +206,21 @@ def test_the_run_directory_is_complete(cold_start, train, tmp_path):
 def test_a_run_in_the_way_is_moved_or_replaced_but_other_files_never(tmp_path):
     args = grpo_baseline.Args(out=str(tmp_path / "run"))
     for expected in (["run"], ["run", "run.1"], ["run", "run.1", "run.2"]):
-        common.check_run(args)
-        common.Run(args, common.Skipped()).close()
+        runs.check_run(args)
+        runs.Run(args, runs.Skipped()).close()
         assert sorted(path.name for path in tmp_path.iterdir()) == expected
-    common.Run(replace(args, overwrite=True), common.Skipped()).close()
+    runs.Run(replace(args, overwrite=True), runs.Skipped()).close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.1", "run.2"]
     thesis = tmp_path / "thesis"
     thesis.mkdir()
     (thesis / "chapter1.tex").write_text("...")
     for overwrite in (False, True):
-        with pytest.raises(common.UsageError, match="is not a run"):
-            common.check_run(replace(args, out=str(thesis), overwrite=overwrite))
+        with pytest.raises(runs.UsageError, match="is not a run"):
+            runs.check_run(replace(args, out=str(thesis), overwrite=overwrite))
     assert (thesis / "chapter1.tex").exists()
     for inside in ("run/checkpoint", "run"):  # a run that is read is neither moved nor replaced
-        with pytest.raises(common.UsageError, match="which this run reads"):
-            common.check_run(args, str(tmp_path / inside))
+        with pytest.raises(runs.UsageError, match="which this run reads"):
+            runs.check_run(args, str(tmp_path / inside))
 
 
 BAD = [  # script, command line, what the one line must name
@@ -251,14 +252,14 @@ BAD = [  # script, command line, what the one line must name
 def test_bad_input_is_one_line(script, line, words, cold_start, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(common, "find_spec", lambda name: None)
+    monkeypatch.setattr(runs, "find_spec", lambda name: None)
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "BUSY").mkdir()
     (tmp_path / "BUSY" / "thesis.tex").touch()
     line = [str(cold_start) if word == "COLD" else word for word in line]
     monkeypatch.setattr(sys, "argv", [script.__file__, *line])
     with pytest.raises(SystemExit) as stopped:
-        common.run_script(script.Args, script.main, script.__doc__)
+        runs.run_script(script.Args, script.main, script.__doc__)
     error = capsys.readouterr().err
     message = [part for part in error.splitlines() if part.startswith("error: ")]
     assert stopped.value.code == 2 and len(message) == 1 and "Traceback" not in error

@@ -1,0 +1,566 @@
+"""A run from its command line to its last checkpoint: errors in one line, one process or many, the
+run directory, and going on after whatever stopped it.
+
+Nothing here knows about models. What a run writes survives anything: a checkpoint is written aside
+and renamed, a run in the way is moved, and `--resume` cuts every file back to the checkpoint, so
+that nothing is there twice.
+"""
+
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+# 1. Command line and errors
+
+
+class UsageError(Exception):
+    """Something the user can mend: one line that names the field, the value and the remedy."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UsageError(message)` unless `condition` holds."""
+    if not condition:
+        raise UsageError(message)
+
+
+def run_script(args_class: type, main: Callable, description: str) -> None:
+    """Parse the command line into `args_class` and run `main`; a `UsageError` becomes one line and
+    exit status 2."""
+    # A third value, None, means "as the checkpoint", which a plain flag could not say.
+    flags = {"--think": "--think=True", "--no-think": "--think=False"}
+    argv = [flags.get(word, word) for word in sys.argv[1:]]
+    try:
+        start_ranks()
+        main(tyro.cli(args_class, args=argv, description=description))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.flush()
+        if world() > 1:  # the others wait for this rank; torchrun ends them when it is gone
+            os._exit(2)
+        raise SystemExit(2) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def require_positive(args: Any, *names: str) -> None:
+    """Refuse fields that are not above zero; None means "take the default" and passes."""
+    for name in names:
+        value = getattr(args, name)
+        require(value is None or value > 0, f"--{name.replace('_', '-')} {value}: must be above 0")
+
+
+def require_not_negative(args: Any, *names: str) -> None:
+    """Refuse fields below zero."""
+    for name in names:
+        value = getattr(args, name)
+        require(value >= 0, f"--{name.replace('_', '-')} {value}: must be 0 or above")
+
+
+def fill_defaults(args: Any, table: dict[str, Any]) -> Any:
+    """`args` with every field that is None taken from `table`, if it is there."""
+    return replace(
+        args, **{name: value for name, value in table.items() if getattr(args, name) is None}
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch. On a CPU with a fixed thread count a run is then reproduced to
+    the bit."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class Stopwatch:
+    """Seconds of each phase of a step, and the peak memory so far, for the metrics `perf/*`."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+        self.metrics: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        """Put down the time since the last lap as `perf/<phase>_s`."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.metrics[f"perf/{phase}_s"] = now - self.last
+        self.last = now
+
+    def stop(self, tokens: int) -> dict[str, float]:
+        """All phases, the whole step, tokens a second, and peak memory (the GPU's, if any)."""
+        seconds = self.last - self.start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak *= 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes on Linux
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+        self.metrics |= {"perf/step_s": seconds, "perf/tokens_per_s": tokens / seconds}
+        return self.metrics | {"perf/peak_mem_gb": peak / 2**30}
+
+
+# 2. Ranks
+
+
+def start_ranks() -> None:
+    """Join the other processes, if torchrun started this one; on a GPU a process alone is a group
+    of one, so that there is one code path."""
+    if dist.is_initialized() or ("WORLD_SIZE" not in os.environ and not torch.cuda.is_available()):
+        return
+    if "WORLD_SIZE" not in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(items: list) -> list:
+    """The lists of all ranks as one, in the order of the ranks."""
+    if world() == 1:
+        return items
+    parts = [None] * world()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def over_ranks(metrics: dict[str, float]) -> dict[str, float]:
+    """Means over the ranks; of `perf/*` the most."""
+    if world() == 1:
+        return metrics
+    parts = gather([metrics])
+    columns = {name: [part[name] for part in parts] for name in metrics}
+    return {
+        name: max(values) if name.startswith("perf/") else sum(values) / len(values)
+        for name, values in columns.items()
+    }
+
+
+def step_numbers(args: Any, step: int) -> range:
+    """Which prompts of the run, counted from 0, are this rank's in step `step`, counted from 1."""
+    all_ranks = args.prompts_per_step * world()
+    return range((step - 1) * all_ranks + rank(), step * all_ranks, world())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered from all ranks; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """`tensor`, sharded and placed as `other` is."""
+    if isinstance(other, DTensor):
+        device = other.device_mesh.device_type
+        return distribute_tensor(tensor.to(device), other.device_mesh, other.placements)
+    return tensor.to(other.device)
+
+
+# 3. The run directory
+
+
+def check_run(args: Any, *inputs: str) -> None:
+    """Refuse, before any work is done, an `--out` that cannot become this run's directory.
+
+    `inputs` are the checkpoints that the run reads: it must not move or replace them.
+    """
+    out = Path(args.out)
+    require(not out.exists() or out.is_dir(), f"--out {out}: is a file; choose another")
+    busy = out.is_dir() and any(out.iterdir())
+    is_run = (out / "args.json").is_file()
+    require(not busy or is_run, f"--out {out}: exists and is not a run; choose another")
+    for path in inputs:
+        holds = out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents)
+        require(not holds, f"--out {out}: holds {path}, which this run reads; choose another")
+    parent = next(parent for parent in out.resolve().parents if parent.exists())
+    writable = parent.is_dir() and os.access(parent, os.W_OK)
+    require(writable, f"--out {out}: {parent} cannot be written to; choose another")
+    if args.track and find_spec("wandb") is None:
+        raise UsageError("--track: wandb is not installed; `pip install wandb`, or leave it out")
+
+
+@dataclass
+class Skipped:
+    """The account of bad rows. It stops the run when more than `most` of the rows read so far, or
+    of the file's first 1,000, are bad."""
+
+    most: float = 0.0
+    rows: int = 0
+    bad: dict[str, str] = field(default_factory=dict)
+    read: int = 0
+    file: TextIO | None = None  # skipped.jsonl
+
+    def add(self, bad: dict[str, str]) -> None:
+        self.read += 1 + len(bad)
+        self.name(bad)
+        if len(self.bad) > self.most * max(self.read, min(self.rows, 1000)):
+            last = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[-2:])
+            count = f"{len(self.bad)} bad rows among the first {self.read}"
+            remedy = "--check-data lists them all; mend them, or raise --max-skipped"
+            raise UsageError(f"--max-skipped {self.most}: {count} ({last}); {remedy}")
+
+    def name(self, bad: dict[str, str]) -> None:
+        """Take down those that are not known yet."""
+        new = {name: reason for name, reason in bad.items() if name not in self.bad}
+        self.bad |= new
+        if self.file is not None:
+            self.write(new)
+
+    def attach(self, file: TextIO) -> None:
+        """Append what is known to `file` but not in it yet, and from now on each row as it is
+        met."""
+        earlier = [json.loads(x) for x in Path(file.name).read_text().splitlines()]
+        known = {row["row"]: row["reason"] for row in earlier}
+        new = {name: reason for name, reason in self.bad.items() if name not in known}
+        self.file, self.bad = file, known | self.bad
+        self.write(new)
+
+    def write(self, bad: dict[str, str]) -> None:
+        for name, reason in bad.items():
+            line = json.dumps({"row": name, "reason": reason}, ensure_ascii=False)
+            self.file.write(line + "\n")
+        self.file.flush()
+
+
+class Run:
+    """A run directory, all there is to know of a run: `args.json`, `metrics.jsonl`,
+    `samples.jsonl`, `skipped.jsonl`, `tensorboard/`, pictures, `state/` and `checkpoint/`.
+
+    A run already at `out` is moved to `<out>.1` and so on, or replaced with `--overwrite`; see
+    `check_run` for what is never touched. With a `state` the run that left it goes on instead: its
+    files are cut back to it. `--track` sends the metrics to Weights & Biases too. Only rank 0
+    writes.
+    """
+
+    def __init__(self, args: Any, skipped: Skipped, state: "State | None" = None):
+        self.out, self.args, self.wandb, self.skipped = Path(args.out), args, None, skipped
+        self.state, self.signal, self.files = state, None, {}
+        self.handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        for number in self.handlers:
+            signal.signal(number, self.interrupt)
+        if rank() != 0:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        if args.track:  # before anything is moved: it may fail
+            import wandb
+
+            self.wandb = wandb.init(project="ral", name=self.out.name, config=asdict(args))
+        if state is None:
+            self.make_room()
+        (self.out / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            self.files[name] = self.open(name)
+        if args.data:
+            self.files["skipped.jsonl"] = self.open("skipped.jsonl")
+            skipped.attach(self.files["skipped.jsonl"])
+        shutil.rmtree(self.out / "tensorboard", ignore_errors=True)
+        self.tensorboard = SummaryWriter(self.out / "tensorboard")
+        for line in self.metrics():
+            self.draw(line)
+
+    def make_room(self) -> None:
+        if self.out.exists() and any(self.out.iterdir()):
+            if self.args.overwrite:
+                shutil.rmtree(self.out)
+            else:
+                numbers = range(1, sys.maxsize)
+                aside = next(p for n in numbers if not (p := Path(f"{self.out}.{n}")).exists())
+                self.out.rename(aside)
+                print(f"the run at {self.out} is now at {aside}")
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def open(self, name: str) -> TextIO:
+        """A file of lines to append to, cut back to what it was at the checkpoint."""
+        file = (self.out / name).open("a")
+        file.truncate(self.state.lengths.get(name, 0) if self.state else 0)
+        return file
+
+    def metrics(self) -> list[dict[str, float]]:
+        """All lines of metrics written so far."""
+        return [json.loads(x) for x in (self.out / "metrics.jsonl").read_text().splitlines()]
+
+    def draw(self, line: dict[str, float]) -> None:
+        for name, value in line.items():
+            if name != "step":
+                self.tensorboard.add_scalar(name, value, line["step"])
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Write one line of metrics, to every sink: means over the ranks, which all count the
+        same, and of `perf/*` the most."""
+        metrics = over_ranks(metrics)
+        for bad in gather([dict(self.skipped.bad)]):
+            self.skipped.name(bad)
+        if rank() != 0:
+            return
+        if self.args.data:
+            metrics = metrics | {"data/skipped": len(self.skipped.bad)}
+        self.write("metrics.jsonl", [{"step": step, **metrics}])
+        self.draw({"step": step, **metrics})
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+
+    def sample(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Write sampled responses with their rewards, those of all ranks."""
+        rows = gather(rows)
+        if rank() == 0:
+            self.write("samples.jsonl", [{"step": step, **row} for row in rows])
+
+    def write(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        for row in rows:
+            self.files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.files[name].flush()
+
+    def require_finite(self, step: int, metrics: dict[str, float], prompts: Sequence[Any]) -> None:
+        """Stop where the gradient was not finite; `update` has then left the weights alone."""
+        if not math.isfinite(metrics["train/grad_norm"]):
+            rows = ", ".join(prompt.example.name or "of the toy" for prompt in prompts[:8])
+            saved = good_states(self.out)
+            last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint yet"
+            raise UsageError(f"step {step}: the gradient is not finite; prompts: {rows}; {last}")
+
+    def interrupt(self, number: int, frame: Any) -> None:
+        """SIGINT or SIGTERM: finish the step; the same again ends the process at once."""
+        self.signal = number
+        signal.signal(number, self.handlers[number])
+
+    def close(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        for file in self.files.values():
+            file.close()
+        if rank() == 0:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+    def save_checkpoint(self, save: Callable[[Path | None], None]) -> Path:
+        """Write `checkpoint/` with `save(directory)`: aside first, then renamed, so never
+        half-written. All ranks call it, the others with None."""
+        final = self.out / "checkpoint"
+        if rank() != 0:
+            save(None)
+            return final
+        aside = Path(tempfile.mkdtemp(prefix="checkpoint.", dir=self.out))
+        save(aside)
+        aside.chmod(0o755)
+        if final.exists():
+            final.rename(aside.with_suffix(".old"))
+        aside.rename(final)
+        shutil.rmtree(aside.with_suffix(".old"), ignore_errors=True)
+        return final
+
+    def save_state(
+        self, step: int, model: Module, optimizer: Optimizer, note: dict[str, Any] | None = None
+    ) -> bool:
+        """Save what `--resume` needs, every `save_every` steps and when a signal came; returns
+        whether the run must stop now. `note` is whatever else the script wants to find again."""
+        stop = max(gather([self.signal or 0])) > 0
+        due = self.args.save_every > 0 and step % self.args.save_every == 0
+        if due or stop:
+            tensors = state_tensors(model, optimizer)
+            if rank() == 0:
+                lengths = {name: file.tell() for name, file in self.files.items()}
+                state = {"step": step, "lengths": lengths, "read": self.skipped.read}
+                state |= {"prompts": self.args.prompts_per_step * world(), "note": note or {}}
+                write_state(self.out, state, tensors, self.args)
+        if stop and rank() == 0:
+            words = [sys.argv[0], *sys.argv[1:]]
+            resume = [] if "--resume" in words else ["--resume", "auto"]
+            print(f"\nstopped after step {step}; go on with: python {' '.join(words + resume)}")
+        return stop
+
+    def restore(self, model: Module, optimizer: Optimizer) -> dict[str, Any]:
+        """Put the state into model and optimizer, and random numbers to where they were; returns
+        its note."""
+        if self.state is None:
+            return {}
+        load_state(self.state.path, model, optimizer)
+        self.skipped.read = self.state.read
+        return self.state.note
+
+
+# 4. States to resume from
+
+# Arguments that do not change what is computed.
+FREE = ("out", "overwrite", "track", "workers", "save_every", "keep", "resume", "check_data")
+FREE += ("allow_changed_args", "eval_every", "micro_batch_size", "prompts_per_step", "steps")
+
+
+@dataclass
+class State:
+    """A checkpoint to go on from: where it is, how many steps were done, how long each file was,
+    rows read, and the script's own note."""
+
+    path: Path
+    step: int
+    lengths: dict[str, int]
+    read: int
+    note: dict[str, Any]
+
+
+def good_states(out: Path) -> list[Path]:
+    """Complete states of a run, oldest first. One that was being written has another name."""
+    return sorted(p for p in (out / "state").glob("step-*") if re.fullmatch(r"step-\d+", p.name))
+
+
+def find_state(args: Any) -> State | None:
+    """The state that `--resume` names, or with `auto` the newest good one of the run, if any.
+
+    Raises:
+        UsageError: there is none there, or it was made with arguments that compute something else.
+    """
+    if args.resume is None:
+        return None
+    saved = good_states(Path(args.out))
+    if args.resume == "auto" and not saved:
+        return None
+    path = saved[-1] if args.resume == "auto" else Path(args.resume)
+    named = f"--resume {args.resume}"
+    known = path.resolve() in [p.resolve() for p in saved]
+    require(
+        known, f"{named}: is no state of --out {args.out}; give one of its state/step-*, or auto"
+    )
+    state = json.loads((path / "state.json").read_text())
+    before, now = state["args"], json.loads(json.dumps(asdict(args)))
+    differ = [f"{k} {before.get(k)} -> {now[k]}" for k in now if now[k] != before.get(k)]
+    free = FREE if getattr(args, "schedule", "constant") == "constant" else FREE[:-1]
+    differ = [words for words in differ if words.split()[0] not in free]
+    if state["prompts"] != args.prompts_per_step * world():
+        prompts = f"{state['prompts']} -> {args.prompts_per_step * world()}"
+        differ.append(f"prompts_per_step times processes {prompts}")
+    remedy = "give them as they were, or --allow-changed-args"
+    same = args.allow_changed_args or not differ
+    require(same, f"{named}: was made with other arguments ({'; '.join(differ)}); {remedy}")
+    require(state["step"] < args.steps, f"{named}: the run is at step {state['step']}, its end")
+    return State(path, state["step"], state["lengths"], state["read"], state["note"])
+
+
+def state_tensors(model: Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Trained weights and the optimizer's moments by name, whole and on the CPU; rank 0 alone gets
+    them."""
+    weights, moments = {}, {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            values = {f"{name}/{key}": x for key, x in optimizer.state[parameter].items()}
+            for target, source in ((weights, {name: parameter.detach()}), (moments, values)):
+                for key, value in source.items():
+                    value = whole(value)  # every rank has a part in it
+                    if rank() == 0:
+                        target[key] = value.cpu().contiguous()
+    return {"weights": weights, "moments": moments}
+
+
+def write_state(
+    out: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]], args: Any
+) -> None:
+    """Write a state aside, flush it to the disk, rename it, and delete what is older than `keep`.
+
+    Raises:
+        UsageError: it cannot be written, as on a full disk; earlier states are as they were.
+    """
+    folder = out / "state"
+    folder.mkdir(exist_ok=True)
+    for left in folder.glob("*.part"):
+        shutil.rmtree(left)
+    aside = folder / f"step-{state['step']:06}.part"
+    try:
+        aside.mkdir()
+        for name, content in tensors.items():
+            save_file(content, aside / f"{name}.safetensors")
+        torch.save(random_state(), aside / "random.pt")
+        (aside / "state.json").write_text(json.dumps(state | {"args": asdict(args)}, indent=1))
+        for path in (*aside.iterdir(), aside):
+            flush(path)
+        final = aside.with_suffix("")
+        shutil.rmtree(final, ignore_errors=True)  # from before this run was resumed further back
+        aside.rename(final)
+        flush(folder)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        saved = good_states(out)
+        last = f"{saved[-1]} is intact" if saved else "there is none yet"
+        raise UsageError(
+            f"--out {out}: no state written at step {state['step']}: {error}; {last}"
+        ) from None
+    for old in good_states(out)[: -args.keep]:
+        shutil.rmtree(old)
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold what was written, or the names in a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def random_state() -> dict[str, Any]:
+    """Python's, NumPy's and torch's random numbers. Nothing in the scripts draws from them after
+    the start; a fork may."""
+    kind, keys, *rest = np.random.get_state()
+    numpy_state = [kind, torch.from_numpy(keys.astype(np.int64)), *rest]
+    return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
+
+
+def load_state(path: Path, model: Module, optimizer: Optimizer) -> None:
+    """Weights, moments and random numbers as they were."""
+    weights, moments = (load_file(path / f"{x}.safetensors") for x in ("weights", "moments"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(like(weights[name], parameter))
+                keys = [key for key in moments if key.rpartition("/")[0] == name]
+                state = {key.rpartition("/")[2]: moments[key] for key in keys}
+                optimizer.state[parameter] = {
+                    key: value if value.ndim == 0 else like(value, parameter)
+                    for key, value in state.items()
+                }
+    random_numbers = torch.load(path / "random.pt", weights_only=True)
+    random.setstate(random_numbers["python"])
+    kind, keys, *rest = random_numbers["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(random_numbers["torch"])
+
+
+def print_summary(run: Run, before: dict, after: dict, steps: int, start: float, then: str) -> None:
+    """The short table at the end of a run: what changed, what it took, where it is, what to try
+    next."""
+    print(f"\n{'held-out':<24}{'before':>8}{'after':>8}")
+    for name in after:
+        if name == "eval/accuracy" or name.startswith("eval/target_attn_l"):
+            label = name.removeprefix("eval/").replace("target_attn_l", "on target, layer ")
+            print(f"{label:<24}{before[name]:>8.3f}{after[name]:>8.3f}")
+    seconds = round(time.time() - start)
+    for label, value in (("steps", steps), ("seconds", seconds), ("run", run.out)):
+        print(f"{label:<24}{value!s:>16}")
+    print(f"pictures: {run.out}/attention.png, {run.out}/curves.png\nnext: {then}")

@@ -505,7 +505,6 @@ def main(args: Args) -> dict[str, float]:
     require(not unset, f"--teacher: none at {args.teacher}; {TEACH}")
     check_run(args, base, args.teacher)
     check_files(args, is_toy)
-    state = find_state(args)
     seed_everything(args.seed)
     config, processor = load_processor(base, args.max_pixels, args.frame_pixels)
     turn = partial(encode, processor=processor, config=config, think=args.think)
@@ -515,9 +514,9 @@ def main(args: Args) -> dict[str, float]:
     open_prompts = open_data if args.data else partial(toy.open_data, task)
     train, held_out, skipped = open_prompts(args, turn)
     args = fit_memory(args, config, 1 + int(args.beta > 0 and args.rl_coef > 0))
-    model = load_model(base, args.train_vision, args.lora_rank)[0]
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    state = find_state(args)
+    trained = (args.train_vision, args.lora_rank, args.gradient_checkpointing)
+    model = load_model(base, *trained)[0]
     teacher = load_teacher(args.teacher, model, processor)
     require_layer("--attn-layer", args.attn_layer, model)  # Attention (eq. 9)
     require_layer("--teacher-attn-layer", args.teacher_attn_layer, teacher)
@@ -582,10 +581,11 @@ def main(args: Args) -> dict[str, float]:
         bar.set_postfix(
             reward=f"{metrics['rollout/reward']:.2f}", eval=f"{after['eval/accuracy']:.3f}"
         )
-        if run.save_state(step, model, optimizer):
+        if step < args.steps and run.save_state(step, model, optimizer):
             run.close()
             return metrics
     run.save_checkpoint(partial(save_model, model=model, processor=processor))
+    run.save_state(args.steps, model, optimizer)
     run.close()
     if rank() != 0:
         return metrics

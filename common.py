@@ -118,6 +118,7 @@ def load_model(
     path: str | Path,
     train_vision: bool = False,
     lora_rank: int = 0,
+    gradient_checkpointing: bool = False,
     frozen: bool = False,
     field: str = "--model",
 ) -> tuple[Module, Processor]:
@@ -147,6 +148,9 @@ def load_model(
     model.model.visual.requires_grad_(train_vision and not frozen)
     if lora_rank:
         add_adapters(model, lora_rank)
+    if gradient_checkpointing:
+        model.activation_checkpointing_enable()
+        model.disable_input_require_grads()  # of what is frozen, it would only cost
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return shard(model.to(device).eval()), processor
 

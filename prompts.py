@@ -200,7 +200,8 @@ def visual_features(model: Module, pixels: Sequence[Tensor], grids: Tensor) -> l
 
 
 def collate(model: Module, prompts: Sequence[Prompt], pad_id: int) -> PromptBatch:
-    """Left-pad prompts into a batch on the model's device, and compute their visual features."""
+    """Left-pad prompts into a batch on the model's device, and compute the visual features of a
+    frozen encoder."""
     pixels = [prompt.pixels for prompt in prompts]
     grids = torch.stack([prompt.grid for prompt in prompts])
     frozen = not any(p.requires_grad for p in model.model.visual.parameters())
@@ -212,11 +213,13 @@ def collate(model: Module, prompts: Sequence[Prompt], pad_id: int) -> PromptBatc
         ids[row, longest - len(prompt.ids) :] = prompt.ids
         positions[:, row, longest - len(prompt.ids) :] = prompt.positions
         mask[row, longest - len(prompt.ids) :] = True
+    with torch.no_grad():
+        features = visual_features(model, pixels, grids) if frozen else None
     return PromptBatch(
         ids.to(model.device),
         positions.to(model.device),
         None if mask.all() else mask.to(model.device),
-        visual_features(model, pixels, grids) if frozen else None,
+        features,
         grids,
         [prompt.example.is_video for prompt in prompts],
         None if frozen else pixels,

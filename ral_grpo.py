@@ -482,7 +482,6 @@ def main(args: Args) -> dict[str, float]:
     args = fill_defaults(args, {"max_new_tokens": new_tokens})
     check_run(args, base)
     check_files(args, is_toy)
-    state = find_state(args)
     seed_everything(args.seed)
     config, processor = load_processor(base, args.max_pixels, args.frame_pixels)
     turn = partial(encode, processor=processor, config=config, think=args.think)
@@ -492,9 +491,9 @@ def main(args: Args) -> dict[str, float]:
     open_prompts = open_data if args.data else partial(toy.open_data, task)
     train, held_out, skipped = open_prompts(args, turn)
     args = fit_memory(args, config, int(args.beta > 0 or args.attn_anchor == "reference"))
-    model = load_model(base, args.train_vision, args.lora_rank)[0]
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    state = find_state(args)
+    trained = (args.train_vision, args.lora_rank, args.gradient_checkpointing)
+    model = load_model(base, *trained)[0]
     require_layer("--attn-layer", args.attn_layer, model)  # RAL (eq. 2)
     needs_reference = args.beta > 0 or args.attn_anchor == "reference"  # RAL (eq. 3)
     reference = None
@@ -551,10 +550,11 @@ def main(args: Args) -> dict[str, float]:
         bar.set_postfix(
             reward=f"{metrics['rollout/reward']:.2f}", eval=f"{after['eval/accuracy']:.3f}"
         )
-        if run.save_state(step, model, optimizer):
+        if step < args.steps and run.save_state(step, model, optimizer):
             run.close()
             return metrics
     run.save_checkpoint(partial(save_model, model=model, processor=processor))
+    run.save_state(args.steps, model, optimizer)
     run.close()
     if rank() != 0:
         return metrics

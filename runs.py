@@ -17,16 +17,20 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TextIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -55,15 +59,16 @@ def run_script(args_class: type, main: Callable, description: str) -> None:
     try:
         start_ranks()
         main(tyro.cli(args_class, args=argv, description=description))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.stderr.flush()
+    except Exception as error:
+        usage = isinstance(error, UsageError)
+        if not usage and world() == 1:
+            raise
+        print(f"error: {error}" if usage else traceback.format_exc(), file=sys.stderr, flush=True)
         if world() > 1:  # the others wait for this rank; torchrun ends them when it is gone
-            os._exit(2)
+            os._exit(2 if usage else 1)
         raise SystemExit(2) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def require_positive(args: Any, *names: str) -> None:
@@ -239,7 +244,8 @@ class Skipped:
     def attach(self, file: TextIO) -> None:
         """Append what is known to `file` but not in it yet, and from now on each row as it is
         met."""
-        earlier = [json.loads(x) for x in Path(file.name).read_text().splitlines()]
+        with open(file.name) as earlier:  # not splitlines, which cuts at U+2028 as well
+            earlier = [json.loads(line) for line in earlier]
         known = {row["row"]: row["reason"] for row in earlier}
         new = {name: reason for name, reason in self.bad.items() if name not in known}
         self.file, self.bad = file, known | self.bad
@@ -278,6 +284,8 @@ class Run:
             self.wandb = wandb.init(project="ral", name=self.out.name, config=asdict(args))
         if state is None:
             self.make_room()
+        for left in self.out.glob("checkpoint.*"):  # by a process that was killed
+            shutil.rmtree(left)
         (self.out / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         for name in ("metrics.jsonl", "samples.jsonl"):
             self.files[name] = self.open(name)
@@ -383,10 +391,12 @@ class Run:
     def save_state(
         self, step: int, model: Module, optimizer: Optimizer, note: dict[str, Any] | None = None
     ) -> bool:
-        """Save what `--resume` needs, every `save_every` steps and when a signal came; returns
-        whether the run must stop now. `note` is whatever else the script wants to find again."""
-        stop = max(gather([self.signal or 0])) > 0
-        due = self.args.save_every > 0 and step % self.args.save_every == 0
+        """Save what `--resume` needs, every `save_every` steps, after the last one, and when a
+        signal came; returns whether the run must stop now. `note` is whatever else the script wants
+        to find again."""
+        last = step == self.args.steps  # nothing is left to stop then
+        stop = max(gather([self.signal or 0])) > 0 and not last
+        due = self.args.save_every > 0 and (last or step % self.args.save_every == 0)
         if due or stop:
             tensors = state_tensors(model, optimizer)
             if rank() == 0:
@@ -405,7 +415,8 @@ class Run:
         its note."""
         if self.state is None:
             return {}
-        load_state(self.state.path, model, optimizer)
+        with readable(f"--resume {self.args.resume}", self.state.path):
+            load_state(self.state.path, model, optimizer)
         self.skipped.read = self.state.read
         return self.state.note
 
@@ -414,7 +425,8 @@ class Run:
 
 # Arguments that do not change what is computed.
 FREE = ("out", "overwrite", "track", "workers", "save_every", "keep", "resume", "check_data")
-FREE += ("allow_changed_args", "eval_every", "micro_batch_size", "prompts_per_step", "steps")
+FREE += ("allow_changed_args", "eval_every", "micro_batch_size", "prompts_per_step")
+FREE += ("gradient_checkpointing", "steps")
 
 
 @dataclass
@@ -434,6 +446,17 @@ def good_states(out: Path) -> list[Path]:
     return sorted(p for p in (out / "state").glob("step-*") if re.fullmatch(r"step-\d+", p.name))
 
 
+@contextmanager
+def readable(named: str, path: Path) -> Iterator[None]:
+    """Turn what reading a state raises into a `UsageError` of one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        remedy = "give an earlier one"
+        raise UsageError(f"{named}: {path} is not readable ({reason}); {remedy}") from None
+
+
 def find_state(args: Any) -> State | None:
     """The state that `--resume` names, or with `auto` the newest good one of the run, if any.
 
@@ -448,10 +471,10 @@ def find_state(args: Any) -> State | None:
     path = saved[-1] if args.resume == "auto" else Path(args.resume)
     named = f"--resume {args.resume}"
     known = path.resolve() in [p.resolve() for p in saved]
-    require(
-        known, f"{named}: is no state of --out {args.out}; give one of its state/step-*, or auto"
-    )
-    state = json.loads((path / "state.json").read_text())
+    choices = f"is no state of --out {args.out}; give one of its state/step-*, or auto"
+    require(known, f"{named}: {choices}")
+    with readable(named, path):
+        state = json.loads((path / "state.json").read_text())
     before, now = state["args"], json.loads(json.dumps(asdict(args)))
     differ = [f"{k} {before.get(k)} -> {now[k]}" for k in now if now[k] != before.get(k)]
     free = FREE if getattr(args, "schedule", "constant") == "constant" else FREE[:-1]

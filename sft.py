@@ -48,6 +48,7 @@ from runs import (
     check_run,
     fill_defaults,
     find_state,
+    over_ranks,
     print_summary,
     rank,
     require,
@@ -317,11 +318,10 @@ def main(args: Args) -> dict[str, float]:
         train, held_out, skipped = open_prompts(args, turn)
         if args.steps is None:  # an epoch is the unit of real data
             args.steps = math.ceil(args.epochs * train.epoch / (args.prompts_per_step * world()))
-        state = find_state(args)
         args = fit_memory(args, config, 0)
-        model = load_model(base, args.train_vision, args.lora_rank)[0]
-        if args.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        state = find_state(args)
+        trained = (args.train_vision, args.lora_rank, args.gradient_checkpointing)
+        model = load_model(base, *trained)[0]
     if is_toy:
         processor.files |= task.files()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -355,29 +355,29 @@ def main(args: Args) -> dict[str, float]:
         clock.lap("data_wait")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        metrics = update(model, processor, optimizer, prompts, args)
+        metrics = over_ranks(update(model, processor, optimizer, prompts, args))
         run.require_finite(step, metrics, prompts)
         clock.lap("update")
         metrics |= clock.stop(tokens=round(metrics["train/completion_len"] * len(prompts)))
         arriving = is_toy and not caption and metrics["train/demo_prob"] > args.watch_above
-        growing = (
-            growing and not arriving
-        )  # as soon as the lookup arrives on images, go over to videos
+        # As soon as the lookup arrives on images, go over to videos.
+        growing = growing and not arriving
         if arriving or step % args.eval_every == 0 or step == args.steps:
             after, looks_after = judge(model)
             metrics |= after
             done = after["eval/accuracy"] >= args.stop_accuracy
         run.log(step, metrics)
         bar.set_postfix(loss=f"{metrics['train/loss']:.2f}", eval=f"{after['eval/accuracy']:.3f}")
+        if done or step == args.steps:
+            break
         if run.save_state(step, model, optimizer, {"growing": growing}):
             run.close()
             return metrics
-        if done:
-            break
     bar.close()
     if is_toy and not done:
         print(f"did not reach --stop-accuracy {args.stop_accuracy}; try more --steps or a --seed")
     run.save_checkpoint(partial(save_model, model=model, processor=processor))
+    run.save_state(step, model, optimizer, {"growing": growing})
     run.close()
     if rank() != 0:
         return metrics

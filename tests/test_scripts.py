@@ -146,6 +146,19 @@ def test_the_update_does_not_depend_on_the_microbatches(train, teacher, script):
             torch.testing.assert_close(other[name], weights[name], atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("script", [ral_grpo, attn_distill])
+def test_gradient_checkpointing_changes_nothing(train, teacher, script):
+    fields = {"teacher": str(teacher)} if script is attn_distill else {"lambda_attn": 100.0}
+    fields |= {"train_vision": True, "attn_norm_every": 1} if script is ral_grpo else {}
+    lines, weights = train(script, steps=3, **fields)
+    others, same_weights = train(script, steps=3, gradient_checkpointing=True, **fields)
+    assert lines[1]["train/grad_norm"] > 0
+    for ours, theirs in zip(lines, others, strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-9)
+    for name in weights:
+        torch.testing.assert_close(weights[name], same_weights[name], atol=1e-6, rtol=1e-5)
+
+
 def test_sft_goes_on_from_a_checkpoint(cold_start, tmp_path):
     """It trains until an evaluation of the new weights reaches the accuracy, or says it did not."""
     args = sft.Args(model=str(cold_start), out=str(tmp_path / "more"), steps=3, eval_examples=8)

@@ -1,0 +1,45 @@
+"""Run scripts' `main`: in this process, or in each that torchrun started with this file."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import runs
+
+
+def by_length(group_size: int, idle: bool):
+    """A reward that random weights earn. If `idle`, prompts of odd number earn nothing: all that
+    the second of two ranks has."""
+    calls = 0
+
+    def accuracy(text: str, *_) -> float:
+        nonlocal calls
+        number = calls // group_size * runs.world() + runs.rank()
+        calls += 1
+        return 0.0 if idle and number % 2 else float(len(text) % 2)
+
+    return accuracy
+
+
+def run_all(jobs: list[tuple[str, dict, bool]], out: Path) -> None:
+    """Run each job (script, fields of its Args, idle) in a directory of its own under `out`."""
+    for number, (name, fields, idle) in enumerate(jobs):
+        script = importlib.import_module(name)
+        kept = getattr(script, "accuracy", None)
+        if kept is not None:
+            script.accuracy = by_length(fields["group_size"], idle)
+        script.main(script.Args(**fields, out=str(out / str(number))))
+        if kept is not None:
+            script.accuracy = kept
+
+
+if __name__ == "__main__":
+    import torch
+
+    torch.set_num_threads(1)
+    runs.start_ranks()
+    run_all(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,111 @@
+"""Two processes compute what one does on the same prompts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_all
+from safetensors.torch import load_file
+
+import common
+
+RL = {"group_size": 4, "micro_batch_size": 2, "max_new_tokens": 6, "eval_examples": 5}
+RL |= {"learning_rate": 3e-4, "steps": 3, "eval_every": 2}
+NAMES = ("sft", "grpo_baseline", "ral_grpo", "kd_baseline", "attn_distill", "LoRA", "idle rank")
+
+
+def jobs(real: Path, cold_start: Path, teacher: Path, processes: int) -> list:
+    """Four prompts a step, whatever the number of processes."""
+    fields = RL | {"prompts_per_step": 4 // processes, "workers": 0}
+    data = {"data": str(real / "rows.json"), "media_root": (str(real / "media"),), "frames": 4}
+    data |= {"max_pixels": 84 * 84, "frame_pixels": 56 * 56, "max_skipped": 0.3}
+    data |= {"model": str(real / "qwen2_5_vl")}
+    taught = {"teacher": str(real / "qwen2_5_vl")}
+    norms = {"attn_norm_every": 1, "lambda_attn": 10.0}
+    demonstrations = {k: v for k, v in fields.items() if k != "group_size"}
+    return [
+        ("sft", demonstrations | data, False),
+        ("grpo_baseline", fields | data, False),
+        ("ral_grpo", fields | data | norms, False),
+        ("kd_baseline", fields | data | taught, False),
+        ("attn_distill", fields | data | taught | {"train_vision": True}, False),
+        ("ral_grpo", fields | data | {"lora_rank": 4}, False),
+        ("ral_grpo", fields | norms | {"model": str(cold_start)}, True),
+    ]
+
+
+def read(path: Path) -> list[dict]:
+    with path.open() as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.fixture(scope="module")
+def both(real, cold_start, teacher, tmp_path_factory) -> tuple[Path, Path]:
+    """The runs of one process and of two."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "jobs.json").write_text(json.dumps(jobs(real, cold_start, teacher, 2)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node=2", str(Path(__file__).with_name("ranks.py"))]
+    command += [str(folder / "jobs.json"), str(folder / "two")]
+    with (folder / "log").open("w") as log:
+        two = subprocess.Popen(command, stdout=log, stderr=log)
+        run_all(jobs(real, cold_start, teacher, 1), folder / "one")
+        assert two.wait(600) == 0, (folder / "log").read_text()[-5000:]
+    return folder / "one", folder / "two"
+
+
+@pytest.mark.parametrize("number", range(len(NAMES)), ids=NAMES)
+def test_two_processes_are_one(both, number):
+    one, two = (folder / str(number) for folder in both)
+    if number:
+        samples = [sorted(map(json.dumps, read(folder / "samples.jsonl"))) for folder in (one, two)]
+        assert samples[0] == samples[1] and len(samples[0]) == 3 * 4 * 4
+    lines = [read(folder / "metrics.jsonl") for folder in (one, two)]
+    for ours, theirs in zip(*lines, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            if not name.startswith("perf/") and name != "train/padding_frac":
+                assert theirs[name] == pytest.approx(ours[name], rel=1e-3, abs=1e-6), name
+    weights, others = (load_file(x / "checkpoint" / "model.safetensors") for x in (one, two))
+    assert weights.keys() == others.keys()
+    for name in weights:
+        torch.testing.assert_close(others[name], weights[name], atol=1e-5, rtol=0, msg=name)
+    assert lines[0][-1]["train/grad_norm"] > 0
+
+
+def test_an_idle_rank_was_idle(both):
+    lines = read(both[1] / "6" / "metrics.jsonl")
+    assert min(line["rollout/frac_zero_std"] for line in lines[1:]) >= 0.5
+
+
+@pytest.fixture
+def group_of_one(monkeypatch):
+    """As on a GPU: sharded weights, computing in bfloat16."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    monkeypatch.setattr(common, "compute_dtype", lambda: torch.bfloat16)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_bfloat16_trains_float32_weights(group_of_one, cold_start, tmp_path, lora_rank):
+    fields = RL | {"prompts_per_step": 4, "model": str(cold_start), "lora_rank": lora_rank}
+    fields |= {"lambda_attn": 10.0, "attn_norm_every": 1, "save_every": 2, "num_iterations": 2}
+    fields |= {"gradient_checkpointing": True}
+    run_all([("ral_grpo", fields, False)], tmp_path)
+    lines = read(tmp_path / "0" / "metrics.jsonl")
+    assert lines[1]["train/attn_jsd_1"] == 0 < lines[1]["train/attn_jsd_2"] < 1e-2
+    assert 0 <= lines[1]["train/kl"] < 1e-2 and lines[1]["train/grad_norm"] > 0
+    state = load_file(tmp_path / "0" / "state" / "step-000003" / "weights.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    before = load_file(cold_start / "model.safetensors")
+    after = load_file(tmp_path / "0" / "checkpoint" / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {
+        name for name in before if not torch.equal(before[name].to(after[name].dtype), after[name])
+    }
+    assert any("q_proj" in name for name in changed) and not any("visual" in n for n in changed)

@@ -1,0 +1,299 @@
+"""Whatever stops a run, going on gives what an uninterrupted run gives; nothing good is lost."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, same
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import attn_distill
+import common
+import grpo_baseline
+import ral_grpo
+import runs
+import sft
+
+FIELDS = {"steps": 5, "save_every": 2, "eval_every": 2, "learning_rate": 1e-3}
+
+
+class Killed(BaseException):
+    """Nothing in the scripts catches this, so that the files are as SIGKILL would leave them."""
+
+
+def kill(monkeypatch, owner, name: str, call: int, when: str = "before") -> None:
+    """Kill the run at a call of `owner.name`, counted from 1: before it, after it, or with what it
+    has written cut in half."""
+    function, calls = getattr(owner, name), 0
+
+    def killed(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == call and when == "before":
+            raise Killed
+        result = function(*args, **kwargs)
+        if calls == call:
+            if when == "halfway":
+                path = args[1] if len(args) > 1 else next(args[0].iterdir())
+                os.truncate(path, path.stat().st_size // 2)
+            raise Killed
+        return result
+
+    monkeypatch.setattr(owner, name, killed)
+
+
+def fields_of(script, model: Path, teacher: Path, **changed) -> dict:
+    fields = SMALL | FIELDS | {"model": str(model)}
+    if script is sft:
+        fields = {k: v for k, v in fields.items() if k != "group_size"} | {"stop_accuracy": 2.0}
+    if script is attn_distill:
+        fields |= {"teacher": str(teacher)}
+    return fields | changed
+
+
+def outcome(out: Path) -> tuple:
+    """All that a run leaves behind, but for times."""
+    lines = []
+    for name in ("metrics.jsonl", "samples.jsonl", "skipped.jsonl"):
+        path = out / name
+        lines.append([json.loads(x) for x in path.open()] if path.exists() else None)
+    lines[0] = [{k: v for k, v in x.items() if not k.startswith("perf/")} for x in lines[0]]
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    drawn = {tag: [x.step for x in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return lines, drawn, load_file(out / "checkpoint" / "model.safetensors")
+
+
+def assert_same(out: Path, other: Path) -> None:
+    (lines, drawn, weights), (others, also_drawn, same_weights) = outcome(out), outcome(other)
+    assert lines == others and drawn == also_drawn and same(weights, same_weights)
+    assert len(lines[0]) == FIELDS["steps"] + 1
+    assert not list(out.glob("checkpoint.*")) and not list(out.glob("state/*.part"))
+
+
+@pytest.fixture(scope="module")
+def whole_runs(cold_start, teacher, tmp_path_factory) -> dict:
+    """Uninterrupted runs, made when they are asked for first."""
+    made = {}
+
+    def run(script, **changed) -> Path:
+        key = (script.__name__, *sorted(changed.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("whole") / "run"
+            fields = fields_of(script, cold_start, teacher, **changed)
+            script.main(script.Args(out=str(made[key]), **fields))
+        return made[key]
+
+    return run
+
+
+STAGES = [  # owner, function, call, when
+    ("script", "update", 1, "before"),
+    ("script", "update", 2, "after"),
+    ("script", "update", 4, "before"),
+    ("runs", "state_tensors", 1, "after"),
+    ("runs", "save_file", 1, "halfway"),
+    ("runs", "save_file", 4, "halfway"),
+    ("runs", "random_state", 2, "before"),
+    ("runs", "flush", 1, "before"),
+    ("runs", "flush", 5, "after"),  # all but the name is on the disk
+    ("runs", "flush", 6, "before"),  # renamed
+    ("runs", "good_states", 2, "before"),  # the older ones are not yet deleted
+    ("script", "save_model", 1, "before"),
+    ("script", "save_model", 1, "halfway"),
+    ("runs", "save_file", 5, "halfway"),  # of the state after the last step
+    ("script", "draw_looks", 1, "before"),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "call", "when"), STAGES)
+def test_a_killed_run_goes_on(
+    whole_runs, cold_start, teacher, tmp_path, monkeypatch, owner, name, call, when
+):
+    fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"), keep=1)
+    with monkeypatch.context() as patch:
+        kill(patch, ral_grpo if owner == "script" else runs, name, call, when)
+        with pytest.raises(Killed):
+            ral_grpo.main(ral_grpo.Args(**fields))
+    restore_signals()
+    if name == "draw_looks":  # the run was over, all but for its pictures
+        with pytest.raises(runs.UsageError, match="is at step 5, its end"):
+            ral_grpo.main(ral_grpo.Args(resume="auto", **fields))
+    else:
+        ral_grpo.main(ral_grpo.Args(resume="auto", **fields))
+    assert_same(tmp_path / "run", whole_runs(ral_grpo))
+
+
+def restore_signals() -> None:
+    """What the end of the process would do."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.mark.parametrize("script", [sft, grpo_baseline, attn_distill])
+def test_every_script_goes_on(whole_runs, cold_start, teacher, tmp_path, monkeypatch, script):
+    changed = {"lora_rank": 4} if script is attn_distill else {}
+    fields = fields_of(script, cold_start, teacher, out=str(tmp_path / "run"), **changed)
+    with monkeypatch.context() as patch:
+        kill(patch, script, "update", 4)
+        with pytest.raises(Killed):
+            script.main(script.Args(**fields))
+    restore_signals()
+    script.main(script.Args(resume=str(tmp_path / "run" / "state" / "step-000002"), **fields))
+    assert_same(tmp_path / "run", whole_runs(script, **changed))
+
+
+def test_skipped_rows_are_not_named_twice(real, tmp_path, monkeypatch):
+    fields = {"model": str(real / "qwen2_vl"), "data": str(real / "rows.json"), "max_skipped": 0.3}
+    fields |= {"media_root": (str(real / "media"),), "max_new_tokens": 4, "frames": 4, "workers": 0}
+    fields |= SMALL | FIELDS
+    for name in ("whole", "cut"):
+        with monkeypatch.context() as patch:
+            if name == "cut":
+                kill(patch, ral_grpo, "update", 4)
+                with pytest.raises(Killed):
+                    ral_grpo.main(ral_grpo.Args(out=str(tmp_path / name), **fields))
+        ral_grpo.main(ral_grpo.Args(out=str(tmp_path / name), resume="auto", **fields))
+    restore_signals()
+    assert_same(tmp_path / "cut", tmp_path / "whole")
+    assert outcome(tmp_path / "cut")[0][2]
+
+
+def test_auto_without_a_state_begins(whole_runs, cold_start, teacher, tmp_path):
+    fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"), resume="auto")
+    ral_grpo.main(ral_grpo.Args(**fields))
+    assert_same(tmp_path / "run", whole_runs(ral_grpo))
+
+
+def test_a_finished_run_can_be_made_longer(whole_runs, cold_start, teacher, tmp_path):
+    fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"))
+    ral_grpo.main(ral_grpo.Args(**fields | {"steps": 4}))
+    ral_grpo.main(ral_grpo.Args(resume="auto", **fields))
+    assert_same(tmp_path / "run", whole_runs(ral_grpo))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(
+    whole_runs, cold_start, teacher, tmp_path, monkeypatch, capsys, number
+):
+    fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"), save_every=0)
+    update, calls = ral_grpo.update, []
+
+    def signalled(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        return update(*args)
+
+    monkeypatch.setattr(ral_grpo, "update", signalled)
+    handlers = [signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)]
+    ral_grpo.main(ral_grpo.Args(**fields))
+    assert [signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert len(calls) == 3 and [p.name for p in (tmp_path / "run" / "state").iterdir()] == [
+        "step-000003"
+    ]
+    printed = capsys.readouterr().out
+    assert "stopped after step 3; go on with: python" in printed and "--resume auto" in printed
+    assert not (tmp_path / "run" / "checkpoint").exists()
+    ral_grpo.main(ral_grpo.Args(resume="auto", **fields))
+    assert_same(tmp_path / "run", whole_runs(ral_grpo, save_every=0))
+
+
+def test_changed_arguments_are_refused(cold_start, teacher, tmp_path):
+    fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"))
+    ral_grpo.main(ral_grpo.Args(**fields | {"steps": 2}))
+    changed = fields | {"resume": "auto", "lambda_attn": 5.0, "seed": 3}
+    words = "seed 1 -> 3; lambda_attn 1.0 -> 5.0\\).*--allow-changed-args"
+    with pytest.raises(runs.UsageError, match=words):
+        ral_grpo.main(ral_grpo.Args(**changed))
+    with pytest.raises(runs.UsageError, match="prompts_per_step times processes 2 -> 3"):
+        ral_grpo.main(ral_grpo.Args(**fields | {"resume": "auto", "prompts_per_step": 3}))
+    metrics = ral_grpo.main(ral_grpo.Args(**changed, allow_changed_args=True))
+    assert metrics["train/grad_norm"] > 0
+    with pytest.raises(runs.UsageError, match="is no state of --out"):
+        ral_grpo.main(ral_grpo.Args(**fields | {"resume": str(cold_start)}))
+
+
+def test_what_is_not_finite_stops_the_run(cold_start, teacher, tmp_path, monkeypatch):
+    fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"))
+    advantages, calls = ral_grpo.group_advantages, []
+
+    def broken(rewards):
+        calls.append(1)
+        return advantages(rewards) * (torch.nan if len(calls) == 4 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ral_grpo, "group_advantages", broken)
+        last = "step 4: the gradient is not finite.*the last good checkpoint is .*step-000002"
+        with pytest.raises(runs.UsageError, match=last):
+            ral_grpo.main(ral_grpo.Args(**fields))
+    restore_signals()
+    saved = load_file(tmp_path / "run" / "state" / "step-000002" / "weights.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_a_full_disk_leaves_the_last_state(whole_runs, cold_start, teacher, tmp_path, monkeypatch):
+    fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"), keep=1)
+    save, calls = runs.save_file, []
+
+    def full(tensors, path):
+        calls.append(1)
+        if len(calls) > 2:
+            path.write_bytes(b"a part of it")
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "save_file", full)
+        words = "no state written at step 4: .*No space left.*step-000002 is intact"
+        with pytest.raises(runs.UsageError, match=words):
+            ral_grpo.main(ral_grpo.Args(**fields))
+    restore_signals()
+    assert [p.name for p in (tmp_path / "run" / "state").iterdir()] == ["step-000002"]
+    ral_grpo.main(ral_grpo.Args(resume="auto", **fields))
+    assert_same(tmp_path / "run", whole_runs(ral_grpo))
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("/tmp/never"),))
+
+
+@pytest.mark.parametrize("part", ["weights.safetensors", "random.pt", "state.json"])
+def test_a_broken_state_is_one_line(cold_start, teacher, tmp_path, part):
+    fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"))
+    ral_grpo.main(ral_grpo.Args(**fields | {"steps": 2}))
+    torch.save({"python": Evil()}, tmp_path / "run" / "state" / "step-000002" / part)
+    with pytest.raises(runs.UsageError, match=r"--resume auto: .*step-000002 .*not readable"):
+        ral_grpo.main(ral_grpo.Args(resume="auto", **fields))
+    restore_signals()
+
+
+def test_adapters_off_are_the_reference_and_merged_they_are_the_policy(cold_start, tmp_path, train):
+    lines, weights = train(ral_grpo, steps=3, lora_rank=4, num_iterations=2)
+    assert lines[1]["train/kl"] < lines[-1]["train/kl"]
+    base = load_file(cold_start / "model.safetensors")
+    changed = {name for name in base if not torch.equal(base[name], weights[name])}
+    assert changed and all("proj.weight" in name for name in changed)
+    assert not any("visual" in name for name in changed)
+
+    model, _ = common.load_model(cold_start, lora_rank=4)
+    plain, processor = common.load_model(cold_start)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert "lora_" in name
+            parameter.data.normal_(std=0.1, generator=generator)
+    ids = torch.arange(5, 12)[None]
+    adapted, reference = model(input_ids=ids).logits, plain(input_ids=ids).logits
+    with common.without_adapters(model):
+        torch.testing.assert_close(model(input_ids=ids).logits, reference, atol=0, rtol=0)
+    assert (adapted - reference).abs().max() > 0.1
+    common.save_model(tmp_path / "merged", model, processor)
+    merged, _ = common.load_model(tmp_path / "merged")
+    torch.testing.assert_close(merged(input_ids=ids).logits, adapted, atol=1e-4, rtol=1e-4)

@@ -24,14 +24,14 @@ def by_length(group_size: int, idle: bool):
     return accuracy
 
 
-def run_all(jobs: list[tuple[str, dict, bool]], out: Path) -> None:
+def run_all(jobs: list[tuple[str, dict, bool]], out: Path, names=("0123456789")) -> None:
     """Run each job (script, fields of its Args, idle) in a directory of its own under `out`."""
-    for number, (name, fields, idle) in enumerate(jobs):
+    for number, (name, fields, idle) in zip(names, jobs, strict=False):
         script = importlib.import_module(name)
         kept = getattr(script, "accuracy", None)
         if kept is not None:
             script.accuracy = by_length(fields["group_size"], idle)
-        script.main(script.Args(**fields, out=str(out / str(number))))
+        script.main(script.Args(**fields, out=str(out / number)))
         if kept is not None:
             script.accuracy = kept
 
@@ -42,4 +42,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     runs.start_ranks()
     run_all(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

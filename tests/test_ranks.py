@@ -32,7 +32,7 @@ def jobs(real: Path, cold_start: Path, teacher: Path, processes: int) -> list:
         ("ral_grpo", fields | data | norms, False),
         ("kd_baseline", fields | data | taught, False),
         ("attn_distill", fields | data | taught | {"train_vision": True}, False),
-        ("ral_grpo", fields | data | {"lora_rank": 4}, False),
+        ("ral_grpo", fields | data | {"lora_rank": 4, "save_every": 1}, False),
         ("ral_grpo", fields | norms | {"model": str(cold_start)}, True),
     ]
 
@@ -74,6 +74,20 @@ def test_two_processes_are_one(both, number):
     for name in weights:
         torch.testing.assert_close(others[name], weights[name], atol=1e-5, rtol=0, msg=name)
     assert lines[0][-1]["train/grad_norm"] > 0
+
+
+def test_one_process_goes_on_where_two_stopped(both, real, cold_start, teacher):
+    """From step 2, whose state has the moments and adapters of both."""
+    _, fields, _ = jobs(real, cold_start, teacher, 1)[5]
+    out = both[1] / "5"
+    state = str(out / "state" / "step-000002")
+    run_all([("ral_grpo", fields | {"resume": state}, False)], out, names=["."])
+    weights, others = (
+        load_file(folder / "5" / "checkpoint" / "model.safetensors") for folder in both
+    )
+    for name in weights:
+        torch.testing.assert_close(others[name], weights[name], atol=1e-5, rtol=0, msg=name)
+    assert len(read(out / "metrics.jsonl")) == 4
 
 
 def test_an_idle_rank_was_idle(both):

@@ -152,7 +152,7 @@ def load_model(
         model.activation_checkpointing_enable()
         model.disable_input_require_grads()  # of what is frozen, it would only cost
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return shard(model.to(device).eval()), processor
+    return shard(model.eval()).to(device), processor
 
 
 def add_adapters(model: Module, rank: int) -> None:
@@ -183,7 +183,8 @@ def without_adapters(model: Module) -> Iterator[None]:
 
 def shard(model: Module) -> Module:
     """Spread a model over the processes of the group, if there is one, with FSDP2: a layer's
-    weights are gathered when it computes, in `compute_dtype`."""
+    weights are gathered when it computes, in `compute_dtype`. Layer after layer goes to the GPU, so
+    that the whole model need not fit there."""
     if dist.is_initialized():
         policy = MixedPrecisionPolicy(param_dtype=compute_dtype(), reduce_dtype=torch.float32)
         for block in (*model.model.language_model.layers, *model.model.visual.blocks):
@@ -216,92 +217,114 @@ def gathered(model: Module) -> Iterator[None]:
 
 def save_model(directory: Path | None, model: Module, processor: Processor) -> None:
     """Write weights, with adapters merged into them, and processor files to a directory that plain
-    `from_pretrained` loads. All ranks call it, those that write nothing with None."""
+    `from_pretrained` loads, in `compute_dtype`: what was evaluated is what is saved. All ranks call
+    it, those that write nothing with None."""
+    layers = {name: x for name, x in model.named_modules() if hasattr(x, "lora_A")}
     weights = {}
     for name, tensor in model.state_dict().items():
-        if "lora_" not in name:
-            weights[name.replace(".base_layer", "")] = whole(tensor).cpu()
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A"):
-            a, b = (whole(x["default"].weight).cpu() for x in (module.lora_A, module.lora_B))
-            base = weights[f"{name}.weight"]
-            merged = base.float() + module.scaling["default"] * (b @ a)
-            weights[f"{name}.weight"] = merged.to(base.dtype)
+        if "lora_" in name:
+            continue
+        tensor = whole(tensor)  # every rank has a part in it
+        layer = layers.get(name.removesuffix(".base_layer.weight"))
+        if layer is not None:
+            a, b = (whole(x["default"].weight) for x in (layer.lora_A, layer.lora_B))
+            tensor = tensor.float() + layer.scaling["default"] * (b @ a)
+        if directory is not None:
+            weights[name.replace(".base_layer", "")] = tensor.to("cpu", compute_dtype())
     if directory is not None:
         model.save_pretrained(directory, state_dict=weights)
+        config = AutoConfig.from_pretrained(directory)
+        for part in (config, config.text_config, config.vision_config):
+            part.dtype = compute_dtype()
+        config.save_pretrained(directory)
         processor.save(directory)
 
 
-def memory_gb(config: Any, args: Any, lora_rank: int, frozen: int, processes: int) -> float:
-    """GB that one of `processes` needs at its peak, an estimate [ours]: weights, gradients and
-    moments of what is trained, `frozen` whole models beside it (reference, teacher), the gathered
-    weights of a rollout, activations and logits, or the rollout's cache."""
+def empty_model(config: Any) -> Module:
+    """A model that has shapes and no weights."""
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    text, width = config.text_config, compute_dtype().itemsize
-    total = sum(p.numel() for p in model.parameters())
-    vision = sum(p.numel() for p in model.model.visual.parameters())
-    trained = total if args.train_vision else total - vision
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def memory_gb(
+    config: Any, args: Any, lora_rank: int, frozen: Sequence[Any], processes: int
+) -> dict[str, float]:
+    """GB that one of `processes` needs at its peak, by what for, an estimate [ours]: weights,
+    gradients and moments of what is trained; models beside it with the configs `frozen`
+    (reference, teacher); the gathered weights of a rollout; activations and logits, or the
+    rollout's cache."""
+    model, text, width = empty_model(config), config.text_config, compute_dtype().itemsize
+    total = trained = sum(p.numel() for p in model.parameters())
+    beside = sum(p.numel() for other in frozen for p in empty_model(other).parameters())
+    if not args.train_vision:
+        trained -= sum(p.numel() for p in model.model.visual.parameters())
+    weights = 4 * total
     if lora_rank:
         linear = [m for m in model.model.language_model.modules() if isinstance(m, torch.nn.Linear)]
         trained = lora_rank * sum(m.in_features + m.out_features for m in linear)
-    held = total * (width if lora_rank else 4) + trained * (16 if lora_rank else 12)
-    held = (held + frozen * total * width) / processes
-    gathered = total * width if dist.is_initialized() else 0
+        weights = width * total + 4 * trained
     merge = config.vision_config.spatial_merge_size * config.vision_config.patch_size
     pixels = max(args.max_pixels or 0, (args.frames or 16) / 2 * (args.frame_pixels or 0))
     prompt = 512 + (pixels or 112**2) / merge**2
-    group, t = getattr(args, "group_size", 1), args.max_new_tokens
-    tokens = args.micro_batch_size * (prompt + group * t)
+    responses = getattr(args, "group_size", 1) * args.max_new_tokens
     in_layer = 10 * text.hidden_size + 4 * text.intermediate_size  # values kept of a token
     layers = text.num_hidden_layers
-    kept = (
-        text.hidden_size * layers + in_layer if args.gradient_checkpointing else in_layer * layers
-    )
-    logits = 2 * args.micro_batch_size * group * t * text.vocab_size * width
+    kept = in_layer * layers
+    if args.gradient_checkpointing:
+        kept = in_layer + text.hidden_size * layers
+    update = args.micro_batch_size * (prompt + responses) * kept
+    update += 2 * args.micro_batch_size * responses * text.vocab_size  # logits, their gradient
     cache = 2 * layers * text.num_key_value_heads / text.num_attention_heads * text.hidden_size
-    cache *= args.prompts_per_step * (prompt + group * t) * width
-    return (held + gathered + max(tokens * kept * width + logits, cache)) / 2**30
+    cache *= getattr(args, "prompts_per_step", 1) * (prompt + responses)
+    need = {
+        "weights": weights / processes,
+        "gradients": 4 * trained / processes,
+        "optimizer": 8 * trained / processes,
+        "frozen models": width * beside / processes,
+        "gathered": total * width if dist.is_initialized() else 0,
+        "activations": max(update, cache) * width,
+    }
+    return {name: value / 2**30 for name, value in need.items()}
 
 
-def fit_memory(args: Any, config: Any, frozen: int) -> Any:
+def available_gb() -> float:
+    """Memory that this process may use: the GPU's, or its share of the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory / 2**30
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return machine / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def fit_memory(args: Any, config: Any, reference: bool, teacher: str | None = None) -> Any:
     """Decide, before anything is loaded, what is trained: all weights if they fit, else adapters of
-    rank 64, unless `--lora-rank` says it.
+    rank 64, unless `--lora-rank` says it. With adapters, the reference is the model without them.
 
     Raises:
-        UsageError: it does not fit, with two things that would.
+        UsageError: it does not fit, with two things that would make it.
     """
     if args.gradient_checkpointing is None:
         args = replace(args, gradient_checkpointing=torch.cuda.is_available())
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / here / 2**30
-    if torch.cuda.is_available():
-        have = torch.cuda.get_device_properties(0).total_memory / 2**30
-    asked = [0, 64] if args.lora_rank is None else [args.lora_rank]
-    need = {lora: memory_gb(config, args, lora, frozen, world()) for lora in asked}
-    fits = [lora for lora in asked if need[lora] < 0.95 * have]
-    if fits:
-        if fits[0] != asked[0]:
-            all_weights = f"all weights need about {need[0]:.0f} GB a process, there are {have:.0f}"
-            print(
-                f"{all_weights}: training adapters (--lora-rank {fits[0]}, {need[fits[0]]:.0f} GB)"
-            )
-        return replace(args, lora_rank=fits[0])
-    remedies = [f"--lora-rank {x}" for x in (64, 8) if x < asked[-1] or asked[-1] == 0]
-    remedies += [f"{n} processes" for n in (2, 4, 8, 16, 32, 64) if n > world()]
-    remedies += ["a smaller --max-new-tokens, --frames or --micro-batch-size"]
+    have = available_gb()
+    teachers = [load_processor(teacher, field="--teacher")[0]] if teacher else []
 
-    def mends(remedy: str) -> bool:
-        words = remedy.split()
-        if words[-1] == "processes":
-            return memory_gb(config, args, asked[-1], frozen, int(words[0])) < 0.95 * have
-        if words[0] != "--lora-rank":
-            return True
-        return memory_gb(config, args, int(words[-1]), frozen, world()) < 0.95 * have
+    def need(lora_rank: int, processes: int = 0) -> float:
+        frozen = teachers + [config] * (reference and not lora_rank)
+        return sum(memory_gb(config, args, lora_rank, frozen, processes or world()).values())
 
-    two = " or ".join([remedy for remedy in remedies if mends(remedy)][:2])
-    short = f"about {need[asked[-1]]:.0f} GB a process are needed, there are {have:.0f}"
-    raise UsageError(f"--model {args.model}: {short}; {two} would make it fit")
+    choices = [0, 64] if args.lora_rank is None else [args.lora_rank]
+    for lora_rank in choices:
+        if need(lora_rank) < 0.95 * have:
+            if lora_rank != choices[0]:
+                why = f"all weights need about {need(0):.0f} GB a process, there are {have:.0f}"
+                print(f"{why}: training adapters, --lora-rank {lora_rank}")
+            return replace(args, lora_rank=lora_rank)
+    asked = choices[-1]
+    remedies = {} if asked else {"--lora-rank 64": need(64)}
+    remedies |= {f"{n} processes": need(asked, n) for n in (2, 4, 8, 16, 32) if n > world()}
+    mends = [words for words, gb in remedies.items() if gb < 0.95 * have]
+    mends += ["a smaller --max-new-tokens, --frames or --micro-batch-size", "a smaller model"]
+    short = f"about {need(asked):.0f} GB a process are needed, there are {have:.0f}"
+    raise UsageError(f"--model {args.model}: {short}; {mends[0]} or {mends[1]} would make it fit")
 
 
 def load_teacher(path: str, model: Module, processor: Processor) -> Module:

@@ -397,11 +397,11 @@ def main(args: Args) -> dict[str, float]:
         return check_data(args, turn)
     open_prompts = open_data if args.data else partial(toy.open_data, task)
     train, held_out, skipped = open_prompts(args, turn)
-    args = fit_memory(args, config, int(args.beta > 0))
+    needs_reference = args.beta > 0
+    args = fit_memory(args, config, needs_reference)
     state = find_state(args)
     trained = (args.train_vision, args.lora_rank, args.gradient_checkpointing)
     model = load_model(base, *trained)[0]
-    needs_reference = args.beta > 0
     reference = None
     if needs_reference:  # where adapters are trained, the model without them
         reference = model if args.lora_rank else load_model(base, frozen=True)[0]

@@ -456,7 +456,8 @@ def main(args: Args) -> dict[str, float]:
         return check_data(args, turn)
     open_prompts = open_data if args.data else partial(toy.open_data, task)
     train, held_out, skipped = open_prompts(args, turn)
-    args = fit_memory(args, config, 1 + int(args.beta > 0 and args.rl_coef > 0))
+    needs_reference = args.beta > 0 and args.rl_coef > 0
+    args = fit_memory(args, config, needs_reference, args.teacher)
     state = find_state(args)
     trained = (args.train_vision, args.lora_rank, args.gradient_checkpointing)
     model = load_model(base, *trained)[0]
@@ -464,7 +465,6 @@ def main(args: Args) -> dict[str, float]:
     teacher_task = toy.Task.load(Path(args.teacher))
     same = teacher_task in (None, task)
     require(same, f"--teacher {args.teacher}: learned another task; {TEACH}")
-    needs_reference = args.beta > 0 and args.rl_coef > 0
     reference = None
     if needs_reference:  # where adapters are trained, the model without them
         reference = model if args.lora_rank else load_model(base, frozen=True)[0]

@@ -490,12 +490,12 @@ def main(args: Args) -> dict[str, float]:
         return check_data(args, turn)
     open_prompts = open_data if args.data else partial(toy.open_data, task)
     train, held_out, skipped = open_prompts(args, turn)
-    args = fit_memory(args, config, int(args.beta > 0 or args.attn_anchor == "reference"))
+    needs_reference = args.beta > 0 or args.attn_anchor == "reference"  # RAL (eq. 3)
+    args = fit_memory(args, config, needs_reference)
     state = find_state(args)
     trained = (args.train_vision, args.lora_rank, args.gradient_checkpointing)
     model = load_model(base, *trained)[0]
     require_layer("--attn-layer", args.attn_layer, model)  # RAL (eq. 2)
-    needs_reference = args.beta > 0 or args.attn_anchor == "reference"  # RAL (eq. 3)
     reference = None
     if needs_reference:  # where adapters are trained, the model without them
         reference = model if args.lora_rank else load_model(base, frozen=True)[0]

@@ -318,7 +318,7 @@ def main(args: Args) -> dict[str, float]:
         train, held_out, skipped = open_prompts(args, turn)
         if args.steps is None:  # an epoch is the unit of real data
             args.steps = math.ceil(args.epochs * train.epoch / (args.prompts_per_step * world()))
-        args = fit_memory(args, config, 0)
+        args = fit_memory(args, config, False)
         state = find_state(args)
         trained = (args.train_vision, args.lora_rank, args.gradient_checkpointing)
         model = load_model(base, *trained)[0]

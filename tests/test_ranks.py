@@ -9,6 +9,7 @@ import pytest
 import torch
 from ranks import run_all
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 import common
 
@@ -116,9 +117,12 @@ def test_bfloat16_trains_float32_weights(group_of_one, cold_start, tmp_path, lor
     assert 0 <= lines[1]["train/kl"] < 1e-2 and lines[1]["train/grad_norm"] > 0
     state = load_file(tmp_path / "0" / "state" / "step-000003" / "weights.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    config = AutoConfig.from_pretrained(tmp_path / "0" / "checkpoint")
+    assert config.dtype == config.text_config.dtype == torch.bfloat16
     before = load_file(cold_start / "model.safetensors")
     after = load_file(tmp_path / "0" / "checkpoint" / "model.safetensors")
     assert before.keys() == after.keys()
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     changed = {
         name for name in before if not torch.equal(before[name].to(after[name].dtype), after[name])
     }

@@ -262,3 +262,35 @@ def test_a_7b_model_at_32_frames(tmp_path, config, model, parameters, vision, in
     assert block[2].tolist() == [c for _ in times for _ in range(9) for c in range(13)]
     after = prompt.positions[:, start + 1872]
     assert after.tolist() == [start + max(*times, 12) + 1] * 3
+
+
+@pytest.mark.parametrize(
+    ("gb", "lora_rank", "beta", "outcome"),
+    [
+        (1000, None, 0.04, 0),
+        (80, None, 0.04, 64),  # the plain command on one card
+        (80, 0, 0.0, "about 123 GB a process .*; --lora-rank 64 or 2 processes would"),
+        (8, None, 0.04, "GB a process are needed, there are 8; .* or .* would make it fit"),
+    ],
+)
+def test_what_cannot_fit_is_refused_before_it_is_loaded(monkeypatch, gb, lora_rank, beta, outcome):
+    config = Qwen2VLConfig(
+        text_config={
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152064,
+        },
+        vision_config={"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16},
+    )
+    monkeypatch.setattr(common, "available_gb", lambda: gb)
+    monkeypatch.setattr(common, "compute_dtype", lambda: torch.bfloat16)
+    fields = ral_grpo.REAL | {"max_new_tokens": 768, "frames": 32, "gradient_checkpointing": True}
+    args = ral_grpo.Args(model="m", beta=beta, lora_rank=lora_rank, **fields)
+    if isinstance(outcome, int):
+        assert common.fit_memory(args, config, beta > 0).lora_rank == outcome
+    else:
+        with pytest.raises(runs.UsageError, match=outcome):
+            common.fit_memory(args, config, beta > 0)

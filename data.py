@@ -15,6 +15,7 @@ import json
 import mmap
 import os
 import re
+import signal
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -363,6 +364,7 @@ class Reader:
             sampler=self.numbers,
             num_workers=min(self.workers, os.cpu_count()),
             collate_fn=same,
+            worker_init_fn=ignore_signals,
             prefetch_factor=4 if self.workers else None,
         )
         for prompt, bad in loader:
@@ -377,6 +379,13 @@ class Reader:
 
 def same(item: Any) -> Any:
     return item
+
+
+def ignore_signals(worker: int) -> None:
+    """A scheduler tells all processes to stop; the training loop finishes its step, and needs its
+    prompts."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def check_files(args: Any, is_toy: bool) -> None:

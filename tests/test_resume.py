@@ -1,8 +1,10 @@
 """Whatever stops a run, going on gives what an uninterrupted run gives; nothing good is lost."""
 
 import json
+import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -201,6 +203,28 @@ def test_a_signal_finishes_the_step_and_saves(
     assert not (tmp_path / "run" / "checkpoint").exists()
     ral_grpo.main(ral_grpo.Args(resume="auto", **fields))
     assert_same(tmp_path / "run", whole_runs(ral_grpo, save_every=0))
+
+
+def test_a_signal_to_all_processes_does_not_end_the_readers(real, tmp_path, monkeypatch):
+    fields = {"model": str(real / "qwen2_vl"), "data": str(real / "rows.json"), "max_skipped": 0.3}
+    fields |= {"media_root": (str(real / "media"),), "max_new_tokens": 4, "frames": 4, "workers": 2}
+    update, steps = ral_grpo.update, []
+
+    def signalled(*args):
+        steps.append(1)
+        if len(steps) == 2:
+            readers = multiprocessing.active_children()
+            assert len(readers) == 2
+            for process in (*(reader.pid for reader in readers), os.getpid()):
+                os.kill(process, signal.SIGTERM)
+            time.sleep(0.2)
+            assert all(reader.is_alive() for reader in readers)
+        return update(*args)
+
+    monkeypatch.setattr(ral_grpo, "update", signalled)
+    out = tmp_path / "run"
+    ral_grpo.main(ral_grpo.Args(out=str(out), **fields | SMALL | FIELDS | {"save_every": 0}))
+    assert [p.name for p in (out / "state").iterdir()] == ["step-000002"]
 
 
 def test_changed_arguments_are_refused(cold_start, teacher, tmp_path):

@@ -12,6 +12,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -405,9 +406,10 @@ class Run:
                 state |= {"prompts": self.args.prompts_per_step * world(), "note": note or {}}
                 write_state(self.out, state, tensors, self.args)
         if stop and rank() == 0:
-            words = [sys.argv[0], *sys.argv[1:]]
-            resume = [] if "--resume" in words else ["--resume", "auto"]
-            print(f"\nstopped after step {step}; go on with: python {' '.join(words + resume)}")
+            launch = "python" if world() == 1 else f"torchrun --nproc_per_node={world()}"
+            resume = [] if "--resume" in sys.argv else ["--resume", "auto"]
+            words = shlex.join([*sys.argv, *resume])
+            print(f"\nstopped after step {step}; go on with: {launch} {words}")
         return stop
 
     def restore(self, model: Module, optimizer: Optimizer) -> dict[str, Any]:

@@ -51,6 +51,7 @@ from runs import (
     require_not_negative,
     require_positive,
     run_script,
+    world,
 )
 
 # 1. Evaluation
@@ -500,6 +501,8 @@ def draw_sweep(path: Path, results: dict[Setting, list[dict[str, Any]]], varied:
 
 def main(args: Args) -> dict[str, float]:
     """Evaluate every setting of the sweep; returns the metrics of the last one."""
+    one = f"--out {args.out}: is written by one process; start it without torchrun"
+    require(world() == 1, one)
     base = Path(args.model)
     is_toy = toy.Task.load(base) is not None
     require(not (is_toy and args.data), f"--data {args.data}: the toy knows only its own task")
@@ -512,13 +515,13 @@ def main(args: Args) -> dict[str, float]:
     sweep = list(product(args.frames, args.max_pixels, args.frame_pixels, args.grid))
     varied = [i for i, values in enumerate(zip(*sweep, strict=True)) if len(set(values)) > 1]
     opened = {s: prompts_of(args, s, processor, config, task, is_toy) for s in sweep}
-    model = load_model(args.model)[0]
+    model = load_model(args.model, frozen=True)[0]
     require_layer("--attn-layer", args.attn_layer, model)
     out = open_out(args)
     results = defaultdict(list)
     for record in read_predictions(out / "predictions.jsonl"):
         results[tuple(record.pop("setting"))].append(record)
-    with (out / "predictions.jsonl").open("a") as file:
+    with gathered(model), (out / "predictions.jsonl").open("a") as file:
         for setting, (names, prompts, skipped) in opened.items():
             label = "-".join(f"{NAMES[i]}{setting[i]}" for i in varied)
             if args.data:

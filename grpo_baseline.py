@@ -163,7 +163,7 @@ class Args:
     """Prompts (with all their responses) in one forward pass; changes memory and speed, not the
     update."""
     prompts_per_step: int | None = None
-    """Prompts in each rollout. Toy: 16. Real: 8 [ours]."""
+    """Prompts in each rollout of a process. Toy: 16. Real: 8 [ours]."""
     group_size: int = 8
     """G, responses to each prompt (2 or more). Paper: 8."""
     num_iterations: int | None = None

@@ -148,7 +148,7 @@ class Args:
     micro_batch_size: int | None = None
     """Prompts in one forward pass; changes memory and speed, not the update."""
     prompts_per_step: int | None = None
-    """Demonstrations in each step. Toy: 32. Real: 8 [ours]."""
+    """Demonstrations in each step of a process. Toy: 32. Real: 8 [ours]."""
     max_new_tokens: int | None = None
     """Longest response of an evaluation in tokens. Toy: 16, thinking 64. Real: 768."""
     epochs: float = 1.0

@@ -99,6 +99,18 @@ def test_advantages_by_hand(script):
     assert torch.equal(script.group_advantages(torch.full((1, 8), 0.9)), torch.zeros(1, 8))
 
 
+def test_near_the_anchor_the_gradient_is_the_movement_since():
+    """What the header of ral_grpo.py says of the term: (p - q) / 4q, to first order."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.rand(5, 20, generator=generator, dtype=torch.float64).softmax(-1)
+    moved = torch.randn(5, 20, generator=generator, dtype=torch.float64) * 1e-6
+    p = (q + moved - moved.mean(-1, keepdim=True)).requires_grad_()
+    (gradient,) = torch.autograd.grad(ral_grpo.divergence(p, q).sum(), p)
+    expected = (p - q).detach() / (4 * q)
+    torch.testing.assert_close(gradient, expected, atol=1e-9, rtol=1e-3)
+    assert expected.abs().max() > 1e-6
+
+
 @pytest.mark.parametrize("script", SIBLINGS)
 def test_clipped_loss_is_a_plain_loop(script):
     generator = torch.Generator().manual_seed(0)

@@ -69,7 +69,7 @@ def run_script(args_class: type, main: Callable, description: str) -> None:
             os._exit(2 if usage else 1)
         raise SystemExit(2) from None
     if dist.is_initialized():
-        dist.destroy_process_group()
+        leave_ranks()
 
 
 def require_positive(args: Any, *names: str) -> None:
@@ -141,6 +141,17 @@ def start_ranks() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def leave_ranks() -> None:
+    """End this process together with the others. Several do not run the interpreter's end: once in
+    some sixty starts a process aborted there, its work done."""
+    if world() > 1:
+        dist.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -43,4 +43,4 @@ if __name__ == "__main__":
     runs.start_ranks()
     run_all(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        runs.leave_ranks()

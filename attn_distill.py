@@ -227,6 +227,7 @@ class Args:
         require(self.group_size >= 2, f"--group-size {self.group_size}: needs 2 or more")
         require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be in (0, 1]")
         require_positive(self, "keep")
+        require_not_negative(self, "save_every", "lora_rank")
         require_not_negative(self, "max_skipped", "seed", "beta", "mu_gkd", "rl_coef", "gamma_attn")
         require(0 <= self.gkd_beta <= 1, f"--gkd-beta {self.gkd_beta}: must be in [0, 1]")
 

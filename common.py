@@ -931,10 +931,10 @@ def closeness(answer: str, solution: str) -> float:
 
 
 def word_accuracy(answer: str, solution: str) -> float:
-    """1 - word error rate, not below 0."""
+    """1 - word error rate, not below 0; words are what white space separates."""
     import jiwer
 
-    return 1 - min(1.0, jiwer.wer(solution, answer))
+    return 1 - min(1.0, jiwer.wer(*(" ".join(text.split()) for text in (solution, answer))))
 
 
 @cache

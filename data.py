@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from common import extract_answer
+from common import accuracy, extract_answer
 from prompts import Example, Prompt
 from runs import Skipped, UsageError, rank, require, require_not_negative, world
 
@@ -37,6 +37,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no format that 
 # Bytes, characters, characters: more is a broken row, not an example.
 MAX_ROW, MAX_SOLUTION, MAX_THOUGHT = 2**20, 10_000, 50_000
 MAX_RATIO = 200  # of an image's sides, the image processor's limit
+MAX_FRAMES, MAX_FRAME_BYTES = 768, 2**32  # of a video where only --fps is given; of all its frames
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are the parallelism
 os.environ.setdefault("DECORD_EOF_RETRY_MAX", "64")  # a truncated video fails, instead of hanging
 
@@ -47,9 +48,14 @@ class BadRow(Exception):
     """A row that cannot be used, and why."""
 
 
+# How a video file begins: MP4 and QuickTime, Matroska and WebM, AVI, FLV, WMV, MPEG-PS, MPEG-TS,
+# Ogg. A playlist, which would open other files, begins otherwise.
+VIDEO = rb"....(?:ftyp|moov|mdat|free|skip|wide|pnot)|\x1aE\xdf\xa3|RIFF....AVI |FLV|0&\xb2u"
+VIDEO = re.compile(VIDEO + rb"|\x00\x00\x01[\xba\xb3]|(?:....)?G.{187}(?:....)?G|OggS", re.DOTALL)
 TEXT = rb'"(?:[^"\\]++|\\.)*+"'
 FLAT = rb'\{(?:[^{}"]++|' + TEXT + rb")*+\}"
 ROW = re.compile(rb'\{(?:[^{}"]++|' + TEXT + rb"|" + FLAT + rb")*+\}", re.DOTALL)
+TOKEN = re.compile(rb'"(?:[^"\\\n]|\\.)*+"|[{}]')  # no text goes over the end of a line
 BETWEEN = re.compile(rb"[\s,]*+")
 NEXT_ROW = re.compile(rb"[\n,]\s*+(?=\{)|\Z")
 
@@ -72,14 +78,28 @@ def find_rows(content: mmap.mmap) -> Iterator[tuple[int, int]]:
                 yield at, end
             at = end + 1
         return
-    at, whole = BETWEEN.match(content, at + 1).end(), True
+    at, end = BETWEEN.match(content, at + 1).end(), 0
     while at < len(content) and content[at : at + 1] != b"]":
-        whole = ROW.match(content, at)
-        end = (whole or NEXT_ROW.search(content, at)).end()
-        yield at, end
-        at = BETWEEN.match(content, end).end()
-    if at >= len(content) and whole:
-        yield at, at
+        end = object_end(content, at)
+        yield at, end or NEXT_ROW.search(content, at).end()
+        at = BETWEEN.match(content, end or NEXT_ROW.search(content, at).end()).end()
+    rest = BETWEEN.match(content, at + 1).end()
+    if at >= len(content) and end != 0:
+        yield at, at  # the missing end
+    elif rest < len(content):
+        yield rest, len(content)  # what stands behind it
+
+
+def object_end(content: mmap.mmap, at: int) -> int:
+    """Where the object that begins at `at` ends, or 0 if it does not within a row's length."""
+    if flat := ROW.match(content, at, at + MAX_ROW):
+        return flat.end()
+    depth = 0
+    for token in TOKEN.finditer(content, at, at + MAX_ROW):
+        depth += {b"{": 1, b"}": -1}.get(token[0], 0)
+        if depth <= 0:
+            return token.end() if token[0] == b"}" and content[at : at + 1] == b"{" else 0
+    return 0
 
 
 class DataFile:
@@ -101,6 +121,7 @@ class DataFile:
         option: str = "--data",
     ):
         self.path, self.frames, self.fps = Path(path), frames, fps
+        self.counted = (0, 1)  # an offset, and the line it is in
         require(self.path.is_file(), f"{option} {path}: no such file")
         require(self.path.stat().st_size > 0, f"{option} {path}: is empty")
         self.roots = [Path(root).resolve() for root in roots or [self.path.parent]]
@@ -124,12 +145,15 @@ class DataFile:
 
     def place(self, row: int) -> str:
         """File, row and line, each counted from 1, to find the row with an editor."""
-        start, lines = int(self.offsets[row, 0]), 1
+        start = int(self.offsets[row, 0])
+        at, line = self.counted if self.counted[0] <= start else (0, 1)
         with self.path.open("rb") as file:
-            while start > 0:
-                start -= len(chunk := file.read(min(start, 2**20)))
-                lines += chunk.count(b"\n")
-        return f"{self.name(row)} (line {lines})"
+            file.seek(at)
+            while at < start:
+                at += len(chunk := file.read(min(start - at, 2**20)))
+                line += chunk.count(b"\n")
+        self.counted = (start, line)  # many bad rows one after another are counted once
+        return f"{self.name(row)} (line {line})"
 
     def example(self, row: int) -> Example:
         """Row number `row` (from 0) with its media.
@@ -176,6 +200,11 @@ class DataFile:
         options = fields.get("options") or []
         if not isinstance(options, list) or not all(isinstance(x, str) for x in options):
             raise BadRow("options is not a list of texts")
+        try:
+            json.dumps([fields["problem"], solution, options], ensure_ascii=False).encode()
+            str(fields.get("process")).encode()
+        except UnicodeEncodeError:
+            raise BadRow("has half a character (a lone surrogate) in its text") from None
         thought = fields.get("process")
         if isinstance(thought, str) and len(thought) > MAX_THOUGHT:
             raise BadRow(f"process has {len(thought):,} characters; at most {MAX_THOUGHT:,}")
@@ -187,7 +216,7 @@ class DataFile:
             response=thought.strip() if isinstance(thought, str) and thought.strip() else None,
             problem_type=fields["problem_type"],
             options=tuple(options),
-            source=str(fields.get("data_source", ""))[:200],
+            source=str(fields.get("data_source") or "").encode(errors="replace").decode()[:200],
         )
 
     def find(self, path: str) -> Path:
@@ -201,7 +230,7 @@ class DataFile:
                         return target
                 else:
                     outside = True
-            except (OSError, ValueError):  # too long, or with a NUL
+            except (OSError, ValueError, RuntimeError):  # too long, with a NUL, a loop of links
                 continue
         raise BadRow(f"path {path[:200]!r} {'leaves' if outside else 'is not under'} --media-root")
 
@@ -210,7 +239,7 @@ class DataFile:
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image in RGB; what is transparent becomes white.
+    """An image in RGB, upright; what is transparent becomes white.
 
     Raises:
         BadRow: it cannot be read, or is too large or too narrow.
@@ -219,6 +248,11 @@ def read_image(path: Path) -> Image.Image:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if max(image.size) > MAX_RATIO * min(image.size):
                 raise BadRow(f"{path.name}: sides of {image.size} are too unequal")
+            if image.mode in ("I", "F"):  # values of no known range
+                raise BadRow(f"{path.name}: pixels of mode {image.mode} are not supported")
+            if image.mode.startswith("I;16"):  # Pillow would cut at 255, not scale
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
@@ -230,11 +264,11 @@ def read_image(path: Path) -> Image.Image:
 
 def frame_indices(total: int, rate: float, frames: int | None, fps: float | None) -> list[int]:
     """Which of `total` frames, at `rate` a second, to look at: `frames` of them, evenly spaced from
-    first to last, or `fps` a second, then at most `frames`.
+    first to last, or `fps` a second, then at most `frames` (768 where there is no number).
 
     No frame is taken twice: a shorter video gives all it has.
     """
-    count = total if frames is None else frames
+    count = MAX_FRAMES if frames is None else frames
     if fps is not None:
         count = min(count, max(2, round(total / rate * fps)))
     return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
@@ -255,18 +289,20 @@ def read_video(
     except ImportError:
         why = "videos need decord, which has no package for this platform or is not installed"
         raise UsageError(f"{path}: {why}; pip install decord, or use images only") from None
-    with path.open("rb") as file:
-        if b"\0" not in file.read(4096):  # a playlist is text, and would open other files
-            raise BadRow(f"{path.name}: not a video")
     decord.logging.set_level(decord.logging.QUIET)  # the reason goes into the row's record
     try:
+        with path.open("rb") as file:
+            if not VIDEO.match(file.read(512)):
+                raise BadRow(f"{path.name}: not a video, by its first bytes")
         reader = decord.VideoReader(str(path), num_threads=1)
         total, rate = len(reader), reader.get_avg_fps()
         if total == 0 or not rate > 0:
             raise BadRow(f"{path.name}: has no frames")
         indices = frame_indices(total, rate, frames, fps)
+        if len(indices) * reader[0].asnumpy().nbytes > MAX_FRAME_BYTES:
+            raise BadRow(f"{path.name}: {len(indices)} of its frames take more than 4 GB")
         pictures = reader.get_batch(indices).asnumpy()
-    except (decord.DECORDError, RuntimeError, IndexError) as error:
+    except (decord.DECORDError, OSError, RuntimeError, IndexError) as error:
         raise BadRow(f"{path.name}: not a readable video ({first_line(error)})") from None
     height, width = pictures.shape[1:3]
     if max(height, width) > MAX_RATIO * min(height, width):
@@ -438,6 +474,7 @@ def check_data(args: Any, encode: Callable[[Example], Prompt]) -> dict[str, floa
         UsageError: more than `--max-skipped` of the rows are bad.
     """
     report, frames = {}, args.frames or (None if args.fps else 16)
+    rule = getattr(args, "reward", "by-type")
     for option, path in (("--data", args.data), ("--eval-data", args.eval_data)):
         if path is None:
             continue
@@ -447,16 +484,20 @@ def check_data(args: Any, encode: Callable[[Example], Prompt]) -> dict[str, floa
         reader = Reader(
             Prompts(file, encode, rows, None, args.max_prompt_tokens), rows, args.workers, skipped
         )
-        kinds, lengths = Counter(), []
+        kinds, lengths, worthless = Counter(), [], []
         for prompt in tqdm(reader, total=len(rows), desc=f"{option} {path}"):
             example = prompt.example
             kinds[f"{'video' if example.is_video else 'image'}, {example.problem_type}"] += 1
             lengths.append(len(prompt.ids))
+            if accuracy(f"<answer>{example.solution}</answer>", example, rule) < 1:
+                worthless.append(example.name)
         for name, reason in skipped.bad.items():
             print(f"bad: {name}: {reason}")
         print(f"{option} {path}: {len(rows):,} rows, {len(skipped.bad):,} bad")
         for kind, number in sorted(kinds.items()):
             print(f"  {kind:<28}{number:>10,}")
+        if worthless:
+            print(f"  their own solution is judged wrong: {len(worthless):,}, as {worthless[0]}")
         if lengths:
             print(f"  prompt tokens: median {np.median(lengths):,.0f}, most {max(lengths):,}")
         report |= {f"{option}/rows": len(rows), f"{option}/bad": len(skipped.bad)}

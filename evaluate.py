@@ -267,7 +267,7 @@ def draw_overlay(path: Path, look: Look, most: int = 12) -> None:
     record, (title, colour) = look.record, verdict(look)
     lines = [record["problem"], f"response: {record['response']}"]
     lines = [*lines, f"solution: {record['solution']}"]
-    text = "\n\n".join(fill(line[:600], 44) for line in lines).replace("$", r"\$")
+    text = "\n\n".join(fill(line[:600], 44) for line in lines)
     axes[0].text(0, 1, text, va="top", fontsize=8, transform=axes[0].transAxes)
     axes[0].set_title(title, color=colour, fontsize=10)
     axes[0].axis("off")
@@ -299,7 +299,8 @@ def load_pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
-    warnings.filterwarnings("ignore", message="Glyph")  # a text may have any character
+    matplotlib.rcParams["text.parse_math"] = False  # a text may have dollars,
+    warnings.filterwarnings("ignore", message="Glyph")  # and any character
     from matplotlib import pyplot
 
     return pyplot
@@ -415,9 +416,16 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
 def open_out(args: Args) -> Path:
     """The directory of results: new, or left by the same command."""
     out, file = Path(args.out), Path(args.out) / "args.json"
+    trained = (out / "metrics.jsonl").exists() or (out / "checkpoint").exists()
+    holds = out.resolve() in (Path(args.model).resolve(), *Path(args.model).resolve().parents)
+    require(not trained and not holds, f"--out {out}: holds a training run; choose another")
     mathematics = asdict(args)
-    for name in ("out", "overwrite", "overlay", "batch_size", "workers"):  # change no prediction
-        del mathematics[name]
+    for name in ("out", "overwrite", "overlay", "batch_size", "workers", "max_skipped"):
+        del mathematics[name]  # these change no prediction
+    inputs = [Path(args.data)] if args.data else []
+    inputs += sorted(Path(args.model).glob("*.safetensors"))
+    stats = {str(path): path.stat() for path in inputs}
+    mathematics["inputs"] = {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
     mathematics = json.loads(json.dumps(mathematics))  # tuples are lists there
     if file.exists() and args.overwrite:
         shutil.rmtree(out)
@@ -430,7 +438,9 @@ def open_out(args: Args) -> Path:
         busy = out.is_file() or (out.is_dir() and any(out.iterdir()))
         require(not busy, f"--out {out}: exists and is no evaluation; choose another")
         out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(mathematics, indent=2) + "\n")
+        aside = out.with_name(f"{out.name}.args")
+        aside.write_text(json.dumps(mathematics, indent=2) + "\n")
+        aside.rename(file)
     return out
 
 
@@ -461,17 +471,18 @@ def table(results: dict[Setting, list[dict[str, Any]]], varied: list[int]) -> st
     lines = []
     for setting, records in results.items():
         label = ", ".join(f"{NAMES[i]} {setting[i]}" for i in varied)
-        groups = {"all": records}
+        groups = [("all", records)]
         for field in ("problem_type", "source"):
             for value in sorted({record[field] for record in records} - {""}):
-                groups[value] = [record for record in records if record[field] == value]
+                groups.append((value, [record for record in records if record[field] == value]))
         lines.append(
             f"\n{label or 'held-out':<36}{'rows':>7}{'accuracy':>10}{'format':>8}{'length':>8}"
         )
-        for name, group in groups.items():
+        for name, group in groups:
             values = [mean(group, what) for what in ("accuracy", "format", "completion_len")]
             numbers = f"{values[0]:>10.3f}{values[1]:>8.3f}{values[2]:>8.1f}"
-            lines.append(f"{name[:34]:<36}{len(group):>7}{numbers}")
+            name = "".join(c if c.isprintable() else "?" for c in name[:34])
+            lines.append(f"{name:<36}{len(group):>7}{numbers}")
         if "target_attn" in records[0]:
             lines.append(f"{'attention on target':<43}{mean(records, 'target_attn'):>10.3f}")
     return "\n".join(lines)
@@ -506,6 +517,10 @@ def main(args: Args) -> dict[str, float]:
     base = Path(args.model)
     is_toy = toy.Task.load(base) is not None
     require(not (is_toy and args.data), f"--data {args.data}: the toy knows only its own task")
+    for name in () if args.data else ("fps", "media_root"):
+        require(not getattr(args, name), f"--{name.replace('_', '-')}: needs --data")
+    of_toy = args.grid != (None,) or args.toy_order is not None
+    require(not (args.data and of_toy), "--grid, --toy-order: not with --data")
     task = toy.Task.load(base) or toy.Task(order="image-first")
     task = replace(task, order=args.toy_order or task.order)
     args = fill_defaults(args, (TOY | {"think": task.think}) if is_toy else REAL)
@@ -527,6 +542,7 @@ def main(args: Args) -> dict[str, float]:
             if args.data:
                 skipped.attach((out / f"skipped{label and f'-{label}'}.jsonl").open("a"))
             done = {record["row"] for record in results[setting]}
+            skipped.read = len(done) + len(skipped.bad)
             todo = [n for n, name in enumerate(names) if name not in done]
             looks = max(0, args.overlay - len(done))
             options = {"think": args.think, "max_new_tokens": args.max_new_tokens, "looks": looks}

@@ -80,10 +80,12 @@ def require_positive(args: Any, *names: str) -> None:
 
 
 def require_not_negative(args: Any, *names: str) -> None:
-    """Refuse fields below zero."""
+    """Refuse fields below zero; None means "take the default" and passes."""
     for name in names:
         value = getattr(args, name)
-        require(value >= 0, f"--{name.replace('_', '-')} {value}: must be 0 or above")
+        require(
+            value is None or value >= 0, f"--{name.replace('_', '-')} {value}: must be 0 or above"
+        )
 
 
 def fill_defaults(args: Any, table: dict[str, Any]) -> Any:
@@ -240,10 +242,13 @@ class Skipped:
     def add(self, bad: dict[str, str]) -> None:
         self.read += 1 + len(bad)
         self.name(bad)
-        if len(self.bad) > self.most * max(self.read, min(self.rows, 1000)):
+        read = self.read * world()  # `bad` has those of all ranks
+        if len(self.bad) > self.most * max(read, min(self.rows, 1000)):
             last = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[-2:])
-            count = f"{len(self.bad)} bad rows among the first {self.read}"
-            remedy = "--check-data lists them all; mend them, or raise --max-skipped"
+            count = f"{len(self.bad)} bad rows among the first {read}"
+            remedy = (
+                "mend them (--check-data of a training script lists all) or raise --max-skipped"
+            )
             raise UsageError(f"--max-skipped {self.most}: {count} ({last}); {remedy}")
 
     def name(self, bad: dict[str, str]) -> None:
@@ -255,9 +260,11 @@ class Skipped:
 
     def attach(self, file: TextIO) -> None:
         """Append what is known to `file` but not in it yet, and from now on each row as it is
-        met."""
-        with open(file.name) as earlier:  # not splitlines, which cuts at U+2028 as well
-            earlier = [json.loads(line) for line in earlier]
+        met. A line that was cut off goes."""
+        content = Path(file.name).read_bytes()
+        content = content[: content.rfind(b"\n") + 1]
+        file.truncate(len(content))
+        earlier = [json.loads(line) for line in content.splitlines()]
         known = {row["row"]: row["reason"] for row in earlier}
         new = {name: reason for name, reason in self.bad.items() if name not in known}
         self.file, self.bad = file, known | self.bad
@@ -413,7 +420,7 @@ class Run:
             tensors = state_tensors(model, optimizer)
             if rank() == 0:
                 lengths = {name: file.tell() for name, file in self.files.items()}
-                state = {"step": step, "lengths": lengths, "read": self.skipped.read}
+                state = {"step": step, "lengths": lengths, "read": self.skipped.read * world()}
                 state |= {"prompts": self.args.prompts_per_step * world(), "note": note or {}}
                 write_state(self.out, state, tensors, self.args)
         if stop and rank() == 0:
@@ -430,7 +437,7 @@ class Run:
             return {}
         with readable(f"--resume {self.args.resume}", self.state.path):
             load_state(self.state.path, model, optimizer)
-        self.skipped.read = self.state.read
+        self.skipped.read = self.state.read // world()
         return self.state.note
 
 

@@ -178,6 +178,7 @@ class Args:
         )
         require_positive(self, "stop_accuracy", "watch_above")
         require_positive(self, "keep")
+        require_not_negative(self, "save_every", "lora_rank")
         require_not_negative(self, "max_skipped", "seed")
         require(self.grid is None or self.grid >= 3, f"--grid {self.grid}: needs 3 or more")
 

@@ -89,6 +89,7 @@ def main(args: Args) -> None:
         for line in args.results.read_text().splitlines():
             row = json.loads(line)
             done[row["method"], row["seed"]] = row
+    print(f"{len(done)} runs are taken from {args.results}; --results NEW runs all")
 
     def record(method: str, seed: int, path: Path) -> None:
         row = {"method": method, "seed": seed} | judge(str(path), args.teacher, args.examples)

@@ -91,6 +91,7 @@ def run(script: str, options: list[str], threads: int, out: Path) -> dict[str, f
 
 def main(args: Args) -> None:
     table = {} if args.fresh or not args.results.exists() else json.loads(args.results.read_text())
+    print(f"{len(table)} runs are taken from {args.results}; --fresh runs them again")
     for mode in args.modes:
         for threads in args.threads:
             for seed in args.seeds:

@@ -69,9 +69,12 @@ def test_every_row_is_found_in_every_layout(tmp_path_factory, rows, indent, asci
 BROKEN = [
     ('[{"a": 1}, {"a": 2', ['{"a": 1}', '{"a": 2']),
     ('[{"a": 1}', ['{"a": 1}', ""]),
-    ('[{"a": 1},\n{"a: 2},\n{"a": 3}]', ['{"a": 1}', '{"a: 2},\n', '{"a": 3}']),
+    ('[{"a": 1},\n{"a: 2},\n{"a": 3}]', ['{"a": 1}', '{"a: 2}', '{"a": 3}']),
     ('[{"a": 1}, 2, {"a": 3}]', ['{"a": 1}', "2, ", '{"a": 3}']),
     ('{"a": 1}\n{"a"\n{"a": 3}', ['{"a": 1}', '{"a"', '{"a": 3}']),
+    ('[{"a": {"b": {"c": {}}}}, {"a": "}"}]', ['{"a": {"b": {"c": {}}}}', '{"a": "}"}']),
+    ('[{"a": 1}]\n{"b": 2}\n', ['{"a": 1}', '{"b": 2}\n']),
+    ('[{"a": 1}]\n\n', ['{"a": 1}']),
 ]
 
 
@@ -116,7 +119,12 @@ BAD_ROWS = [
     ({"path": "a.png", "data_type": "video"}, "video"),
     ({"path": "empty.png", "data_type": "video"}, "not a video"),
     ({"path": "list.m3u8", "data_type": "video"}, "not a video"),
+    ({"path": "list.mp4", "data_type": "video"}, "not a video"),
     ({"path": "cut.mp4", "data_type": "video"}, "not a readable video"),
+    ({"path": "loop"}, "is not under"),
+    ({"path": "float.tiff"}, "mode F"),
+    ({"problem": "a\ud83d"}, "surrogate"),
+    ({"process": "a\ud83d"}, "surrogate"),
 ]
 
 
@@ -135,6 +143,9 @@ def media(tmp_path_factory):
     Image.new("RGB", (4, 1000)).save(root / "thin.png")
     Image.new("1", (20_000, 20_000)).save(root / "bomb.png")
     (root / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\n../outside.mp4\n")
+    (root / "list.mp4").write_text("#EXTM3U\n#EXTINF:1,\n../outside.mp4\n#EXT-X-ENDLIST\n#\0")
+    (root / "loop").symlink_to(root / "loop")
+    Image.fromarray(np.ones((30, 40), np.float32)).save(root / "float.tiff")
     write_video(root / "whole.mp4", 20)
     whole = (root / "whole.mp4").read_bytes()
     (root / "cut.mp4").write_bytes(whole[: len(whole) // 2])
@@ -160,6 +171,17 @@ def test_transparency_becomes_white(tmp_path):
     assert data.read_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 255, 255)
 
 
+def test_sixteen_bits_and_a_turned_camera(tmp_path):
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    grey = np.asarray(data.read_image(tmp_path / "a.png"))[..., 0].astype(int)
+    assert np.abs(grey - ramp // 257).max() <= 1
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (80, 40)).save(tmp_path / "b.jpg", exif=exif)
+    assert data.read_image(tmp_path / "b.jpg").size == (40, 80)
+
+
 @settings(deadline=None)
 @given(
     st.integers(1, 5000),
@@ -170,11 +192,12 @@ def test_transparency_becomes_white(tmp_path):
 def test_frame_indices(total, rate, frames, fps):
     indices = data.frame_indices(total, rate, frames, fps)
     assert indices == sorted(set(indices)) and 0 == indices[0] <= indices[-1] < total
-    assert len(indices) <= min(total, frames or total)
+    most = min(total, frames or data.MAX_FRAMES)
+    assert len(indices) <= most
     if fps is None:
-        assert len(indices) == min(total, frames or total)
+        assert len(indices) == most
     elif total / rate * fps >= 2:
-        wanted = min(total, total / rate * fps, frames or total)
+        wanted = min(total / rate * fps, most)
         assert abs(len(indices) - wanted) <= 0.5
     if len(indices) > 1:
         assert indices[-1] == total - 1

@@ -1,12 +1,17 @@
 """An evaluation that is stopped and started again covers every row once."""
 
 import json
+import os
+import shutil
 from dataclasses import replace
 
 import pytest
+import torch
+from PIL import Image
 
 import evaluate
 import runs
+from prompts import Example
 
 
 def predictions(out):
@@ -40,6 +45,47 @@ def test_another_evaluation_is_not_mixed_in(cold_start, tmp_path):
     (tmp_path / "thesis" / "main.tex").touch()
     with pytest.raises(runs.UsageError, match="is no evaluation"):
         evaluate.main(replace(args, out=str(tmp_path / "thesis"), overwrite=True))
+
+
+def test_another_model_at_the_same_place_is_not_taken_for_the_old_one(cold_start, tmp_path):
+    model = tmp_path / "run" / "checkpoint"
+    shutil.copytree(cold_start, model)
+    args = evaluate.Args(model=str(model), examples=4, out=str(tmp_path / "out"))
+    evaluate.main(args)
+    os.utime(model / "model.safetensors", (1, 1))
+    with pytest.raises(runs.UsageError, match="another inputs"):
+        evaluate.main(args)
+    (tmp_path / "run" / "args.json").write_text("{}")
+    for out in (tmp_path / "run", model):
+        with pytest.raises(runs.UsageError, match="holds a training run"):
+            evaluate.main(replace(args, out=str(out), overwrite=True))
+    assert (model / "model.safetensors").exists()
+
+
+def test_dollars_are_no_formula(cold_start, tmp_path):
+    """Rows of geometry have LaTeX in questions and answers."""
+    record = {"accuracy": 0.0, "response": r"<answer>$$ \foo$</answer>"}
+    record |= {"problem": r"Is $\parallelogram ABCD$ a square?", "solution": "$x"}
+    media = [Image.new("RGB", (56, 56))]
+    example = Example(record["problem"], "$x", media, False)
+    look = evaluate.Look(record, example, torch.ones(1, 4) / 4, ["$$"], (1, 2, 2))
+    evaluate.draw_overlay(tmp_path / "a.png", look)
+    evaluate.draw_looks(tmp_path / "b.png", {"$": [look]})
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("a.png", "b.png"))
+
+
+def test_bad_rows_of_an_interrupted_evaluation_do_not_stop_the_next(real, tmp_path):
+    out = tmp_path / "out"
+    fields = {"data": str(real / "rows.json"), "media_root": (str(real / "media"),)}
+    fields |= {"model": str(real / "qwen2_vl"), "max_pixels": (56 * 56,), "max_new_tokens": 4}
+    fields |= {"frame_pixels": (56 * 56,), "frames": (2,), "workers": 0, "out": str(out)}
+    evaluate.main(evaluate.Args(**fields, max_skipped=0.2))
+    lines = (out / "predictions.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "predictions.jsonl").write_bytes(b"".join(lines[:-1]))
+    skipped = (out / "skipped.jsonl").read_bytes()
+    (out / "skipped.jsonl").write_bytes(skipped + b'{"row": "cut o')
+    evaluate.main(evaluate.Args(**fields, max_skipped=0.15))
+    assert (out / "skipped.jsonl").read_bytes() == skipped and len(predictions(out)) == 18
 
 
 def test_a_sweep_over_the_toys_grid(cold_start, tmp_path):

@@ -123,6 +123,7 @@ BY_TYPE = [  # type, answer, solution, accuracy
     ("regression", "x", "10", 0),
     ("OCR", "stop here now", "stop here now", 1),
     ("OCR", "stop there now", "stop here now", 2 / 3),
+    ("OCR", "stop\there\nnow", "stop here now", 1),
     ("OCR", "a b c d e f g", "stop", 0),
     ("OCR", "", "stop", 0),
     ("free-form", "a red car", "a red car", 1),

@@ -151,8 +151,10 @@ def load_model(
     if gradient_checkpointing:
         model.activation_checkpointing_enable()
         model.disable_input_require_grads()  # of what is frozen, it would only cost
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return shard(model.eval()).to(device), processor
+    model.eval()
+    if not (frozen and world() == 1):  # nothing to spread, and nothing to hold in another dtype
+        shard(model)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 
 def add_adapters(model: Module, rank: int) -> None:
@@ -181,7 +183,7 @@ def without_adapters(model: Module) -> Iterator[None]:
             module.enable_adapters(True)
 
 
-def shard(model: Module) -> Module:
+def shard(model: Module) -> None:
     """Spread a model over the processes of the group, if there is one, with FSDP2: a layer's
     weights are gathered when it computes, in `compute_dtype`. Layer after layer goes to the GPU, so
     that the whole model need not fit there."""
@@ -191,7 +193,6 @@ def shard(model: Module) -> Module:
             fully_shard(block, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
         register_fsdp_forward_method(model, "get_image_features")
-    return model
 
 
 @contextmanager
@@ -255,7 +256,7 @@ def memory_gb(
     rollout's cache."""
     model, text, width = empty_model(config), config.text_config, compute_dtype().itemsize
     total = trained = sum(p.numel() for p in model.parameters())
-    beside = sum(p.numel() for other in frozen for p in empty_model(other).parameters())
+    others = [sum(p.numel() for p in empty_model(other).parameters()) for other in frozen]
     if not args.train_vision:
         trained -= sum(p.numel() for p in model.model.visual.parameters())
     weights = 4 * total
@@ -280,10 +281,13 @@ def memory_gb(
         "weights": weights / processes,
         "gradients": 4 * trained / processes,
         "optimizer": 8 * trained / processes,
-        "frozen models": width * beside / processes,
-        "gathered": total * width if dist.is_initialized() else 0,
+        "frozen models": width * sum(others) / processes,
+        # In a rollout, or for a teacher evaluated; one process does not spread frozen models.
+        "gathered": width * max([total, *others] if processes > 1 else [total]),
         "activations": max(update, cache) * width,
     }
+    if not dist.is_initialized():
+        need["gathered"] = 0
     return {name: value / 2**30 for name, value in need.items()}
 
 
@@ -311,7 +315,10 @@ def fit_memory(args: Any, config: Any, reference: bool, teacher: str | None = No
         frozen = teachers + [config] * (reference and not lora_rank)
         return sum(memory_gb(config, args, lora_rank, frozen, processes or world()).values())
 
+    both = f"--train-vision, --lora-rank {args.lora_rank}: adapters are the language model's only"
+    require(not (args.train_vision and args.lora_rank), f"{both}; leave one of them out")
     choices = [0, 64] if args.lora_rank is None else [args.lora_rank]
+    choices = choices[:1] if args.train_vision else choices
     for lora_rank in choices:
         if need(lora_rank) < 0.95 * have:
             if lora_rank != choices[0]:
@@ -319,7 +326,7 @@ def fit_memory(args: Any, config: Any, reference: bool, teacher: str | None = No
                 print(f"{why}: training adapters, --lora-rank {lora_rank}")
             return replace(args, lora_rank=lora_rank)
     asked = choices[-1]
-    remedies = {} if asked else {"--lora-rank 64": need(64)}
+    remedies = {} if asked or args.train_vision else {"--lora-rank 64": need(64)}
     remedies |= {f"{n} processes": need(asked, n) for n in (2, 4, 8, 16, 32) if n > world()}
     mends = [words for words, gb in remedies.items() if gb < 0.95 * have]
     mends += ["a smaller --max-new-tokens, --frames or --micro-batch-size", "a smaller model"]

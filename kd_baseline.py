@@ -527,7 +527,7 @@ def main(args: Args) -> dict[str, float]:
             run.close()
             return metrics
     run.save_checkpoint(partial(save_model, model=model, processor=processor))
-    run.save_state(args.steps, model, optimizer)
+    run.save_state(args.steps, model, optimizer, done=True)
     run.close()
     if rank() != 0:
         return metrics

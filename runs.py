@@ -64,6 +64,7 @@ def run_script(args_class: type, main: Callable, description: str) -> None:
         usage = isinstance(error, UsageError)
         if not usage and world() == 1:
             raise
+        sys.stdout.flush()
         print(f"error: {error}" if usage else traceback.format_exc(), file=sys.stderr, flush=True)
         if world() > 1:  # the others wait for this rank; torchrun ends them when it is gone
             os._exit(2 if usage else 1)
@@ -303,6 +304,10 @@ class Run:
             self.wandb = wandb.init(project="ral", name=self.out.name, config=asdict(args))
         if state is None:
             self.make_room()
+        else:  # those after it are of a branch that is given up
+            for later in good_states(self.out):
+                if int(later.name.removeprefix("step-")) > state.step:
+                    shutil.rmtree(later)
         for left in self.out.glob("checkpoint.*"):  # by a process that was killed
             shutil.rmtree(left)
         (self.out / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
@@ -330,7 +335,10 @@ class Run:
     def open(self, name: str) -> TextIO:
         """A file of lines to append to, cut back to what it was at the checkpoint."""
         file = (self.out / name).open("a")
-        file.truncate(self.state.lengths.get(name, 0) if self.state else 0)
+        length, there = self.state.lengths.get(name, 0) if self.state else 0, file.tell()
+        short = f"--resume {self.args.resume}: {self.out / name} is shorter than at the checkpoint"
+        require(there >= length, f"{short} ({there} of {length} bytes); give an earlier one")
+        file.seek(file.truncate(length))
         return file
 
     def metrics(self) -> list[dict[str, float]]:
@@ -377,9 +385,11 @@ class Run:
             raise UsageError(f"step {step}: the gradient is not finite; prompts: {rows}; {last}")
 
     def interrupt(self, number: int, frame: Any) -> None:
-        """SIGINT or SIGTERM: finish the step; the same again ends the process at once."""
+        """SIGINT or SIGTERM: finish the step; the same again ends a process alone at once. Of
+        several each may be told twice, by the scheduler and by torchrun."""
         self.signal = number
-        signal.signal(number, self.handlers[number])
+        if world() == 1:
+            signal.signal(number, self.handlers[number])
 
     def close(self) -> None:
         for number, handler in self.handlers.items():
@@ -408,23 +418,35 @@ class Run:
         return final
 
     def save_state(
-        self, step: int, model: Module, optimizer: Optimizer, note: dict[str, Any] | None = None
+        self,
+        step: int,
+        model: Module,
+        optimizer: Optimizer,
+        note: dict[str, Any] | None = None,
+        done: bool = False,
     ) -> bool:
-        """Save what `--resume` needs, every `save_every` steps, after the last one, and when a
-        signal came; returns whether the run must stop now. `note` is whatever else the script wants
-        to find again."""
-        last = step == self.args.steps  # nothing is left to stop then
-        stop = max(gather([self.signal or 0])) > 0 and not last
-        due = self.args.save_every > 0 and (last or step % self.args.save_every == 0)
+        """Save what `--resume` needs, every `save_every` steps, after the last one (`done`), and
+        when a signal came; returns whether the run must stop now. `note` is whatever else the
+        script wants to find again."""
+        stop = max(gather([self.signal or 0])) > 0 and not done
+        due = self.args.save_every > 0 and (done or step % self.args.save_every == 0)
         if due or stop:
             tensors = state_tensors(model, optimizer)
             if rank() == 0:
+                for file in self.files.values():
+                    os.fsync(file.fileno())
                 lengths = {name: file.tell() for name, file in self.files.items()}
-                state = {"step": step, "lengths": lengths, "read": self.skipped.read * world()}
+                state = {
+                    "step": step,
+                    "done": done,
+                    "lengths": lengths,
+                    "read": self.skipped.read * world(),
+                }
                 state |= {"prompts": self.args.prompts_per_step * world(), "note": note or {}}
                 write_state(self.out, state, tensors, self.args)
         if stop and rank() == 0:
-            launch = "python" if world() == 1 else f"torchrun --nproc_per_node={world()}"
+            several = f"torchrun --shutdown-timeout 1800 --nproc_per_node={world()}"
+            launch = "python" if world() == 1 else several
             resume = [] if "--resume" in sys.argv else ["--resume", "auto"]
             words = shlex.join([*sys.argv, *resume])
             print(f"\nstopped after step {step}; go on with: {launch} {words}")
@@ -505,7 +527,9 @@ def find_state(args: Any) -> State | None:
     remedy = "give them as they were, or --allow-changed-args"
     same = args.allow_changed_args or not differ
     require(same, f"{named}: was made with other arguments ({'; '.join(differ)}); {remedy}")
-    require(state["step"] < args.steps, f"{named}: the run is at step {state['step']}, its end")
+    stopped = state["done"] and not differ and before["steps"] == args.steps  # SFT, by accuracy
+    over = stopped or state["step"] >= args.steps
+    require(not over, f"{named}: the run is at step {state['step']}, its end")
     return State(path, state["step"], state["lengths"], state["read"], state["note"])
 
 

@@ -378,7 +378,7 @@ def main(args: Args) -> dict[str, float]:
     if is_toy and not done:
         print(f"did not reach --stop-accuracy {args.stop_accuracy}; try more --steps or a --seed")
     run.save_checkpoint(partial(save_model, model=model, processor=processor))
-    run.save_state(step, model, optimizer, {"growing": growing})
+    run.save_state(step, model, optimizer, {"growing": growing}, done=True)
     run.close()
     if rank() != 0:
         return metrics

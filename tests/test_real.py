@@ -264,6 +264,11 @@ def test_a_7b_model_at_32_frames(tmp_path, config, model, parameters, vision, in
     assert after.tolist() == [start + max(*times, 12) + 1] * 3
 
 
+def test_adapters_and_a_trained_vision_encoder_do_not_go_together(real, tmp_path):
+    with pytest.raises(runs.UsageError, match="--train-vision, --lora-rank 4"):
+        run(ral_grpo, real, tmp_path / "run", train_vision=True, lora_rank=4)
+
+
 @pytest.mark.parametrize(
     ("gb", "lora_rank", "beta", "outcome"),
     [

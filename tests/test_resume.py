@@ -171,6 +171,44 @@ def test_auto_without_a_state_begins(whole_runs, cold_start, teacher, tmp_path):
     assert_same(tmp_path / "run", whole_runs(ral_grpo))
 
 
+def test_an_older_state_gives_up_the_branch_after_it(whole_runs, cold_start, teacher, tmp_path):
+    fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"))
+    ral_grpo.main(ral_grpo.Args(**fields))
+    older = str(tmp_path / "run" / "state" / "step-000004")
+    with pytest.MonkeyPatch.context() as patch:
+        kill(patch, ral_grpo, "update", 1)
+        with pytest.raises(Killed):
+            ral_grpo.main(ral_grpo.Args(**fields, resume=older))
+    restore_signals()
+    assert [p.name for p in (tmp_path / "run" / "state").iterdir()] == ["step-000004"]
+    ral_grpo.main(ral_grpo.Args(**fields, resume="auto"))
+    assert_same(tmp_path / "run", whole_runs(ral_grpo))
+
+
+def test_a_file_shorter_than_at_the_state_is_one_line(cold_start, teacher, tmp_path):
+    fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"))
+    ral_grpo.main(ral_grpo.Args(**fields | {"steps": 2}))
+    os.truncate(tmp_path / "run" / "metrics.jsonl", 20)
+    with pytest.raises(runs.UsageError, match=r"metrics.jsonl is shorter .* \(20 of \d+ bytes\)"):
+        ral_grpo.main(ral_grpo.Args(resume="auto", **fields))
+    restore_signals()
+
+
+def test_sft_that_reached_its_accuracy_is_over(cold_start, tmp_path):
+    fields = {"model": str(cold_start), "out": str(tmp_path / "run"), "steps": 9, "save_every": 2}
+    fields |= {"eval_every": 3, "eval_examples": 8, "prompts_per_step": 2, "micro_batch_size": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        judged = iter([0.1, 0.9])
+        patch.setattr(sft, "evaluate", lambda *_, **__: ({"eval/accuracy": next(judged)}, []))
+        patch.setattr(sft, "draw_looks", lambda *_: None)
+        sft.main(sft.Args(**fields, stop_accuracy=0.5))
+    assert runs.good_states(tmp_path / "run")[-1].name == "step-000003"
+    with pytest.raises(runs.UsageError, match="is at step 3, its end"):
+        sft.main(sft.Args(**fields, stop_accuracy=0.5, resume="auto"))
+    sft.main(sft.Args(**fields, stop_accuracy=2.0, resume="auto", allow_changed_args=True))
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 10
+
+
 def test_a_finished_run_can_be_made_longer(whole_runs, cold_start, teacher, tmp_path):
     fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"))
     ral_grpo.main(ral_grpo.Args(**fields | {"steps": 4}))

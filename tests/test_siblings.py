@@ -105,3 +105,18 @@ def test_the_idea_is_marked(baseline, idea):
     added = [line[2:] for line in diff if line.startswith("+ ")]
     bare = [line for line in added if not any(x.startswith(line) for x in marked)]
     assert len(bare) <= 12, "\n".join(bare)  # arguments passed on, and the plumbing of `measure`
+
+
+def test_the_readme_counts_lines_as_they_are():
+    readme = (ROOT / "README.md").read_text()
+    siblings = {idea: baseline for baseline, idea in PAIRS}
+    siblings["kd_baseline.py"] = "grpo_baseline.py"
+    for script in SCRIPTS:
+        source, code = (ROOT / script).read_text().splitlines(), code_lines(ROOT / script)
+        differ = "—"
+        if script in siblings:
+            diff = list(difflib.ndiff(code_lines(ROOT / siblings[script]), code))
+            added, removed = (sum(line.startswith(mark) for line in diff) for mark in ("+ ", "- "))
+            differ = f"+{added} / -{removed}"
+        row = next(line for line in readme.splitlines() if line.startswith(f"| `{script}` |"))
+        assert row.endswith(f"| {len(source)} ({len(code)}) | {differ} |"), script

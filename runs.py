@@ -176,15 +176,14 @@ def gather(items: list) -> list:
 
 
 def over_ranks(metrics: dict[str, float]) -> dict[str, float]:
-    """Means over the ranks; of `perf/*` the most."""
+    """Means over the ranks; of `perf/*` the most, of tokens a second the sum."""
     if world() == 1:
         return metrics
     parts = gather([metrics])
     columns = {name: [part[name] for part in parts] for name in metrics}
-    return {
-        name: max(values) if name.startswith("perf/") else sum(values) / len(values)
-        for name, values in columns.items()
-    }
+    metrics = {name: sum(values) / len(values) for name, values in columns.items()}
+    metrics |= {name: max(values) for name, values in columns.items() if name[:5] == "perf/"}
+    return metrics | {name: sum(columns[name]) for name in ["perf/tokens_per_s"] if name in columns}
 
 
 def step_numbers(args: Any, step: int) -> range:

@@ -13,11 +13,13 @@ with negative advantage loses it. Lines marked `# RAL` and the functions `diverg
 
 At p_theta = p_old the divergence *and its gradient* are zero. So with one update per rollout RAL is
 GRPO; it acts from the second inner iteration on, which is why `num_iterations` is above 1 here, and
-why `train/attn_jsd_<k>` is logged for each. Near p_old the gradient with respect to p_theta is
-(p_theta - p_old) / 4 p_old: the term knows nothing of where else to look. It takes the movement of
-attention that the token policy has just made, and holds it back where the advantage is positive,
-and drives it on where it is negative [ours; see "Results" in the README]. It is also small: look at
-`train/attn_grad_norm` beside `train/pg_grad_norm` before you believe in a lambda.
+why `train/attn_jsd_<k>` is logged for each. Before you believe in a lambda, two more [ours; tested,
+and measured in the README's "Results"]:
+  - Near p_old the gradient with respect to p_theta is (p_theta - p_old) / 4 p_old. The term knows
+    nothing of where else to look: it holds back the movement of attention that the token policy has
+    just made where the advantage is positive, and drives it on where it is negative.
+  - Attention follows from the tokens before, not from the one that is sampled. Where a group shares
+    its prefix it shares its attention, and advantages that sum to zero cancel the term.
 
 What differs from the paper, or is our reading of it [ours]: the choices of grpo_baseline.py, and
   1. The row of y_t is that of position t - 1, whose output is the prediction of y_t; `--attn-row

@@ -15,6 +15,7 @@ from torch import Tensor
 import evaluate
 import ral_grpo
 import toy
+from prompts import Example
 
 
 @contextmanager
@@ -113,6 +114,35 @@ def told_where_to_look() -> Iterator[None]:
         return terms | {"attn_loss": told}
 
     with replaced(ral_grpo, roll_out=roll_out, loss_terms=loss_terms):
+        yield
+
+
+@contextmanager
+def three_shapes() -> Iterator[None]:
+    """The question is "list star ring bar", the answer "red blue cyan", right or wrong as a whole.
+
+    Up to the first word of an answer all responses of a group are the same, and so is their
+    attention: advantages sum to zero, and the attention term cancels there. The second and third
+    looks come after responses have parted.
+    """
+
+    def sample_example(rng, task, held_out=False, caption=False):
+        if caption:
+            return plain(rng, task, held_out, caption)
+        scene = toy.sample_scene(rng, task, held_out)
+        asked = rng.sample(scene.shapes, 3)
+        colours = " ".join(colour for _, _, colour, _, _ in asked)
+        return Example(
+            problem=f"list {' '.join(shape for shape, *_ in asked)}",
+            solution=colours,
+            media=toy.draw_scene(scene, task.grid, task.frames),
+            is_video=False,
+            response=f"<answer> {colours} </answer>",
+            target=(asked[0][1],),
+        )
+
+    plain = toy.sample_example
+    with replaced(toy, sample_example=sample_example):
         yield
 
 

@@ -128,6 +128,33 @@ def test_first_iteration_has_no_attention_gradient(checkpoints):
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
 
 
+def test_on_a_prefix_that_a_group_shares_the_attention_term_cancels(checkpoints):
+    """Attention follows from the tokens before, not from the one that is sampled: where those are
+    the same for a group, so is its divergence, and advantages that sum to 0 leave nothing."""
+    model, processor = common.load_model(checkpoints["qwen2_vl"])
+    prompts = make_prompts(model, processor, grids=(4, 4))
+    rollout = make_rollout(model, processor, prompts)
+    rollout.completion_ids[:, :, :2] = rollout.completion_ids[:, :1, :2]  # and then they part
+    rollout.completion_mask[:] = True
+    with torch.no_grad():
+        anchor = common.score(model, rollout, attn_layers=[-1]).attentions[0]
+        for parameter in model.model.language_model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter) * parameter.std()
+    group = rollout.completion_ids.shape[1]
+    advantages = torch.linspace(-1, 1, group).expand(2, -1)
+
+    def gradient(rows: slice) -> float:
+        attention = common.score(model, rollout, attn_layers=[-1]).attentions[0]
+        jsd = ral_grpo.divergence(attention, anchor)[..., rows]
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        loss = (advantages[..., None] * jsd).sum()
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return torch.stack([g.norm() for g in grads if g is not None]).norm().item()
+
+    # The row of token t is that of position t - 1: the third token's is the last that is shared.
+    assert gradient(slice(0, 3)) < 1e-4 * gradient(slice(3, None))
+
+
 @pytest.mark.parametrize("script", [sft, grpo_baseline, ral_grpo, attn_distill])
 def test_the_update_does_not_depend_on_the_microbatches(train, teacher, script):
     """The unclipped gradient norm sees a wrong scale, which AdamW's step would not."""

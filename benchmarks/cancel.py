@@ -1,0 +1,71 @@
+"""How much of RAL's attention term is left after it is summed over a group?
+
+    python benchmarks/cancel.py --models runs/sft/checkpoint
+
+One rollout of 16 prompts, one step of GRPO on it, and then, for each row of the response, the sum
+over groups of |advantage x divergence| by response, and of the same with the sum over the group
+inside: where the responses of a group share their prefix they share their attention, and
+advantages that sum to zero leave nothing.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import common
+import ral_grpo
+import toy
+from prompts import collate, encode_prompt
+
+
+@dataclass
+class Args:
+    models: list[str]
+    """Toy checkpoints."""
+    attn_layer: int = -1
+    """The layer whose attention is compared."""
+    prompts: int = 16
+    """Of the rollout."""
+
+
+def main(args: Args) -> None:
+    for path in args.models:
+        model, processor = common.load_model(path)
+        task = toy.Task.load(Path(path))
+        length = ral_grpo.NEW_TOKENS["toy"][task.think]
+        fields = {"attn_layer": args.attn_layer, "max_new_tokens": length, "think": task.think}
+        options = ral_grpo.Args(learning_rate=6e-4, num_iterations=1, beta=0.0, **fields)
+        numbers = range(args.prompts)
+        examples = [toy.training_example(task, 1, number) for number in numbers]
+        first = task.order == "question-first"
+        prompts = [
+            encode_prompt(processor, model.config, x, question_first=first) for x in examples
+        ]
+        batch = collate(model, prompts, processor.tokenizer.pad_token_id)
+        rollout, rewards, *_ = ral_grpo.roll_out(model, processor, prompts, batch, numbers, options)
+        advantages = ral_grpo.group_advantages(rewards)
+        part = ral_grpo.Batch(rollout, advantages)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=6e-4)
+        ral_grpo.update(model, optimizer, [part], replace(options, lambda_attn=0.0), False)
+        with torch.no_grad():
+            scores = common.score(model, rollout, attn_layers=[args.attn_layer])
+            jsd = ral_grpo.divergence(scores.attentions[0], part.old_attn) * scores.mask
+        jsd = jsd / scores.mask.sum(-1, keepdim=True)  # as the loss has it
+        term = advantages[..., None] * jsd  # (B, G, T)
+        by_response, by_group = term.abs().sum((0, 1)), term.sum(1).abs().sum(0)
+        print(f"\n{path}\n{'row of token':>14}{'share of the term':>20}{'left in the group':>20}")
+        for t, (one, other) in enumerate(zip(by_response, by_group, strict=True)):
+            if one > 0.005 * by_response.sum():
+                print(f"{t + 1:>14}{one / by_response.sum():>20.3f}{other / one:>20.4f}")
+        left = term.sum((1, 2)).abs().sum() / by_response.sum()
+        print(f"{'all':>14}{1.0:>20.3f}{left:>20.4f}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -265,7 +265,8 @@ def report(claim: str, task: str, cells: dict, done: dict, quick: bool) -> str:
         line.append(f"{np.median(norms):.4f}" if norms else "")
         table.append(line)
     if points and not quick:
-        draw(ROOT / "benchmarks" / "results" / f"{claim}-{task}.png".replace(" ", "-"), points)
+        name = f"{claim}-{task}.png".replace(",", "").replace(" ", "-")
+        draw(ROOT / "benchmarks" / "results" / name, points)
     title = f"### {claim}: {task}{' (quick: no evidence)' if quick else ''}\n\n"
     return title + "".join(f"| {' | '.join(line)} |\n" for line in table)
 

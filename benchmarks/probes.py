@@ -4,6 +4,7 @@ Each is a context manager under which `ral_grpo.main` runs with a few lines of i
 `reproduce.py` runs them as cells of the claim "why".
 """
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -143,6 +144,25 @@ def three_shapes() -> Iterator[None]:
 
     plain = toy.sample_example
     with replaced(toy, sample_example=sample_example):
+        yield
+
+
+@contextmanager
+def guessable() -> Iterator[None]:
+    """Training in which eight answers out of ten are one colour, so that saying it pays without
+    looking. The evaluation is as ever: all colours alike."""
+    plain = toy.training_example
+
+    def training_example(task, seed, index, caption=False):
+        rng = random.Random(f"guessable/{seed}/{index}")
+        colour = list(toy.COLOURS)[seed % len(toy.COLOURS)] if rng.random() < 0.8 else None
+        for attempt in range(1000):
+            example = plain(task, seed, index + attempt * 2**32, caption)
+            if colour in (None, example.solution):
+                return example
+        raise AssertionError("no such example in 1,000")
+
+    with replaced(toy, training_example=training_example):
         yield
 
 

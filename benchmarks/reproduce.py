@@ -25,10 +25,12 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 import tyro
 from scipy.stats import t as student_t
 
@@ -38,15 +40,21 @@ sys.path.insert(0, str(ROOT))
 from probes import (
     attention_advantages,
     fixed_fraction,
+    guessable,
     half_of_the_shapes,
     three_shapes,
     told_where_to_look,
 )
 
+import attn_distill
+import common
 import grpo_baseline
+import kd_baseline
 import ral_grpo
 import sft
+import toy
 from evaluate import load_pyplot
+from prompts import collate, encode_prompt, visual_features
 
 PULL = attention_advantages(lambda advantages: advantages.clamp_min(0))
 PUSH = attention_advantages(lambda advantages: advantages.clamp_max(0))
@@ -55,13 +63,39 @@ REVERSED = attention_advantages(lambda advantages: -advantages)
 STEPS = 60  # of every reinforcement-learning cell
 SFT_STEPS = 240  # as many optimiser steps: 60 x 4 inner iterations; SFT has no rollouts to pay for
 
+TEACHER = ROOT / "runs" / "teacher"
 GRPO, RAL = (grpo_baseline, {}), (ral_grpo, {})
-TASKS = {  # what its cold start is given, the learning rate of its RL, and a probe for both
-    "images": ({}, 7e-5, nullcontext),
-    "images, image first": ({"toy_order": "image-first"}, 2.5e-5, nullcontext),
-    "videos": ({"frames": 8}, 8e-5, nullcontext),
-    "half of the shapes": ({}, 7e-5, nullcontext),
-    "three shapes": ({"stop_accuracy": 0.3}, 4e-5, three_shapes),
+
+
+@dataclass(frozen=True)
+class Task:
+    setting: dict[str, Any] = field(default_factory=dict)
+    """What its cold start is given; without anything it is that of "images"."""
+    learning_rate: float = 7e-5
+    """Of its reinforcement learning."""
+    probe: Any = nullcontext
+    """Changes cold start and reinforcement learning."""
+    grown: bool = False
+    """Whether the cold start goes on, for a few steps, from that of "images" of the same seed."""
+    examples: int = 2048
+    """Held-out examples that judge every cell."""
+
+
+GROW = {"steps": 20, "stop_accuracy": 2.0, "watch_above": 1.0}
+# Figure 3's sizes, with their visual tokens; images have 16.
+GRIDS = {f"{n} x {n} cells": n for n in (3, 6, 9)}
+FRAMES = {f"{n} frames": n for n in (4, 16, 32)}
+TASKS = {
+    "images": Task(),
+    "images, image first": Task({"toy_order": "image-first"}, 2.5e-5),
+    "videos": Task({"frames": 8}, grown=True, examples=1024),
+    **{name: Task({"grid": n}, grown=True, examples=1024) for name, n in GRIDS.items()},
+    **{name: Task({"frames": n}, grown=True, examples=1024) for name, n in FRAMES.items()},
+    "thinking": Task({"think": True, "steps": 40}, grown=True, examples=1024),
+    "three shapes": Task({"stop_accuracy": 0.3}, 4e-5, three_shapes),
+    "half of the shapes": Task(),
+    "guessable": Task({}, 5e-6, guessable),
+    "distillation": Task(learning_rate=2e-4),
 }
 
 
@@ -73,19 +107,39 @@ def grpo(**fields) -> tuple:
     return grpo_baseline, fields
 
 
+DISTILL = {"teacher": str(TEACHER / "checkpoint"), "prompts_per_step": 8, "micro_batch_size": 8}
+
 # Claim: task -> cells, the first of which is the baseline of the differences.
 CLAIMS = {
     "table-1": {
         task: {
             "GRPO": GRPO,
-            "SFT continued": (sft, {"steps": SFT_STEPS, "stop_accuracy": 2.0, "watch_above": 1.0}),
+            "SFT continued": (sft, GROW | {"steps": SFT_STEPS, "eval_every": 1000}),
             "RAL": RAL,
         }
         for task in ("images", "videos")
     },
+    "table-3": {
+        "distillation": {
+            "KD": (kd_baseline, DISTILL),
+            "KD + attention, gamma 1": (attn_distill, DISTILL | {"gamma_attn": 1.0}),
+            "KD + attention, gamma 10": (attn_distill, DISTILL | {"gamma_attn": 10.0}),
+        }
+    },
+    "figure-3": {task: {"GRPO": GRPO, "RAL": RAL} for task in (*GRIDS, *FRAMES)},
     "image first": {"images, image first": {"GRPO": GRPO, "RAL": RAL}},
     "three looks": {
         "three shapes": {"GRPO": GRPO, "RAL": RAL, "RAL, lambda 100": ral(lambda_attn=100.0)}
+    },
+    "thinking": {
+        "thinking": {
+            "GRPO": GRPO,
+            "RAL": RAL,
+            "RAL, layer 0, lambda 100": ral(attn_layer=0, lambda_attn=100.0),
+        }
+    },
+    "guessable": {
+        "guessable": {"GRPO": GRPO, "RAL": RAL, "RAL, lambda 100": ral(lambda_attn=100.0)}
     },
     "ablations": {
         "images": {
@@ -143,8 +197,6 @@ class Args:
     """Which tasks of them."""
     seeds: list[int] = field(default_factory=lambda: list(range(1, 11)))
     """Seeds."""
-    examples: int = 2048
-    """Held-out examples, the same for every cell."""
     quick: bool = False
     """One seed, ten steps, 64 examples, a file of its own: shows that it runs, and nothing else."""
     results: Path = ROOT / "benchmarks" / "results" / "reproduce.jsonl"
@@ -169,10 +221,33 @@ def judged(out: Path) -> dict[str, float]:
     return row
 
 
+@torch.no_grad()
+def to_teacher(path: Path, examples: int) -> float:
+    """Mean divergence (JSD in nats a token, last layer) of a checkpoint's attention to the
+    teacher's, on its own greedy responses."""
+    model, processor = common.load_model(str(path))
+    teacher = common.load_teacher(DISTILL["teacher"], model, processor)
+    prompts = [
+        encode_prompt(processor, model.config, example, question_first=True)
+        for example in toy.held_out_examples(toy.Task.load(path), examples)
+    ]
+    distances = []
+    for start in range(0, examples, 64):
+        chunk = prompts[start : start + 64]
+        batch = collate(model, chunk, processor.tokenizer.pad_token_id)
+        rollout = common.generate_group(model, batch, 1, 16)
+        scores = common.score(model, rollout, attn_layers=[-1])
+        pixels = [prompt.pixels for prompt in chunk]
+        seen = replace(batch, features=visual_features(teacher, pixels, batch.grids), pixels=None)
+        taught = common.score(teacher, replace(rollout, prompts=seen), attn_layers=[-1])
+        jsd = attn_distill.jsd(scores.attentions[0], taught.attentions[0])
+        distances.append(common.response_mean(jsd, scores.mask).flatten())
+    return torch.cat(distances).mean().item()
+
+
 def main(args: Args) -> None:
-    steps, examples = STEPS, args.examples
     if args.quick:
-        steps, examples, args.seeds = 10, 64, args.seeds[:1]
+        args.seeds = args.seeds[:1]
         args.results = args.results.with_name("reproduce-quick.jsonl")
     args.results.parent.mkdir(exist_ok=True)
     done = {}
@@ -180,43 +255,73 @@ def main(args: Args) -> None:
         rows = map(json.loads, args.results.read_text().splitlines())
         done = {(row["task"], row["cell"], row["seed"]): row for row in rows}
 
-    def run(task: str, cell: str, seed: int, out: Path, script, fields, probe=nullcontext) -> None:
-        start = time.time()
-        with TASKS[task][2](), probe():
-            script.main(script.Args(out=str(out), seed=seed, eval_examples=examples, **fields))
+    def record(task: str, cell: str, seed: int, out: Path, seconds: float) -> None:
         row = {"task": task, "cell": cell, "seed": seed} | judged(out)
-        row |= {"seconds": round(time.time() - start), "commit": commit()}
+        if task == "distillation":
+            examples = 64 if args.quick else TASKS[task].examples
+            row |= {"attn_jsd_to_teacher": to_teacher(out / "checkpoint", examples)}
+        row |= {"seconds": round(seconds), "commit": commit()}
         done[task, cell, seed] = row
         with args.results.open("a") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
+    def train(task: str, seed: int, out: Path, script, fields, probe=nullcontext) -> float:
+        start, fields = time.time(), {"seed": seed, "out": str(out)} | fields
+        fields |= {"eval_examples": TASKS[task].examples}
+        if args.quick:
+            fields |= {"eval_examples": 64} | ({"steps": 10} if script is not sft else {})
+        with TASKS[task].probe(), probe():
+            script.main(script.Args(**fields))
+        return time.time() - start
+
+    def cold_start(task: str, seed: int) -> Path:
+        """The directory of the SFT run that all cells of a task and seed start from."""
+        setting, name = TASKS[task].setting, task if TASKS[task].setting else "images"
+        folder = ROOT / "runs" / f"cold-starts{'-quick' if args.quick else ''}"
+        out, seconds = folder / f"{name}-{seed}".replace(",", "").replace(" ", "-"), 0.0
+        if not (out / "checkpoint").is_dir():
+            fields = setting | {"overwrite": True}
+            if TASKS[task].grown:
+                model = cold_start("images", seed) / "checkpoint"
+                fields = GROW | {"model": str(model)} | fields
+            seconds = train(task, seed, out, sft, fields)
+        if (task, "cold start", seed) not in done:
+            record(task, "cold start", seed, out, seconds)
+        return out
+
+    def teacher() -> None:
+        if not (TEACHER / "checkpoint").is_dir():
+            fields = {"toy_size": "large", "stop_accuracy": 0.99, "watch_above": 0.8}
+            train("distillation", 1, TEACHER, sft, fields | {"overwrite": True})
+        if ("distillation", "teacher", 1) not in done:
+            record("distillation", "teacher", 1, TEACHER, 0.0)
+
     for claim in args.claims:
         for task, cells in CLAIMS[claim].items():
-            setting, rate, _ = TASKS[task]
-            budget = {"steps": steps, "eval_every": 1000, "learning_rate": rate}
+            budget = {"steps": STEPS, "eval_every": 1000}
+            budget |= {"learning_rate": TASKS[task].learning_rate}
             for seed in args.seeds if task in args.tasks else []:
                 missing = [cell for cell in cells if (task, cell, seed) not in done]
-                words = "-".join(f"{name}-{value}" for name, value in setting.items())
-                folder = ROOT / "runs" / f"cold-starts{'-quick' if args.quick else ''}"
-                cold = folder / f"{words or 'images'}-{seed}"
-                if missing and not (cold / "checkpoint").is_dir():
-                    fields = setting | {"overwrite": True}
-                    run(task, "cold start", seed, cold, sft, fields)
+                if missing and task == "distillation":
+                    teacher()
                 for cell in missing:
                     script, fields, *probe = cells[cell]
                     fields = ({} if script is sft else budget) | fields
-                    fields = {"model": str(cold / "checkpoint")} | fields
-                    fields |= {"steps": steps} if args.quick else {}
+                    fields = {"model": str(cold_start(task, seed) / "checkpoint")} | fields
                     with tempfile.TemporaryDirectory() as directory:
-                        run(task, cell, seed, Path(directory) / "run", script, fields, *probe)
+                        out = Path(directory) / "run"
+                        seconds = train(task, seed, out, script, fields, *probe)
+                        record(task, cell, seed, out, seconds)
     tables = [
         report(claim, task, cells, done, args.quick)
         for claim, tasks in CLAIMS.items()
         for task, cells in tasks.items()
+        if claim != "figure-3"
         if any((task, cell, seed) in done for cell in [*cells][1:] for seed in args.seeds)
     ]
+    tables += figure_3(done, args.quick)
     args.results.with_suffix(".md").write_text("\n".join(tables))
     print("\n".join(tables))
 
@@ -227,17 +332,26 @@ def interval(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(half)
 
 
+def words(values: list[float], sign: str = "") -> str:
+    """`interval` in three decimals; nothing of no values, and of one just that."""
+    if len(values) < 2:
+        return "".join(f"{value:{sign}.3f}" for value in values)
+    return f"{{:{sign}.3f}} ± {{:.3f}}".format(*interval(values))
+
+
 def report(claim: str, task: str, cells: dict, done: dict, quick: bool) -> str:
     """A table of means with intervals, and of differences to the first cell paired by seed, which
     are drawn as well."""
     names = ["accuracy", "target_attn_l1"]  # of the last layer, whichever the term acts on
+    if task == "distillation":
+        names.append("attn_jsd_to_teacher")
     if task == "half of the shapes":
         names = [f"{name}, {kind}" for kind in ("trained", "held back") for name in names[:1]]
         names.append("target_attn, held back")
     baseline, *others = cells
     by_cell = {
         cell: {seed: row for (t, c, seed), row in done.items() if (t, c) == (task, cell)}
-        for cell in ("cold start", *cells)
+        for cell in ("cold start", *cells, *(["teacher"] if task == "distillation" else []))
     }
     if by_cell[baseline] and f"before, {names[0]}" in next(iter(by_cell[baseline].values())):
         before = by_cell[baseline].items()
@@ -252,10 +366,10 @@ def report(claim: str, task: str, cells: dict, done: dict, quick: bool) -> str:
         both = sorted(rows.keys() & by_cell[baseline].keys()) if cell in others else []
         for name in names:
             values = [row[name] for row in rows.values()]
-            line.append("{:.3f} ± {:.3f}".format(*interval(values)) if len(values) > 1 else "")
+            line.append(words(values))
         for name in names:
             values = [rows[seed][name] - by_cell[baseline][seed][name] for seed in both]
-            line.append("{:+.3f} ± {:.3f}".format(*interval(values)) if len(values) > 1 else "")
+            line.append(words(values, "+"))
             if len(values) > 1:
                 points.setdefault(name, []).append((cell, *interval(values)))
         sizes = [row["attn_jsd"] for row in rows.values() if "attn_jsd" in row]
@@ -269,6 +383,53 @@ def report(claim: str, task: str, cells: dict, done: dict, quick: bool) -> str:
         draw(ROOT / "benchmarks" / "results" / name, points)
     title = f"### {claim}: {task}{' (quick: no evidence)' if quick else ''}\n\n"
     return title + "".join(f"| {' | '.join(line)} |\n" for line in table)
+
+
+def figure_3(done: dict, quick: bool) -> list[str]:
+    """A table of RAL minus GRPO by the number of visual tokens, and a plot; [] without runs."""
+    heads = ["size", "visual tokens", "seeds", "cold start", "GRPO", "RAL, minus GRPO"]
+    heads += ["target_attn_l1 of GRPO", "RAL, minus GRPO"]
+    table, panels = [heads, ["---"] * len(heads)], {"cells": [], "frames": []}
+    sizes = [("cells", task, 4 if task == "images" else GRIDS[task]) for task in ("images", *GRIDS)]
+    sizes += [("frames", task, 8 if task == "videos" else FRAMES[task])
+              for task in ("videos", *FRAMES)]  # fmt: skip
+    for kind, task, size in sorted(sizes, key=lambda size: (size[0], size[2])):
+        tokens = size**2 if kind == "cells" else size // 2 * 16
+        seeds = sorted(s for t, c, s in done if (t, c) == (task, "RAL"))
+        if not seeds:
+            continue
+        name = f"{size} x {size} cells" if kind == "cells" else f"{size} frames"
+        line = [name, str(tokens), str(len(seeds))]
+        rows = {c: [done[task, c, s] for s in seeds] for c in ("cold start", "GRPO", "RAL")}
+        line.append(words([row["accuracy"] for row in rows["cold start"]]))
+        for name in ("accuracy", "target_attn_l1"):
+            pairs = zip(rows["RAL"], rows["GRPO"], strict=True)
+            differences = [ours[name] - theirs[name] for ours, theirs in pairs]
+            line += [words([row[name] for row in rows["GRPO"]]), words(differences, "+")]
+            if name == "accuracy" and len(differences) > 1:
+                panels[kind].append((tokens, *interval(differences)))
+        table.append(line)
+    if len(table) == 2:
+        return []
+    if not quick:
+        pyplot = load_pyplot()
+        figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), sharey=True)
+        for (kind, points), axis in zip(panels.items(), axes, strict=True):
+            if points:
+                tokens, means, halves = zip(*points, strict=True)
+                axis.errorbar(tokens, means, yerr=halves, fmt="o-", markersize=4, capsize=3)
+                axis.set_xscale("log", base=2)
+                axis.set_xticks(tokens, tokens)
+                axis.minorticks_off()
+            axis.axhline(0, color="grey", lw=1)
+            axis.set(title=f"by {kind}", xlabel="visual tokens")
+            axis.grid(axis="y", alpha=0.3)
+        axes[0].set_ylabel("accuracy, RAL minus GRPO")
+        figure.tight_layout()
+        figure.savefig(ROOT / "benchmarks" / "results" / "figure-3.png", dpi=80)
+        pyplot.close(figure)
+    title = f"### figure-3{' (quick: no evidence)' if quick else ''}\n\n"
+    return [title + "".join(f"| {' | '.join(line)} |\n" for line in table)]
 
 
 def draw(path: Path, points: dict[str, list[tuple[str, float, float]]]) -> None:

@@ -112,12 +112,12 @@ DISTILL = {"teacher": str(TEACHER / "checkpoint"), "prompts_per_step": 8, "micro
 # Claim: task -> cells, the first of which is the baseline of the differences.
 CLAIMS = {
     "table-1": {
-        task: {
+        "images": {
             "GRPO": GRPO,
             "SFT continued": (sft, GROW | {"steps": SFT_STEPS, "eval_every": 1000}),
             "RAL": RAL,
-        }
-        for task in ("images", "videos")
+        },
+        "videos": {"GRPO": GRPO, "RAL": RAL},
     },
     "table-3": {
         "distillation": {

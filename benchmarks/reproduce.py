@@ -82,7 +82,6 @@ class Task:
 
 
 GROW = {"steps": 20, "stop_accuracy": 2.0, "watch_above": 1.0}
-# Figure 3's sizes, with their visual tokens; images have 16.
 GRIDS = {f"{n} x {n} cells": n for n in (3, 6, 9)}
 FRAMES = {f"{n} frames": n for n in (4, 16, 32)}
 TASKS = {
@@ -96,6 +95,11 @@ TASKS = {
     "half of the shapes": Task(),
     "guessable": Task({}, 5e-6, guessable),
     "distillation": Task(learning_rate=2e-4),
+}
+# Figure 3: visual tokens of the sizes of a picture, and of the lengths of a video.
+VISUAL_TOKENS = {
+    "cells": {"images": 16} | {name: n * n for name, n in GRIDS.items()},
+    "frames": {"videos": 64} | {name: 8 * n for name, n in FRAMES.items()},
 }
 
 
@@ -122,8 +126,10 @@ CLAIMS = {
     "table-3": {
         "distillation": {
             "KD": (kd_baseline, DISTILL),
-            "KD + attention, gamma 1": (attn_distill, DISTILL | {"gamma_attn": 1.0}),
-            "KD + attention, gamma 10": (attn_distill, DISTILL | {"gamma_attn": 10.0}),
+            **{
+                f"KD + attention, gamma {x}": (attn_distill, DISTILL | {"gamma_attn": float(x)})
+                for x in (1, 10, 100)
+            },
         }
     },
     "figure-3": {task: {"GRPO": GRPO, "RAL": RAL} for task in (*GRIDS, *FRAMES)},
@@ -318,12 +324,14 @@ def main(args: Args) -> None:
         report(claim, task, cells, done, args.quick)
         for claim, tasks in CLAIMS.items()
         for task, cells in tasks.items()
-        if claim != "figure-3"
+        if len(cells) > 2  # the summary has the others
         if any((task, cell, seed) in done for cell in [*cells][1:] for seed in args.seeds)
     ]
-    tables += figure_3(done, args.quick)
-    args.results.with_suffix(".md").write_text("\n".join(tables))
-    print("\n".join(tables))
+    text = "\n".join([summary(done, args.quick), *tables])
+    args.results.with_suffix(".md").write_text(text)
+    if not args.quick:
+        draw_figure_3(ROOT / "benchmarks" / "results" / "figure-3.png", done)
+    print(text)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -337,6 +345,42 @@ def words(values: list[float], sign: str = "") -> str:
     if len(values) < 2:
         return "".join(f"{value:{sign}.3f}" for value in values)
     return f"{{:{sign}.3f}} ± {{:.3f}}".format(*interval(values))
+
+
+def of(done: dict, task: str, cell: str, name: str) -> list[float]:
+    """One measure of a cell, for every seed."""
+    return [row[name] for (t, c, _), row in done.items() if (t, c) == (task, cell)]
+
+
+def differences(done: dict, task: str, ours: str, theirs: str, name: str) -> list[float]:
+    """Of one measure of two cells, for every seed that both have."""
+    seeds = sorted(s for t, c, s in done if (t, c) == (task, ours) and (t, theirs, s) in done)
+    return [done[task, ours, seed][name] - done[task, theirs, seed][name] for seed in seeds]
+
+
+def summary(done: dict, quick: bool) -> str:
+    """A table of RAL at the paper's lambda against GRPO, one line for every task."""
+    lines = [(task, task, "") for task in TASKS if task != "half of the shapes"]
+    lines += [
+        (f"images, {n} inner iterations", "images", f", {n} inner iterations") for n in (8, 16)
+    ]
+    heads = ["task", "seeds", "cold start", "GRPO", "RAL, minus GRPO"]
+    heads += ["on target, last layer: GRPO", "RAL, minus GRPO"]
+    table = [heads, ["---"] * len(heads)]
+    for label, task, suffix in lines:
+        cells = (task, f"RAL{suffix}", f"GRPO{suffix}")
+        pairs = {n: differences(done, *cells, n) for n in ("accuracy", "target_attn_l1")}
+        if pairs["accuracy"]:
+            line = [
+                label,
+                str(len(pairs["accuracy"])),
+                words(of(done, task, "cold start", "accuracy")),
+            ]
+            for name, pair in pairs.items():
+                line += [words(of(done, task, cells[2], name)), words(pair, "+")]
+            table.append(line)
+    title = f"### RAL at the paper's lambda{' (quick: no evidence)' if quick else ''}\n\n"
+    return title + "".join(f"| {' | '.join(line)} |\n" for line in table)
 
 
 def report(claim: str, task: str, cells: dict, done: dict, quick: bool) -> str:
@@ -385,53 +429,6 @@ def report(claim: str, task: str, cells: dict, done: dict, quick: bool) -> str:
     return title + "".join(f"| {' | '.join(line)} |\n" for line in table)
 
 
-def figure_3(done: dict, quick: bool) -> list[str]:
-    """A table of RAL minus GRPO by the number of visual tokens, and a plot; [] without runs."""
-    heads = ["size", "visual tokens", "seeds", "cold start", "GRPO", "RAL, minus GRPO"]
-    heads += ["target_attn_l1 of GRPO", "RAL, minus GRPO"]
-    table, panels = [heads, ["---"] * len(heads)], {"cells": [], "frames": []}
-    sizes = [("cells", task, 4 if task == "images" else GRIDS[task]) for task in ("images", *GRIDS)]
-    sizes += [("frames", task, 8 if task == "videos" else FRAMES[task])
-              for task in ("videos", *FRAMES)]  # fmt: skip
-    for kind, task, size in sorted(sizes, key=lambda size: (size[0], size[2])):
-        tokens = size**2 if kind == "cells" else size // 2 * 16
-        seeds = sorted(s for t, c, s in done if (t, c) == (task, "RAL"))
-        if not seeds:
-            continue
-        name = f"{size} x {size} cells" if kind == "cells" else f"{size} frames"
-        line = [name, str(tokens), str(len(seeds))]
-        rows = {c: [done[task, c, s] for s in seeds] for c in ("cold start", "GRPO", "RAL")}
-        line.append(words([row["accuracy"] for row in rows["cold start"]]))
-        for name in ("accuracy", "target_attn_l1"):
-            pairs = zip(rows["RAL"], rows["GRPO"], strict=True)
-            differences = [ours[name] - theirs[name] for ours, theirs in pairs]
-            line += [words([row[name] for row in rows["GRPO"]]), words(differences, "+")]
-            if name == "accuracy" and len(differences) > 1:
-                panels[kind].append((tokens, *interval(differences)))
-        table.append(line)
-    if len(table) == 2:
-        return []
-    if not quick:
-        pyplot = load_pyplot()
-        figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), sharey=True)
-        for (kind, points), axis in zip(panels.items(), axes, strict=True):
-            if points:
-                tokens, means, halves = zip(*points, strict=True)
-                axis.errorbar(tokens, means, yerr=halves, fmt="o-", markersize=4, capsize=3)
-                axis.set_xscale("log", base=2)
-                axis.set_xticks(tokens, tokens)
-                axis.minorticks_off()
-            axis.axhline(0, color="grey", lw=1)
-            axis.set(title=f"by {kind}", xlabel="visual tokens")
-            axis.grid(axis="y", alpha=0.3)
-        axes[0].set_ylabel("accuracy, RAL minus GRPO")
-        figure.tight_layout()
-        figure.savefig(ROOT / "benchmarks" / "results" / "figure-3.png", dpi=80)
-        pyplot.close(figure)
-    title = f"### figure-3{' (quick: no evidence)' if quick else ''}\n\n"
-    return [title + "".join(f"| {' | '.join(line)} |\n" for line in table)]
-
-
 def draw(path: Path, points: dict[str, list[tuple[str, float, float]]]) -> None:
     """Differences to the baseline with their intervals, one panel a measure."""
     pyplot = load_pyplot()
@@ -444,6 +441,30 @@ def draw(path: Path, points: dict[str, list[tuple[str, float, float]]]) -> None:
         axis.set(title=f"{name}, minus the baseline", ylim=(len(cells) - 0.5, -0.5))
         axis.set_yticks(range(len(cells)), cells if axis is axes[0] else [])
         axis.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def draw_figure_3(path: Path, done: dict) -> None:
+    """Accuracy of RAL minus that of GRPO against the number of visual tokens."""
+    pyplot = load_pyplot()
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), sharey=True)
+    for (kind, tasks), axis in zip(VISUAL_TOKENS.items(), axes, strict=True):
+        points = []
+        for task, tokens in sorted(tasks.items(), key=lambda item: item[1]):
+            pairs = differences(done, task, "RAL", "GRPO", "accuracy")
+            points += [(tokens, *interval(pairs))] if len(pairs) > 1 else []
+        if points:
+            tokens, means, halves = zip(*points, strict=True)
+            axis.errorbar(tokens, means, yerr=halves, fmt="o-", markersize=4, capsize=3)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(tokens, tokens)
+            axis.minorticks_off()
+        axis.axhline(0, color="grey", lw=1)
+        axis.set(title=f"by {kind}", xlabel="visual tokens")
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].set_ylabel("accuracy, RAL minus GRPO")
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     pyplot.close(figure)

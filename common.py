@@ -51,7 +51,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 from prompts import Example, Processor, PromptBatch, encoder_outputs
-from runs import UsageError, require, whole, world
+from runs import UsageError, read_state, require, whole, world
 
 transformers_logging.disable_progress_bar()
 
@@ -141,9 +141,12 @@ def load_model(
             dtype=compute_dtype() if frozen or lora_rank else torch.float32,
             use_safetensors=True,
         )
-    ends = model.generation_config.eos_token_id is not None
-    remedy = "add eos_token_id to its generation config"
-    require(ends, f"{field} {path}: names no end-of-turn token; {remedy}")
+    # SFT teaches the tokenizer's end of a turn; base models are known that generate by another.
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    ends = sorted((ends | {processor.tokenizer.eos_token_id}) - {None})
+    require(bool(ends), f"{field} {path}: names no end-of-turn token; add eos_token_id to it")
+    model.generation_config.eos_token_id = ends
     model.requires_grad_(not frozen and not lora_rank)
     model.model.visual.requires_grad_(train_vision and not frozen)
     if lora_rank:
@@ -255,6 +258,7 @@ def memory_gb(
     (reference, teacher); the gathered weights of a rollout; activations and logits, or the
     rollout's cache."""
     model, text, width = empty_model(config), config.text_config, compute_dtype().itemsize
+    judged = getattr(args, "judge_teacher", False)
     total = trained = sum(p.numel() for p in model.parameters())
     others = [sum(p.numel() for p in empty_model(other).parameters()) for other in frozen]
     if not args.train_vision:
@@ -267,6 +271,8 @@ def memory_gb(
     merge = config.vision_config.spatial_merge_size * config.vision_config.patch_size
     pixels = max(args.max_pixels or 0, (args.frames or 16) / 2 * (args.frame_pixels or 0))
     prompt = 512 + (pixels or 112**2) / merge**2
+    if args.data and args.fps and not args.frames:  # as many as fit into a prompt
+        prompt = args.max_prompt_tokens
     responses = getattr(args, "group_size", 1) * args.max_new_tokens
     in_layer = 10 * text.hidden_size + 4 * text.intermediate_size  # values kept of a token
     layers = text.num_hidden_layers
@@ -276,15 +282,19 @@ def memory_gb(
     update = args.micro_batch_size * (prompt + responses) * kept
     update += 2 * args.micro_batch_size * responses * text.vocab_size  # logits, their gradient
     cache = 2 * layers * text.num_key_value_heads / text.num_attention_heads * text.hidden_size
-    cache *= getattr(args, "prompts_per_step", 1) * (prompt + responses)
+    evaluated = 4 * (prompt + args.max_new_tokens)  # so many prompts are decoded together
+    cache *= args.prompts_per_step * max(prompt + responses, evaluated)
+    old_attn = 0
+    if hasattr(args, "lambda_attn"):  # RAL keeps the rollout's, in float32
+        old_attn = args.prompts_per_step * responses * (prompt + args.max_new_tokens) * 4
     need = {
         "weights": weights / processes,
         "gradients": 4 * trained / processes,
         "optimizer": 8 * trained / processes,
         "frozen models": width * sum(others) / processes,
         # In a rollout, or for a teacher evaluated; one process does not spread frozen models.
-        "gathered": width * max([total, *others] if processes > 1 else [total]),
-        "activations": max(update, cache) * width,
+        "gathered": width * max([total, *others] if processes > 1 and judged else [total]),
+        "activations": max(update * width + old_attn, cache * width),
     }
     if not dist.is_initialized():
         need["gathered"] = 0
@@ -301,13 +311,16 @@ def available_gb() -> float:
 
 def fit_memory(args: Any, config: Any, reference: bool, teacher: str | None = None) -> Any:
     """Decide, before anything is loaded, what is trained: all weights if they fit, else adapters of
-    rank 64, unless `--lora-rank` says it. With adapters, the reference is the model without them.
+    rank 64, unless `--lora-rank` or the run that is resumed says it. With adapters, the reference
+    is the model without them.
 
     Raises:
         UsageError: it does not fit, with two things that would make it.
     """
     if args.gradient_checkpointing is None:
         args = replace(args, gradient_checkpointing=torch.cuda.is_available())
+    if args.lora_rank is None and (state := read_state(args)):  # what a run trains does not change
+        args = replace(args, lora_rank=state["args"]["lora_rank"])
     have = available_gb()
     teachers = [load_processor(teacher, field="--teacher")[0]] if teacher else []
 
@@ -353,9 +366,9 @@ def load_teacher(path: str, model: Module, processor: Processor) -> Module:
     return teacher
 
 
-def require_layer(field: str, layer: int, model: Module) -> None:
+def require_layer(field: str, layer: int, config: Any) -> None:
     """Refuse an index that is no decoder layer of the model; negative ones count from the end."""
-    layers = model.config.text_config.num_hidden_layers
+    layers = config.text_config.num_hidden_layers
     allowed = f"give {-layers} to {layers - 1}"
     known = -layers <= layer < layers
     require(known, f"{field} {layer}: the model has {layers} layers; {allowed}")
@@ -603,10 +616,13 @@ class Rollout:
     truncated: Tensor
 
     def __getitem__(self, rows: slice) -> "Rollout":
+        """Some of the prompts, padded no further than these need."""
+        mask = self.completion_mask[rows]
+        longest = int(mask.sum(-1).max())
         return Rollout(
             self.prompts[rows],
-            self.completion_ids[rows],
-            self.completion_mask[rows],
+            self.completion_ids[rows, :, :longest],
+            mask[..., :longest],
             self.truncated[rows],
         )
 
@@ -675,8 +691,7 @@ def generate_group(
     """
     model.eval()
     config, device = model.config, model.device
-    eos = model.generation_config.eos_token_id
-    eos = torch.tensor(eos if isinstance(eos, list) else [eos], device=device)
+    eos = torch.tensor(model.generation_config.eos_token_id, device=device)
     suppressed = torch.tensor(vision_token_ids(config), device=device)
     batch, prompt_len = prompts.ids.shape
     n = batch * group_size

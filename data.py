@@ -332,7 +332,7 @@ class Prompts(Dataset):
         rows: np.ndarray | None = None,
         seed: int | None = None,
         max_tokens: int | None = None,
-        keep_media: bool = False,
+        keep_media: int = 0,
     ):
         self.source, self.encode, self.rows, self.seed = source, encode, rows, seed
         self.max_tokens, self.keep_media = max_tokens, keep_media
@@ -357,8 +357,6 @@ class Prompts(Dataset):
         if self.max_tokens is not None and len(prompt.ids) > self.max_tokens:
             limit = f"above --max-prompt-tokens {self.max_tokens}"
             raise BadRow(f"its prompt has {len(prompt.ids)} tokens, {limit}")
-        if not self.keep_media:
-            prompt.example = replace(prompt.example, media=[])
         return prompt
 
     def __getitem__(self, n: int) -> tuple[Prompt | UsageError | None, dict[str, str]]:
@@ -366,7 +364,10 @@ class Prompts(Dataset):
         for attempt in range(100 if self.seed is not None else 1):
             row = self.row(n, attempt)
             try:
-                return self.prompt(row), bad
+                prompt = self.prompt(row)
+                if n >= self.keep_media:  # they would be sent from process to process
+                    prompt.example = replace(prompt.example, media=[])
+                return prompt, bad
             except BadRow as error:
                 bad[self.source.place(row)] = str(error)
             except UsageError as error:  # raised here, it would lose its form on the way to main
@@ -427,6 +428,9 @@ def ignore_signals(worker: int) -> None:
 def check_files(args: Any, is_toy: bool) -> None:
     """Refuse arguments about data files that make no sense together."""
     require_not_negative(args, "workers")
+    bounded = args.max_pixels is not None or args.frame_pixels is not None
+    sizes = "--max-pixels, --frame-pixels: on the toy a cell is a token"
+    require(not (is_toy and bounded), f"{sizes}; use sft.py --grid")
     if args.data is None:
         names = ("eval_data", "media_root", "check_data", "fps")
         for name in names:
@@ -459,7 +463,7 @@ def open_data(args: Any, encode: Callable[[Example], Prompt]) -> tuple[Reader, R
     apart, rows, most = np.sort(apart), np.sort(rows), args.max_prompt_tokens
     skipped = Skipped(args.max_skipped, len(train))
     training = Prompts(train, encode, rows, args.seed, most)
-    evaluation = Prompts(held_out, encode, apart, None, most, keep_media=True)
+    evaluation = Prompts(held_out, encode, apart, None, most, keep_media=8 * world())
     return (
         Reader(training, range(0), args.workers, skipped),
         Reader(evaluation, range(rank(), len(apart), world()), args.workers, skipped),

@@ -102,7 +102,7 @@ def judge(
         for row, (prompt, (text,)) in enumerate(zip(chunk, texts, strict=True)):
             ids = rollout.completion_ids[row, 0][rollout.completion_mask[row, 0]].tolist()
             visual = torch.isin(batch.ids[row].cpu(), placeholders).nonzero()[:, 0]
-            tokens = answer_tokens(processor.tokenizer, ids, text)
+            tokens = answer_tokens(processor.tokenizer, ids, text, first_mention=has_targets)
             mass = [
                 layer[row, 0, tokens.start : tokens.stop].cpu()[:, visual] for layer in attentions
             ]
@@ -125,7 +125,7 @@ def judge(
                 record |= {"target_attn": on_target[attn_layer]}
                 record |= {f"target_attn_l{i}": value for i, value in enumerate(on_target)}
             t, h, w = prompt.grid.tolist()
-            gaze, kept = torch.zeros(0, len(visual)), done < looks
+            gaze, kept = torch.zeros(0, len(visual)), done < looks and bool(example.media)
             if kept:
                 gaze = mass[attn_layer if has_targets else 0]
             said = [processor.tokenizer.decode([ids[i]]).strip() for i in tokens]
@@ -163,21 +163,21 @@ def evaluate(
     with gathered(model):
         looks = list(judge(model, processor, prompts, **options))
     records = gather([look.record for look in looks])
-    require(len(records) > 0, "--eval-data: none of its rows can be used")
+    require(len(records) > 0, "none of the rows to evaluate on can be used; see --check-data")
     return summarise(records), looks
 
 
-def answer_tokens(tokenizer: Any, ids: list[int], text: str) -> range:
-    """Indices of the response tokens that spell the first mention of the answer; empty if there is
-    no answer.
+def answer_tokens(tokenizer: Any, ids: list[int], text: str, first_mention: bool) -> range:
+    """Indices of the response tokens that spell the answer; empty if there is none.
 
-    A thinking response names its finding in the thought; the row that looks is the one that
-    predicts it there.
+    Its `first_mention` may be in the thought, which on the toy names its finding: the row that
+    looks is the one that predicts it there. A short answer to another question ("B") is in many
+    words, so there it is what stands inside the tags.
     """
     answer = extract_answer(text)
     if not answer:
         return range(0)
-    start = text.find(answer)
+    start = text.find(answer, 0 if first_mention else text.find("<answer>") + len("<answer>"))
 
     def reached(t: int) -> int:
         return len(tokenizer.decode(ids[: t + 1]))
@@ -236,7 +236,10 @@ def draw_looks(path: Path, rows: dict[str, list[Look]], count: int = 6) -> None:
     """Draw where the model looked when it answered: a row of held-out examples for each entry of
     `rows`, see `draw_gaze`."""
     pyplot = load_pyplot()
+    rows = {label: [x for x in looks if x.example.media] for label, looks in rows.items()}
     count = min([count, *map(len, rows.values())])
+    if count == 0:  # none of this rank's rows could be read
+        return
     size = (2.3 * count, 2.8 * len(rows))
     figure, axes = pyplot.subplots(len(rows), count, figsize=size, squeeze=False)
     for (label, looks), line in zip(rows.items(), axes, strict=True):
@@ -310,7 +313,9 @@ def load_pyplot() -> Any:
 
 # Fields that are None take their value from one of these: the toy's, or a real model's.
 TOY = {"examples": 512, "batch_size": 64, "workers": 0}
-REAL = {"think": True, "batch_size": 4, "workers": 4, "max_prompt_tokens": 32768}
+TOY |= {"max_pixels": (None,), "frame_pixels": (None,)}
+REAL = {"think": True, "batch_size": 16, "workers": 4, "max_prompt_tokens": 32768}
+REAL |= {"max_pixels": (256 * 28 * 28,), "frame_pixels": (256 * 28 * 28,)}
 NEW_TOKENS = {"toy": {False: 16, True: 64}, "real": {False: 768, True: 768}}  # direct, thinking
 
 
@@ -332,10 +337,12 @@ class Args:
     """Frames of each video, one setting each; unset: 16, on the toy those of its checkpoint."""
     fps: float | None = None
     """Frames a second of each video instead, with --frames as the most."""
-    max_pixels: tuple[int, ...] = (256 * 28 * 28,)
-    """Pixels of an image at most, one setting each; a visual token has 28 x 28."""
-    frame_pixels: tuple[int, ...] = (256 * 28 * 28,)
-    """Pixels of a frame at most, one setting each; two frames share their tokens."""
+    max_pixels: tuple[int, ...] | None = None
+    """Pixels of an image at most, one setting each; a visual token has 28 x 28. Real: 256
+    tokens."""
+    frame_pixels: tuple[int, ...] | None = None
+    """Pixels of a frame at most, one setting each; two frames share their tokens. Real: 256
+    tokens."""
     grid: tuple[int | None, ...] = (None,)
     """Toy: cells along each side of the pictures, one setting each; unset: the checkpoint's."""
     toy_order: Literal["question-first", "image-first"] | None = None
@@ -355,13 +362,15 @@ class Args:
     overlay: int = 0
     """Pictures to draw of where the model looked, one an example, for each setting."""
     batch_size: int | None = None
-    """Prompts decoded together. Toy: 64. Real: 4."""
+    """Prompts decoded together. Toy: 64. Real: 16."""
     workers: int | None = None
     """Processes that read and encode ahead. Toy: 0. Real: 4."""
 
     def __post_init__(self) -> None:
         for name in ("frames", "max_pixels", "frame_pixels", "grid"):
             values = getattr(self, name)
+            if values is None:
+                continue
             option = f"--{name.replace('_', '-')}"
             require(len(values) > 0, f"{option}: needs a value")
             require(all(v is None or v > 0 for v in values), f"{option} {values}: must be above 0")
@@ -398,7 +407,9 @@ def encode(
     return encode_prompt(processor, config, example, text, task.order == "question-first")
 
 
-Setting = tuple[int | None, int, int, int | None]  # frames, max_pixels, frame_pixels, grid
+Setting = tuple[
+    int | None, int | None, int | None, int | None
+]  # frames, max_pixels, frame_pixels, grid
 NAMES = ("frames", "max_pixels", "frame_pixels", "grid")
 
 
@@ -460,7 +471,7 @@ def prompts_of(
     frames = frames or (None if args.fps else 16)
     file = DataFile(args.data, args.media_root, frames, args.fps)
     rows = range(len(file))[: args.examples]
-    prompts = Prompts(file, turn, rows, None, args.max_prompt_tokens, keep_media=True)
+    prompts = Prompts(file, turn, rows, None, args.max_prompt_tokens, keep_media=2 * args.overlay)
     skipped = Skipped(args.max_skipped, len(file))
     names = [file.name(row) for row in rows]
     return names, lambda numbers: Reader(prompts, numbers, args.workers, skipped), skipped
@@ -521,17 +532,19 @@ def main(args: Args) -> dict[str, float]:
         require(not getattr(args, name), f"--{name.replace('_', '-')}: needs --data")
     of_toy = args.grid != (None,) or args.toy_order is not None
     require(not (args.data and of_toy), "--grid, --toy-order: not with --data")
+    bounded = args.max_pixels is not None or args.frame_pixels is not None
+    require(not (is_toy and bounded), "--max-pixels, --frame-pixels: not for the toy; use --grid")
     task = toy.Task.load(base) or toy.Task(order="image-first")
     task = replace(task, order=args.toy_order or task.order)
     args = fill_defaults(args, (TOY | {"think": task.think}) if is_toy else REAL)
     new_tokens = NEW_TOKENS["toy" if is_toy else "real"][args.think]
     args = fill_defaults(args, {"max_new_tokens": new_tokens})
     config, processor = load_processor(args.model)
+    require_layer("--attn-layer", args.attn_layer, config)
     sweep = list(product(args.frames, args.max_pixels, args.frame_pixels, args.grid))
     varied = [i for i, values in enumerate(zip(*sweep, strict=True)) if len(set(values)) > 1]
     opened = {s: prompts_of(args, s, processor, config, task, is_toy) for s in sweep}
     model = load_model(args.model, frozen=True)[0]
-    require_layer("--attn-layer", args.attn_layer, model)
     out = open_out(args)
     results = defaultdict(list)
     for record in read_predictions(out / "predictions.jsonl"):

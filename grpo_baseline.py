@@ -68,6 +68,7 @@ from runs import (
     require_not_negative,
     require_positive,
     run_script,
+    same_inputs,
     seed_everything,
     step_numbers,
     whole,
@@ -77,7 +78,8 @@ from runs import (
 
 # Fields that are None take their value from one of these: the toy's, or a real model's.
 TOY = {"steps": 160, "learning_rate": 6e-4, "num_iterations": 4, "think": False}
-REAL = {"steps": 800, "learning_rate": 1e-6, "num_iterations": 2, "think": True}
+RATE = {False: 1e-6, True: 2e-5}  # of a real model: its weights, or adapters, which need more
+REAL = {"steps": 800, "num_iterations": 2, "think": True}
 TOY |= {"prompts_per_step": 16, "micro_batch_size": 16}
 REAL |= {"prompts_per_step": 8, "micro_batch_size": 1}
 TOY |= {"eval_every": 20, "eval_examples": 512, "workers": 0, "save_every": 0}
@@ -149,7 +151,8 @@ class Args:
     eval_examples: int | None = None
     """Held-out examples of an evaluation. Toy: 512. Real: 128."""
     learning_rate: float | None = None
-    """AdamW's learning rate, constant. Real: 1e-6, as Video-R1 (a digest: 1e-5). Toy: 6e-4."""
+    """AdamW's learning rate, constant. Real: 1e-6, as Video-R1 (a digest: 1e-5), of adapters 2e-5
+    [ours]. Toy: 6e-4."""
     train_vision: bool = False
     """Train the vision encoder too; every pass then computes the features anew. Paper: frozen."""
     lora_rank: int | None = None
@@ -400,6 +403,7 @@ def main(args: Args) -> dict[str, float]:
     train, held_out, skipped = open_prompts(args, turn)
     needs_reference = args.beta > 0
     args = fit_memory(args, config, needs_reference)
+    args = fill_defaults(args, {"learning_rate": RATE[args.lora_rank > 0]})
     state = find_state(args)
     trained = (args.train_vision, args.lora_rank, args.gradient_checkpointing)
     model = load_model(base, *trained)[0]
@@ -413,7 +417,7 @@ def main(args: Args) -> dict[str, float]:
 
     size = args.micro_batch_size
     judge = partial(evaluate, processor=processor, prompts=held_out, think=args.think)
-    judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=4 * size)
+    judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=4 * args.prompts_per_step)
     judge = partial(judge, reward=args.reward)
     before, looks_before = judge(model)
     run = Run(args, skipped, state)
@@ -466,8 +470,7 @@ def main(args: Args) -> dict[str, float]:
     draw_looks(run.out / "attention.png", looks)
     names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
     draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
-    again = f" --model {args.model}" if args.model else ""
-    then = f"python ral_grpo.py{again}"
+    then = f"python ral_grpo.py {same_inputs(args)}"
     print_summary(run, before, after, args.steps, start, then)
     return metrics
 

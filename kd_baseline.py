@@ -75,6 +75,7 @@ from runs import (
     require_not_negative,
     require_positive,
     run_script,
+    same_inputs,
     seed_everything,
     step_numbers,
     whole,
@@ -84,10 +85,14 @@ from runs import (
 
 # Fields that are None take their value from one of these: the toy's, or a real model's.
 TOY = {"steps": 60, "learning_rate": 6e-4, "num_iterations": 1, "think": False}
-REAL = {"steps": 800, "learning_rate": 1e-6, "num_iterations": 1, "think": True}
+RATE = {False: 1e-6, True: 2e-5}  # of a real model: its weights, or adapters, which need more
+REAL = {"steps": 800, "num_iterations": 1, "think": True}
 TOY |= {"prompts_per_step": 16, "micro_batch_size": 16}
 REAL |= {"prompts_per_step": 8, "micro_batch_size": 1}
-TEACH = "train one: `python sft.py --toy-size large --stop-accuracy 0.99 --out runs/teacher`"
+TOY |= {"judge_teacher": True}
+REAL |= {"judge_teacher": False}
+TEACH = "train one: `python sft.py --toy-size large --stop-accuracy 0.99 --watch-above 0.8 --out"
+TEACH += " runs/teacher`"
 TOY |= {"eval_every": 10, "eval_examples": 512, "workers": 0, "save_every": 0}
 REAL |= {
     "eval_every": 100,
@@ -157,7 +162,8 @@ class Args:
     eval_examples: int | None = None
     """Held-out examples of an evaluation. Toy: 512. Real: 128."""
     learning_rate: float | None = None
-    """AdamW's learning rate, constant. Real: 1e-6, as Video-R1 (a digest: 1e-5). Toy: 6e-4."""
+    """AdamW's learning rate, constant. Real: 1e-6, as Video-R1 (a digest: 1e-5), of adapters 2e-5
+    [ours]. Toy: 6e-4."""
     train_vision: bool = False
     """Train the vision encoder too; every pass then computes the features anew. Paper: frozen."""
     lora_rank: int | None = None
@@ -191,6 +197,9 @@ class Args:
 
     teacher: str = "runs/teacher/checkpoint"
     """Checkpoint directory or hub name of the teacher, with the student's tokenizer."""
+    judge_teacher: bool | None = None
+    """Evaluate the teacher once, before training. Of several processes each then holds all of its
+    weights: 62 GB at 32B. Toy: yes. Real: no."""
     gkd_beta: float = 1.0
     """1: KL(student || teacher); 0: KL(teacher || student); between: generalised JSD. [ours]"""
     mu_gkd: float = 1.0
@@ -459,6 +468,7 @@ def main(args: Args) -> dict[str, float]:
     train, held_out, skipped = open_prompts(args, turn)
     needs_reference = args.beta > 0 and args.rl_coef > 0
     args = fit_memory(args, config, needs_reference, args.teacher)
+    args = fill_defaults(args, {"learning_rate": RATE[args.lora_rank > 0]})
     state = find_state(args)
     trained = (args.train_vision, args.lora_rank, args.gradient_checkpointing)
     model = load_model(base, *trained)[0]
@@ -476,13 +486,16 @@ def main(args: Args) -> dict[str, float]:
 
     size = args.micro_batch_size
     judge = partial(evaluate, processor=processor, prompts=held_out, think=args.think)
-    judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=4 * size)
+    judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=4 * args.prompts_per_step)
     judge = partial(judge, reward=args.reward)
     before, looks_before = judge(model)
-    taught, looks_taught = judge(teacher)
+    looks_taught = []
+    if args.judge_teacher:
+        taught, looks_taught = judge(teacher)
+        before = before | {"teacher/accuracy": taught["eval/accuracy"]}
     run = Run(args, skipped, state)
     if state is None:
-        run.log(0, before | {"teacher/accuracy": taught["eval/accuracy"]})
+        run.log(0, before)
     after, looks_after = before, looks_before
     run.restore(model, optimizer)
     first = 1 if state is None else state.step + 1
@@ -531,12 +544,12 @@ def main(args: Args) -> dict[str, float]:
     run.close()
     if rank() != 0:
         return metrics
-    looks = {"before": looks_before, "after": looks_after, "teacher": looks_taught}
+    looks = {"before": looks_before, "after": looks_after}
+    looks |= {"teacher": looks_taught} if looks_taught else {}
     draw_looks(run.out / "attention.png", looks)
     names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/gkd", "train/grad_norm")
     draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
-    again = f" --model {args.model}" if args.model else ""
-    then = f"python attn_distill.py --teacher {args.teacher}{again}"
+    then = f"python attn_distill.py --teacher {args.teacher} {same_inputs(args)}"
     print_summary(run, before, after, args.steps, start, then)
     return metrics
 

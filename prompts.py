@@ -181,10 +181,16 @@ class PromptBatch:
     pixels: list[Tensor] | None = None
 
     def __getitem__(self, rows: slice) -> "PromptBatch":
+        """Some of the prompts, padded no further than these need."""
+        mask, start = None, 0
+        if self.mask is not None:
+            mask = self.mask[rows]
+            start = int(mask.any(dim=0).int().argmax())
+            mask = None if bool(mask[:, start:].all()) else mask[:, start:]
         return PromptBatch(
-            self.ids[rows],
-            self.positions[:, rows],
-            None if self.mask is None else self.mask[rows],
+            self.ids[rows, start:],
+            self.positions[:, rows, start:],
+            mask,
             None if self.features is None else self.features[rows],
             self.grids[rows],
             self.is_video[rows],

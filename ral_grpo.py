@@ -83,6 +83,7 @@ from runs import (
     require_not_negative,
     require_positive,
     run_script,
+    same_inputs,
     seed_everything,
     step_numbers,
     whole,
@@ -92,7 +93,8 @@ from runs import (
 
 # Fields that are None take their value from one of these: the toy's, or a real model's.
 TOY = {"steps": 160, "learning_rate": 6e-4, "num_iterations": 4, "think": False}
-REAL = {"steps": 800, "learning_rate": 1e-6, "num_iterations": 2, "think": True}
+RATE = {False: 1e-6, True: 2e-5}  # of a real model: its weights, or adapters, which need more
+REAL = {"steps": 800, "num_iterations": 2, "think": True}
 TOY |= {"prompts_per_step": 16, "micro_batch_size": 16}
 REAL |= {"prompts_per_step": 8, "micro_batch_size": 1}
 TOY |= {"eval_every": 20, "eval_examples": 512, "workers": 0, "save_every": 0}
@@ -164,7 +166,8 @@ class Args:
     eval_examples: int | None = None
     """Held-out examples of an evaluation. Toy: 512. Real: 128."""
     learning_rate: float | None = None
-    """AdamW's learning rate, constant. Real: 1e-6, as Video-R1 (a digest: 1e-5). Toy: 6e-4."""
+    """AdamW's learning rate, constant. Real: 1e-6, as Video-R1 (a digest: 1e-5), of adapters 2e-5
+    [ours]. Toy: 6e-4."""
     train_vision: bool = False
     """Train the vision encoder too; every pass then computes the features anew. Paper: frozen."""
     lora_rank: int | None = None
@@ -490,6 +493,7 @@ def main(args: Args) -> dict[str, float]:
     check_files(args, is_toy)
     seed_everything(args.seed)
     config, processor = load_processor(base, args.max_pixels, args.frame_pixels)
+    require_layer("--attn-layer", args.attn_layer, config)  # RAL (eq. 2)
     turn = partial(encode, processor=processor, config=config, think=args.think)
     turn = partial(turn, task=task, is_toy=is_toy)
     if args.check_data:
@@ -498,10 +502,10 @@ def main(args: Args) -> dict[str, float]:
     train, held_out, skipped = open_prompts(args, turn)
     needs_reference = args.beta > 0 or args.attn_anchor == "reference"  # RAL (eq. 3)
     args = fit_memory(args, config, needs_reference)
+    args = fill_defaults(args, {"learning_rate": RATE[args.lora_rank > 0]})
     state = find_state(args)
     trained = (args.train_vision, args.lora_rank, args.gradient_checkpointing)
     model = load_model(base, *trained)[0]
-    require_layer("--attn-layer", args.attn_layer, model)  # RAL (eq. 2)
     reference = None
     if needs_reference:  # where adapters are trained, the model without them
         reference = model if args.lora_rank else load_model(base, frozen=True)[0]
@@ -512,7 +516,7 @@ def main(args: Args) -> dict[str, float]:
 
     size = args.micro_batch_size
     judge = partial(evaluate, processor=processor, prompts=held_out, think=args.think)
-    judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=4 * size)
+    judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=4 * args.prompts_per_step)
     judge = partial(judge, reward=args.reward)
     judge = partial(judge, attn_layer=args.attn_layer)  # RAL (eq. 2)
     before, looks_before = judge(model)
@@ -569,8 +573,7 @@ def main(args: Args) -> dict[str, float]:
     names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
     names += ("train/attn_jsd",)  # RAL
     draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
-    again = f" --model {args.model}" if args.model else ""
-    then = f"python grpo_baseline.py{again}"
+    then = f"python grpo_baseline.py {same_inputs(args)}"
     print_summary(run, before, after, args.steps, start, then)
     return metrics
 

@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
@@ -143,7 +144,9 @@ def start_ranks() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # While rank 0 writes a state of 85 GB (7B, all weights), the others wait.
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
 
 
 def leave_ranks() -> None:
@@ -307,7 +310,7 @@ class Run:
             for later in good_states(self.out):
                 if int(later.name.removeprefix("step-")) > state.step:
                     shutil.rmtree(later)
-        for left in self.out.glob("checkpoint.*"):  # by a process that was killed
+        for left in self.out.glob(".checkpoint-*"):  # by a process that was killed
             shutil.rmtree(left)
         (self.out / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -376,7 +379,7 @@ class Run:
         self.files[name].flush()
 
     def require_finite(self, step: int, metrics: dict[str, float], prompts: Sequence[Any]) -> None:
-        """Stop where the gradient was not finite; `update` has then left the weights alone."""
+        """Stop where the gradient was not finite; `update` took no step with that one."""
         if not math.isfinite(metrics["train/grad_norm"]):
             rows = ", ".join(prompt.example.name or "of the toy" for prompt in prompts[:8])
             saved = good_states(self.out)
@@ -407,7 +410,7 @@ class Run:
         if rank() != 0:
             save(None)
             return final
-        aside = Path(tempfile.mkdtemp(prefix="checkpoint.", dir=self.out))
+        aside = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=self.out))
         save(aside)
         aside.chmod(0o755)
         if final.exists():
@@ -442,6 +445,7 @@ class Run:
                     "read": self.skipped.read * world(),
                 }
                 state |= {"prompts": self.args.prompts_per_step * world(), "note": note or {}}
+                state |= {"data_bytes": data_bytes(self.args)}
                 write_state(self.out, state, tensors, self.args)
         if stop and rank() == 0:
             several = f"torchrun --shutdown-timeout 1800 --nproc_per_node={world()}"
@@ -467,7 +471,7 @@ class Run:
 # Arguments that do not change what is computed.
 FREE = ("out", "overwrite", "track", "workers", "save_every", "keep", "resume", "check_data")
 FREE += ("allow_changed_args", "eval_every", "micro_batch_size", "prompts_per_step")
-FREE += ("gradient_checkpointing", "steps")
+FREE += ("max_skipped", "gradient_checkpointing", "steps")
 
 
 @dataclass
@@ -498,12 +502,8 @@ def readable(named: str, path: Path) -> Iterator[None]:
         raise UsageError(f"{named}: {path} is not readable ({reason}); {remedy}") from None
 
 
-def find_state(args: Any) -> State | None:
-    """The state that `--resume` names, or with `auto` the newest good one of the run, if any.
-
-    Raises:
-        UsageError: there is none there, or it was made with arguments that compute something else.
-    """
+def read_state(args: Any) -> dict[str, Any] | None:
+    """What `state.json` says of the state that `--resume` names, and its path."""
     if args.resume is None:
         return None
     saved = good_states(Path(args.out))
@@ -515,7 +515,18 @@ def find_state(args: Any) -> State | None:
     choices = f"is no state of --out {args.out}; give one of its state/step-*, or auto"
     require(known, f"{named}: {choices}")
     with readable(named, path):
-        state = json.loads((path / "state.json").read_text())
+        return json.loads((path / "state.json").read_text()) | {"path": path}
+
+
+def find_state(args: Any) -> State | None:
+    """The state that `--resume` names, or with `auto` the newest good one of the run, if any.
+
+    Raises:
+        UsageError: there is none there, or it was made with arguments that compute something else.
+    """
+    state, named = read_state(args), f"--resume {args.resume}"
+    if state is None:
+        return None
     before, now = state["args"], json.loads(json.dumps(asdict(args)))
     differ = [f"{k} {before.get(k)} -> {now[k]}" for k in now if now[k] != before.get(k)]
     free = FREE if getattr(args, "schedule", "constant") == "constant" else FREE[:-1]
@@ -523,13 +534,20 @@ def find_state(args: Any) -> State | None:
     if state["prompts"] != args.prompts_per_step * world():
         prompts = f"{state['prompts']} -> {args.prompts_per_step * world()}"
         differ.append(f"prompts_per_step times processes {prompts}")
+    sizes = zip(("data", "eval_data"), state["data_bytes"], data_bytes(args), strict=True)
+    differ += [f"bytes of {name} {old} -> {new}" for name, old, new in sizes if old != new]
     remedy = "give them as they were, or --allow-changed-args"
     same = args.allow_changed_args or not differ
     require(same, f"{named}: was made with other arguments ({'; '.join(differ)}); {remedy}")
     stopped = state["done"] and not differ and before["steps"] == args.steps  # SFT, by accuracy
     over = stopped or state["step"] >= args.steps
     require(not over, f"{named}: the run is at step {state['step']}, its end")
-    return State(path, state["step"], state["lengths"], state["read"], state["note"])
+    return State(state["path"], state["step"], state["lengths"], state["read"], state["note"])
+
+
+def data_bytes(args: Any) -> list[int | None]:
+    """Sizes of the data files: rows are drawn, and kept out of training, by their number."""
+    return [Path(path).stat().st_size if path else None for path in (args.data, args.eval_data)]
 
 
 def state_tensors(model: Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
@@ -616,6 +634,16 @@ def load_state(path: Path, model: Module, optimizer: Optimizer) -> None:
     kind, keys, *rest = random_numbers["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(random_numbers["torch"])
+
+
+def same_inputs(args: Any) -> str:
+    """The model and data of a run as words of a command line."""
+    words = []
+    for name in ("model", "data", "eval_data", "media_root", "frames", "fps"):
+        if value := getattr(args, name):
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return shlex.join(words)
 
 
 def print_summary(run: Run, before: dict, after: dict, steps: int, start: float, then: str) -> None:

@@ -67,7 +67,8 @@ from runs import (
 TOY = {"steps": 2000, "stop_accuracy": 0.42, "train_vision": True, "schedule": "constant"}
 REAL = {"stop_accuracy": 2.0, "train_vision": False, "think": True, "schedule": "cosine"}
 TOY |= {"prompts_per_step": 32, "micro_batch_size": 32}
-REAL |= {"learning_rate": 1e-5, "prompts_per_step": 8, "micro_batch_size": 1}
+REAL |= {"prompts_per_step": 8, "micro_batch_size": 1}
+RATE = {False: 1e-5, True: 1e-4}  # of a real model: its weights, or adapters, which need more
 TOY_RATE = {"small": 1.5e-3, "large": 1e-3}  # learning rate by toy_size
 TOY |= {"eval_every": 100, "eval_examples": 512, "workers": 0, "save_every": 0}
 REAL |= {
@@ -137,7 +138,8 @@ class Args:
     eval_examples: int | None = None
     """Held-out examples of an evaluation. Toy: 512. Real: 128."""
     learning_rate: float | None = None
-    """AdamW's learning rate after the warm-up. Video-R1: 1e-5. Toy: 1.5e-3, large 1e-3."""
+    """AdamW's learning rate after the warm-up. Video-R1: 1e-5; of adapters 1e-4 [ours]. Toy:
+    1.5e-3, large 1e-3."""
     lora_rank: int | None = None
     """Rank of adapters that are trained instead of the weights; 0: train the weights. Unset: 0, or
     64 where that does not fit into memory."""
@@ -181,6 +183,8 @@ class Args:
         require_not_negative(self, "save_every", "lora_rank")
         require_not_negative(self, "max_skipped", "seed")
         require(self.grid is None or self.grid >= 3, f"--grid {self.grid}: needs 3 or more")
+        known = self.model is None or self.toy_size == "small"
+        require(known, f"--toy-size {self.toy_size}: of a new toy; leave it out with --model")
 
 
 # 2. Prompt and reward
@@ -320,6 +324,7 @@ def main(args: Args) -> dict[str, float]:
         if args.steps is None:  # an epoch is the unit of real data
             args.steps = math.ceil(args.epochs * train.epoch / (args.prompts_per_step * world()))
         args = fit_memory(args, config, False)
+        args = fill_defaults(args, {"learning_rate": RATE[args.lora_rank > 0]})
         state = find_state(args)
         trained = (args.train_vision, args.lora_rank, args.gradient_checkpointing)
         model = load_model(base, *trained)[0]
@@ -331,7 +336,7 @@ def main(args: Args) -> dict[str, float]:
     )
 
     judge = partial(evaluate, processor=processor, prompts=held_out, think=args.think)
-    judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=2 * args.micro_batch_size)
+    judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=2 * args.prompts_per_step)
     before, looks_before = judge(model)
     done = before["eval/accuracy"] >= args.stop_accuracy
     reached = f"{args.model} is at {before['eval/accuracy']:.3f} already; ask for more"

@@ -16,8 +16,9 @@ seeds that are not used again, so that it ends near 0.7, where a better method h
 images at 5e-5 0.65 and 0.67 (seeds 101, 102), at 1e-4 0.77 and 0.75; image first at 1e-5 0.43 and
 0.72, at 2e-5 0.46 and 0.86, at 4e-5 0.61 and 1.00; videos at 5e-5 0.62 and 0.60, at 1e-4 0.73 (seed
 101); three shapes at 7e-5 0.85, at 2e-4 0.86 (seed 101); thinking at 1.5e-5 0.66 and 0.62, at 3e-5
-0.70 and 0.66 (seeds 101, 102). Where answers can be guessed GRPO ends near chance; there it is 5e-6,
-at which it was on its way there (0.37 from 0.48; at 1e-5 0.14; seed 101). Sizes take that of images.
+0.70 and 0.66 (seeds 101, 102). Where answers can be guessed GRPO ends near chance; the rate is 5e-6
+there, at which it was still on its way (0.37 from 0.48; at 1e-5 0.14; seed 101). Larger pictures
+and longer videos take the rate of images.
 """
 
 import json
@@ -258,7 +259,7 @@ def main(args: Args) -> None:
         args.seeds = args.seeds[:1]
         args.results = args.results.with_name("reproduce-quick.jsonl")
     args.results.parent.mkdir(exist_ok=True)
-    done = {}
+    done, made_by = {}, commit()
     if args.results.exists():
         rows = map(json.loads, args.results.read_text().splitlines())
         done = {(row["task"], row["cell"], row["seed"]): row for row in rows}
@@ -268,7 +269,7 @@ def main(args: Args) -> None:
         if task == "distillation":
             examples = 64 if args.quick else TASKS[task].examples
             row |= {"attn_jsd_to_teacher": to_teacher(out / "checkpoint", examples)}
-        row |= {"seconds": round(seconds), "commit": commit()}
+        row |= {"seconds": round(seconds), "commit": made_by}
         done[task, cell, seed] = row
         with args.results.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -282,6 +283,8 @@ def main(args: Args) -> None:
             fields |= {"eval_examples": 64} | ({"steps": 10} if script is not sft else {})
         with TASKS[task].probe(), probe():
             script.main(script.Args(**fields))
+        if not (Path(out) / "checkpoint").is_dir():  # a signal ended it: half a run is no cell
+            raise SystemExit("stopped; the same command goes on, from this cell")
         return time.time() - start
 
     def cold_start(task: str, seed: int) -> Path:

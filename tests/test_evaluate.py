@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import common
 import evaluate
 import runs
 from prompts import Example
@@ -60,6 +61,32 @@ def test_another_model_at_the_same_place_is_not_taken_for_the_old_one(cold_start
         with pytest.raises(runs.UsageError, match="holds a training run"):
             evaluate.main(replace(args, out=str(out), overwrite=True))
     assert (model / "model.safetensors").exists()
+
+
+def test_the_tokens_of_an_answer_are_those_in_its_tags(cold_start):
+    """A short answer is in many words of a thought; the toy's thought names its finding."""
+    tokenizer = common.load_processor(cold_start)[1].tokenizer
+    text = "<think> star red </think> <answer> red </answer>"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    at = [i for i, x in enumerate(ids) if x == tokenizer.convert_tokens_to_ids("red")]
+    text = tokenizer.decode(ids)
+    for first_mention, expected in ((True, at[0]), (False, at[1])):
+        tokens = evaluate.answer_tokens(tokenizer, ids, text, first_mention)
+        assert list(tokens) == [expected]
+
+
+def test_the_toys_pictures_are_not_resized(cold_start, tmp_path):
+    args = evaluate.Args(model=str(cold_start), out=str(tmp_path / "out"), max_pixels=(6272,))
+    with pytest.raises(runs.UsageError, match=r"--max-pixels.*not for the toy"):
+        evaluate.main(args)
+    grid = evaluate.Args(model=str(cold_start), out=str(tmp_path / "out"), grid=(17,), examples=2)
+    evaluate.main(grid)
+    assert len(predictions(tmp_path / "out")) == 2
+
+
+def test_a_rank_whose_rows_are_all_bad_draws_nothing(tmp_path):
+    evaluate.draw_looks(tmp_path / "a.png", {"before": [], "after": []})
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_dollars_are_no_formula(cold_start, tmp_path):

@@ -269,12 +269,21 @@ def test_adapters_and_a_trained_vision_encoder_do_not_go_together(real, tmp_path
         run(ral_grpo, real, tmp_path / "run", train_vision=True, lora_rank=4)
 
 
+@pytest.mark.parametrize(("lora_rank", "rate"), [(0, 1e-6), (4, 2e-5)])
+def test_adapters_learn_at_a_rate_of_their_own(real, tmp_path, lora_rank, rate):
+    out, fields = tmp_path / "run", {"lora_rank": lora_rank, "learning_rate": None, "steps": 1}
+    run(kd_baseline, real, out, **fields)
+    assert json.loads((out / "args.json").read_text())["learning_rate"] == rate
+    run(kd_baseline, real, out, **fields, overwrite=True, judge_teacher=True)
+    assert "teacher/accuracy" in (out / "metrics.jsonl").read_text()
+
+
 @pytest.mark.parametrize(
     ("gb", "lora_rank", "beta", "outcome"),
     [
         (1000, None, 0.04, 0),
         (80, None, 0.04, 64),  # the plain command on one card
-        (80, 0, 0.0, "about 123 GB a process .*; --lora-rank 64 or 2 processes would"),
+        (80, 0, 0.0, "about 124 GB a process .*; --lora-rank 64 or 2 processes would"),
         (8, None, 0.04, "GB a process are needed, there are 8; .* or .* would make it fit"),
     ],
 )

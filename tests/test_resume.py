@@ -74,7 +74,7 @@ def assert_same(out: Path, other: Path) -> None:
     (lines, drawn, weights), (others, also_drawn, same_weights) = outcome(out), outcome(other)
     assert lines == others and drawn == also_drawn and same(weights, same_weights)
     assert len(lines[0]) == FIELDS["steps"] + 1
-    assert not list(out.glob("checkpoint.*")) and not list(out.glob("state/*.part"))
+    assert not list(out.glob(".checkpoint-*")) and not list(out.glob("state/*.part"))
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +278,34 @@ def test_changed_arguments_are_refused(cold_start, teacher, tmp_path):
     assert metrics["train/grad_norm"] > 0
     with pytest.raises(runs.UsageError, match="is no state of --out"):
         ral_grpo.main(ral_grpo.Args(**fields | {"resume": str(cold_start)}))
+
+
+def test_a_changed_data_file_is_refused_and_a_weaker_limit_is_not(real, tmp_path):
+    """Rows are drawn and kept out of training by their number, so another file is another run."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes((real / "rows.jsonl").read_bytes())
+    fields = {"model": str(real / "qwen2_vl"), "data": str(rows), "out": str(tmp_path / "run")}
+    fields |= {"media_root": (str(real / "media"),), "max_new_tokens": 4, "frames": 4, "workers": 0}
+    fields |= SMALL | FIELDS
+    ral_grpo.main(ral_grpo.Args(**fields | {"steps": 2, "max_skipped": 0.3}))
+    best = tmp_path / "run" / "checkpoint.best"  # of the user's own
+    best.mkdir()
+    content = rows.read_bytes()
+    rows.write_bytes(content + content.splitlines(keepends=True)[0])
+    with pytest.raises(runs.UsageError, match=r"bytes of data \d+ -> \d+"):
+        ral_grpo.main(ral_grpo.Args(**fields, max_skipped=0.3, resume="auto"))
+    rows.write_bytes(content)
+    ral_grpo.main(ral_grpo.Args(**fields, max_skipped=0.4, resume="auto"))
+    assert best.is_dir()
+
+
+def test_what_a_run_trains_does_not_change_when_it_goes_on(cold_start, teacher, tmp_path):
+    """Adapters that were chosen because of the memory stay, where there is more of it later."""
+    fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"))
+    ral_grpo.main(ral_grpo.Args(**fields | {"steps": 2, "lora_rank": 4}))
+    ral_grpo.main(ral_grpo.Args(**fields, resume="auto"))
+    args = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert args["lora_rank"] == 4
 
 
 def test_what_is_not_finite_stops_the_run(cold_start, teacher, tmp_path, monkeypatch):

@@ -1,5 +1,8 @@
 """Grouped, cached, left-padded decoding samples from the very policy that the losses score."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from conftest import make_prompts
@@ -110,6 +113,42 @@ def test_a_response_ends_with_its_first_eos(loaded):
     ):
         ends = torch.isin(ids[mask], eos)
         assert not ends[:-1].any() and bool(ends[-1]) != bool(cut)
+
+
+def test_a_turn_ends_as_the_tokenizer_or_the_model_says(checkpoints, tmp_path):
+    """Base models are known whose two ends differ; SFT teaches the tokenizer's."""
+    path = tmp_path / "model"
+    shutil.copytree(checkpoints["qwen2_vl"], path)
+    file = path / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 17}))
+    model, processor = common.load_model(path)
+    assert model.generation_config.eos_token_id == sorted([17, processor.tokenizer.eos_token_id])
+
+
+def test_a_part_is_padded_no_further_than_it_needs(loaded):
+    """And its scores are those of the whole."""
+    model, processor = loaded
+    batch = collate(model, make_prompts(model, processor, ("video", "image")), 0)
+    noise = common.sampling_noise(0, range(2), 4, 12)
+    rollout = common.generate_group(model, batch, 4, 12, noise, temperature=3.0)
+    lengths = torch.tensor([[2, 3, 1, 2], [5, 4, 2, 3]], device=model.device)
+    longest = rollout.completion_ids.shape[-1]
+    assert longest > 3
+    rollout.completion_mask = torch.arange(longest) < lengths[..., None]
+    scores = common.score(model, rollout, attn_layers=[-1])
+    length = rollout.prompts.mask.sum(1)
+    assert length[0] != length[1]
+    for row, wide in ((0, 3), (1, 5)):
+        part = rollout[row : row + 1]
+        assert part.prompts.ids.shape == (1, length[row]) and part.prompts.mask is None
+        assert part.completion_ids.shape[-1] == wide
+        alone = common.score(model, part, attn_layers=[-1])
+        torch.testing.assert_close(alone.logps[0], scores.logps[row, :, :wide])
+        policy = scores.attentions[0][row, :, :wide]
+        p = batch.ids.shape[1]
+        same = torch.cat([policy[..., p - length[row] : p], policy[..., p : p + wide]], dim=-1)
+        seen = part.completion_mask[0]
+        torch.testing.assert_close(alone.attentions[0][0][seen], same[seen])
 
 
 def test_a_text_ends_before_its_eos_and_hides_nothing(loaded):

@@ -524,7 +524,8 @@ def decode_attention(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, layout: Layout, layer: int
 ) -> Tensor:
     """One new token a response over the prompt's keys and its own so far; (B * G, 1, H, D). Appends
-    to the cache."""
+    to the cache. In bfloat16 scores are rounded before the softmax, as in eager attention; packed
+    passes have them in float32, and what is sampled differs by that from what is scored."""
     cache = layout.cache
     n, h, _, d = query.shape
     (prompt_key, prompt_value), (own_key, own_value) = cache.prompt[layer], cache.own[layer]

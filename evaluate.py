@@ -47,6 +47,7 @@ from runs import (
     Skipped,
     fill_defaults,
     gather,
+    rank,
     require,
     require_not_negative,
     require_positive,
@@ -160,8 +161,10 @@ def evaluate(
     that predicts the first token of the answer where the response first names it, counted as 0 for
     a response without an answer; `eval/target_attn_l<i>` is the same for every layer.
     """
+    # Of a real model it takes minutes, and the first one comes before anything else is printed.
+    bar = tqdm(prompts, desc="evaluate", delay=10, leave=False, disable=rank() != 0)
     with gathered(model):
-        looks = list(judge(model, processor, prompts, **options))
+        looks = list(judge(model, processor, bar, **options))
     records = gather([look.record for look in looks])
     require(len(records) > 0, "none of the rows to evaluate on can be used; see --check-data")
     return summarise(records), looks

@@ -280,7 +280,7 @@ def main(args: Args) -> None:
         start, fields = time.time(), {"seed": seed, "out": str(out)} | fields
         fields |= {"eval_examples": TASKS[task].examples}
         if args.quick:
-            fields |= {"eval_examples": 64} | ({"steps": 10} if script is not sft else {})
+            fields |= {"eval_examples": 64, "steps": 10 if "model" in fields else 150}
         with TASKS[task].probe(), probe():
             script.main(script.Args(**fields))
         if not (Path(out) / "checkpoint").is_dir():  # a signal ended it: half a run is no cell

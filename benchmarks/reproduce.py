@@ -66,7 +66,6 @@ REVERSED = attention_advantages(lambda advantages: -advantages)
 STEPS = 60  # of every reinforcement-learning cell
 SFT_STEPS = 240  # as many optimiser steps: 60 x 4 inner iterations; SFT has no rollouts to pay for
 
-TEACHER = ROOT / "runs" / "teacher"
 GRPO, RAL = (grpo_baseline, {}), (ral_grpo, {})
 
 
@@ -114,7 +113,7 @@ def grpo(**fields) -> tuple:
     return grpo_baseline, fields
 
 
-DISTILL = {"teacher": str(TEACHER / "checkpoint"), "prompts_per_step": 8, "micro_batch_size": 8}
+DISTILL = {"prompts_per_step": 8, "micro_batch_size": 8}
 
 # Claim: task -> cells, the first of which is the baseline of the differences.
 CLAIMS = {
@@ -231,11 +230,11 @@ def judged(out: Path) -> dict[str, float]:
 
 
 @torch.no_grad()
-def to_teacher(path: Path, examples: int) -> float:
+def to_teacher(path: Path, teacher_path: Path, examples: int) -> float:
     """Mean divergence (JSD in nats a token, last layer) of a checkpoint's attention to the
     teacher's, on its own greedy responses."""
     model, processor = common.load_model(str(path))
-    teacher = common.load_teacher(DISTILL["teacher"], model, processor)
+    teacher = common.load_teacher(str(teacher_path), model, processor)
     prompts = [
         encode_prompt(processor, model.config, example, question_first=True)
         for example in toy.held_out_examples(toy.Task.load(path), examples)
@@ -259,7 +258,8 @@ def main(args: Args) -> None:
         args.seeds = args.seeds[:1]
         args.results = args.results.with_name("reproduce-quick.jsonl")
     args.results.parent.mkdir(exist_ok=True)
-    done, made_by = {}, commit()
+    folder = ROOT / "runs" / f"cold-starts{'-quick' if args.quick else ''}"
+    teacher, done, made_by = folder / "teacher", {}, commit()
     if args.results.exists():
         rows = map(json.loads, args.results.read_text().splitlines())
         done = {(row["task"], row["cell"], row["seed"]): row for row in rows}
@@ -268,7 +268,8 @@ def main(args: Args) -> None:
         row = {"task": task, "cell": cell, "seed": seed} | judged(out)
         if task == "distillation":
             examples = 64 if args.quick else TASKS[task].examples
-            row |= {"attn_jsd_to_teacher": to_teacher(out / "checkpoint", examples)}
+            jsd = to_teacher(out / "checkpoint", teacher / "checkpoint", examples)
+            row |= {"attn_jsd_to_teacher": jsd}
         row |= {"seconds": round(seconds), "commit": made_by}
         done[task, cell, seed] = row
         with args.results.open("a") as file:
@@ -290,7 +291,6 @@ def main(args: Args) -> None:
     def cold_start(task: str, seed: int) -> Path:
         """The directory of the SFT run that all cells of a task and seed start from."""
         setting, name = TASKS[task].setting, task if TASKS[task].setting else "images"
-        folder = ROOT / "runs" / f"cold-starts{'-quick' if args.quick else ''}"
         out, seconds = folder / f"{name}-{seed}".replace(",", "").replace(" ", "-"), 0.0
         if not (out / "checkpoint").is_dir():
             fields = setting | {"overwrite": True}
@@ -302,12 +302,12 @@ def main(args: Args) -> None:
             record(task, "cold start", seed, out, seconds)
         return out
 
-    def teacher() -> None:
-        if not (TEACHER / "checkpoint").is_dir():
+    def make_teacher() -> None:
+        if not (teacher / "checkpoint").is_dir():
             fields = {"toy_size": "large", "stop_accuracy": 0.99, "watch_above": 0.8}
-            train("distillation", 1, TEACHER, sft, fields | {"overwrite": True})
+            train("distillation", 1, teacher, sft, fields | {"overwrite": True})
         if ("distillation", "teacher", 1) not in done:
-            record("distillation", "teacher", 1, TEACHER, 0.0)
+            record("distillation", "teacher", 1, teacher, 0.0)
 
     for claim in args.claims:
         for task, cells in CLAIMS[claim].items():
@@ -316,11 +316,13 @@ def main(args: Args) -> None:
             for seed in args.seeds if task in args.tasks else []:
                 missing = [cell for cell in cells if (task, cell, seed) not in done]
                 if missing and task == "distillation":
-                    teacher()
+                    make_teacher()
                 for cell in missing:
                     script, fields, *probe = cells[cell]
                     fields = ({} if script is sft else budget) | fields
                     fields = {"model": str(cold_start(task, seed) / "checkpoint")} | fields
+                    if task == "distillation":
+                        fields |= {"teacher": str(teacher / "checkpoint")}
                     with tempfile.TemporaryDirectory() as directory:
                         out = Path(directory) / "run"
                         seconds = train(task, seed, out, script, fields, *probe)

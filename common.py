@@ -51,7 +51,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 from prompts import Example, Processor, PromptBatch, encoder_outputs
-from runs import UsageError, read_state, require, whole, world
+from runs import UsageError, read_state, require, say, whole, world
 
 transformers_logging.disable_progress_bar()
 
@@ -336,7 +336,7 @@ def fit_memory(args: Any, config: Any, reference: bool, teacher: str | None = No
         if need(lora_rank) < 0.95 * have:
             if lora_rank != choices[0]:
                 why = f"all weights need about {need(0):.0f} GB a process, there are {have:.0f}"
-                print(f"{why}: training adapters, --lora-rank {lora_rank}")
+                say(f"{why}: training adapters, --lora-rank {lora_rank}")
             return replace(args, lora_rank=lora_rank)
     asked = choices[-1]
     remedies = {} if asked or args.train_vision else {"--lora-rank 64": need(64)}

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from common import accuracy, extract_answer
 from prompts import Example, Prompt
-from runs import Skipped, UsageError, rank, require, require_not_negative, world
+from runs import Skipped, UsageError, rank, require, require_not_negative, say, world
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no format that runs a program
@@ -437,7 +437,7 @@ def check_files(args: Any, is_toy: bool) -> None:
             given = bool(getattr(args, name))
             require(not given, f"--{name.replace('_', '-')}: needs --data")
         if not is_toy:
-            print("no --data: the built-in task, a smoke run of the model")
+            say("no --data: the built-in task, a smoke run of the model")
         return
     learned = "the toy knows only the words of its task"
     require(not is_toy, f"--data {args.data}: {learned}; give --model a real checkpoint")

@@ -317,7 +317,7 @@ def load_pyplot() -> Any:
 # Fields that are None take their value from one of these: the toy's, or a real model's.
 TOY = {"examples": 512, "batch_size": 64, "workers": 0}
 TOY |= {"max_pixels": (None,), "frame_pixels": (None,)}
-REAL = {"think": True, "batch_size": 16, "workers": 4, "max_prompt_tokens": 32768}
+REAL = {"batch_size": 16, "workers": 4, "max_prompt_tokens": 32768}
 REAL |= {"max_pixels": (256 * 28 * 28,), "frame_pixels": (256 * 28 * 28,)}
 NEW_TOKENS = {"toy": {False: 16, True: 64}, "real": {False: 768, True: 768}}  # direct, thinking
 
@@ -335,7 +335,8 @@ class Args:
     overwrite: bool = False
     """Begin again, and replace what is at OUT."""
     think: bool | None = None
-    """`--think`: a thought, then the answer; `--no-think`: the answer alone. Toy: as trained."""
+    """`--think`: a thought, then the answer; `--no-think`: the answer alone. Unset: as the run that
+    left the model, or with a thought."""
     frames: tuple[int | None, ...] = (None,)
     """Frames of each video, one setting each; unset: 16, on the toy those of its checkpoint."""
     fps: float | None = None
@@ -414,6 +415,12 @@ Setting = tuple[
     int | None, int | None, int | None, int | None
 ]  # frames, max_pixels, frame_pixels, grid
 NAMES = ("frames", "max_pixels", "frame_pixels", "grid")
+
+
+def asks_to_think(model: Path) -> bool:
+    """What the run that left this checkpoint asked for; True where none did."""
+    file = model.parent / "args.json"
+    return json.loads(file.read_text()).get("think", True) if file.is_file() else True
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
@@ -539,7 +546,8 @@ def main(args: Args) -> dict[str, float]:
     require(not (is_toy and bounded), "--max-pixels, --frame-pixels: not for the toy; use --grid")
     task = toy.Task.load(base) or toy.Task(order="image-first")
     task = replace(task, order=args.toy_order or task.order)
-    args = fill_defaults(args, (TOY | {"think": task.think}) if is_toy else REAL)
+    args = fill_defaults(args, {"think": task.think if is_toy else asks_to_think(base)})
+    args = fill_defaults(args, TOY if is_toy else REAL)
     new_tokens = NEW_TOKENS["toy" if is_toy else "real"][args.think]
     args = fill_defaults(args, {"max_new_tokens": new_tokens})
     config, processor = load_processor(args.model)

@@ -169,6 +169,12 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def say(text: str) -> None:
+    """Print it, once."""
+    if rank() == 0:
+        print(text)
+
+
 def gather(items: list) -> list:
     """The lists of all ranks as one, in the order of the ranks."""
     if world() == 1:

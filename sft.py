@@ -55,6 +55,7 @@ from runs import (
     require_not_negative,
     require_positive,
     run_script,
+    say,
     seed_everything,
     step_numbers,
     whole,
@@ -381,7 +382,7 @@ def main(args: Args) -> dict[str, float]:
             return metrics
     bar.close()
     if is_toy and not done:
-        print(f"did not reach --stop-accuracy {args.stop_accuracy}; try more --steps or a --seed")
+        say(f"did not reach --stop-accuracy {args.stop_accuracy}; try more --steps or a --seed")
     run.save_checkpoint(partial(save_model, model=model, processor=processor))
     run.save_state(step, model, optimizer, {"growing": growing}, done=True)
     run.close()

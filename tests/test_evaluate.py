@@ -84,6 +84,13 @@ def test_the_toys_pictures_are_not_resized(cold_start, tmp_path):
     assert len(predictions(tmp_path / "out")) == 2
 
 
+def test_a_model_is_asked_as_it_was_trained(tmp_path):
+    for think in (True, False):
+        (tmp_path / "args.json").write_text(json.dumps({"think": think}))
+        assert evaluate.asks_to_think(tmp_path / "checkpoint") is think
+    assert evaluate.asks_to_think(tmp_path / "elsewhere" / "checkpoint") is True
+
+
 def test_a_rank_whose_rows_are_all_bad_draws_nothing(tmp_path):
     evaluate.draw_looks(tmp_path / "a.png", {"before": [], "after": []})
     assert not (tmp_path / "a.png").exists()

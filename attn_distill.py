@@ -204,8 +204,8 @@ class Args:
     teacher: str = "runs/teacher/checkpoint"
     """Checkpoint directory or hub name of the teacher, with the student's tokenizer."""
     judge_teacher: bool | None = None
-    """Evaluate the teacher once, before training. Of several processes each then holds all of its
-    weights: 62 GB at 32B. Toy: yes. Real: no."""
+    """`--judge-teacher`: evaluate the teacher once, before training. Of several processes each then
+    holds all of its weights: 62 GB at 32B. Toy: yes. Real: no."""
     gkd_beta: float = 1.0
     """1: KL(student || teacher); 0: KL(teacher || student); between: generalised JSD. [ours]"""
     mu_gkd: float = 1.0
@@ -545,7 +545,7 @@ def main(args: Args) -> dict[str, float]:
 
     size = args.micro_batch_size
     judge = partial(evaluate, processor=processor, prompts=held_out, think=args.think)
-    judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=4 * args.prompts_per_step)
+    judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=2 * args.prompts_per_step)
     judge = partial(judge, reward=args.reward)
     before, looks_before = judge(model, attn_layer=args.attn_layer)  # Attention (eq. 9)
     looks_taught = []
@@ -609,7 +609,7 @@ def main(args: Args) -> dict[str, float]:
     names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/gkd", "train/grad_norm")
     names += ("train/attn_distill",)  # Attention
     draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
-    then = f"python kd_baseline.py --teacher {args.teacher} {same_inputs(args)}"
+    then = f"python kd_baseline.py{same_inputs(args)}"
     print_summary(run, before, after, args.steps, start, then)
     return metrics
 

@@ -145,7 +145,8 @@ def load_model(
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     ends = sorted((ends | {processor.tokenizer.eos_token_id}) - {None})
-    require(bool(ends), f"{field} {path}: names no end-of-turn token; add eos_token_id to it")
+    remedy = "add eos_token_id to its generation config"
+    require(bool(ends), f"{field} {path}: names no end-of-turn token; {remedy}")
     model.generation_config.eos_token_id = ends
     model.requires_grad_(not frozen and not lora_rank)
     model.model.visual.requires_grad_(train_vision and not frozen)
@@ -282,8 +283,9 @@ def memory_gb(
     update = args.micro_batch_size * (prompt + responses) * kept
     update += 2 * args.micro_batch_size * responses * text.vocab_size  # logits, their gradient
     cache = 2 * layers * text.num_key_value_heads / text.num_attention_heads * text.hidden_size
-    evaluated = 4 * (prompt + args.max_new_tokens)  # so many prompts are decoded together
-    cache *= args.prompts_per_step * max(prompt + responses, evaluated)
+    # An evaluation decodes twice as many prompts together; their prefill is the most at a time.
+    cache *= args.prompts_per_step * max(prompt + responses, 2 * (prompt + args.max_new_tokens))
+    cache += 2 * args.prompts_per_step * prompt * 3 * text.intermediate_size
     old_attn = 0
     if hasattr(args, "lambda_attn"):  # RAL keeps the rollout's, in float32
         old_attn = args.prompts_per_step * responses * (prompt + args.max_new_tokens) * 4

@@ -477,6 +477,7 @@ def check_data(args: Any, encode: Callable[[Example], Prompt]) -> dict[str, floa
     Raises:
         UsageError: more than `--max-skipped` of the rows are bad.
     """
+    require(world() == 1, "--check-data: is the work of one process; start it without torchrun")
     report, frames = {}, args.frames or (None if args.fps else 16)
     rule = getattr(args, "reward", "by-type")
     for option, path in (("--data", args.data), ("--eval-data", args.eval_data)):

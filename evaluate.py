@@ -97,16 +97,19 @@ def judge(
         texts = rollout.texts(processor.tokenizer)
         has_targets = all(prompt.example.target for prompt in chunk)
         wanted = list(range(layers)) if has_targets else [attn_layer % layers]
-        attentions = ()
-        if has_targets or done < looks:
-            attentions = score(model, rollout, attn_layers=wanted).attentions
+        # Of no more than are measured or shown: logits are large.
+        shown = len(chunk) if has_targets else max(0, looks - done)
+        if shown:
+            part = rollout[:shown]
+            attentions = score(model, part, attn_layers=wanted).attentions
         for row, (prompt, (text,)) in enumerate(zip(chunk, texts, strict=True)):
             ids = rollout.completion_ids[row, 0][rollout.completion_mask[row, 0]].tolist()
-            visual = torch.isin(batch.ids[row].cpu(), placeholders).nonzero()[:, 0]
             tokens = answer_tokens(processor.tokenizer, ids, text, first_mention=has_targets)
-            mass = [
-                layer[row, 0, tokens.start : tokens.stop].cpu()[:, visual] for layer in attentions
-            ]
+            mass = []
+            if row < shown:
+                visual = torch.isin(part.prompts.ids[row].cpu(), placeholders).nonzero()[:, 0]
+                rows = slice(tokens.start, tokens.stop)
+                mass = [layer[row, 0, rows].cpu()[:, visual] for layer in attentions]
             example = prompt.example
             record = {
                 "row": example.name,
@@ -126,7 +129,7 @@ def judge(
                 record |= {"target_attn": on_target[attn_layer]}
                 record |= {f"target_attn_l{i}": value for i, value in enumerate(on_target)}
             t, h, w = prompt.grid.tolist()
-            gaze, kept = torch.zeros(0, len(visual)), done < looks and bool(example.media)
+            gaze, kept = torch.zeros(0, 0), done < looks and bool(example.media)
             if kept:
                 gaze = mass[attn_layer if has_targets else 0]
             said = [processor.tokenizer.decode([ids[i]]).strip() for i in tokens]
@@ -419,8 +422,9 @@ NAMES = ("frames", "max_pixels", "frame_pixels", "grid")
 
 def asks_to_think(model: Path) -> bool:
     """What the run that left this checkpoint asked for; True where none did."""
-    file = model.parent / "args.json"
-    return json.loads(file.read_text()).get("think", True) if file.is_file() else True
+    file = model.resolve().parent / "args.json"
+    args = json.loads(file.read_text()) if file.is_file() else {}
+    return not isinstance(args, dict) or args.get("think") is not False
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:

@@ -417,7 +417,7 @@ def main(args: Args) -> dict[str, float]:
 
     size = args.micro_batch_size
     judge = partial(evaluate, processor=processor, prompts=held_out, think=args.think)
-    judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=4 * args.prompts_per_step)
+    judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=2 * args.prompts_per_step)
     judge = partial(judge, reward=args.reward)
     before, looks_before = judge(model)
     run = Run(args, skipped, state)
@@ -470,7 +470,7 @@ def main(args: Args) -> dict[str, float]:
     draw_looks(run.out / "attention.png", looks)
     names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
     draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
-    then = f"python ral_grpo.py {same_inputs(args)}"
+    then = f"python ral_grpo.py{same_inputs(args)}"
     print_summary(run, before, after, args.steps, start, then)
     return metrics
 

@@ -198,8 +198,8 @@ class Args:
     teacher: str = "runs/teacher/checkpoint"
     """Checkpoint directory or hub name of the teacher, with the student's tokenizer."""
     judge_teacher: bool | None = None
-    """Evaluate the teacher once, before training. Of several processes each then holds all of its
-    weights: 62 GB at 32B. Toy: yes. Real: no."""
+    """`--judge-teacher`: evaluate the teacher once, before training. Of several processes each then
+    holds all of its weights: 62 GB at 32B. Toy: yes. Real: no."""
     gkd_beta: float = 1.0
     """1: KL(student || teacher); 0: KL(teacher || student); between: generalised JSD. [ours]"""
     mu_gkd: float = 1.0
@@ -486,7 +486,7 @@ def main(args: Args) -> dict[str, float]:
 
     size = args.micro_batch_size
     judge = partial(evaluate, processor=processor, prompts=held_out, think=args.think)
-    judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=4 * args.prompts_per_step)
+    judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=2 * args.prompts_per_step)
     judge = partial(judge, reward=args.reward)
     before, looks_before = judge(model)
     looks_taught = []
@@ -549,7 +549,7 @@ def main(args: Args) -> dict[str, float]:
     draw_looks(run.out / "attention.png", looks)
     names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/gkd", "train/grad_norm")
     draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
-    then = f"python attn_distill.py --teacher {args.teacher} {same_inputs(args)}"
+    then = f"python attn_distill.py{same_inputs(args)}"
     print_summary(run, before, after, args.steps, start, then)
     return metrics
 

@@ -516,7 +516,7 @@ def main(args: Args) -> dict[str, float]:
 
     size = args.micro_batch_size
     judge = partial(evaluate, processor=processor, prompts=held_out, think=args.think)
-    judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=4 * args.prompts_per_step)
+    judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=2 * args.prompts_per_step)
     judge = partial(judge, reward=args.reward)
     judge = partial(judge, attn_layer=args.attn_layer)  # RAL (eq. 2)
     before, looks_before = judge(model)
@@ -573,7 +573,7 @@ def main(args: Args) -> dict[str, float]:
     names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
     names += ("train/attn_jsd",)  # RAL
     draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
-    then = f"python grpo_baseline.py {same_inputs(args)}"
+    then = f"python grpo_baseline.py{same_inputs(args)}"
     print_summary(run, before, after, args.steps, start, then)
     return metrics
 

@@ -57,6 +57,7 @@ def run_script(args_class: type, main: Callable, description: str) -> None:
     exit status 2."""
     # A third value, None, means "as the checkpoint", which a plain flag could not say.
     flags = {"--think": "--think=True", "--no-think": "--think=False"}
+    flags |= {"--judge-teacher": "--judge-teacher=True"}
     argv = [flags.get(word, word) for word in sys.argv[1:]]
     try:
         start_ranks()
@@ -299,6 +300,7 @@ class Run:
     def __init__(self, args: Any, skipped: Skipped, state: "State | None" = None):
         self.out, self.args, self.wandb, self.skipped = Path(args.out), args, None, skipped
         self.state, self.signal, self.files = state, None, {}
+        self.data_bytes = data_bytes(args)  # as it was opened
         self.handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         for number in self.handlers:
             signal.signal(number, self.interrupt)
@@ -451,7 +453,7 @@ class Run:
                     "read": self.skipped.read * world(),
                 }
                 state |= {"prompts": self.args.prompts_per_step * world(), "note": note or {}}
-                state |= {"data_bytes": data_bytes(self.args)}
+                state |= {"data_bytes": self.data_bytes}
                 write_state(self.out, state, tensors, self.args)
         if stop and rank() == 0:
             several = f"torchrun --shutdown-timeout 1800 --nproc_per_node={world()}"
@@ -477,7 +479,7 @@ class Run:
 # Arguments that do not change what is computed.
 FREE = ("out", "overwrite", "track", "workers", "save_every", "keep", "resume", "check_data")
 FREE += ("allow_changed_args", "eval_every", "micro_batch_size", "prompts_per_step")
-FREE += ("max_skipped", "gradient_checkpointing", "steps")
+FREE += ("max_skipped", "judge_teacher", "gradient_checkpointing", "steps")
 
 
 @dataclass
@@ -540,7 +542,7 @@ def find_state(args: Any) -> State | None:
     if state["prompts"] != args.prompts_per_step * world():
         prompts = f"{state['prompts']} -> {args.prompts_per_step * world()}"
         differ.append(f"prompts_per_step times processes {prompts}")
-    sizes = zip(("data", "eval_data"), state["data_bytes"], data_bytes(args), strict=True)
+    sizes = zip(("data", "eval_data"), state.get("data_bytes", []), data_bytes(args), strict=False)
     differ += [f"bytes of {name} {old} -> {new}" for name, old, new in sizes if old != new]
     remedy = "give them as they were, or --allow-changed-args"
     same = args.allow_changed_args or not differ
@@ -645,11 +647,11 @@ def load_state(path: Path, model: Module, optimizer: Optimizer) -> None:
 def same_inputs(args: Any) -> str:
     """The model and data of a run as words of a command line."""
     words = []
-    for name in ("model", "data", "eval_data", "media_root", "frames", "fps"):
-        if value := getattr(args, name):
+    for name in ("model", "teacher", "data", "eval_data", "media_root", "frames", "fps"):
+        if value := getattr(args, name, None):
             values = value if isinstance(value, tuple) else (value,)
             words += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return shlex.join(words)
+    return "".join(f" {shlex.quote(word)}" for word in words)
 
 
 def print_summary(run: Run, before: dict, after: dict, steps: int, start: float, then: str) -> None:

@@ -55,6 +55,7 @@ from runs import (
     require_not_negative,
     require_positive,
     run_script,
+    same_inputs,
     say,
     seed_everything,
     step_numbers,
@@ -70,7 +71,7 @@ REAL = {"stop_accuracy": 2.0, "train_vision": False, "think": True, "schedule": 
 TOY |= {"prompts_per_step": 32, "micro_batch_size": 32}
 REAL |= {"prompts_per_step": 8, "micro_batch_size": 1}
 RATE = {False: 1e-5, True: 1e-4}  # of a real model: its weights, or adapters, which need more
-TOY_RATE = {"small": 1.5e-3, "large": 1e-3}  # learning rate by toy_size
+TOY_RATE = {128: 1.5e-3, 256: 1e-3}  # by hidden size: small, large
 TOY |= {"eval_every": 100, "eval_examples": 512, "workers": 0, "save_every": 0}
 REAL |= {
     "eval_every": 100,
@@ -160,8 +161,8 @@ class Args:
     """Of the learning rate after the warm-up. Toy: constant. Real: cosine [ours]."""
     warmup_steps: int = 50
     """Steps over which the learning rate rises from 0."""
-    toy_size: Literal["small", "large"] = "small"
-    """Size of a new toy model: 0.7 M or 3.9 M parameters."""
+    toy_size: Literal["small", "large"] | None = None
+    """Size of a new toy model: 0.7 M parameters (unset), or 3.9 M."""
     train_vision: bool | None = None
     """Train the vision encoder too. Paper: frozen. Toy: trained here, frozen in every later
     stage."""
@@ -184,7 +185,7 @@ class Args:
         require_not_negative(self, "save_every", "lora_rank")
         require_not_negative(self, "max_skipped", "seed")
         require(self.grid is None or self.grid >= 3, f"--grid {self.grid}: needs 3 or more")
-        known = self.model is None or self.toy_size == "small"
+        known = self.model is None or self.toy_size is None
         require(known, f"--toy-size {self.toy_size}: of a new toy; leave it out with --model")
 
 
@@ -301,8 +302,7 @@ def main(args: Args) -> dict[str, float]:
     start = time.time()
     is_toy = args.model is None or toy.Task.load(Path(args.model)) is not None
     task = toy.resolve_task(args, args.model or "", may_differ=True)
-    inherited = {"think": task.think, "learning_rate": TOY_RATE[args.toy_size]}
-    args = fill_defaults(args, (TOY | inherited) if is_toy else REAL)
+    args = fill_defaults(args, (TOY | {"think": task.think}) if is_toy else REAL)
     if not args.data:
         args = fill_defaults(args, {"steps": 800})  # a smoke run of a real model
     new_tokens = NEW_TOKENS["toy" if is_toy else "real"][args.think]
@@ -314,7 +314,7 @@ def main(args: Args) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         base = args.model or scratch
         if args.model is None:
-            toy.write_base(Path(base), args.seed, args.toy_size)
+            toy.write_base(Path(base), args.seed, args.toy_size or "small")
         config, processor = load_processor(base, args.max_pixels, args.frame_pixels)
         turn = partial(encode, processor=processor, config=config, think=args.think)
         turn = partial(turn, task=task, is_toy=is_toy)
@@ -325,7 +325,10 @@ def main(args: Args) -> dict[str, float]:
         if args.steps is None:  # an epoch is the unit of real data
             args.steps = math.ceil(args.epochs * train.epoch / (args.prompts_per_step * world()))
         args = fit_memory(args, config, False)
-        args = fill_defaults(args, {"learning_rate": RATE[args.lora_rank > 0]})
+        rate = RATE[args.lora_rank > 0]
+        if is_toy:
+            rate = TOY_RATE[config.text_config.hidden_size]
+        args = fill_defaults(args, {"learning_rate": rate})
         state = find_state(args)
         trained = (args.train_vision, args.lora_rank, args.gradient_checkpointing)
         model = load_model(base, *trained)[0]
@@ -392,7 +395,8 @@ def main(args: Args) -> dict[str, float]:
     draw_looks(run.out / "attention.png", looks)
     names = ("train/loss", "train/demo_prob", "eval/accuracy", "eval/target_attn")
     draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
-    then = f"python ral_grpo.py{'' if args.out == 'runs/sft' else f' --model {run.out}/checkpoint'}"
+    trained = None if args.out == "runs/sft" else f"{run.out}/checkpoint"
+    then = f"python ral_grpo.py{same_inputs(replace(args, model=trained))}"
     print_summary(run, before, after, step, start, then)
     return metrics
 

@@ -149,8 +149,8 @@ def three_shapes() -> Iterator[None]:
 
 @contextmanager
 def guessable() -> Iterator[None]:
-    """Training in which half of the answers are one colour, so that saying it pays without looking,
-    and at first more than looking does. The evaluation is as ever: all colours alike."""
+    """Training in which 9 answers of 16 are one colour, so that saying it pays without looking, and
+    at first more than looking does. The evaluation is as ever: all colours alike."""
     plain = toy.training_example
 
     def training_example(task, seed, index, caption=False):

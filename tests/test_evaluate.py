@@ -12,7 +12,7 @@ from PIL import Image
 import common
 import evaluate
 import runs
-from prompts import Example
+from prompts import Example, collate
 
 
 def predictions(out):
@@ -80,15 +80,20 @@ def test_the_toys_pictures_are_not_resized(cold_start, tmp_path):
     with pytest.raises(runs.UsageError, match=r"--max-pixels.*not for the toy"):
         evaluate.main(args)
     grid = evaluate.Args(model=str(cold_start), out=str(tmp_path / "out"), grid=(17,), examples=2)
-    evaluate.main(grid)
-    assert len(predictions(tmp_path / "out")) == 2
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "collate", lambda *a: seen.append(collate(*a)) or seen[-1])
+        evaluate.main(grid)
+    assert seen[0].grids.tolist() == [[1, 34, 34]] * 2
 
 
 def test_a_model_is_asked_as_it_was_trained(tmp_path):
     for think in (True, False):
         (tmp_path / "args.json").write_text(json.dumps({"think": think}))
         assert evaluate.asks_to_think(tmp_path / "checkpoint") is think
-    assert evaluate.asks_to_think(tmp_path / "elsewhere" / "checkpoint") is True
+    (tmp_path / "args.json").write_text("[]")
+    for model in (tmp_path / "checkpoint", tmp_path / "elsewhere" / "checkpoint"):
+        assert evaluate.asks_to_think(model) is True
 
 
 def test_a_rank_whose_rows_are_all_bad_draws_nothing(tmp_path):

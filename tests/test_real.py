@@ -73,8 +73,9 @@ CASES += [(ral_grpo, "qwen2_5_vl"), (ral_grpo, "qwen2_vl"), (sft, "qwen2_vl")]
 
 
 @pytest.mark.parametrize(("script", "family"), CASES)
-def test_train_save_and_evaluate(real, tmp_path, script, family):
+def test_train_save_and_evaluate(real, tmp_path, monkeypatch, script, family):
     fields = {"data": str(real / "rows.jsonl")} if script is ral_grpo else {}
+    fields |= {"think": False} if script is grpo_baseline else {}
     lines, checkpoint = run(script, real, tmp_path / "run", family, steps=7, **fields)
     assert len(lines) == 8 and 0 < lines[-1]["data/skipped"] <= 3
     assert (tmp_path / "run" / "attention.png").stat().st_size > 1000
@@ -89,12 +90,15 @@ def test_train_save_and_evaluate(real, tmp_path, script, family):
         if file.name not in ("config.json", "generation_config.json", "model.safetensors"):
             assert (checkpoint / file.name).read_bytes() == file.read_bytes(), file.name
     AutoModelForImageTextToText.from_pretrained(checkpoint)
+    evaluated = []
+    monkeypatch.setattr(evaluate, "has_format", lambda _, think: evaluated.append(think) or True)
     args = {"model": str(checkpoint), "data": str(real / "rows.json"), "max_new_tokens": 6}
     args |= {"media_root": (str(real / "media"),), "out": str(tmp_path / "eval"), "workers": 0}
     args |= {"frames": (4,), "frame_pixels": (56 * 56,), "max_skipped": 0.2}
     metrics = evaluate.main(evaluate.Args(**args))
     predictions = (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()
     assert len(predictions) == 18 and 0 <= metrics["eval/accuracy"] <= 1
+    assert set(evaluated) == {script is not grpo_baseline}  # asked as it was trained
 
 
 @pytest.mark.parametrize("script", [sft, ral_grpo])
@@ -274,6 +278,7 @@ def test_adapters_learn_at_a_rate_of_their_own(real, tmp_path, lora_rank, rate):
     out, fields = tmp_path / "run", {"lora_rank": lora_rank, "learning_rate": None, "steps": 1}
     run(kd_baseline, real, out, **fields)
     assert json.loads((out / "args.json").read_text())["learning_rate"] == rate
+    assert "teacher/accuracy" not in (out / "metrics.jsonl").read_text()
     run(kd_baseline, real, out, **fields, overwrite=True, judge_teacher=True)
     assert "teacher/accuracy" in (out / "metrics.jsonl").read_text()
 

@@ -396,7 +396,7 @@ def main(args: Args) -> dict[str, float]:
     names = ("train/loss", "train/demo_prob", "eval/accuracy", "eval/target_attn")
     draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
     trained = None if args.out == "runs/sft" else f"{run.out}/checkpoint"
-    then = f"python ral_grpo.py{same_inputs(replace(args, model=trained))}"
+    then = f"python ral_grpo.py{same_inputs(replace(args, model=trained, toy_size=None))}"
     print_summary(run, before, after, step, start, then)
     return metrics
 

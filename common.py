@@ -346,6 +346,7 @@ def fit_memory(args: Any, config: Any, reference: bool, teacher: str | None = No
     mends = [words for words, gb in remedies.items() if gb < 0.95 * have]
     mends += ["a smaller --max-new-tokens, --frames or --micro-batch-size", "a smaller model"]
     short = f"about {need(asked):.0f} GB a process are needed, there are {have:.0f}"
+    short += ", of which 5% stay free"
     raise UsageError(f"--model {args.model}: {short}; {mends[0]} or {mends[1]} would make it fit")
 
 

@@ -463,6 +463,7 @@ def open_data(args: Any, encode: Callable[[Example], Prompt]) -> tuple[Reader, R
     apart, rows, most = np.sort(apart), np.sort(rows), args.max_prompt_tokens
     skipped = Skipped(args.max_skipped, len(train))
     training = Prompts(train, encode, rows, args.seed, most)
+    # Six are drawn; some of the first may be bad.
     evaluation = Prompts(held_out, encode, apart, None, most, keep_media=8 * world())
     return (
         Reader(training, range(0), args.workers, skipped),

@@ -56,8 +56,9 @@ def run_script(args_class: type, main: Callable, description: str) -> None:
     """Parse the command line into `args_class` and run `main`; a `UsageError` becomes one line and
     exit status 2."""
     # A third value, None, means "as the checkpoint", which a plain flag could not say.
-    flags = {"--think": "--think=True", "--no-think": "--think=False"}
-    flags |= {"--judge-teacher": "--judge-teacher=True"}
+    names = ("think", "judge-teacher")
+    flags = {f"--{name}": f"--{name}=True" for name in names}
+    flags |= {f"--no-{name}": f"--{name}=False" for name in names}
     argv = [flags.get(word, word) for word in sys.argv[1:]]
     try:
         start_ranks()

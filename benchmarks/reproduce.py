@@ -339,7 +339,7 @@ def main(args: Args) -> None:
                         seconds = train(task, seed, out, script, fields, *probe)
                         record(task, cell, seed, out, seconds, mark)
     tables = [
-        report(claim, task, cells, done, args.quick)
+        report(claim, task, cells, done, None if args.quick else args.results.parent)
         for claim, tasks in CLAIMS.items()
         for task, cells in tasks.items()
         if len(cells) > 2  # the summary has the others
@@ -348,7 +348,7 @@ def main(args: Args) -> None:
     text = "\n".join([summary(done, args.quick), *tables])
     args.results.with_suffix(".md").write_text(text)
     if not args.quick:
-        draw_figure_3(ROOT / "benchmarks" / "results" / "figure-3.png", done)
+        draw_figure_3(args.results.parent / "figure-3.png", done)
     print(text)
 
 
@@ -379,24 +379,34 @@ def summary(done: dict, quick: bool) -> str:
     ]
     heads = ["task", "seeds", "cold start", "GRPO", "RAL, minus GRPO"]
     heads += ["on target, last layer: GRPO", "RAL, minus GRPO"]
-    table = [heads, ["---"] * len(heads)]
+    table, by_seed = [heads, ["---"] * len(heads)], {}
     for label, task, suffix in lines:
         cells = (task, f"RAL{suffix}", f"GRPO{suffix}")
         pairs = {n: differences(done, *cells, n) for n in ("accuracy", "on_target")}
         if pairs["accuracy"]:
-            seeds = [s for t, c, s in done if (t, c) == cells[:2] and (task, cells[2], s) in done]
+            seeds = sorted(
+                s for t, c, s in done if (t, c) == cells[:2] and (task, cells[2], s) in done
+            )
+            for seed, *both in zip(seeds, *pairs.values(), strict=True):
+                by_seed.setdefault(seed, []).append(both)
             start, theirs = ([done[task, c, s] for s in seeds] for c in ("cold start", cells[2]))
             line = [label, str(len(seeds)), words([row["accuracy"] for row in start])]
             for name, pair in pairs.items():
                 line += [words([row[name] for row in theirs]), words(pair, "+")]
             table.append(line)
+    most = max(map(len, by_seed.values()), default=0)
+    means = [np.mean(both, axis=0) for both in by_seed.values() if len(both) == most]
+    if means and most > 1:
+        differs = [words([float(x) for x in column], "+") for column in zip(*means, strict=True)]
+        label = f"a seed's mean over these {most}"
+        table.append([label, str(len(means)), "", "", differs[0], "", differs[1]])
     title = f"### RAL at the paper's lambda{' (quick: no evidence)' if quick else ''}\n\n"
     return title + "".join(f"| {' | '.join(line)} |\n" for line in table)
 
 
-def report(claim: str, task: str, cells: dict, done: dict, quick: bool) -> str:
+def report(claim: str, task: str, cells: dict, done: dict, pictures: Path | None) -> str:
     """A table of means with intervals, and of differences to the first cell paired by seed, which
-    are drawn as well."""
+    are drawn as well, into the folder `pictures`; without one it is a quick run."""
     names = ["accuracy", "on_target"]
     if task == "distillation":
         names.append("attn_jsd_to_teacher")
@@ -433,10 +443,10 @@ def report(claim: str, task: str, cells: dict, done: dict, quick: bool) -> str:
         norms = [row["attn_grad_norm"] / row["pg_grad_norm"] for row in norms]
         line.append(f"{np.median(norms):.4f}" if norms else "")
         table.append(line)
-    if points and not quick:
+    if points and pictures:
         name = f"{claim}-{task}.png".replace(",", "").replace(" ", "-")
-        draw(ROOT / "benchmarks" / "results" / name, points)
-    title = f"### {claim}: {task}{' (quick: no evidence)' if quick else ''}\n\n"
+        draw(pictures / name, points)
+    title = f"### {claim}: {task}{'' if pictures else ' (quick: no evidence)'}\n\n"
     return title + "".join(f"| {' | '.join(line)} |\n" for line in table)
 
 

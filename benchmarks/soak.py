@@ -148,7 +148,8 @@ def soak_ranks(folder: Path) -> None:
             outs = [folder / f"{script}-{family}-{n}" for n in (1, 2)]
             log = folder / f"{script}-{family}.log"
             for n, out in zip((1, 2), outs, strict=True):
-                words = command(folder, script, family, out, n, steps=3)
+                # One prompt a forward: then both compute in the same shapes, whatever is padded.
+                words = command(folder, script, family, out, n, steps=3, micro_batch_size=1)
                 assert start(words, log).wait() == 0, log.read_text()[-3000:]
             (_, weights), (_, others) = map(outcome, outs)
             worst = max((weights[name] - others[name]).abs().max().item() for name in weights)
@@ -156,8 +157,7 @@ def soak_ranks(folder: Path) -> None:
             moved = max((weights[name] - first[name]).abs().max().item() for name in weights)
             print(f"{script:<16}{family:<12}weights moved by up to {moved:.1e},"
                   f" differ by up to {worst:.1e}", flush=True)  # fmt: skip
-            # Two shapes round in two ways, and Adam divides by a gradient that may be next to zero.
-            assert moved > 1e-5 and worst < moved / 50
+            assert worst < 1e-5 < moved
 
 
 if __name__ == "__main__":

@@ -263,6 +263,13 @@ def test_a_run_in_the_way_is_moved_or_replaced_but_other_files_never(tmp_path):
             runs.check_run(args, str(tmp_path / inside))
 
 
+def test_the_hint_what_to_run_next_names_model_and_data():
+    args = ral_grpo.Args(model="a b", data="rows.json", media_root=("m", "n"), frames=32)
+    words = " --model 'a b' --data rows.json --media-root m n --frames 32"
+    assert runs.same_inputs(args) == words
+    assert runs.same_inputs(ral_grpo.Args()) == ""
+
+
 BAD = [  # script, command line, what the one line must name
     (grpo_baseline, ["--group-size", "1"], ["--group-size", "1", "2 or more"]),
     (grpo_baseline, ["--steps", "0"], ["--steps", "0", "above 0"]),

@@ -28,14 +28,14 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from common import accuracy, extract_answer
+from common import MAX_ANSWER, extract_answer, option_letter, option_texts, read_number
 from prompts import Example, Prompt
 from runs import Skipped, UsageError, rank, require, require_not_negative, say, world
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no format that runs a program
 # Bytes, characters, characters: more is a broken row, not an example.
-MAX_ROW, MAX_SOLUTION, MAX_THOUGHT = 2**20, 10_000, 50_000
+MAX_ROW, MAX_SOLUTION, MAX_THOUGHT = 2**20, MAX_ANSWER, 50_000
 MAX_RATIO = 200  # of an image's sides, the image processor's limit
 MAX_FRAMES, MAX_FRAME_BYTES = 768, 2**32  # of a video where only --fps is given; of all its frames
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are the parallelism
@@ -168,7 +168,7 @@ class DataFile:
             file.seek(start)
             content = file.read(end - start)
         try:
-            fields = json.loads(content)
+            fields = json.loads(content, parse_constant=lambda name: None)  # a NaN is no solution
         except (ValueError, RecursionError) as error:
             raise BadRow(f"is not JSON: {error}") from None
         if not isinstance(fields, dict):
@@ -197,9 +197,15 @@ class DataFile:
         solution = fields["solution"].strip() if solution is None else solution
         if not 0 < len(solution) <= MAX_SOLUTION:
             raise BadRow(f"solution has {len(solution):,} characters; allowed are 1 to 10,000")
+        if "<answer>" in solution or "</answer>" in solution:
+            raise BadRow("solution has half a pair of answer tags")
         options = fields.get("options") or []
         if not isinstance(options, list) or not all(isinstance(x, str) for x in options):
             raise BadRow("options is not a list of texts")
+        if any(len(option) > MAX_SOLUTION for option in options):
+            raise BadRow("an option has more than 10,000 characters")
+        if fields["problem_type"] == "multiple choice":
+            options, solution = choices(options, solution)
         try:
             json.dumps([fields["problem"], solution, options], ensure_ascii=False).encode()
             str(fields.get("process")).encode()
@@ -233,6 +239,23 @@ class DataFile:
             except (OSError, ValueError, RuntimeError):  # too long, with a NUL, a loop of links
                 continue
         raise BadRow(f"path {path[:200]!r} {'leaves' if outside else 'is not under'} --media-root")
+
+
+def choices(options: list[str], solution: str) -> tuple[list[str], str]:
+    """The options with their letters, which the prompt asks for, and the letter of the solution.
+
+    Options without letters get those of their positions. Where no option is listed (they may stand
+    in the problem), a solution that is no letter stays as it is.
+    """
+    texts = option_texts(options)
+    if len(texts) < len(options):
+        raise BadRow("options share a letter, or are more than 26")
+    letter = option_letter(solution, options)
+    if options and not letter:
+        raise BadRow(f"solution {solution[:40]!r} is not one of the options {', '.join(texts)}")
+    if list(texts.values()) == options:
+        options = [f"{name}. {text}" for name, text in texts.items()]
+    return options, letter or solution
 
 
 # 2. Media
@@ -490,20 +513,22 @@ def check_data(args: Any, encode: Callable[[Example], Prompt]) -> dict[str, floa
         reader = Reader(
             Prompts(file, encode, rows, None, args.max_prompt_tokens), rows, args.workers, skipped
         )
-        kinds, lengths, worthless = Counter(), [], []
+        kinds, lengths, no_number = Counter(), [], []
         for prompt in tqdm(reader, total=len(rows), desc=f"{option} {path}"):
             example = prompt.example
             kinds[f"{'video' if example.is_video else 'image'}, {example.problem_type}"] += 1
             lengths.append(len(prompt.ids))
-            if accuracy(f"<answer>{example.solution}</answer>", example, rule) < 1:
-                worthless.append(example.name)
+            numeric = example.problem_type in ("numerical", "regression")
+            if numeric and rule == "by-type" and read_number(example.solution) is None:
+                no_number.append(example.name)
         for name, reason in skipped.bad.items():
             print(f"bad: {name}: {reason}")
         print(f"{option} {path}: {len(rows):,} rows, {len(skipped.bad):,} bad")
         for kind, number in sorted(kinds.items()):
             print(f"  {kind:<28}{number:>10,}")
-        if worthless:
-            print(f"  their own solution is judged wrong: {len(worthless):,}, as {worthless[0]}")
+        if no_number:
+            only = "so only the same text is right"
+            print(f"  solution is not one number, {only}: {len(no_number):,}, as {no_number[0]}")
         if lengths:
             print(f"  prompt tokens: median {np.median(lengths):,.0f}, most {max(lengths):,}")
         report |= {f"{option}/rows": len(rows), f"{option}/bad": len(skipped.bad)}

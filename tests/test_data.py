@@ -3,6 +3,7 @@ reads it."""
 
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from PIL import Image
 from real import write_rows, write_video
 
 import data
+import grpo_baseline
+from common import accuracy, option_texts
 from prompts import Prompt
 from runs import Skipped, UsageError
 
@@ -90,6 +93,7 @@ def test_a_bad_row_is_named_with_its_line(tmp_path):
         file.example(1)
 
 
+CHOICE = {"problem_type": "multiple choice", "options": ["A. red", "B. blue"]}
 BAD_ROWS = [
     ({"problem": None}, "'problem'"),
     ({"problem": " "}, "'problem'"),
@@ -103,6 +107,19 @@ BAD_ROWS = [
     ({"problem_type": "essay"}, "'essay'"),
     ({"options": "A"}, "options"),
     ({"options": [1]}, "options"),
+    ({"options": ["a" * 10_001]}, "an option has more than"),
+    ({"solution": "a</answer>"}, "half a pair"),
+    ({"solution": "<answer>a"}, "half a pair"),
+    ({"solution": float("nan")}, "'solution'"),
+    (CHOICE | {"solution": "green"}, "'green' is not one of the options A, B"),
+    (CHOICE | {"solution": "0"}, "'0' is not one of the options A, B"),
+    (CHOICE | {"solution": "C"}, "'C' is not one of the options A, B"),
+    (CHOICE | {"solution": "A or B"}, "'A or B' is not one of"),
+    (CHOICE | {"solution": "B. red"}, "'B. red' is not one of"),
+    (CHOICE | {"solution": "\ud800" * 9}, "is not one of"),
+    (CHOICE | {"options": ["red", "red"], "solution": "red"}, "'red' is not one of"),
+    (CHOICE | {"options": ["A. red", "A. blue"]}, "share a letter"),
+    (CHOICE | {"options": [str(i) for i in range(27)]}, "more than 26"),
     ({"path": "missing.png"}, "missing.png"),
     ({"path": "../outside.png"}, "leaves --media-root"),
     ({"path": "/etc/passwd"}, "leaves --media-root"),
@@ -157,6 +174,88 @@ def test_a_bad_row_says_why(media, fields, words):
     with pytest.raises(data.BadRow) as reason:
         open_rows(media, json.dumps(ROW | fields)).example(0)
     assert words in str(reason.value) and len(str(reason.value)) < 400
+
+
+LETTERED = ("A. red", "B. blue")
+CHOICES = [  # options, solution; options and solution of the example
+    (LETTERED, "B", LETTERED, "B"),
+    (LETTERED, "b", LETTERED, "B"),
+    (LETTERED, "(b)", LETTERED, "B"),
+    (LETTERED, "B.", LETTERED, "B"),
+    (LETTERED, "Option B", LETTERED, "B"),
+    (LETTERED, "<answer> Blue </answer>", LETTERED, "B"),
+    (LETTERED, "B. blue", LETTERED, "B"),
+    (("red", "blue"), "blue", LETTERED, "B"),
+    (("red", "blue"), "B", LETTERED, "B"),
+    (("A red", "blue"), "blue", ("A. A red", "B. blue"), "B"),
+    (("0", "1"), 0, ("A. 0", "B. 1"), "A"),
+    (("(A) red", "(C) blue"), "blue", ("(A) red", "(C) blue"), "C"),
+    (("a) red", "b) blue"), "blue", ("a) red", "b) blue"), "B"),
+    (("A", "B"), "b", ("A", "B"), "B"),
+    (("X", "Y"), "Y", ("A. X", "B. Y"), "B"),
+    ((), "(b)", (), "B"),
+    ((), "yes", (), "yes"),
+]
+
+
+@pytest.mark.parametrize(("options", "solution", "shown", "letter"), CHOICES)
+def test_a_solution_is_the_letter_of_an_option_that_the_prompt_shows(
+    media, options, solution, shown, letter
+):
+    fields = {"problem_type": "multiple choice", "options": options, "solution": solution}
+    example = open_rows(media, json.dumps(ROW | fields)).example(0)
+    assert (example.options, example.solution) == (shown, letter)
+    lines = grpo_baseline.ask(example, think=True).splitlines()
+    assert all(option in lines for option in shown)
+
+
+def test_options_of_other_types_stay_as_they_are(media):
+    fields = {"options": ["3", "4"], "solution": "4", "problem_type": "numerical"}
+    example = open_rows(media, json.dumps(ROW | fields)).example(0)
+    assert (example.options, example.solution) == (("3", "4"), "4")
+
+
+def test_check_data_names_rows_whose_numbers_are_judged_as_text(media, capsys):
+    rows = [ROW | {"problem_type": "numerical", "solution": x} for x in ("50%", "2:30", "4,2")]
+    rows.append(ROW | CHOICE | {"solution": "green"})
+    path = media / "numbers.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    args = SimpleNamespace(data=str(path), eval_data=None, media_root=(), frames=None, fps=None)
+    vars(args).update(max_prompt_tokens=None, workers=0, max_skipped=1.0, reward="by-type")
+    no_tensors = [torch.zeros(1)] * 4
+    data.check_data(args, lambda example: Prompt(*no_tensors, example))
+    report = capsys.readouterr().out
+    assert "only the same text is right: 2, as numbers.jsonl row 2\n" in report
+    assert "bad: numbers.jsonl row 4 (line 4): solution 'green' is not one of the" in report
+    args.reward = "exact"
+    data.check_data(args, lambda example: Prompt(*no_tensors, example))
+    assert "only the same text" not in capsys.readouterr().out
+
+
+pieces = ["A", "b", "A. ", "(b)", "red", "blue", " ", "<answer>", "</answer>", "½", "42", "%", "**"]
+field_texts = st.lists(st.one_of(st.sampled_from(pieces), st.text(max_size=3)), max_size=5)
+field_texts = field_texts.map("".join)
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    st.sampled_from(data.PROBLEM_TYPES),
+    st.one_of(field_texts, st.integers(), st.floats()),
+    st.lists(field_texts, max_size=4),
+)
+def test_a_row_earns_its_own_reward_or_is_bad(tmp_path_factory, kind, solution, options):
+    fields = ROW | {"problem_type": kind, "solution": solution, "options": options}
+    file = data.DataFile.__new__(data.DataFile)
+    try:
+        example = file.parse(fields)
+    except data.BadRow:
+        return
+    assert accuracy(f"<answer>{example.solution}</answer>", example) == 1
+    assert accuracy(f"<answer>{example.solution}</answer>", example, "exact") == 1
+    if kind == "multiple choice" and options:
+        assert example.solution in option_texts(example.options)
+        assert option_texts(example.options).keys() == option_texts(options).keys()
+    assert accuracy("<answer></answer>", example) == 0
 
 
 def test_a_link_into_another_root_is_followed(media):

@@ -17,9 +17,11 @@ import os
 import re
 import signal
 from array import array
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,11 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no format that 
 MAX_ROW, MAX_SOLUTION, MAX_THOUGHT = 2**20, MAX_ANSWER, 50_000
 MAX_RATIO = 200  # of an image's sides, the image processor's limit
 MAX_FRAMES, MAX_FRAME_BYTES = 768, 2**32  # of a video where only --fps is given; of all its frames
+# Containers by FFmpeg's names: AVI stamps the order of decoding, MPEG-PS leaves frames unstamped.
+UNSTAMPED = ("avi", "mpeg")
+# What a video is opened with: it reaches no address, and its texts may be anything.
+UNTRUSTED = {"options": {"protocol_whitelist": "file"}, "metadata_errors": "replace"}
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are the parallelism
-os.environ.setdefault("DECORD_EOF_RETRY_MAX", "64")  # a truncated video fails, instead of hanging
 
 # 1. Rows
 
@@ -285,52 +290,137 @@ def read_image(path: Path) -> Image.Image:
         raise BadRow(f"{path.name}: not a readable image ({first_line(error)})") from None
 
 
-def frame_indices(total: int, rate: float, frames: int | None, fps: float | None) -> list[int]:
+def frame_indices(
+    total: int, rate: float, frames: int | None, fps: float | None, times: np.ndarray | None = None
+) -> list[int]:
     """Which of `total` frames, at `rate` a second, to look at: `frames` of them, evenly spaced from
     first to last, or `fps` a second, then at most `frames` (768 where there is no number).
 
-    No frame is taken twice: a shorter video gives all it has.
+    `times` (total,) are the seconds at which the frames of a video of variable rate are shown:
+    `fps` then takes the frames nearest to evenly spaced times. `frames` alone spaces indices even
+    so, as Video-R1 and the models' release do, which gives exactly the number asked for. No frame
+    is taken twice: a shorter video gives all it has.
     """
     count = MAX_FRAMES if frames is None else frames
     if fps is not None:
         count = min(count, max(2, round(total / rate * fps)))
-    return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
+    if fps is None or times is None:
+        places = np.linspace(0, total - 1, min(count, total))
+    else:  # the place of each time among the frames; rounded, it is the nearest frame
+        places = np.interp(np.linspace(times[0], times[-1], count), times, np.arange(total))
+    return np.unique(places.round().astype(int)).tolist()
 
 
 def read_video(
     path: Path, frames: int | None, fps: float | None
 ) -> tuple[list[Image.Image], float]:
-    """The chosen frames of a video and the seconds between two of its temporal patches (pairs of
-    frames).
+    """The chosen frames of a video, upright, and the seconds between two of its temporal patches
+    (pairs of frames): twice the mean time between the chosen frames.
 
     Raises:
-        BadRow: it has no frame that can be decoded.
-        UsageError: decord is not installed.
+        BadRow: it is cut off, too large, or has a frame that cannot be decoded.
+        UsageError: PyAV is not installed.
     """
     try:
-        import decord
+        import av
     except ImportError:
-        why = "videos need decord, which has no package for this platform or is not installed"
-        raise UsageError(f"{path}: {why}; pip install decord, or use images only") from None
-    decord.logging.set_level(decord.logging.QUIET)  # the reason goes into the row's record
+        why = "videos need PyAV, which is not installed"
+        raise UsageError(f"{path}: {why}; pip install av, or use images only") from None
     try:
         with path.open("rb") as file:
             if not VIDEO.match(file.read(512)):
                 raise BadRow(f"{path.name}: not a video, by its first bytes")
-        reader = decord.VideoReader(str(path), num_threads=1)
-        total, rate = len(reader), reader.get_avg_fps()
-        if total == 0 or not rate > 0:
-            raise BadRow(f"{path.name}: has no frames")
-        indices = frame_indices(total, rate, frames, fps)
-        if len(indices) * reader[0].asnumpy().nbytes > MAX_FRAME_BYTES:
+        with av.open(str(path), **UNTRUSTED) as container:
+            stamps, keys, rate, times, (width, height) = index_video(container, path.name)
+        indices = frame_indices(len(stamps), rate, frames, fps, times)
+        if max(height, width) > MAX_RATIO * min(height, width):
+            raise BadRow(f"{path.name}: sides of {(width, height)} are too unequal")
+        if len(indices) * width * height * 3 > MAX_FRAME_BYTES:
             raise BadRow(f"{path.name}: {len(indices)} of its frames take more than 4 GB")
-        pictures = reader.get_batch(indices).asnumpy()
-    except (decord.DECORDError, OSError, RuntimeError, IndexError) as error:
+        with av.open(str(path), **UNTRUSTED) as container:
+            pictures = seek_frames(container, [stamps[i] for i in indices], keys)
+        if not pictures:
+            with av.open(str(path), **UNTRUSTED) as container:
+                pictures = count_frames(container, indices)
+    except (av.FFmpegError, OSError) as error:
         raise BadRow(f"{path.name}: not a readable video ({first_line(error)})") from None
-    height, width = pictures.shape[1:3]
-    if max(height, width) > MAX_RATIO * min(height, width):
-        raise BadRow(f"{path.name}: sides of {(width, height)} are too unequal")
-    return [Image.fromarray(picture) for picture in pictures], 2 * total / rate / len(indices)
+    if len(pictures) < len(indices):
+        raise BadRow(f"{path.name}: some of its {len(stamps):,} frames cannot be decoded")
+    shown = np.arange(len(stamps)) / rate if times is None else times
+    gap = (shown[indices[-1]] - shown[indices[0]]) / max(1, len(indices) - 1)
+    return pictures, 2 * float(gap)
+
+
+def index_video(
+    container: Any, name: str
+) -> tuple[list[int], list[int], float, np.ndarray | None, tuple[int, int]]:
+    """What the packets of an open video tell of its frames, without decoding them: time stamps in
+    the order of display, those of keyframes (none where stamps cannot be trusted), frames a second,
+    the seconds at which they are shown (None at a constant rate), and width and height.
+
+    Raises:
+        BadRow: it has no frames or not all that it announces, or no decoder for them.
+    """
+    video = container.streams.best("video")
+    if video is not None and video.codec_context is None:
+        mend = "convert it with ffmpeg -i OLD -c:v libx264 -pix_fmt yuv420p NEW.mp4"
+        raise BadRow(f"{name}: there is no decoder for its codec; {mend}")
+    # Not the packets themselves, which would hold the whole file in memory.
+    demuxed = container.demux(video) if video is not None else ()
+    packets = [(p.pts, p.is_keyframe, p.is_discard) for p in demuxed if p.size]
+    cut = sum(is_discard for _, _, is_discard in packets)  # decoded, but not to be shown
+    if len(packets) == cut or not video.width or not video.height:
+        raise BadRow(f"{name}: has no frames")
+    if len(packets) < 0.9 * video.frames:  # some containers count dropped frames, too
+        raise BadRow(f"{name}: is cut off, {len(packets):,} of {video.frames:,} frames are there")
+    rate, size = float(video.average_rate or video.guessed_rate or 1), (video.width, video.height)
+    if container.format.name in UNSTAMPED or any(pts is None for pts, _, _ in packets):
+        return list(range(len(packets) - cut)), [], rate, None, size
+    stamps = sorted({pts for pts, _, is_discard in packets if not is_discard})
+    keys = sorted({pts for pts, is_key, _ in packets if is_key})
+    times = (np.array(stamps) - stamps[0]) * float(video.time_base)
+    if np.abs(times - np.arange(len(times)) / rate).max() < 0.5 / rate:
+        return stamps, keys, rate, None, size
+    return stamps, keys, (len(times) - 1) / times[-1], times, size
+
+
+def seek_frames(container: Any, wanted: list[int], keys: list[int]) -> list[Image.Image]:
+    """The frames with the time stamps `wanted` (ascending), each decoded from the keyframe before
+    it; no frame at all where one is not found."""
+    video, pictures, key = first_video(container), [], None
+    for stamp in wanted if keys else ():
+        before = keys[max(0, bisect_right(keys, stamp) - 1)]
+        if before != key:
+            key = before
+            container.seek(key, stream=video)
+            decoded = container.decode(video)
+        frame = next((f for f in decoded if f.pts is not None and f.pts >= stamp), None)
+        if frame is None or frame.pts != stamp:
+            return []
+        pictures.append(upright(frame, video))
+    return pictures
+
+
+def count_frames(container: Any, indices: list[int]) -> list[Image.Image]:
+    """The frames of these numbers, counted as they are decoded from the beginning: slower, and
+    right where time stamps or seeking are not."""
+    video, chosen = first_video(container), set(indices)
+    decoded = enumerate(islice(container.decode(video), indices[-1] + 1))
+    return [upright(frame, video) for number, frame in decoded if number in chosen]
+
+
+def first_video(container: Any) -> Any:
+    video = container.streams.best("video")
+    video.codec_context.thread_count = 1  # worker processes are the parallelism
+    # A frame inside may announce any size, whatever the file does: as an image, not above 89 MP.
+    video.codec_context.options = {"max_pixels": str(Image.MAX_IMAGE_PIXELS)}
+    return video
+
+
+def upright(frame: Any, video: Any) -> Image.Image:
+    """A decoded frame in RGB, turned as the file says, in the size the video began with."""
+    picture = frame.to_image(width=video.width, height=video.height)
+    return picture.rotate(frame.rotation, expand=True)
 
 
 def first_line(error: Exception) -> str:

@@ -1,0 +1,206 @@
+"""Videos: whatever the container, the codec and the frame rate, the frames are those asked for."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import data
+
+B_FRAMES = {"bf": "3", "g": "10", "sc_threshold": "0"}
+X265 = {"x265-params": "log-level=none:keyint=10:bframes=3:scenecut=0"}
+
+
+def level(frame: int) -> int:
+    return 4 + 4 * frame
+
+
+def write(path: Path, codec: str, frames=60, rate=10, pixels="yuv420p", stamps=None, **fields):
+    """Write a video whose frame i is grey of `level(i)`, its left edge black, shown at `stamps[i]`
+    milliseconds (else at a constant rate)."""
+    container_options = {"movflags": "faststart"} if path.suffix in (".mp4", ".mov") else {}
+    with av.open(str(path), "w", format=fields.get("format"), options=container_options) as file:
+        file.metadata["title"] = "a title"
+        sound = file.add_stream("aac", rate=48000) if fields.get("sound") else None
+        stream = file.add_stream(codec, rate=rate, options=fields.get("options", {}))
+        stream.width, stream.height, stream.pix_fmt = 64, 48, pixels
+        stream.bit_rate = fields.get("bit_rate", 2_000_000)
+        if stamps:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        if sound:
+            silence = np.zeros((2, 1024), np.float32)
+            for i in range(20):
+                samples = av.AudioFrame.from_ndarray(silence, format="fltp", layout="stereo")
+                samples.sample_rate, samples.pts = 48000, 1024 * i
+                file.mux(sound.encode(samples))
+        for i in range(frames):
+            picture = np.full((48, 64, 3), level(i), np.uint8)
+            picture[:, :16] = 0
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            if stamps:
+                frame.pts, frame.time_base = stamps[i], Fraction(1, 1000)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+
+
+def seen(pictures: list[Image.Image]) -> list[int]:
+    """Numbers of the frames, by their level."""
+    levels = [np.asarray(picture)[:, 32:].mean() for picture in pictures]
+    return [round((x - 3) / 4) for x in levels]  # ten bits come out a level or two darker
+
+
+FORMATS = [
+    ("h264.mp4", "libx264", {"options": B_FRAMES}),
+    ("opengop.mp4", "libx264", {"options": B_FRAMES | {"x264-params": "open-gop=1"}}),
+    ("h264-10bit.mp4", "libx264", {"pixels": "yuv420p10le", "options": B_FRAMES}),
+    ("hevc.mp4", "libx265", {"options": X265}),
+    ("hevc-10bit.mkv", "libx265", {"pixels": "yuv420p10le", "options": X265}),
+    ("av1.mp4", "libsvtav1", {"bit_rate": 0, "options": {"crf": "20", "preset": "12"}}),
+    ("vp9.webm", "libvpx-vp9", {"options": {"g": "10", "cpu-used": "8"}}),
+    ("vp8.ogv", "libvpx", {"format": "ogg"}),
+    ("h264.mov", "libx264", {"options": B_FRAMES}),
+    ("sound-first.mp4", "libx264", {"options": B_FRAMES, "sound": True}),
+    ("sound-first.mkv", "libx264", {"options": B_FRAMES, "sound": True}),
+    ("h264.ts", "libx264", {"options": B_FRAMES}),
+    ("hevc.ts", "libx265", {"options": X265}),
+    ("mpeg4.avi", "mpeg4", {"options": {"bf": "2", "g": "10"}}),
+    ("h264.avi", "libx264", {"options": B_FRAMES}),
+    ("h264.flv", "libx264", {"options": B_FRAMES}),
+    ("wmv2.wmv", "wmv2", {"format": "asf", "options": {"g": "10", "sc_threshold": "1000000000"}}),
+    ("mpeg2.mpg", "mpeg2video", {"format": "mpeg", "rate": 25, "options": {"bf": "2", "g": "10"}}),
+]
+
+
+@pytest.mark.parametrize(("name", "codec", "fields"), FORMATS, ids=[x[0] for x in FORMATS])
+def test_the_frames_asked_for(tmp_path, name, codec, fields):
+    write(tmp_path / name, codec, **fields)
+    rate = fields.get("rate", 10)
+    for frames, expected in ((4, [0, 20, 39, 59]), (7, [0, 10, 20, 30, 39, 49, 59])):
+        pictures, seconds = data.read_video(tmp_path / name, frames, None)
+        assert seen(pictures) == expected
+        assert seconds == pytest.approx(2 * 59 / rate / (frames - 1))
+    assert seen(data.read_video(tmp_path / name, None, None)[0]) == list(range(60))
+    assert len(data.read_video(tmp_path / name, None, 2.0)[0]) == round(60 / rate * 2)
+
+
+@pytest.mark.parametrize("options", [B_FRAMES, {"bf": "3", "g": "250"}])
+def test_a_video_reads_alike_every_time(tmp_path, options):
+    write(tmp_path / "v.mp4", "libx264", options=options)
+    for _ in range(20):
+        assert seen(data.read_video(tmp_path / "v.mp4", 5, None)[0]) == [0, 15, 30, 44, 59]
+
+
+# A screen recording: bursts of frames, and seconds in which nothing changes.
+STAMPS = [0, 100, 200, 300, 400, 5000, 5100, 5200, 9000, 9100, 9200, 9300, 9400]
+STAMPS += [10_000 + 40 * i for i in range(12)]
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.mkv", "v.ts"])
+def test_fps_follows_the_time_stamps(tmp_path, name):
+    write(tmp_path / name, "libx264", 25, stamps=STAMPS, options=B_FRAMES)
+    pictures, seconds = data.read_video(tmp_path / name, None, 1.0)
+    numbers = seen(pictures)
+    count = round(25 / 24 * 10.44)  # of the mean frame, the last one has no end
+    times = np.linspace(0, 10_440, count)
+    nearest = {int(np.abs(np.array(STAMPS) - time).argmin()) for time in times}
+    assert numbers == sorted(nearest) == [0, 4, 5, 7, 8, 12, 24]
+    assert seconds == pytest.approx(2 * 10.44 / (len(numbers) - 1))
+    pictures, seconds = data.read_video(tmp_path / name, 4, 1.0)
+    assert seen(pictures) == [0, 5, 7, 24]  # 0, 3.48, 6.96 and 10.44 seconds
+    assert seconds == pytest.approx(2 * 10.44 / 3)
+
+
+def test_a_number_of_frames_counts_frames_at_any_rate(tmp_path):
+    write(tmp_path / "v.mp4", "libx264", 25, stamps=STAMPS)
+    pictures, seconds = data.read_video(tmp_path / "v.mp4", 4, None)
+    assert seen(pictures) == [0, 8, 16, 24] and seconds == pytest.approx(2 * 10.44 / 3)
+
+
+def test_rounded_time_stamps_are_a_constant_rate(tmp_path):
+    write(tmp_path / "v.mkv", "libx264", rate=Fraction(30_000, 1001))  # stamps of milliseconds
+    with av.open(str(tmp_path / "v.mkv")) as container:
+        stamps, _, rate, times, _ = data.index_video(container, "v.mkv")
+    assert len(set(np.diff(stamps))) == 2 and times is None
+    assert rate == pytest.approx(29.97, abs=0.01)
+
+
+@given(
+    st.lists(st.floats(0.001, 100), min_size=1, max_size=50), st.integers(1, 40), st.floats(0.1, 9)
+)
+def test_no_frame_twice_at_any_time_stamps(gaps, frames, fps):
+    times = np.cumsum([0.0, *gaps])
+    rate = len(gaps) / times[-1]
+    indices = data.frame_indices(len(times), rate, frames, fps, times)
+    assert indices == sorted(set(indices)) and len(indices) <= frames
+    assert 0 <= indices[0] <= indices[-1] < len(times)
+    if frames > 1:
+        assert (indices[0], indices[-1]) == (0, len(gaps))
+
+
+@pytest.mark.parametrize("turn", [90, 180, -90])
+def test_a_turned_video_is_upright(tmp_path, turn):
+    write(tmp_path / "flat.mp4", "libx264", 5)
+    with (
+        av.open(str(tmp_path / "flat.mp4")) as source,
+        av.open(str(tmp_path / "turned.mp4"), "w") as target,
+    ):
+        stream = target.add_stream_from_template(source.streams.video[0])
+        stream.set_display_rotation(turn)
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    picture = data.read_video(tmp_path / "turned.mp4", 1, None)[0][0]
+    flat = data.read_video(tmp_path / "flat.mp4", 1, None)[0][0]
+    assert np.array_equal(np.asarray(picture), np.rot90(np.asarray(flat), turn // 90))
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.avi"])
+def test_half_of_a_file_is_named(tmp_path, name):
+    write(tmp_path / name, "mpeg4")
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(data.BadRow, match=r"is cut off, \d+ of 60 frames"):
+        data.read_video(tmp_path / name, 4, None)
+
+
+def test_an_unknown_codec_says_what_to_do(tmp_path):
+    write(tmp_path / "v.mkv", "libx264")
+    content = (tmp_path / "v.mkv").read_bytes()
+    (tmp_path / "v.mkv").write_bytes(content.replace(b"V_MPEG4/ISO/AVC", b"V_MPEG9/ISO/XYZ"))
+    with pytest.raises(data.BadRow, match=r"no decoder for its codec; convert it with ffmpeg"):
+        data.read_video(tmp_path / "v.mkv", 4, None)
+
+
+def test_a_file_without_pictures_is_named(tmp_path):
+    with av.open(str(tmp_path / "v.mp4"), "w") as file:
+        sound = file.add_stream("aac", rate=48000)
+        samples = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), "fltp", "stereo")
+        samples.sample_rate = 48000
+        file.mux(sound.encode(samples))
+        file.mux(sound.encode())
+    with pytest.raises(data.BadRow, match="has no frames"):
+        data.read_video(tmp_path / "v.mp4", 4, None)
+
+
+def test_a_title_may_be_anything(tmp_path):
+    write(tmp_path / "v.mp4", "libx264")
+    content = (tmp_path / "v.mp4").read_bytes()
+    assert b"a title" in content
+    (tmp_path / "v.mp4").write_bytes(content.replace(b"a title", b"\xff\xfe\xfd\xfc\xfb\xfa\xf9"))
+    assert len(data.read_video(tmp_path / "v.mp4", 4, None)[0]) == 4
+
+
+def test_memory_is_bounded_before_it_is_taken(tmp_path, monkeypatch):
+    write(tmp_path / "v.mp4", "libx264")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 48 // 2)  # of one frame
+    with pytest.raises(data.BadRow, match="not a readable video"):
+        data.read_video(tmp_path / "v.mp4", 4, None)
+    monkeypatch.setattr(data, "MAX_FRAME_BYTES", 64 * 48 * 3 * 4 - 1)  # of all four
+    with pytest.raises(data.BadRow, match="4 of its frames take more than"):
+        data.read_video(tmp_path / "v.mp4", 4, None)

@@ -16,6 +16,10 @@ from torch import Tensor
 from torch.nn import Module
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+# The family's least pixels of an image, which its checkpoints state, and of a video's frame, which
+# they do not: it is the default of Qwen2VLVideoProcessor and of qwen-vl-utils.
+IMAGE_LEAST, FRAME_LEAST = 56 * 56, 128 * 28 * 28
+
 
 @dataclass
 class Example:
@@ -116,10 +120,16 @@ def process_media(processor: Processor, example: Example) -> tuple[Tensor, Tenso
     A temporal patch holds two frames; an odd number of frames is padded by repeating the last, as
     the family's own video processor does. An image fills both halves with itself. Frames run
     through the image processor, so resizing and normalisation are those of images.
+
+    A small frame is enlarged to the family's minimum for videos, or to `frame_pixels` if that is
+    less. The family then rounds both sides up to whole tokens, which may exceed the budget: at 128
+    tokens a frame of 320 x 180 gets 9 x 16.
     """
     image_processor = processor.image_processor
     budget = processor.frame_pixels if example.is_video else processor.max_pixels
     least, most = (image_processor.size[edge] for edge in ("shortest_edge", "longest_edge"))
+    if example.is_video and least == IMAGE_LEAST:
+        least = FRAME_LEAST  # a checkpoint that sets a minimum of its own (the toy) keeps it
     most = budget or most
     size = {"shortest_edge": min(least, most), "longest_edge": most}
     output = image_processor(images=example.media, size=size, return_tensors="pt")

@@ -1,4 +1,5 @@
-"""Videos: whatever the container, the codec and the frame rate, the frames are those asked for."""
+"""Videos: whatever the container, the codec and the frame rate, the frames are those asked for, and
+a small frame gets the tokens that the family gives it."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -9,8 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import data
+import ral_grpo
+import toy
+from prompts import Example, Processor, process_media
 
 B_FRAMES = {"bf": "3", "g": "10", "sc_threshold": "0"}
 X265 = {"x265-params": "log-level=none:keyint=10:bframes=3:scenecut=0"}
@@ -204,3 +209,36 @@ def test_memory_is_bounded_before_it_is_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "MAX_FRAME_BYTES", 64 * 48 * 3 * 4 - 1)  # of all four
     with pytest.raises(data.BadRow, match="4 of its frames take more than"):
         data.read_video(tmp_path / "v.mp4", 4, None)
+
+
+# Rows and columns of tokens, computed with Qwen2VLVideoProcessor of transformers 5.23 at its own
+# minimum (128 x 28 x 28 pixels a frame) and the same maximum.
+SIZES = [
+    ((320, 180), 128, (9, 16)),
+    ((640, 480), 128, (9, 13)),
+    ((1920, 1080), 128, (8, 15)),
+    ((64, 48), 128, (10, 14)),
+    ((320, 180), 256, (9, 16)),
+    ((1920, 1080), 256, (12, 21)),
+    ((320, 180), 64, (6, 10)),
+]
+
+
+@pytest.mark.parametrize(("size", "tokens", "expected"), SIZES)
+def test_a_frame_gets_the_tokens_of_the_family(size, tokens, expected):
+    assert ral_grpo.REAL["frame_pixels"] == 128 * 28 * 28
+    processor = Processor(None, Qwen2VLImageProcessorPil(), frame_pixels=tokens * 28 * 28)
+    grid = process_media(processor, Example("", "", [Image.new("RGB", size)] * 2, True))[1]
+    assert grid.tolist() == [1, 2 * expected[0], 2 * expected[1]]
+
+
+def test_a_minimum_of_its_own_and_images_stay():
+    frames = [Image.new("RGB", (2 * toy.CELL, 2 * toy.CELL))] * 2
+    own = Qwen2VLImageProcessorPil(min_pixels=toy.CELL**2)  # as the toy's
+    assert process_media(Processor(None, own), Example("", "", frames, True))[1].tolist() == [
+        1,
+        4,
+        4,
+    ]
+    family = Processor(None, Qwen2VLImageProcessorPil())
+    assert process_media(family, Example("", "", frames[:1], False))[1].tolist() == [1, 4, 4]

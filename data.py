@@ -11,11 +11,14 @@ A row is an object in a JSON array or on a line of its own, with the fields of V
 named with its reason and skipped, and no path leads out of the media roots.
 """
 
+import atexit
 import json
 import mmap
+import multiprocessing
 import os
 import re
 import signal
+import time
 from array import array
 from bisect import bisect_right
 from collections import Counter
@@ -23,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -514,7 +518,7 @@ class Reader:
             sampler=self.numbers,
             num_workers=min(self.workers, os.cpu_count()),
             collate_fn=same,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=guard_reader,
             prefetch_factor=4 if self.workers else None,
         )
         for prompt, bad in loader:
@@ -531,11 +535,40 @@ def same(item: Any) -> Any:
     return item
 
 
-def ignore_signals(worker: int) -> None:
-    """A scheduler tells all processes to stop; the training loop finishes its step, and needs its
-    prompts."""
+def guard_reader(worker: int) -> None:
+    """Set up a reader process: a signal does not end it, the end of its parent does.
+
+    A scheduler sends its signal to all processes of a run; the training loop finishes its step, for
+    which it needs its prompts.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process within a second of its parent, even where the parent was killed.
+
+    PyTorch's workers watch their parent too, but a worker in a decoder does not look, and one that
+    has sent more than a pipe holds waits until somebody receives it.
+    """
+    while os.getppid() == parent and multiprocessing.parent_process().is_alive():
+        time.sleep(1)
+    os._exit(1)
+
+
+@atexit.register
+def end_readers() -> None:
+    """Kill the readers that are left when the interpreter ends.
+
+    Python would send them SIGTERM, which they ignore, and then wait for them without limit. Usually
+    none are left: PyTorch ends its workers when their iterator is deleted. But an exception keeps
+    the iterators in its traceback, and a worker in a decoder does not answer.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises if a worker is killed
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def check_files(args: Any, is_toy: bool) -> None:

@@ -26,7 +26,7 @@ from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ def require(condition: bool, message: str) -> None:
 
 def run_script(args_class: type, main: Callable, description: str) -> None:
     """Parse the command line into `args_class` and run `main`; a `UsageError` becomes one line and
-    exit status 2."""
+    exit status 2, Ctrl-C one line and 130."""
     # A third value, None, means "as the checkpoint", which a plain flag could not say.
     names = ("think", "judge-teacher")
     flags = {f"--{name}": f"--{name}=True" for name in names}
@@ -63,17 +63,26 @@ def run_script(args_class: type, main: Callable, description: str) -> None:
     try:
         start_ranks()
         main(tyro.cli(args_class, args=argv, description=description))
-    except Exception as error:
-        usage = isinstance(error, UsageError)
-        if not usage and world() == 1:
+    except KeyboardInterrupt:
+        fail(130, "\nstopped by Ctrl-C; what was saved before is intact")
+    except UsageError as error:
+        fail(2, f"error: {error}")
+    except Exception:
+        if world() == 1:
             raise
-        sys.stdout.flush()
-        print(f"error: {error}" if usage else traceback.format_exc(), file=sys.stderr, flush=True)
-        if world() > 1:  # the others wait for this rank; torchrun ends them when it is gone
-            os._exit(2 if usage else 1)
-        raise SystemExit(2) from None
+        fail(1, traceback.format_exc())
     if dist.is_initialized():
         leave_ranks()
+
+
+def fail(status: int, message: str) -> NoReturn:
+    """End this process with a message. One of several ends at once: the others wait for it, and
+    torchrun ends them when it is gone."""
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    if world() > 1:
+        os._exit(status)
+    raise SystemExit(status)
 
 
 def require_positive(args: Any, *names: str) -> None:

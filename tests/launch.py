@@ -1,0 +1,106 @@
+"""Runs scripts as their command lines do, with something planted in them, up to the end of the
+interpreter. Each line of standard input is a case, which runs in a fork: that saves the seconds it
+takes to import PyTorch. Of each, the process id is printed, and then what `waitpid` says of it."""
+
+import gc
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import runs
+
+FRAMES = []
+
+
+def keep(*_) -> None:
+    """Keep all variables of the script's `main` alive, as a traceback that is kept somewhere
+    does."""
+    FRAMES.append(sys._getframe(2))
+
+
+def wait(*_) -> None:
+    """Say that there are readers, and wait until a signal has changed its handler or raised."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    print(f"\nreaders: {len(multiprocessing.active_children())}; waiting", flush=True)
+    while before == [signal.getsignal(number) for number in numbers]:
+        time.sleep(0.05)
+
+
+def fail(*_) -> None:
+    print(f"\nreaders: {len(multiprocessing.active_children())}", flush=True)
+    raise RuntimeError("planted")
+
+
+def hang(prompts, n: int) -> None:
+    """Never read the third step's prompts; called by `Prompts.__getitem__` in a reader."""
+    while prompts.seed is not None and n >= 4:
+        time.sleep(1)
+
+
+def plant(place: str, do: str, calls: int = sys.maxsize) -> None:
+    """Call the function `do` before each of the first `calls` calls of `place`."""
+    module, *path, name = place.split(".")
+    owner = importlib.import_module(module)
+    for part in path:
+        owner = getattr(owner, part)
+    function, left = getattr(owner, name), calls
+
+    def planted(*args, **kwargs):
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            globals()[do](*args)
+        return function(*args, **kwargs)
+
+    setattr(owner, name, planted)
+
+
+def launch(case: dict) -> None:
+    for what in case["plants"]:
+        plant(*what)
+    script = importlib.import_module(case["script"])
+    sys.argv = [script.__file__, *case["argv"]]
+    runs.run_script(script.Args, script.main, script.__doc__)
+
+
+def fork(case: dict) -> int:
+    """Start a case in a session of its own, as two ranks if it says so; returns the process id, or
+    0 in the new processes. Their output goes to the named pipe `output`, which is at its end when
+    no process of the case is left."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDONLY)
+        output = os.open(case["output"], os.O_WRONLY)
+        for new, old in ((null, 0), (output, 1), (output, 2)):
+            os.dup2(new, old)
+        os.close(output)
+        if case["ranks"] == 2:  # torchrun would import PyTorch twice
+            with socket.create_server(("localhost", 0)) as free:
+                port = str(free.getsockname()[1])
+            os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if os.fork() else "1"
+    return child
+
+
+if __name__ == "__main__":
+    names = ("sft", "grpo_baseline", "ral_grpo", "kd_baseline", "attn_distill", "evaluate")
+    for name in (*names, "matplotlib.pyplot", "torch.utils.tensorboard"):
+        importlib.import_module(name)
+    gc.freeze()  # collecting what was imported would copy it in every fork
+    for line in sys.stdin:
+        child = fork(case := json.loads(line))
+        if child == 0:
+            launch(case)
+            break  # and then the interpreter ends
+        print(child, flush=True)
+        print(os.waitpid(child, 0)[1], flush=True)

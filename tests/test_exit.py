@@ -1,0 +1,170 @@
+"""Every end of a process, wanted or not, comes within seconds and ends its readers too."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).with_name("launch.py")
+SCRIPTS = ("sft", "grpo_baseline", "ral_grpo", "kd_baseline", "attn_distill")
+LOOP = "runs.Stopwatch.lap"  # what every training loop calls, with readers at work
+STOPPED = "\nstopped by Ctrl-C; what was saved before is intact\n"
+SECONDS = 60  # more than any end may take on a busy machine
+
+
+def argv(real: Path, folder: Path, script: str, family: str = "qwen2_vl", workers: int = 2) -> list:
+    """The command line of two steps on real data."""
+    words = ["--model", real / family, "--data", real / "rows.json", "--media-root", real / "media"]
+    words += ["--out", folder / "run", "--workers", workers, "--max-skipped", 0.3, "--frames", 4]
+    words += ["--max-pixels", 84 * 84, "--frame-pixels", 56 * 56, "--max-new-tokens", 4]
+    if script != "evaluate":
+        words += ["--steps", 2, "--prompts-per-step", 2, "--eval-examples", 2, "--save-every", 0]
+        words += [] if script == "sft" else ["--group-size", 2]
+    if script in ("kd_baseline", "attn_distill"):
+        words += ["--teacher", real / family]
+    return [str(word) for word in words]
+
+
+def read(pipe: int, word: str | None = None) -> str:
+    """What comes out of the pipe up to `word`, or to its end."""
+    text, limit = "", time.monotonic() + SECONDS
+    while word is None or word not in text:
+        ready, _, _ = select.select([pipe], [], [], max(0, limit - time.monotonic()))
+        assert ready, f"a process is left after {SECONDS} seconds:\n{text[-3000:]}"
+        part = os.read(pipe, 2**16)
+        if not part:
+            break
+        text += part.decode()
+    return text
+
+
+@pytest.fixture(scope="module")
+def server():
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, str(LAUNCH)], env=environment, **pipes) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def run(server, tmp_path):
+    """Runs a script and returns exit status and output. To get a signal, it must wait for it; a
+    negative one goes to its readers as well."""
+
+    def run(
+        script: str, argv: list, plants: list, signals: tuple = (), ranks: int = 1
+    ) -> tuple[int, str]:
+        pipe = str(tmp_path / "pipe")
+        os.mkfifo(pipe)
+        case = {"script": script, "argv": argv, "plants": plants}
+        case |= {"output": pipe, "ranks": ranks}
+        print(json.dumps(case), file=server.stdin, flush=True)
+        child, output = int(server.stdout.readline()), ""
+        pipe = os.open(pipe, os.O_RDONLY)
+        try:
+            for number in signals:
+                output += read(pipe, "waiting")
+                (os.killpg if number < 0 else os.kill)(child, abs(number))
+            output += read(pipe)
+        except BaseException:
+            os.killpg(child, signal.SIGKILL)
+            raise
+        finally:
+            os.close(pipe)
+            status = os.waitstatus_to_exitcode(int(server.stdout.readline()))
+        return status, output
+
+    return run
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_finished_run_ends(run, real, tmp_path, script, family):
+    """Whatever keeps its variables alive, as here the frame of `main`."""
+    status, output = run(script, argv(real, tmp_path, script, family), [(LOOP, "keep")])
+    assert status == 0 and "\nnext: python" in output, output[-3000:]
+
+
+def test_a_finished_run_ends_though_a_reader_hangs(run, real, tmp_path):
+    words = argv(real, tmp_path, "ral_grpo", workers=1)
+    status, output = run("ral_grpo", words, [("data.Prompts.__getitem__", "hang")])
+    assert status == 0 and "\nnext: python" in output, output[-3000:]
+
+
+# What reads with readers at work: script, more of its command line, what it calls then.
+AT_WORK = {
+    "training": ("ral_grpo", [], LOOP),
+    "evaluation": ("evaluate", [], "evaluate.collate"),
+    "checking": ("sft", ["--check-data"], "data.accuracy"),
+}
+
+
+@pytest.mark.parametrize("work", AT_WORK)
+def test_an_error_ends_the_process(run, real, tmp_path, work):
+    script, more, place = AT_WORK[work]
+    status, output = run(script, argv(real, tmp_path, script) + more, [(place, "fail")])
+    assert status == 1 and "\nRuntimeError: planted\n" in output
+    assert "readers: 2" in output
+
+
+@pytest.mark.parametrize("work", AT_WORK)
+@pytest.mark.parametrize("sign", [1, -1], ids=["process", "readers too"])
+def test_ctrl_c_ends_the_process_with_one_line(run, real, tmp_path, work, sign):
+    """In training it is the second one."""
+    script, more, place = AT_WORK[work]
+    signals = (sign * signal.SIGINT,) * (2 if work == "training" else 1)
+    status, output = run(script, argv(real, tmp_path, script) + more, [(place, "wait")], signals)
+    assert status == 130 and "Traceback" not in output
+    assert STOPPED in output
+    assert output.count("readers: 2") == len(signals)
+
+
+def test_ctrl_c_while_loading_is_one_line(run, real, tmp_path):
+    plants = [("ral_grpo.load_model", "wait")]
+    status, output = run("ral_grpo", argv(real, tmp_path, "ral_grpo"), plants, (signal.SIGINT,))
+    assert status == 130 and "Traceback" not in output
+    assert STOPPED in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_to_all_processes_finishes_the_step(run, real, tmp_path, number):
+    plants = [(LOOP, "wait", 1)]
+    status, output = run("ral_grpo", argv(real, tmp_path, "ral_grpo"), plants, (-number,))
+    assert status == 0 and "stopped after step 1; go on with: python" in output
+    assert "readers: 2" in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("work", AT_WORK)
+def test_readers_end_with_a_process_that_is_killed(run, real, tmp_path, work, number):
+    """In the evaluation they have more to send than a pipe holds, and nobody takes it."""
+    script, more, place = AT_WORK[work]
+    words = argv(real, tmp_path, script) + more
+    words += ["--overlay", "20"] if script == "evaluate" else []
+    plants = [(place, "wait"), ("data.Prompts.__getitem__", "hang")]
+    signals = (number,) * (2 if (work, number) == ("training", signal.SIGTERM) else 1)
+    status, output = run(script, words, plants, signals)
+    assert status == -number and "readers: 2" in output and "Traceback" not in output
+
+
+RANKS = {  # what is planted, exit status, what must be in the output
+    "end": ([(LOOP, "keep")], 0, "\nnext: python"),
+    "error": ([(LOOP, "fail")], 1, "RuntimeError: planted"),
+    "Ctrl-C": ([("ral_grpo.load_model", "wait")], 130, STOPPED),
+}
+
+
+@pytest.mark.parametrize("how", RANKS)
+def test_two_ranks_end_with_their_readers(run, real, tmp_path, how):
+    plants, status, words = RANKS[how]
+    signals = (-signal.SIGINT,) if how == "Ctrl-C" else ()
+    ended, output = run("ral_grpo", argv(real, tmp_path, "ral_grpo"), plants, signals, ranks=2)
+    assert ended == status and words in output, output[-3000:]
+    assert ("Traceback" in output) == (how == "error")

@@ -11,7 +11,6 @@ evaluation that the training scripts call.
 
 import json
 import math
-import shutil
 import warnings
 from bisect import bisect_left
 from collections import defaultdict
@@ -21,7 +20,7 @@ from functools import partial
 from itertools import islice, product
 from pathlib import Path
 from textwrap import fill
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import numpy as np
 import torch
@@ -45,14 +44,20 @@ from data import DataFile, Prompts, Reader
 from prompts import Example, Processor, Prompt, collate, encode_prompt
 from runs import (
     Skipped,
+    append,
+    clear,
+    content_of,
     fill_defaults,
     gather,
+    lock_directory,
+    open_lines,
     rank,
     require,
     require_not_negative,
     require_positive,
     run_script,
     world,
+    writing,
 )
 
 # 1. Evaluation
@@ -260,7 +265,8 @@ def draw_looks(path: Path, rows: dict[str, list[Look]], count: int = 6) -> None:
             axis.set_xlabel(look.example.problem[:32], fontsize=8)
         line[0].set_ylabel(label, fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    with writing(path.parent, path.name):
+        figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
 
@@ -281,7 +287,8 @@ def draw_overlay(path: Path, look: Look, most: int = 12) -> None:
     axes[0].set_title(title, color=colour, fontsize=10)
     axes[0].axis("off")
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    with writing(path.parent, path.name):
+        figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
 
@@ -299,7 +306,8 @@ def draw_curves(path: Path, metrics: Path, names: Sequence[str]) -> None:
         axis.set(title=name, xlabel="step")
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    with writing(path.parent, path.name):
+        figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
 
@@ -438,8 +446,12 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole]
 
 
-def open_out(args: Args) -> Path:
-    """The directory of results: new, or left by the same command."""
+def open_out(args: Args) -> tuple[Path, TextIO]:
+    """The directory of results, new or left by the same command, and its lock.
+
+    Raises:
+        UsageError: it is something else's, in use by another process, or cannot be written.
+    """
     out, file = Path(args.out), Path(args.out) / "args.json"
     trained = (out / "metrics.jsonl").exists() or (out / "checkpoint").exists()
     holds = out.resolve() in (Path(args.model).resolve(), *Path(args.model).resolve().parents)
@@ -452,21 +464,23 @@ def open_out(args: Args) -> Path:
     stats = {str(path): path.stat() for path in inputs}
     mathematics["inputs"] = {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
     mathematics = json.loads(json.dumps(mathematics))  # tuples are lists there
-    if file.exists() and args.overwrite:
-        shutil.rmtree(out)
-    if file.exists():
-        before = json.loads(file.read_text())
-        differ = [name for name in mathematics if mathematics[name] != before.get(name)]
-        remedy = "give another --out, or --overwrite"
-        require(not differ, f"--out {out}: was made with another {', '.join(differ)}; {remedy}")
-    else:
-        busy = out.is_file() or (out.is_dir() and any(out.iterdir()))
-        require(not busy, f"--out {out}: exists and is no evaluation; choose another")
+    busy = out.is_file() or (not file.exists() and bool(content_of(out)))
+    require(not busy, f"--out {out}: exists and is no evaluation; choose another")
+    with writing(out, "the directory"):
         out.mkdir(parents=True, exist_ok=True)
-        aside = out.with_name(f"{out.name}.args")
-        aside.write_text(json.dumps(mathematics, indent=2) + "\n")
-        aside.rename(file)
-    return out
+        lock = lock_directory(out)
+        if args.overwrite:
+            clear(out)
+        if file.exists():
+            before = json.loads(file.read_text())
+            differ = [name for name in mathematics if mathematics[name] != before.get(name)]
+            remedy = "give another --out, or --overwrite"
+            require(not differ, f"--out {out}: was made with another {', '.join(differ)}; {remedy}")
+        else:
+            aside = out.with_name(f"{out.name}.args")
+            aside.write_text(json.dumps(mathematics, indent=2) + "\n")
+            aside.rename(file)
+    return out, lock
 
 
 def prompts_of(
@@ -531,7 +545,8 @@ def draw_sweep(path: Path, results: dict[Setting, list[dict[str, Any]]], varied:
     if len(lines) > 1:
         axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    with writing(path.parent, path.name):
+        figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
 
@@ -560,15 +575,15 @@ def main(args: Args) -> dict[str, float]:
     varied = [i for i, values in enumerate(zip(*sweep, strict=True)) if len(set(values)) > 1]
     opened = {s: prompts_of(args, s, processor, config, task, is_toy) for s in sweep}
     model = load_model(args.model, frozen=True)[0]
-    out = open_out(args)
+    out, lock = open_out(args)
     results = defaultdict(list)
     for record in read_predictions(out / "predictions.jsonl"):
         results[tuple(record.pop("setting"))].append(record)
-    with gathered(model), (out / "predictions.jsonl").open("a") as file:
+    with gathered(model), open_lines(out / "predictions.jsonl") as file:
         for setting, (names, prompts, skipped) in opened.items():
             label = "-".join(f"{NAMES[i]}{setting[i]}" for i in varied)
             if args.data:
-                skipped.attach((out / f"skipped{label and f'-{label}'}.jsonl").open("a"))
+                skipped.attach(open_lines(out / f"skipped{label and f'-{label}'}.jsonl"))
             done = {record["row"] for record in results[setting]}
             skipped.read = len(done) + len(skipped.bad)
             todo = [n for n, name in enumerate(names) if name not in done]
@@ -579,9 +594,7 @@ def main(args: Args) -> dict[str, float]:
             for look in judge(
                 model, processor, prompts(todo), batch_size=args.batch_size, **options
             ):
-                line = {"setting": setting} | look.record
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
+                append(file, [{"setting": setting} | look.record])
                 results[setting].append(look.record)
                 if look.example.media and len(results[setting]) <= args.overlay:
                     number = f"{len(results[setting]):03}"
@@ -591,10 +604,12 @@ def main(args: Args) -> dict[str, float]:
             require(len(results[setting]) > 0, f"--data {args.data}: no row can be used")
     results = {setting: results[setting] for setting in sweep}
     text = table(results, varied)
-    (out / "table.txt").write_text(text.strip() + "\n")
+    with writing(out, "table.txt"):
+        (out / "table.txt").write_text(text.strip() + "\n")
     print(text)
     if varied:
         draw_sweep(out / "sweep.png", results, varied)
+    lock.close()
     print(f"results: {out}")
     return summarise(results[sweep[-1]])
 

@@ -6,6 +6,8 @@ and renamed, a run in the way is moved, and `--resume` cuts every file back to t
 that nothing is there twice.
 """
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -15,6 +17,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -24,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from importlib.util import find_spec
+from io import BytesIO, FileIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NoReturn, TextIO
@@ -195,6 +199,20 @@ def gather(items: list) -> list:
     return [item for part in parts for item in part]
 
 
+def on_rank_0(action: Callable[[], Any]) -> Any:
+    """What `action` returns on rank 0, and None on the others; a `UsageError` that it raises is
+    raised on all ranks, so that none waits for rank 0."""
+    result, refusal = None, ""
+    if rank() == 0:
+        try:
+            result = action()
+        except UsageError as error:
+            refusal = str(error)
+    refusal = gather([refusal])[0]
+    require(not refusal, refusal)
+    return result
+
+
 def over_ranks(metrics: dict[str, float]) -> dict[str, float]:
     """Means over the ranks; of `perf/*` the most, of tokens a second the sum."""
     if world() == 1:
@@ -227,6 +245,89 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
 
 # 3. The run directory
 
+LOCK = ".lock"  # in a run directory: names the process that uses it, which holds its lock
+
+
+def lock_directory(out: Path) -> TextIO:
+    """Lock the directory `out` for this process; returns the file to keep open as long.
+
+    The lock is of the POSIX kind: the system releases it when the process ends, however it ends,
+    and processes forked from it (the readers) do not inherit it. It is also released when the
+    process closes any other handle of the same file, so nothing else opens it.
+
+    Raises:
+        UsageError: another process holds the lock.
+    """
+    path = out / LOCK
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                print(f"note: --out {out}: no lock ({error.strerror}); start no other run there")
+                return file
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            remedy = "wait until it ends, or choose another"
+            raise UsageError(f"--out {out}: in use by process {holder}; {remedy}") from None
+        # Between `open` and `lockf` the holder may have moved the directory and ended.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def content_of(out: Path) -> list[Path]:
+    """What is in a directory besides its lock; nothing if it does not exist."""
+    return [path for path in out.iterdir() if path.name != LOCK] if out.is_dir() else []
+
+
+def clear(out: Path) -> None:
+    """Delete what is in a directory, and keep the directory with its lock."""
+    for path in content_of(out):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+@contextmanager
+def writing(out: Path, name: str) -> Iterator[None]:
+    """Turn a failure to write `name` in the directory `out`, as on a full disk, into a `UsageError`
+    of one line that says what is intact."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        full = "No space" in reason or "quota" in reason
+        remedy = "free space there" if full else "choose another"
+        kept = [*good_states(out)[-1:], out / "checkpoint", out / "predictions.jsonl"]
+        kept = [str(path) for path in kept if os.path.exists(path)]
+        last = f"intact: {', '.join(kept)}" if kept else "nothing is saved there yet"
+        message = f"--out {out}: {name} cannot be written ({reason}); {remedy}; {last}"
+        raise UsageError(message) from None
+
+
+def open_lines(path: Path) -> FileIO:
+    """A file to `append` lines to. It has no buffer, so that an error comes with the line that it
+    is about, and closing the file raises no second one."""
+    return path.open("ab", buffering=0)
+
+
+def append(file: FileIO, rows: Iterable[dict[str, Any]]) -> None:
+    """Append one line of JSON for each row.
+
+    Raises:
+        UsageError: it cannot be written, as on a full disk.
+    """
+    path = Path(file.name)
+    with writing(path.parent, path.name):
+        for row in rows:
+            data = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+            while data:
+                data = data[file.write(data) :]
+
 
 def check_run(args: Any, *inputs: str) -> None:
     """Refuse, before any work is done, an `--out` that cannot become this run's directory.
@@ -235,9 +336,16 @@ def check_run(args: Any, *inputs: str) -> None:
     """
     out = Path(args.out)
     require(not out.exists() or out.is_dir(), f"--out {out}: is a file; choose another")
-    busy = out.is_dir() and any(out.iterdir())
+    busy = bool(content_of(out))
     is_run = (out / "args.json").is_file()
     require(not busy or is_run, f"--out {out}: exists and is not a run; choose another")
+    if (out / LOCK).exists() and not args.check_data:  # `Run` locks it for good
+
+        def try_lock() -> None:
+            with writing(out, LOCK):
+                lock_directory(out).close()
+
+        on_rank_0(try_lock)
     for path in inputs:
         holds = out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents)
         require(not holds, f"--out {out}: holds {path}, which this run reads; choose another")
@@ -257,7 +365,7 @@ class Skipped:
     rows: int = 0
     bad: dict[str, str] = field(default_factory=dict)
     read: int = 0
-    file: TextIO | None = None  # skipped.jsonl
+    file: FileIO | None = None  # skipped.jsonl
 
     def add(self, bad: dict[str, str]) -> None:
         self.read += 1 + len(bad)
@@ -278,7 +386,7 @@ class Skipped:
         if self.file is not None:
             self.write(new)
 
-    def attach(self, file: TextIO) -> None:
+    def attach(self, file: FileIO) -> None:
         """Append what is known to `file` but not in it yet, and from now on each row as it is
         met. A line that was cut off goes."""
         content = Path(file.name).read_bytes()
@@ -291,10 +399,7 @@ class Skipped:
         self.write(new)
 
     def write(self, bad: dict[str, str]) -> None:
-        for name, reason in bad.items():
-            line = json.dumps({"row": name, "reason": reason}, ensure_ascii=False)
-            self.file.write(line + "\n")
-        self.file.flush()
+        append(self.file, [{"row": name, "reason": reason} for name, reason in bad.items()])
 
 
 class Run:
@@ -304,7 +409,7 @@ class Run:
     A run already at `out` is moved to `<out>.1` and so on, or replaced with `--overwrite`; see
     `check_run` for what is never touched. With a `state` the run that left it goes on instead: its
     files are cut back to it. `--track` sends the metrics to Weights & Biases too. Only rank 0
-    writes.
+    writes. The directory is locked until the script's `main` returns.
     """
 
     def __init__(self, args: Any, skipped: Skipped, state: "State | None" = None):
@@ -314,47 +419,57 @@ class Run:
         self.handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         for number in self.handlers:
             signal.signal(number, self.interrupt)
-        if rank() != 0:
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        if args.track:  # before anything is moved: it may fail
+        if args.track and rank() == 0:  # before anything is moved: it may fail
             import wandb
 
             self.wandb = wandb.init(project="ral", name=self.out.name, config=asdict(args))
-        if state is None:
-            self.make_room()
-        else:  # those after it are of a branch that is given up
-            for later in good_states(self.out):
-                if int(later.name.removeprefix("step-")) > state.step:
-                    shutil.rmtree(later)
-        for left in self.out.glob(".checkpoint-*"):  # by a process that was killed
-            shutil.rmtree(left)
-        (self.out / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            self.files[name] = self.open(name)
-        if args.data:
-            self.files["skipped.jsonl"] = self.open("skipped.jsonl")
-            skipped.attach(self.files["skipped.jsonl"])
-        shutil.rmtree(self.out / "tensorboard", ignore_errors=True)
-        self.tensorboard = SummaryWriter(self.out / "tensorboard")
+        self.lock = on_rank_0(self.begin)
+
+    def begin(self) -> TextIO:
+        """Lock the directory, make room in it, and open its files; returns the lock."""
+        with writing(self.out, "the run directory"):
+            lock = self.make_room()
+            for left in list(self.out.glob(".checkpoint-*")):  # by a process that was killed
+                if left.suffix == ".old" and not (self.out / "checkpoint").exists():
+                    left.rename(self.out / "checkpoint")
+                else:
+                    shutil.rmtree(left)
+            args = json.dumps(asdict(self.args), indent=2)
+            (self.out / "args.json").write_text(args + "\n")
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                self.files[name] = self.open(name)
+            if self.args.data:
+                self.files["skipped.jsonl"] = self.open("skipped.jsonl")
+                self.skipped.attach(self.files["skipped.jsonl"])
+            shutil.rmtree(self.out / "tensorboard", ignore_errors=True)
+            self.open_tensorboard()
         for line in self.metrics():
             self.draw(line)
+        return lock
 
-    def make_room(self) -> None:
-        if self.out.exists() and any(self.out.iterdir()):
-            if self.args.overwrite:
-                shutil.rmtree(self.out)
-            else:
-                numbers = range(1, sys.maxsize)
-                aside = next(p for n in numbers if not (p := Path(f"{self.out}.{n}")).exists())
-                self.out.rename(aside)
-                print(f"the run at {self.out} is now at {aside}")
+    def make_room(self) -> TextIO:
+        """Lock the directory, and move or delete what is not this run's; returns the lock."""
         self.out.mkdir(parents=True, exist_ok=True)
+        lock = lock_directory(self.out)
+        if self.state is not None:  # states after it are of a branch that is given up
+            for later in good_states(self.out):
+                if int(later.name.removeprefix("step-")) > self.state.step:
+                    shutil.rmtree(later)
+        elif self.args.overwrite:
+            clear(self.out)
+        elif content_of(self.out):
+            numbers = range(1, sys.maxsize)
+            aside = next(p for n in numbers if not (p := Path(f"{self.out}.{n}")).exists())
+            self.out.rename(aside)
+            print(f"the run at {self.out} is now at {aside}")
+            self.out.mkdir(exist_ok=True)
+            with lock:  # it has moved too; keep it until there is another
+                return lock_directory(self.out)
+        return lock
 
-    def open(self, name: str) -> TextIO:
+    def open(self, name: str) -> FileIO:
         """A file of lines to append to, cut back to what it was at the checkpoint."""
-        file = (self.out / name).open("a")
+        file = open_lines(self.out / name)
         length, there = self.state.lengths.get(name, 0) if self.state else 0, file.tell()
         short = f"--resume {self.args.resume}: {self.out / name} is shorter than at the checkpoint"
         require(there >= length, f"{short} ({there} of {length} bytes); give an earlier one")
@@ -365,10 +480,29 @@ class Run:
         """All lines of metrics written so far."""
         return [json.loads(x) for x in (self.out / "metrics.jsonl").read_text().splitlines()]
 
+    def open_tensorboard(self) -> None:
+        """Open a new file of events. TensorBoard's own `SummaryWriter` writes from a thread, which
+        prints a traceback when the disk is full."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        (self.out / "tensorboard").mkdir()
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self.tensorboard = RecordWriter((self.out / "tensorboard" / name).open("wb"))
+        version = Event(wall_time=time.time(), file_version="brain.Event:2")
+        self.tensorboard.write(version.SerializeToString())
+
     def draw(self, line: dict[str, float]) -> None:
-        for name, value in line.items():
-            if name != "step":
-                self.tensorboard.add_scalar(name, value, line["step"])
+        """Write one line of metrics to TensorBoard."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [{"tag": name, "simple_value": x} for name, x in line.items() if name != "step"]
+        summary = Summary(value=[Summary.Value(**value) for value in values])
+        event = Event(wall_time=time.time(), step=line["step"], summary=summary)
+        with writing(self.out, "tensorboard"):
+            self.tensorboard.write(event.SerializeToString())
+            self.tensorboard.flush()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write one line of metrics, to every sink: means over the ranks, which all count the
@@ -380,7 +514,7 @@ class Run:
             return
         if self.args.data:
             metrics = metrics | {"data/skipped": len(self.skipped.bad)}
-        self.write("metrics.jsonl", [{"step": step, **metrics}])
+        append(self.files["metrics.jsonl"], [{"step": step, **metrics}])
         self.draw({"step": step, **metrics})
         if self.wandb:
             self.wandb.log(metrics, step=step)
@@ -389,12 +523,7 @@ class Run:
         """Write sampled responses with their rewards, those of all ranks."""
         rows = gather(rows)
         if rank() == 0:
-            self.write("samples.jsonl", [{"step": step, **row} for row in rows])
-
-    def write(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
-        for row in rows:
-            self.files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.files[name].flush()
+            append(self.files["samples.jsonl"], [{"step": step, **row} for row in rows])
 
     def require_finite(self, step: int, metrics: dict[str, float], prompts: Sequence[Any]) -> None:
         """Stop where the gradient was not finite; `update` took no step with that one."""
@@ -417,24 +546,39 @@ class Run:
         for file in self.files.values():
             file.close()
         if rank() == 0:
-            self.tensorboard.close()
+            with writing(self.out, "tensorboard"):
+                self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
 
     def save_checkpoint(self, save: Callable[[Path | None], None]) -> Path:
         """Write `checkpoint/` with `save(directory)`: aside first, then renamed, so never
-        half-written. All ranks call it, the others with None."""
+        half-written. All ranks call it, the others with None.
+
+        Raises:
+            UsageError: it cannot be written, as on a full disk; an earlier one is as it was.
+        """
         final = self.out / "checkpoint"
         if rank() != 0:
             save(None)
             return final
-        aside = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=self.out))
-        save(aside)
-        aside.chmod(0o755)
-        if final.exists():
-            final.rename(aside.with_suffix(".old"))
-        aside.rename(final)
-        shutil.rmtree(aside.with_suffix(".old"), ignore_errors=True)
+        with writing(self.out, "checkpoint"):
+            aside = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=self.out))
+            old = aside.with_suffix(".old")
+            try:
+                save(aside)
+                aside.chmod(0o755)
+                for path in (*aside.iterdir(), aside):
+                    flush(path)
+                if final.exists():
+                    final.rename(old)
+                aside.rename(final)
+            except Exception:
+                if old.exists():
+                    old.rename(final)
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
+        shutil.rmtree(old, ignore_errors=True)
         return final
 
     def save_state(
@@ -453,8 +597,9 @@ class Run:
         if due or stop:
             tensors = state_tensors(model, optimizer)
             if rank() == 0:
-                for file in self.files.values():
-                    os.fsync(file.fileno())
+                for name, file in self.files.items():
+                    with writing(self.out, name):
+                        os.fsync(file.fileno())
                 lengths = {name: file.tell() for name, file in self.files.items()}
                 state = {
                     "step": step,
@@ -592,29 +737,27 @@ def write_state(
         UsageError: it cannot be written, as on a full disk; earlier states are as they were.
     """
     folder = out / "state"
-    folder.mkdir(exist_ok=True)
-    for left in folder.glob("*.part"):
-        shutil.rmtree(left)
     aside = folder / f"step-{state['step']:06}.part"
-    try:
+    final = aside.with_suffix("")
+    with writing(out, f"state/{final.name}"):
+        folder.mkdir(exist_ok=True)
+        for left in folder.glob("*.part"):
+            shutil.rmtree(left)
         aside.mkdir()
-        for name, content in tensors.items():
-            save_file(content, aside / f"{name}.safetensors")
-        torch.save(random_state(), aside / "random.pt")
-        (aside / "state.json").write_text(json.dumps(state | {"args": asdict(args)}, indent=1))
-        for path in (*aside.iterdir(), aside):
-            flush(path)
-        final = aside.with_suffix("")
+        try:
+            for name, content in tensors.items():
+                save_file(content, aside / f"{name}.safetensors")
+            torch.save(random_state(), buffer := BytesIO())
+            (aside / "random.pt").write_bytes(buffer.getvalue())
+            (aside / "state.json").write_text(json.dumps(state | {"args": asdict(args)}, indent=1))
+            for path in (*aside.iterdir(), aside):
+                flush(path)
+        except Exception:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
         shutil.rmtree(final, ignore_errors=True)  # from before this run was resumed further back
         aside.rename(final)
         flush(folder)
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        saved = good_states(out)
-        last = f"{saved[-1]} is intact" if saved else "there is none yet"
-        raise UsageError(
-            f"--out {out}: no state written at step {state['step']}: {error}; {last}"
-        ) from None
     for old in good_states(out)[: -args.keep]:
         shutil.rmtree(old)
 

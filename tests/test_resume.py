@@ -340,7 +340,7 @@ def test_a_full_disk_leaves_the_last_state(whole_runs, cold_start, teacher, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(runs, "save_file", full)
-        words = "no state written at step 4: .*No space left.*step-000002 is intact"
+        words = "state/step-000004 cannot be written.*No space left.*intact: .*step-000002"
         with pytest.raises(runs.UsageError, match=words):
             ral_grpo.main(ral_grpo.Args(**fields))
     restore_signals()

@@ -227,7 +227,7 @@ def test_the_run_directory_is_complete(cold_start, train, tmp_path):
     (out,) = tmp_path.iterdir()
     names = {path.name for path in out.iterdir()}
     assert names == {
-        *("args.json", "metrics.jsonl", "samples.jsonl", "tensorboard"),
+        *(".lock", "args.json", "metrics.jsonl", "samples.jsonl", "tensorboard"),
         *("attention.png", "curves.png", "checkpoint"),
     }
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]

@@ -1,0 +1,295 @@
+"""A run directory belongs to one process at a time, and a failure to write it is one line."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import SMALL
+
+import attn_distill
+import common
+import evaluate
+import grpo_baseline
+import kd_baseline
+import ral_grpo
+import runs
+import sft
+
+ROOT = Path(__file__).parents[1]
+FIELDS = SMALL | {"steps": 4, "save_every": 2, "eval_every": 4, "learning_rate": 1e-3}
+CHILD_ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    """A run that fails leaves its signal handlers, and a test may limit the size of files."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def locked(out: Path) -> bool:
+    """Whether another process is refused the lock of `out`."""
+    code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    command = [sys.executable, "-c", code, out / ".lock"]
+    return subprocess.run(command, capture_output=True).returncode != 0
+
+
+# The lock
+
+HOLD = """
+import sys, time
+from torch.utils.data import DataLoader
+import grpo_baseline, runs
+
+run = runs.Run(grpo_baseline.Args(out=sys.argv[1]), runs.Skipped())
+other = runs.lock_directory(runs.Path(sys.argv[2]))
+readers = iter(DataLoader(range(1000), num_workers=2))
+next(readers)
+print("readers", *(reader.pid for reader in readers._workers), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(cold_start, tmp_path):
+    """A process with a run at `run` and an evaluation at `eval`, and the ids of its readers."""
+    args = evaluate.Args(model=str(cold_start), examples=2, out=str(tmp_path / "eval"))
+    evaluate.main(args)
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "run"), str(tmp_path / "eval")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=CHILD_ENV)
+    lines = iter(process.stdout.readline, "")
+    words = next(line for line in lines if line.startswith("readers")).split()
+    yield process, [int(word) for word in words[1:]]
+    process.kill()
+    process.wait()
+
+
+def test_a_directory_in_use_is_refused_until_its_process_is_gone(holder, cold_start, tmp_path):
+    process, readers = holder
+    fields = FIELDS | {"model": str(cold_start), "out": str(tmp_path / "run"), "steps": 1}
+    in_use = rf"^--out .*: in use by process {process.pid} on [^\n]*$"
+    before = sorted(tmp_path.rglob("*"))
+    for changed in ({}, {"overwrite": True}, {"resume": "auto"}):
+        with pytest.raises(runs.UsageError, match=in_use):
+            grpo_baseline.main(grpo_baseline.Args(**fields | changed))
+    args = evaluate.Args(model=str(cold_start), examples=2, out=str(tmp_path / "eval"))
+    for overwrite in (False, True):
+        with pytest.raises(runs.UsageError, match=in_use):
+            evaluate.main(replace(args, overwrite=overwrite))
+    assert sorted(tmp_path.rglob("*")) == before
+    process.kill()
+    process.wait()
+    for reader in readers:  # they outlive it for a while, and must not keep the lock
+        os.kill(reader, signal.SIGSTOP)
+    assert not locked(tmp_path / "run") and not locked(tmp_path / "eval")
+    for reader in readers:
+        os.kill(reader, signal.SIGKILL)
+    grpo_baseline.main(grpo_baseline.Args(**fields))
+    assert (tmp_path / "run" / "checkpoint").is_dir() and (tmp_path / "run.1").is_dir()
+    evaluate.main(args)
+
+
+def test_the_lock_stays_with_the_name_when_a_run_is_moved_or_replaced(tmp_path):
+    args = grpo_baseline.Args(out=str(tmp_path / "run"))
+    run = runs.Run(args, runs.Skipped())
+    run.close()
+    assert locked(tmp_path / "run")  # pictures are still to come
+    del run
+    assert not locked(tmp_path / "run")
+    for changed in ({}, {"overwrite": True}):
+        run = runs.Run(replace(args, **changed), runs.Skipped())
+        assert locked(tmp_path / "run") and not locked(tmp_path / "run.1")
+        run.close()
+        del run
+    assert not (tmp_path / "run.2").exists()
+
+
+def test_a_run_killed_after_it_took_the_lock_is_not_in_the_way(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").write_text("1 on a host\n")
+    args = grpo_baseline.Args(out=str(tmp_path / "run"))
+    runs.check_run(args)
+    runs.Run(args, runs.Skipped()).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_checking_data_needs_no_lock(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    (tmp_path / "run" / "args.json").write_text("{}")
+    monkeypatch.setattr(runs, "lock_directory", lambda out: pytest.fail("locked"))
+    runs.check_run(grpo_baseline.Args(out=str(tmp_path / "run"), check_data=True))
+
+
+def test_all_ranks_learn_of_a_refusal(cold_start, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "args.json").write_text("{}")
+    with runs.lock_directory(out):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node=2", "grpo_baseline.py", "--model", cold_start, "--out", out]
+        ended = subprocess.run(
+            command, cwd=ROOT, env=CHILD_ENV, capture_output=True, text=True, timeout=300
+        )
+    errors = {line for line in ended.stderr.splitlines() if line.startswith("error: ")}
+    assert ended.returncode != 0 and len(errors) == 1, ended.stderr
+    assert f"--out {out}: in use by process {os.getpid()} on" in errors.pop()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+# A disk that is full or read-only
+
+
+def limit_files(size: int) -> None:
+    """No file of this process may grow beyond `size` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.mark.parametrize(
+    ("function", "call", "size", "name", "intact"),
+    [
+        ("update", 1, 3000, "metrics.jsonl", "nothing is saved there yet"),
+        ("update", 2, 300_000, "state/step-000002", "nothing is saved there yet"),
+        ("save_model", 1, 100_000, "checkpoint", "step-000002"),
+        ("draw_looks", 1, 1000, "attention.png", "step-000004, .*/checkpoint"),
+        ("draw_curves", 1, 1000, "curves.png", "step-000004, .*/checkpoint"),
+    ],
+)
+def test_what_cannot_be_written_is_one_line(
+    cold_start, tmp_path, monkeypatch, capsys, function, call, size, name, intact
+):
+    out, original, calls = tmp_path / "run", getattr(grpo_baseline, function), []
+
+    def limited(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            written = (out / "metrics.jsonl").stat().st_size
+            limit_files(min(size, written) if name == "metrics.jsonl" else size)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(grpo_baseline, function, limited)
+    words = rf"^--out {out}: ({name}) cannot be written \([^\n]*File too large[^\n]*{intact}$"
+    with pytest.raises(runs.UsageError, match=words):
+        grpo_baseline.main(grpo_baseline.Args(**FIELDS, model=str(cold_start), out=str(out)))
+    assert not list(out.glob(".checkpoint-*")) and not list(out.glob("state/*.part"))
+
+
+FILL = """
+import os, sys
+import grpo_baseline, runs
+
+update, calls = grpo_baseline.update, []
+
+def fill(*args):
+    calls.append(1)
+    if len(calls) == 3 and FULL:
+        with open(os.path.join(sys.argv[-1], "..", "filler"), "wb", buffering=0) as file:
+            for size in (2**20, 2**10, 1):
+                try:
+                    while file.write(bytes(size)):
+                        pass
+                except OSError:
+                    pass
+    return update(*args)
+
+grpo_baseline.update = fill
+runs.run_script(grpo_baseline.Args, grpo_baseline.main, "")
+"""
+
+
+@pytest.fixture
+def tmpfs(tmp_path):
+    """The start of a command that has a disk of 12 MB of its own at `tmp_path / "disk"`."""
+    (tmp_path / "disk").mkdir()
+    mount = f"mount -t tmpfs -o size=12m tmpfs {tmp_path / 'disk'}"
+    start = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount + ' && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*start, "true"]).returncode:
+        pytest.skip("no mounts here")
+    return start
+
+
+@pytest.mark.parametrize("mode", ["fill", "grow"])
+def test_a_full_disk_is_one_line(tmpfs, cold_start, tmp_path, mode):
+    """It is filled by another program, or by this run's third state."""
+    out = tmp_path / "disk" / "run"
+    (tmp_path / "run.py").write_text(FILL.replace("FULL", repr(mode == "fill")))
+    fields = (
+        FIELDS | {"model": cold_start} | ({"save_every": 1, "keep": 9} if mode == "grow" else {})
+    )
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in fields.items()]
+    command = [*tmpfs, sys.executable, str(tmp_path / "run.py"), *options, "--out", str(out)]
+    ended = subprocess.run(command, env=CHILD_ENV, capture_output=True, text=True, timeout=300)
+    lines = [line for line in ended.stderr.splitlines() if "error" in line.lower()]
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
+    assert len(lines) == 1 and "Exception" not in ended.stderr, ended.stderr
+    assert "cannot be written (" in lines[0] and "No space left" in lines[0], lines
+    assert (mode == "grow") == ("state/step-000003 cannot be written" in lines[0])
+    assert lines[0].endswith(f"intact: {out}/state/step-000002")
+
+
+def test_an_evaluation_that_cannot_be_written_is_one_line(cold_start, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    args = evaluate.Args(model=str(cold_start), examples=20, batch_size=4, max_new_tokens=3)
+    for out, reason in ((tmp_path / "file" / "x", "Not a directory"), (Path("/dev/null/x"), "")):
+        with pytest.raises(
+            runs.UsageError, match=rf"^--out {out}: [^\n]*written \({reason}[^\n]*$"
+        ):
+            evaluate.main(replace(args, out=str(out)))
+    out = tmp_path / "out"
+    whole = evaluate.main(replace(args, out=str(tmp_path / "whole")))
+    size = (tmp_path / "whole" / "predictions.jsonl").stat().st_size
+    limit_files(size // 2)
+    words = r"predictions.jsonl cannot be written \(File too large\).*intact: .*predictions.jsonl$"
+    with pytest.raises(runs.UsageError, match=words):
+        evaluate.main(replace(args, out=str(out)))
+    limit_files(resource.RLIM_INFINITY)
+    assert evaluate.main(replace(args, out=str(out))) == whole
+
+
+def test_a_failed_checkpoint_leaves_the_old_one(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    run = runs.Run(grpo_baseline.Args(out=str(out)), runs.Skipped())
+    run.save_checkpoint(lambda folder: (folder / "weights").write_text("old"))
+
+    def broken(folder):
+        (folder / "weights").write_text("half")
+        raise common.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    rename = Path.rename
+
+    def refused(path, target):
+        if Path(target).name == "checkpoint" and path.suffix != ".old":
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    for patched in (broken, lambda folder: (folder / "weights").write_text("new")):
+        if patched is not broken:
+            monkeypatch.setattr(Path, "rename", refused)
+        with pytest.raises(
+            runs.UsageError, match=f"checkpoint cannot be .*intact: {out}/checkpoint"
+        ):
+            run.save_checkpoint(patched)
+        assert (out / "checkpoint" / "weights").read_text() == "old"
+        assert not list(out.glob(".checkpoint-*"))
+    monkeypatch.undo()
+    run.close()
+    # Killed between its two renames.
+    (out / "checkpoint").rename(out / ".checkpoint-a.old")
+    (out / ".checkpoint-a").mkdir()
+    state = runs.State(out / "state" / "step-000001", 1, {}, 0, {})
+    runs.Run(grpo_baseline.Args(out=str(out)), runs.Skipped(), state).close()
+    assert (out / "checkpoint" / "weights").read_text() == "old"
+    assert not list(out.glob(".checkpoint-*"))

@@ -608,7 +608,7 @@ class Run:
                     "read": self.skipped.read * world(),
                 }
                 state |= {"prompts": self.args.prompts_per_step * world(), "note": note or {}}
-                state |= {"data_bytes": self.data_bytes}
+                state |= {"data_bytes": self.data_bytes, "definitions": DEFINITIONS}
                 write_state(self.out, state, tensors, self.args)
         if stop and rank() == 0:
             several = f"torchrun --shutdown-timeout 1800 --nproc_per_node={world()}"
@@ -630,6 +630,12 @@ class Run:
 
 
 # 4. States to resume from
+
+DEFINITIONS = 2  # raise it, with an entry below, when the same arguments compute something else
+CHANGES = {  # by the number that they came with
+    2: "by default RAL's attention row of a token is its own (was: the one that predicts it), and"
+    " attn_distill.py's attention loss is a sum over the response (was: a mean)"
+}
 
 # Arguments that do not change what is computed.
 FREE = ("out", "overwrite", "track", "workers", "save_every", "keep", "resume", "check_data")
@@ -659,7 +665,7 @@ def readable(named: str, path: Path) -> Iterator[None]:
     """Turn what reading a state raises into a `UsageError` of one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError, UnpicklingError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, UnpicklingError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         remedy = "give an earlier one"
         raise UsageError(f"{named}: {path} is not readable ({reason}); {remedy}") from None
@@ -678,7 +684,16 @@ def read_state(args: Any) -> dict[str, Any] | None:
     choices = f"is no state of --out {args.out}; give one of its state/step-*, or auto"
     require(known, f"{named}: {choices}")
     with readable(named, path):
-        return json.loads((path / "state.json").read_text()) | {"path": path}
+        state = json.loads((path / "state.json").read_text()) | {"path": path}
+        by = state.get("definitions", 1)
+        changes = [CHANGES[n] for n in range(by + 1, DEFINITIONS + 1)]
+        changes = changes or ["those of a later version"]
+        remedy = "finish it with the version that wrote it, or train again; where your script and"
+        remedy += " flags do not depend on this, --allow-changed-args resumes it"
+        same = by == DEFINITIONS or args.allow_changed_args
+        require(same, f"{named}: {path} has other definitions: {'; '.join(changes)}; {remedy}")
+        # Arguments that were not there then count as None.
+        return state | {"args": dict.fromkeys(asdict(args)) | state["args"]}
 
 
 def find_state(args: Any) -> State | None:
@@ -690,8 +705,16 @@ def find_state(args: Any) -> State | None:
     state, named = read_state(args), f"--resume {args.resume}"
     if state is None:
         return None
+    with readable(named, state["path"]):  # which may lack a part
+        return check_state(args, state, named)
+
+
+def check_state(args: Any, state: dict[str, Any], named: str) -> State:
+    """`state` as a `State`, if it was made with the same arguments and there are steps left."""
     before, now = state["args"], json.loads(json.dumps(asdict(args)))
-    differ = [f"{k} {before.get(k)} -> {now[k]}" for k in now if now[k] != before.get(k)]
+    differ = [f"{k} {before[k]} -> {now[k]}" for k in now if now[k] != before[k]]
+    gone = {k: value for k, value in before.items() if k not in now and value is not None}
+    differ += [f"{k} {value} -> no such argument" for k, value in gone.items()]
     free = FREE if getattr(args, "schedule", "constant") == "constant" else FREE[:-1]
     differ = [words for words in differ if words.split()[0] not in free]
     if state["prompts"] != args.prompts_per_step * world():

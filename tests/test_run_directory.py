@@ -293,3 +293,54 @@ def test_a_failed_checkpoint_leaves_the_old_one(tmp_path, monkeypatch):
     runs.Run(grpo_baseline.Args(out=str(out)), runs.Skipped(), state).close()
     assert (out / "checkpoint" / "weights").read_text() == "old"
     assert not list(out.glob(".checkpoint-*"))
+
+
+# States of earlier versions
+
+
+def edit(path: Path, **changed) -> None:
+    """Change entries of a file of JSON; None deletes one."""
+    content = json.loads(path.read_text()) | changed
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def test_a_state_with_other_definitions_is_refused(cold_start, tmp_path):
+    out = tmp_path / "run"
+    fields = FIELDS | {"model": str(cold_start), "out": str(out)}
+    ral_grpo.main(ral_grpo.Args(**fields | {"steps": 2}))
+    file = out / "state" / "step-000002" / "state.json"
+    kept = file.read_text()
+    for number, words in ((None, "attention row.*attn_distill.py"), (99, "of a later version")):
+        edit(file, definitions=number)
+        line = rf"^--resume auto: [^\n]*step-000002 has other definitions: [^\n]*{words}[^\n]*$"
+        with pytest.raises(runs.UsageError, match=line):
+            ral_grpo.main(ral_grpo.Args(**fields, resume="auto"))
+    edit(file, definitions=None)
+    again = {"resume": "auto", "allow_changed_args": True}
+    ral_grpo.main(ral_grpo.Args(**fields | again, attn_row=json.loads(kept)["args"]["attn_row"]))
+    assert (out / "state" / "step-000004").is_dir()
+
+
+def test_a_state_that_lacks_arguments_or_parts_is_one_line(cold_start, tmp_path):
+    out = tmp_path / "run"
+    fields = FIELDS | {"model": str(cold_start), "out": str(out), "resume": "auto"}
+    ral_grpo.main(ral_grpo.Args(**fields | {"steps": 2}))
+    file = out / "state" / "step-000002" / "state.json"
+    kept = file.read_text()
+    args = json.loads(kept)["args"]
+    older = {k: v for k, v in args.items() if k not in ("lora_rank", "attn_row", "steps")}
+    edit(file, args=older | {"an_old_one": 3})
+    words = r"attn_row None -> \w+.*; an_old_one 3 -> no such argument"
+    with pytest.raises(runs.UsageError, match=words):
+        ral_grpo.main(ral_grpo.Args(**fields))
+    with pytest.raises(runs.UsageError, match=r"lambda_attn 1.0 -> no such argument"):
+        file.write_text(kept)
+        grpo_baseline.main(grpo_baseline.Args(**fields))
+    for part in ("args", "note", "lengths", "prompts"):
+        file.write_text(kept)
+        edit(file, **{part: None})
+        with pytest.raises(runs.UsageError, match=rf"^--resume auto: .*not readable .*{part}"):
+            ral_grpo.main(ral_grpo.Args(**fields))
+    file.write_text("[]")
+    with pytest.raises(runs.UsageError, match=r"^--resume auto: .*not readable"):
+        ral_grpo.main(ral_grpo.Args(**fields))

@@ -53,6 +53,7 @@ from runs import (
     open_lines,
     rank,
     require,
+    require_not_empty,
     require_not_negative,
     require_positive,
     run_script,
@@ -389,6 +390,9 @@ class Args:
             option = f"--{name.replace('_', '-')}"
             require(len(values) > 0, f"{option}: needs a value")
             require(all(v is None or v > 0 for v in values), f"{option} {values}: must be above 0")
+        enough = all(grid is None or grid >= 3 for grid in self.grid)
+        require(enough, f"--grid {self.grid}: needs 3 or more")
+        require_not_empty(self, "model", "data", "out")
         require_positive(self, "fps", "max_prompt_tokens", "examples", "max_new_tokens")
         require_positive(self, "batch_size")
         require_not_negative(self, "max_skipped", "overlay")
@@ -564,6 +568,9 @@ def main(args: Args) -> dict[str, float]:
     bounded = args.max_pixels is not None or args.frame_pixels is not None
     require(not (is_toy and bounded), "--max-pixels, --frame-pixels: not for the toy; use --grid")
     task = toy.Task.load(base) or toy.Task(order="image-first")
+    images_only = is_toy and task.frames is None and args.frames != (None,)
+    asked = f"--frames {' '.join(map(str, args.frames))}: {args.model} has learned images only"
+    require(not images_only, f"{asked}; leave it out, or train a toy with sft.py --frames")
     task = replace(task, order=args.toy_order or task.order)
     args = fill_defaults(args, {"think": task.think if is_toy else asks_to_think(base)})
     args = fill_defaults(args, TOY if is_toy else REAL)

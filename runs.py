@@ -105,6 +105,13 @@ def require_not_negative(args: Any, *names: str) -> None:
         )
 
 
+def require_not_empty(args: Any, *names: str) -> None:
+    """Refuse empty words, as of a shell variable that is not set; they would mean "unset" here."""
+    for name in names:
+        empty = f"--{name.replace('_', '-')} '': is empty; give a value or leave it out"
+        require(getattr(args, name, None) != "", empty)
+
+
 def fill_defaults(args: Any, table: dict[str, Any]) -> Any:
     """`args` with every field that is None taken from `table`, if it is there."""
     return replace(
@@ -330,10 +337,12 @@ def append(file: FileIO, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def check_run(args: Any, *inputs: str) -> None:
-    """Refuse, before any work is done, an `--out` that cannot become this run's directory.
+    """Refuse, before any work is done, an `--out` that cannot become this run's directory, and
+    empty names of files.
 
     `inputs` are the checkpoints that the run reads: it must not move or replace them.
     """
+    require_not_empty(args, "model", "teacher", "data", "eval_data", "out", "resume")
     out = Path(args.out)
     require(not out.exists() or out.is_dir(), f"--out {out}: is a file; choose another")
     busy = bool(content_of(out))
@@ -352,7 +361,8 @@ def check_run(args: Any, *inputs: str) -> None:
     parent = next(parent for parent in out.resolve().parents if parent.exists())
     writable = parent.is_dir() and os.access(parent, os.W_OK)
     require(writable, f"--out {out}: {parent} cannot be written to; choose another")
-    if args.track and find_spec("wandb") is None:
+    # A leftover folder `wandb/` is found too, as a package without an origin.
+    if args.track and getattr(find_spec("wandb"), "origin", None) is None:
         raise UsageError("--track: wandb is not installed; `pip install wandb`, or leave it out")
 
 
@@ -841,4 +851,8 @@ def print_summary(run: Run, before: dict, after: dict, steps: int, start: float,
     seconds = round(time.time() - start)
     for label, value in (("steps", steps), ("seconds", seconds), ("run", run.out)):
         print(f"{label:<24}{value!s:>16}")
-    print(f"pictures: {run.out}/attention.png, {run.out}/curves.png\nnext: {then}")
+    print(f"pictures: {run.out}/attention.png, {run.out}/curves.png")
+    script = re.search(r"\S+\.py", then)[0]
+    path = Path(__file__).with_name(script)
+    if path.exists():  # a fork may be without its siblings
+        print(f"next: {then.replace(script, shlex.quote(os.path.relpath(path)), 1)}")

@@ -344,3 +344,68 @@ def test_a_state_that_lacks_arguments_or_parts_is_one_line(cold_start, tmp_path)
     file.write_text("[]")
     with pytest.raises(runs.UsageError, match=r"^--resume auto: .*not readable"):
         ral_grpo.main(ral_grpo.Args(**fields))
+
+
+# Arguments
+
+
+@pytest.mark.parametrize("name", ["model", "data", "eval-data", "teacher"])
+@pytest.mark.parametrize("script", [sft, grpo_baseline, ral_grpo, kd_baseline, attn_distill])
+def test_an_empty_name_is_not_the_default(script, name, cold_start, tmp_path, monkeypatch, capsys):
+    """As of `--model "$MODEL"` where the variable is not set."""
+    if name == "teacher" and not hasattr(script.Args, "teacher"):
+        pytest.skip("has no teacher")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(cold_start, tmp_path / "runs" / "sft" / "checkpoint")
+    shutil.copytree(cold_start, tmp_path / "runs" / "teacher" / "checkpoint")
+    monkeypatch.setattr(sys, "argv", [script.__file__, f"--{name}", ""])
+    with pytest.raises(SystemExit):
+        runs.run_script(script.Args, script.main, script.__doc__)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: --{name} '': is empty; give a value or leave it out"
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["sft", "teacher"]
+
+
+def test_an_evaluation_takes_no_empty_name():
+    for fields in ({"model": ""}, {"model": "x", "data": ""}):
+        with pytest.raises(runs.UsageError, match="'': is empty"):
+            evaluate.Args(**fields)
+
+
+def test_a_toy_of_images_is_not_asked_about_videos(cold_start, tmp_path):
+    args = evaluate.Args(model=str(cold_start), examples=2, out=str(tmp_path / "out"))
+    with pytest.raises(runs.UsageError, match=r"--frames 8 32: .* has learned images only"):
+        evaluate.main(replace(args, frames=(8, 32)))
+    with pytest.raises(runs.UsageError, match=r"--grid \(2,\): needs 3 or more"):
+        replace(args, grid=(2,))
+    assert not (tmp_path / "out").exists()
+    video = tmp_path / "video"
+    shutil.copytree(cold_start, video)
+    edit(video / "toy_task.json", frames=4)
+    evaluate.main(replace(args, model=str(video), frames=(4, 8)))
+    assert "frames 8" in (tmp_path / "out" / "table.txt").read_text()
+
+
+def test_a_leftover_folder_is_not_taken_for_wandb(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    args = grpo_baseline.Args(out=str(tmp_path / "run"), track=True)
+    with pytest.raises(runs.UsageError, match="wandb is not installed; `pip install wandb`"):
+        runs.check_run(args)
+    (tmp_path / "wandb" / "__init__.py").touch()
+    runs.find_spec.__globals__["sys"].path_importer_cache.clear()
+    runs.check_run(args)
+
+
+def test_what_to_run_next_is_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = SimpleNamespace(out=Path("runs/x"))
+    then = "python ral_grpo.py --model 'a b.py'"
+    runs.print_summary(run, {}, {}, 1, time.time(), then)
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("next: ")]
+    script, rest = line.removeprefix("next: python ").split(" ", 1)
+    assert Path(script).samefile(ROOT / "ral_grpo.py") and rest == "--model 'a b.py'"
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    runs.print_summary(run, {}, {}, 1, time.time(), then)
+    assert "next" not in capsys.readouterr().out

@@ -429,6 +429,7 @@ class Run:
         self.handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         for number in self.handlers:
             signal.signal(number, self.interrupt)
+        self.equal, self.noted = [], False  # see `note_equal_rewards`
         if args.track and rank() == 0:  # before anything is moved: it may fail
             import wandb
 
@@ -528,12 +529,26 @@ class Run:
         self.draw({"step": step, **metrics})
         if self.wandb:
             self.wandb.log(metrics, step=step)
+        self.note_equal_rewards(step, metrics)
 
     def sample(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Write sampled responses with their rewards, those of all ranks."""
         rows = gather(rows)
         if rank() == 0:
             append(self.files["samples.jsonl"], [{"step": step, **row} for row in rows])
+
+    def note_equal_rewards(self, step: int, metrics: dict[str, float]) -> None:
+        """Print one line, once, when the rewards of every group were equal for `EQUAL_STEPS` steps
+        in a row: the advantages are then 0, and GRPO learns nothing from them."""
+        if metrics.get("rollout/frac_zero_std") != 1.0 or getattr(self.args, "rl_coef", 1.0) == 0:
+            self.equal.clear()
+            return
+        self.equal = [*self.equal, metrics][-EQUAL_STEPS:]
+        if len(self.equal) == EQUAL_STEPS and not self.noted:
+            self.noted = True
+            steps = f"steps {step - EQUAL_STEPS + 1} to {step}"
+            what = "all responses to a prompt got the same reward, so the rewards teach nothing"
+            print(f"\nnote: {steps}: {what}; {why_equal(self.equal)}")
 
     def require_finite(self, step: int, metrics: dict[str, float], prompts: Sequence[Any]) -> None:
         """Stop where the gradient was not finite; `update` took no step with that one."""
@@ -637,6 +652,26 @@ class Run:
             load_state(self.state.path, model, optimizer)
         self.skipped.read = self.state.read // world()
         return self.state.note
+
+
+EQUAL_STEPS = 10
+
+
+def why_equal(steps: Sequence[dict[str, float]]) -> str:
+    """The likely cause of equal rewards in every group, from the metrics of some steps, and what to
+    do about it."""
+    names = ("format", "accuracy", "truncated_frac")
+    tidy, right, cut = (sum(x[f"rollout/{n}"] for x in steps) / len(steps) for n in names)
+    if tidy < 0.01 and cut > 0.5:
+        return f"{cut:.0%} of the responses are cut off before their end: raise --max-new-tokens"
+    if tidy < 0.01:
+        return "no response has the format that is asked for: teach it with sft.py first"
+    if right > 0.99:
+        return "all are right: train on harder data"
+    if right < 0.01:
+        check = "see in samples.jsonl whether responses and solutions can match"
+        return f"all are wrong: {check}, train with sft.py first, or on easier data"
+    return "responses to one prompt are all alike: raise --temperature or --group-size"
 
 
 # 4. States to resume from

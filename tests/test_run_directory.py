@@ -409,3 +409,43 @@ def test_what_to_run_next_is_there(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
     runs.print_summary(run, {}, {}, 1, time.time(), then)
     assert "next" not in capsys.readouterr().out
+
+
+# Rewards that teach nothing
+
+
+CAUSES = [
+    ({"format": 0.0, "accuracy": 0.0, "truncated_frac": 0.9}, "raise --max-new-tokens"),
+    ({"format": 0.0, "accuracy": 0.0, "truncated_frac": 0.1}, "no response has the format"),
+    ({"format": 1.0, "accuracy": 1.0, "truncated_frac": 0.0}, "all are right"),
+    ({"format": 1.0, "accuracy": 0.0, "truncated_frac": 0.0}, "all are wrong"),
+    ({"format": 1.0, "accuracy": 0.5, "truncated_frac": 0.0}, "raise --temperature"),
+]
+
+
+@pytest.mark.parametrize(("cause", "words"), CAUSES)
+def test_equal_rewards_are_said_once(tmp_path, capsys, cause, words):
+    metrics = {f"rollout/{name}": value for name, value in cause.items()}
+    run = runs.Run(grpo_baseline.Args(out=str(tmp_path / "run")), runs.Skipped())
+    run.log(0, {"eval/accuracy": 0.5})
+    for step in range(1, 40):
+        run.log(step, metrics | {"rollout/frac_zero_std": 0.99 if step in (9, 30) else 1.0})
+        assert ("note: " in capsys.readouterr().out) == (step == 19)
+    run.close()
+    run = runs.Run(grpo_baseline.Args(out=str(tmp_path / "run")), runs.Skipped())
+    for step in range(5, 15):
+        run.log(step, metrics | {"rollout/frac_zero_std": 1.0})
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("note: ")]
+    assert "steps 5 to 14: all responses to a prompt got the same reward" in line and words in line
+    run.close()
+
+
+def test_distillation_without_a_reward_says_nothing_of_it(tmp_path, capsys):
+    equal = {"rollout/frac_zero_std": 1.0, "rollout/format": 0.0, "rollout/accuracy": 0.0}
+    for rl_coef in (0.0, 0.5):
+        args = kd_baseline.Args(out=str(tmp_path / "run"), rl_coef=rl_coef)
+        run = runs.Run(args, runs.Skipped())
+        for step in range(1, 12):
+            run.log(step, equal | {"rollout/truncated_frac": 0.0})
+        run.close()
+        assert ("note: " in capsys.readouterr().out) == (rl_coef > 0)

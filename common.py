@@ -13,6 +13,7 @@ so that a prompt and its image are computed once for the whole group, in the rol
 training pass.
 """
 
+import json
 import os
 import re
 import unicodedata
@@ -54,7 +55,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
-from prompts import Example, Processor, PromptBatch, encoder_outputs
+from prompts import Example, Processor, PromptBatch, encoder_outputs, repair_turns
 from runs import UsageError, read_state, require, say, whole, world
 
 transformers_logging.disable_progress_bar()
@@ -64,6 +65,7 @@ transformers_logging.disable_progress_bar()
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 REMEDY = "give a checkpoint directory or a hub name (owner/name)"
+say_once = cache(say)  # a run loads a checkpoint's processor several times
 
 
 @contextmanager
@@ -83,7 +85,7 @@ def load_processor(
     field: str = "--model",
 ) -> tuple[Any, Processor]:
     """Config and processor of a Qwen2-VL or Qwen2.5-VL checkpoint, without its weights; the pixel
-    budgets are those of `Processor`.
+    budgets are those of `Processor`. Base models get the turns of a chat model (`repair_turns`).
 
     Raises:
         UsageError: `path` is neither a checkpoint directory nor a hub name, lacks a part, or holds
@@ -102,15 +104,17 @@ def load_processor(
         sliding = "sliding_attention" in config.text_config.layer_types
         require(not sliding, f"{family} with sliding-window attention, which is not supported")
         tokenizer = AutoTokenizer.from_pretrained(path)
-        require(bool(tokenizer.chat_template), f"{named}: has no chat template; use a chat model")
         image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
         kinds = ("*.json", "*.txt", "*.jinja")
         if not (folder := Path(path)).is_dir():
             folder = Path(snapshot_download(str(path), allow_patterns=list(kinds)))
-        weights = {"config.json", "generation_config.json", "model.safetensors.index.json"}
+        weights = {"generation_config.json", "model.safetensors.index.json"}
         files = {file.name: file for kind in kinds for file in folder.glob(kind)}
         files = {name: file.read_bytes() for name, file in files.items() if name not in weights}
-    return config, Processor(tokenizer, image_processor, files, max_pixels, frame_pixels)
+        processor = Processor(tokenizer, image_processor, files, max_pixels, frame_pixels)
+        if changes := repair_turns(processor):
+            say_once(f"{named}: {changes}")
+    return config, processor
 
 
 def compute_dtype() -> torch.dtype:
@@ -148,7 +152,7 @@ def load_model(
     # SFT teaches the tokenizer's end of a turn; base models are known that generate by another.
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
-    ends = sorted((ends | {processor.tokenizer.eos_token_id}) - {None})
+    ends = sorted((ends | processor.end_ids) - {None})
     remedy = "add eos_token_id to its generation config"
     require(bool(ends), f"{field} {path}: names no end-of-turn token; {remedy}")
     model.generation_config.eos_token_id = ends
@@ -242,11 +246,18 @@ def save_model(directory: Path | None, model: Module, processor: Processor) -> N
             weights[name.replace(".base_layer", "")] = tensor.to("cpu", compute_dtype())
     if directory is not None:
         model.save_pretrained(directory, state_dict=weights)
-        config = AutoConfig.from_pretrained(directory)
-        for part in (config, config.text_config, config.vision_config):
-            part.dtype = compute_dtype()
-        config.save_pretrained(directory)
-        processor.save(directory)
+        processor.save(directory)  # the config as it was, for transformers 4 cannot read that of 5
+        set_dtype(directory / "config.json")
+
+
+def set_dtype(path: Path) -> None:
+    """Write `compute_dtype` into a config.json, under the name that transformers 4 or 5 gave it."""
+    config = json.loads(path.read_text())
+    config.setdefault("dtype" if "torch_dtype" not in config else "torch_dtype", None)
+    for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
+        for name in {"dtype", "torch_dtype"} & part.keys():
+            part[name] = str(compute_dtype()).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2))
 
 
 def empty_model(config: Any) -> Module:

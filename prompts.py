@@ -5,12 +5,14 @@ Only the tokenizer and the PIL image processor of a checkpoint are used, so ever
 works the same, with and without torchvision.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 from torch.nn import Module
@@ -61,9 +63,10 @@ class Processor:
     """Tokenizer and PIL image processor of a checkpoint: what turns an `Example` into tensors,
     without torchvision.
 
-    `files` are the checkpoint's own files beside config and weights, which go into every checkpoint
-    that is saved. `max_pixels` bounds an image, `frame_pixels` a frame of a video, before it is cut
-    into patches; None leaves the image processor's own bound.
+    `files` are the checkpoint's own files beside the weights, which go into every checkpoint that
+    is saved. `max_pixels` bounds an image, `frame_pixels` a frame of a video, before it is cut
+    into patches; None leaves the image processor's own bound. `end_ids` are the tokens that end a
+    response, as the tokenizer and the chat template have it.
     """
 
     tokenizer: Any
@@ -71,10 +74,105 @@ class Processor:
     files: dict[str, bytes] = field(default_factory=dict)
     max_pixels: int | None = None
     frame_pixels: int | None = None
+    end_ids: set[int] = field(default_factory=set)
 
     def save(self, directory: Path) -> None:
         for name, content in self.files.items():
             (directory / name).write_bytes(content)
+
+    def set_in_file(self, name: str, **values: str) -> None:
+        """Replace values of a JSON file of the checkpoint, if it has that file."""
+        if name in self.files:
+            content = json.loads(self.files[name]) | values
+            self.files[name] = json.dumps(content, indent=2, ensure_ascii=False).encode()
+
+
+END_OF_TURN = "<|im_end|>"
+# The turns of both families' instruct models, for checkpoints whose own template has none.
+CHATML = (
+    "{% for message in messages %}{% if loop.first and message.role != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message.role }}\n{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}"
+    "{% if part.type in ('image', 'image_url') %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part.type in ('video', 'video_url') %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# A template is a program. One for text alone adds a list of parts to a string, for example.
+TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError)
+TEMPLATE_ERRORS += (ValueError,)
+
+
+def render_turn(
+    tokenizer: Any, is_video: bool, question_first: bool = False, template: str | None = None
+) -> tuple[str, str]:
+    """The text before and after the question, where a user asks about one image or video.
+
+    Raises:
+        ValueError: the chat template does not render the question and the placeholder once each.
+    """
+    kind = "video" if is_video else "image"
+    marker = (
+        "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the question while the template is rendered
+    )
+    content = [{"type": kind}, {"type": "text", "text": marker}]
+    messages = [{"role": "user", "content": content[::-1] if question_first else content}]
+    turn = tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+    pad = f"<|{kind}_pad|>"
+    wrapped = f"<|vision_start|>{pad}<|vision_end|>"
+    if not turn.strip():
+        raise ValueError(f"renders nothing for a question about one {kind}")
+    if not turn.count(marker) == turn.count(pad) == turn.count(wrapped) == 1:
+        raise ValueError(f"does not render the question and {wrapped} once each")
+    before, after = turn.split(marker)
+    return before, after
+
+
+def template_fault(tokenizer: Any, template: str) -> str:
+    """What is wrong with a chat template, "" if nothing."""
+    try:
+        for is_video in (False, True):
+            render_turn(tokenizer, is_video, template=template)
+    except TEMPLATE_ERRORS as error:
+        return next(iter(str(error).splitlines()), type(error).__name__)
+    return ""
+
+
+def repair_turns(processor: Processor) -> str:
+    """Give a checkpoint whose chat template cannot ask about images and videos one that can, and
+    have the token that ends its turns end a response; returns what changed in words, or "".
+
+    A base model has a template for text alone, one that renders nothing, or none. It gets the
+    template of its `chat_template.json` if that one works, else `CHATML`. What changes is changed
+    in `files` too, wherever a program that loads the checkpoint may look for it.
+    """
+    tokenizer, files, changes = processor.tokenizer, processor.files, []
+    own = tokenizer.chat_template
+    own = own.get("default") if isinstance(own, dict) else own
+    legacy = files.get("chat_template.json")  # AutoProcessor prefers this one
+    legacy = None if legacy is None else json.loads(legacy)["chat_template"]
+    templates = [x for x in (own, legacy) if isinstance(x, str) and x]
+    faults = {template: template_fault(tokenizer, template) for template in templates}
+    if not own or any(faults.values()):
+        good = [template for template, fault in faults.items() if not fault]
+        tokenizer.chat_template = template = good[0] if good else CHATML
+        files["chat_template.jinja"] = template.encode()
+        processor.set_in_file("tokenizer_config.json", chat_template=template)
+        processor.set_in_file("chat_template.json", chat_template=template)
+        fault = next(filter(None, faults.values()), "it has none")
+        instead = "that of another of its files" if good else "Qwen-VL's ChatML"
+        changes.append(f"its chat template cannot be used ({fault}); {instead} takes its place")
+    ends = {tokenizer.eos_token_id}
+    if tokenizer.eos_token != END_OF_TURN and END_OF_TURN in render_turn(tokenizer, False)[1]:
+        changes.append(f"{END_OF_TURN} ends a response, as {tokenizer.eos_token} does")
+        tokenizer.eos_token = END_OF_TURN
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            processor.set_in_file(name, eos_token=END_OF_TURN)
+    processor.end_ids = (ends | {tokenizer.eos_token_id}) - {None}
+    return "; ".join(changes)
 
 
 def encode_prompt(
@@ -92,14 +190,8 @@ def encode_prompt(
     file stays text and never becomes a placeholder.
     """
     pixels, grid = process_media(processor, example)
-    marker = (
-        "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the question while the template is rendered
-    )
-    content = [{"type": "video" if example.is_video else "image"}, {"type": "text", "text": marker}]
-    messages = [{"role": "user", "content": content[::-1] if question_first else content}]
     tokenizer = processor.tokenizer
-    turn = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    before, after = turn.split(marker)
+    before, after = render_turn(tokenizer, example.is_video, question_first)
     ids = tokenizer.encode(before, add_special_tokens=False)
     text = (example.problem if text is None else text).strip()
     ids += tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)

@@ -90,6 +90,76 @@ def write_checkpoint(directory: Path, family: str, seed: int = 0) -> None:
     (directory / "merges.txt").write_text("#version: 0.2\n")
 
 
+# Chat templates of base models, none of which asks about an image or a video.
+BASE_TEMPLATES = {
+    # As the released Qwen2-VL base models: made for a list of parts, not of messages.
+    "empty": "{% if messages is string %}{{ messages }}{% else %}{% for part in messages %}"
+    "{% if 'image' in part %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'video' in part %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in part %}{{ part.text }}{% endif %}{% endfor %}{% endif %}",
+    # As a language model's, which adds a string and a list.
+    "fails": "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}",
+    "ignores media": "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "absent": None,
+}
+
+
+def write_base_model(directory: Path, family: str, template: str = "empty") -> None:
+    """A checkpoint as hubs have the base models: a flat configuration and the tokenizer files of
+    transformers 4, whose turns do not end, and one of `BASE_TEMPLATES`."""
+    write_checkpoint(directory, family)
+
+    def edit(name: str, change) -> None:
+        path = directory / name
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+    def flat(config: dict) -> dict:
+        text = config.pop("text_config")
+        rope = text.pop("rope_parameters")
+        text |= {"rope_theta": rope["rope_theta"], "sliding_window": 32768}
+        text["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+        for part in (config, text, config["vision_config"]):
+            for name in ("dtype", "rope_parameters", "layer_types"):
+                part.pop(name, None)
+        del text["model_type"], config["vision_config"]["model_type"]
+        config |= {"torch_dtype": "bfloat16", "transformers_version": "4.41.2"}
+        return text | config | {"bos_token_id": ids["<|endoftext|>"]}
+
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    edit("config.json", flat)
+    end = {"eos_token_id": ids["<|endoftext|>"], "bos_token_id": ids["<|endoftext|>"]}
+    end |= {"pad_token_id": ids["<|endoftext|>"], "do_sample": False, "max_new_tokens": 2048}
+    (directory / "generation_config.json").write_text(json.dumps(end))
+    decoder = {str(i): {"content": token, "special": True} for token, i in ids.items()}
+    for token in decoder.values():
+        token |= dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    settings = {
+        "add_prefix_space": False,
+        "added_tokens_decoder": decoder,
+        "additional_special_tokens": list(SPECIAL[1:]),
+        "bos_token": None,
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": 32768,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    (directory / "chat_template.jinja").unlink()
+    (directory / "chat_template.json").unlink()
+    if text := BASE_TEMPLATES[template]:
+        settings["chat_template"] = text
+        (directory / "chat_template.json").write_text(json.dumps({"chat_template": text}))
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    (directory / "vocab.json").write_text(json.dumps(tokenizer["model"]["vocab"]))
+    merges = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer["model"]["merges"])]
+    (directory / "merges.txt").write_text("\n".join(merges) + "\n")
+    edit("preprocessor_config.json", lambda x: x | {"processor_class": "Qwen2VLProcessor"})
+
+
 def write_video(path: Path, frames: int, rate: int = 10, size=(64, 48)) -> None:
     """Frame i is grey of level 4 + 8 i, so that a decoded frame tells its number."""
     with av.open(str(path), "w") as container:

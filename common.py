@@ -34,6 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -159,7 +160,7 @@ def load_model(
     model.requires_grad_(not frozen and not lora_rank)
     model.model.visual.requires_grad_(train_vision and not frozen)
     if lora_rank:
-        add_adapters(model, lora_rank)
+        add_adapters(model, lora_rank, str(path))
     if gradient_checkpointing:
         model.activation_checkpointing_enable()
         model.disable_input_require_grads()  # of what is frozen, it would only cost
@@ -169,13 +170,14 @@ def load_model(
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 
-def add_adapters(model: Module, rank: int) -> None:
+def add_adapters(model: Module, rank: int, base: str) -> None:
     """LoRA adapters (float32, scaled by 2, at first without effect) on every linear layer of the
-    language model."""
+    language model. `base` names the model in their config."""
     from peft import LoraConfig, inject_adapter_in_model
 
     layers = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=layers)
+    config.base_model_name_or_path = base
     inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -230,14 +232,18 @@ def gathered(model: Module) -> Iterator[None]:
 
 def save_model(directory: Path | None, model: Module, processor: Processor) -> None:
     """Write weights, with adapters merged into them, and processor files to a directory that plain
-    `from_pretrained` loads, in `compute_dtype`: what was evaluated is what is saved. All ranks call
+    `from_pretrained` loads, in `compute_dtype`: what was evaluated is what is saved. The adapters
+    alone go to `adapter` beside it, which `peft.PeftModel.from_pretrained` loads. All ranks call
     it, those that write nothing with None."""
     layers = {name: x for name, x in model.named_modules() if hasattr(x, "lora_A")}
-    weights = {}
+    weights, adapters = {}, {}
     for name, tensor in model.state_dict().items():
-        if "lora_" in name:
-            continue
         tensor = whole(tensor)  # every rank has a part in it
+        if "lora_" in name:
+            if directory is not None:
+                name = f"base_model.model.{name.replace('.default.', '.')}"
+                adapters[name] = tensor.cpu().contiguous()
+            continue
         layer = layers.get(name.removesuffix(".base_layer.weight"))
         if layer is not None:
             a, b = (whole(x["default"].weight) for x in (layer.lora_A, layer.lora_B))
@@ -248,6 +254,13 @@ def save_model(directory: Path | None, model: Module, processor: Processor) -> N
         model.save_pretrained(directory, state_dict=weights)
         processor.save(directory)  # the config as it was, for transformers 4 cannot read that of 5
         set_dtype(directory / "config.json")
+    if adapters:
+        folder = directory.parent / "adapter"
+        folder.mkdir(exist_ok=True)
+        save_file(adapters, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        model.peft_config["default"].save_pretrained(folder)
+        processor.save(folder)
+        (folder / "config.json").unlink(missing_ok=True)  # so that nobody loads it as a model
 
 
 def set_dtype(path: Path) -> None:

@@ -414,7 +414,8 @@ class Skipped:
 
 class Run:
     """A run directory, all there is to know of a run: `args.json`, `metrics.jsonl`,
-    `samples.jsonl`, `skipped.jsonl`, `tensorboard/`, pictures, `state/` and `checkpoint/`.
+    `samples.jsonl`, `skipped.jsonl`, `tensorboard/`, pictures, `state/`, `checkpoint/` and, of
+    adapters alone, `adapter/`.
 
     A run already at `out` is moved to `<out>.1` and so on, or replaced with `--overwrite`; see
     `check_run` for what is never touched. With a `state` the run that left it goes on instead: its
@@ -577,8 +578,8 @@ class Run:
             self.wandb.finish()
 
     def save_checkpoint(self, save: Callable[[Path | None], None]) -> Path:
-        """Write `checkpoint/` with `save(directory)`: aside first, then renamed, so never
-        half-written. All ranks call it, the others with None.
+        """Write `checkpoint/` with `save(directory)`, and the `adapter/` that it may put beside it:
+        aside first, then renamed, so never half-written. All ranks call it, the others with None.
 
         Raises:
             UsageError: it cannot be written, as on a full disk; an earlier one is as it was.
@@ -591,19 +592,22 @@ class Run:
             aside = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=self.out))
             old = aside.with_suffix(".old")
             try:
-                save(aside)
-                aside.chmod(0o755)
-                for path in (*aside.iterdir(), aside):
+                save(aside / final.name)
+                for path in (*aside.rglob("*"), aside):
                     flush(path)
                 if final.exists():
                     final.rename(old)
-                aside.rename(final)
+                (aside / final.name).rename(final)
             except Exception:
                 if old.exists():
                     old.rename(final)
                 shutil.rmtree(aside, ignore_errors=True)
                 raise
+            for beside in aside.iterdir():
+                shutil.rmtree(self.out / beside.name, ignore_errors=True)
+                beside.rename(self.out / beside.name)
         shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(aside)
         return final
 
     def save_state(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
 from real import BASE_TEMPLATES, TEMPLATE, write_base_model
 from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
@@ -18,6 +19,7 @@ import evaluate
 import grpo_baseline
 import kd_baseline
 import ral_grpo
+import runs
 import sft
 from prompts import Example, collate, encode_prompt
 
@@ -206,3 +208,26 @@ def test_the_config_keeps_the_layout_of_the_base(bases, tmp_path):
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint")
     ids = torch.arange(5, 12)[None]
     torch.testing.assert_close(plain(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_adapters_load_beside_the_merged_checkpoint(bases, tmp_path, monkeypatch):
+    monkeypatch.setattr(ral_grpo, "accuracy", lambda text, *_: float(len(text) % 2))
+    base, out = bases / "empty", tmp_path / "run"
+    fields = SMALL | {"model": str(base), "out": str(out), "lora_rank": 4, "group_size": 4}
+    ral_grpo.main(ral_grpo.Args(**fields | {"steps": 2, "learning_rate": 1e-2}))
+    adapter = out / "adapter"
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == (
+        str(base)
+    )
+    ids = torch.arange(5, 40)[None]
+    dtype = {"dtype": torch.float32}
+    plain = AutoModelForImageTextToText.from_pretrained(base, **dtype)
+    before = plain(input_ids=ids).logits
+    merged = AutoModelForImageTextToText.from_pretrained(out / "checkpoint")(input_ids=ids).logits
+    adapted = PeftModel.from_pretrained(plain, str(adapter))(input_ids=ids).logits
+    torch.testing.assert_close(adapted, merged, atol=1e-5, rtol=1e-5)
+    assert (adapted - before).abs().max() > 1e-2
+    assert render(adapter, "image") == render(out / "checkpoint", "image")
+    assert not list(out.glob(".checkpoint-*"))
+    with pytest.raises(runs.UsageError, match="config"):  # in one line: it is no model
+        common.load_model(adapter)

@@ -77,6 +77,14 @@ def test_two_processes_are_one(both, number):
     assert lines[0][-1]["train/grad_norm"] > 0
 
 
+def test_adapters_are_saved_whole(both):
+    one, two = (load_file(x / "5" / "adapter" / "adapter_model.safetensors") for x in both)
+    assert one.keys() == two.keys() and len(one) == 2 * 7 * 2  # A and B of each linear layer
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0, msg=name)
+        assert ("lora_A" in name) or one[name].any(), name
+
+
 def test_one_process_goes_on_where_two_stopped(both, real, cold_start, teacher):
     """From step 2, whose state has the moments and adapters of both."""
     _, fields, _ = jobs(real, cold_start, teacher, 1)[5]
@@ -127,3 +135,4 @@ def test_bfloat16_trains_float32_weights(group_of_one, cold_start, tmp_path, lor
         name for name in before if not torch.equal(before[name].to(after[name].dtype), after[name])
     }
     assert any("q_proj" in name for name in changed) and not any("visual" in n for n in changed)
+    assert (tmp_path / "0" / "adapter").exists() == (lora_rank > 0)

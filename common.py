@@ -266,10 +266,11 @@ def save_model(directory: Path | None, model: Module, processor: Processor) -> N
 def set_dtype(path: Path) -> None:
     """Write `compute_dtype` into a config.json, under the name that transformers 4 or 5 gave it."""
     config = json.loads(path.read_text())
-    config.setdefault("dtype" if "torch_dtype" not in config else "torch_dtype", None)
-    for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
-        for name in {"dtype", "torch_dtype"} & part.keys():
-            part[name] = str(compute_dtype()).removeprefix("torch.")
+    name = "torch_dtype" if "torch_dtype" in config else "dtype"
+    nested = "text_config" in config  # else the text model's values stand at the top
+    for part in (config, config["text_config"], config["vision_config"]) if nested else (config,):
+        part.pop("dtype", None)
+        part[name] = str(compute_dtype()).removeprefix("torch.")
     path.write_text(json.dumps(config, indent=2))
 
 

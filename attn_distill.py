@@ -219,8 +219,9 @@ class Args:
     """The student's layer, from 0, or from the end if negative. [ours: the last, as for RAL]"""
     teacher_attn_layer: int = -1  # Attention (eq. 9)
     """The teacher's layer, likewise."""
-    attn_row: Literal["predicting", "own"] = "predicting"  # Attention (eq. 9)
-    """Row of token y_t: the position that predicts it, or its own with itself masked out. [ours]"""
+    attn_row: Literal["own", "predicting"] = "own"  # Attention
+    """Row of token y_t: its own position, without itself and divided by the rest (paper), or the
+    position before, whose output is the prediction of y_t [ours]."""
     attn_bins: Literal["tokens", "frames"] = "tokens"  # Attention (eq. 9)
     """Compare attention token by token (paper), or summed over each temporal patch."""
 
@@ -407,6 +408,25 @@ def gkd(
     return by_rows(chunk, student.flatten(0, 2), teacher.flatten(0, 2))[0].view(student.shape[:3])
 
 
+def attention_policy(rows: Tensor, row: str) -> Tensor:
+    """The attention policy of each response token, (B, G, T, P + T), from the rows of attention of
+    the prompt's last position and of each response token, (B, G, T + 1, P + T); rows sum to 1.
+
+    "own" is the paper's: p^t(i) = alpha_{t,i} / sum_{j <= t - 1} alpha_{t,j} for i <= t - 1, the
+    row of y_t itself without its own column; 0 throughout where all it saw was itself. "predicting"
+    [ours] is the row of position t - 1, whose output is the prediction of y_t: it sees the same
+    positions and needs no denominator.
+
+    >>> rows = torch.tensor([[[[0.7, 0.3, 0.0], [0.2, 0.3, 0.5]]]])  # P = 2, T = 1
+    >>> attention_policy(rows, "own"), attention_policy(rows, "predicting")
+    (tensor([[[[0.4000, 0.6000, 0.0000]]]]), tensor([[[[0.7000, 0.3000, 0.0000]]]]))
+    """
+    if row == "predicting":
+        return rows[:, :, :-1].contiguous()
+    earlier = rows[:, :, 1:].tril(rows.shape[3] - rows.shape[2])  # row t up to column P + t - 1
+    return earlier / earlier.sum(-1, keepdim=True).clamp_min(torch.finfo(earlier.dtype).tiny)
+
+
 def jsd(p: Tensor, q: Tensor) -> Tensor:
     """Eq. 9: Jensen-Shannon divergence of distributions along the last axis, in nats, between 0 and
     ln 2; zeros are harmless, in value and in gradient. In row chunks, see `by_rows`."""
@@ -443,14 +463,12 @@ def loss_terms(model: Module, teacher: Module, batch: Batch, args: Args) -> dict
     """The terms of the loss for each response, (B, G), in nats a token: means over the response's
     tokens."""
     both = partial(score, temperature=args.temperature, keep_logits=True)
-    both = partial(both, attn_row=args.attn_row)  # Attention (eq. 9)
-    scores = both(model, batch.rollout, attn_layers=[args.attn_layer])  # Attention (eq. 9)
+    scores = both(model, batch.rollout, attn_layers=[args.attn_layer])  # Attention
     with torch.no_grad():  # again in every iteration: a step's logits are too large to keep
-        layers = [args.teacher_attn_layer]  # Attention (eq. 9)
-        taught = score(
-            teacher, batch.teacher_rollout, args.temperature, layers, args.attn_row, True
-        )
-    gazes = scores.attentions[0], taught.attentions[0]  # Attention (eq. 2): (B, G, T, P + T)
+        layers = [args.teacher_attn_layer]  # Attention
+        taught = both(teacher, batch.teacher_rollout, attn_layers=layers)  # Attention
+    rows = scores.attentions[0], taught.attentions[0]  # Attention: (B, G, T + 1, P + T)
+    gazes = [attention_policy(x, args.attn_row) for x in rows]  # Attention: (B, G, T, P + T)
     if args.attn_bins == "frames":  # Attention (eq. 9)
         gazes = [frame_bins(gaze, batch.rollout.prompts, model.config) for gaze in gazes]
     suppressed = torch.tensor(vision_token_ids(model.config), device=model.device)

@@ -445,7 +445,7 @@ class Layout:
     With `cache`, the forward is a prefill (the cache is empty) or one step of decoding. Without, it
     is packed: `response_mask` (1 or B, 1, R * T, P + T) is the additive mask of a response over
     prompt keys and own keys, where R = H / K query heads share a key head. `attn_layers` are the
-    layers whose attention policy is handed out.
+    layers whose attention rows are handed out.
     """
 
     prompt_len: int
@@ -454,7 +454,6 @@ class Layout:
     response_mask: Tensor | None = None
     cache: GroupCache | None = None
     attn_layers: tuple[int, ...] = ()
-    attn_row: str = "predicting"
 
 
 def grouped_attention(
@@ -468,12 +467,12 @@ def grouped_attention(
     layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Fused SDPA for a group, and on the chosen layers the attention policy (eq. 2) as the second
-    return value.
+    """Fused SDPA for a group, and on the chosen layers the attention rows of the responses as the
+    second return value.
 
     query (B, H, L, D), key and value (B, K, L, D) with rotary positions applied; returns (B, L, H,
-    D). Transformers collects the second value under `output_attentions=True`, so that the policy
-    arrives as `outputs.attentions`. Without a `layout` this is transformers' own SDPA.
+    D). Transformers collects the second value under `output_attentions=True`, so that the rows
+    arrive as `outputs.attentions`. Without a `layout` this is transformers' own SDPA.
     """
     if layout is None:
         return sdpa_attention_forward(
@@ -489,10 +488,10 @@ def grouped_attention(
         layout.cache.add_prompt(key, value)
         return prompt_out, None
     response_out = response_attention(query, key, value, scaling, layout)
-    policy = None
+    rows = None
     if module.layer_idx in layout.attn_layers:
-        policy = attention_policy(query, key, scaling, layout)
-    return torch.cat([prompt_out, response_out], dim=1), policy
+        rows = attention_rows(query, key, scaling, layout)
+    return torch.cat([prompt_out, response_out], dim=1), rows
 
 
 AttentionInterface.register("grouped_sdpa", grouped_attention)
@@ -586,27 +585,22 @@ def decode_attention(
 ATTENTION_CHUNK = 2**26 if torch.cuda.is_available() else 2**20
 
 
-def attention_policy(query: Tensor, key: Tensor, scaling: float, layout: Layout) -> Tensor:
-    """Eq. 2: head-averaged attention of the row of each response token, (B, G, T, P + T), float32;
-    rows sum to 1 (an "own" row to 0 if all it saw was itself).
+def attention_rows(query: Tensor, key: Tensor, scaling: float, layout: Layout) -> Tensor:
+    """Head-averaged attention from the prompt's last position (row 0) and from each response token
+    (row t, which sees itself), (B, G, T + 1, P + T), float32; rows sum to 1.
 
-    With `attn_row="predicting"` the row of y_t is that of position t - 1, whose output *is* the
-    prediction of y_t, so that of y_1 is the prompt's last row. With `attn_row="own"` it is y_t's
-    own position with itself masked out: heads averaged first, then divided by what is left [ours:
-    the paper does not say which]. The last T columns are the response's own positions. Rows are
-    recomputed in chunks, in the backward pass too, so that no H x T x (P + T) array is ever kept:
-    memory grows with T x (P + T).
+    The last T columns are the response's own positions. Rows are recomputed in chunks, in the
+    backward pass too, so that no H x T x (P + T) array is ever kept: memory grows with
+    T x (P + T). Rows beyond the end of a response are those of its padding, and finite.
     """
     prompt_key, own_key = (x.float() for x in split_group(key, layout))
     b, g, k, t, _ = own_key.shape
     prompt_rows, rows = split_group(query, layout)
-    if layout.attn_row == "predicting":
-        last = prompt_rows[:, None, :, -1:].expand(-1, g, -1, -1, -1)
-        rows = torch.cat([last, rows[:, :, :, :-1]], dim=3)
-    rows = rows.unflatten(2, (k, -1)).float() * scaling  # (B, G, K, R, T, D)
-    # The predicting row t is position t - 1 and sees own keys j < t; y_t's own row sees j <= t.
-    seen = torch.ones(t, t, dtype=torch.bool, device=key.device)
-    seen = seen.tril(-1 if layout.attn_row == "predicting" else 0)
+    last = prompt_rows[:, None, :, -1:].expand(-1, g, -1, -1, -1)
+    rows = torch.cat([last, rows], dim=3)
+    rows = rows.unflatten(2, (k, -1)).float() * scaling  # (B, G, K, R, T + 1, D)
+    # Row 0 sees no response token, row t the first t of them.
+    seen = torch.ones(t + 1, t, dtype=torch.bool, device=key.device).tril(-1)
     hidden = None if layout.prompt_mask is None else ~layout.prompt_mask[:, None, None, None, None]
 
     def chunk(rows: Tensor, prompt_key: Tensor, own_key: Tensor, seen: Tensor) -> Tensor:
@@ -622,12 +616,7 @@ def attention_policy(query: Tensor, key: Tensor, scaling: float, layout: Layout)
     size = max(1, ATTENTION_CHUNK // (b * g * query.shape[1] * (layout.prompt_len + t)))
     pieces = zip(rows.split(size, dim=4), seen.split(size), strict=True)
     parts = [checkpoint(chunk, r, prompt_key, own_key, s, use_reentrant=False) for r, s in pieces]
-    policy = torch.cat(parts, dim=2)
-    if layout.attn_row == "own":
-        itself = F.pad(torch.eye(t, dtype=torch.bool, device=key.device), (policy.shape[-1] - t, 0))
-        policy = policy.masked_fill(itself, 0.0)
-        policy = policy / policy.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(policy.dtype).tiny)
-    return policy
+    return torch.cat(parts, dim=2)
 
 
 # 3. Rollout
@@ -768,8 +757,8 @@ class Scores:
     (B, G, T).
 
     `logits` (B, G, T, V), where asked for, are the model's, before temperature and suppression.
-    `attentions` are the policies of the asked layers, (B, G, T, P + T) each, in the order of the
-    layers. Where the mask is False, `logps` are 0.
+    `attentions` are the rows of the asked layers, (B, G, T + 1, P + T) each, in the order of the
+    layers, see `attention_rows`. Where the mask is False, `logps` are 0.
     """
 
     logps: Tensor
@@ -784,11 +773,10 @@ def score(
     rollout: Rollout,
     temperature: float = 1.0,
     attn_layers: Sequence[int] = (),
-    attn_row: str = "predicting",
     keep_logits: bool = False,
 ) -> Scores:
     """One packed forward over every prompt and its G responses: log-probabilities, entropy and
-    attention policy.
+    attention rows.
 
     The policy is softmax(logits / temperature) with the special vision tokens at -inf, the same in
     sampling, old, reference and current passes. A vision token inside a response is replaced by
@@ -812,7 +800,6 @@ def score(
         prompts.mask,
         response_mask=response_mask(prompts, t, text),
         attn_layers=tuple(layer % text.num_hidden_layers for layer in attn_layers),
-        attn_row=attn_row,
     )
     # Row t of response g predicts its token t; the prompt's last row predicts every first token.
     rows = p + t * torch.arange(g, device=model.device)[:, None] + steps - 1

@@ -92,7 +92,11 @@ def judge(
     looks: int = 6,
 ) -> Iterator[Look]:
     """Answer every prompt greedily and judge it; the first `looks` keep their pictures and
-    attention, and those with a known target have the attention mass on it, layer by layer."""
+    attention, and those with a known target have the attention mass on it, layer by layer.
+
+    Both are of the rows that emit the answer: the row of the position before each of its tokens,
+    whatever `--attn-row` a run was trained with.
+    """
     config = model.config
     merge, layers = config.vision_config.spatial_merge_size, config.text_config.num_hidden_layers
     placeholders = torch.tensor([config.image_token_id, config.video_token_id])
@@ -112,7 +116,7 @@ def judge(
             ids = rollout.completion_ids[row, 0][rollout.completion_mask[row, 0]].tolist()
             tokens = answer_tokens(processor.tokenizer, ids, text, first_mention=has_targets)
             mass = []
-            if row < shown:
+            if row < shown:  # row t of a layer emits token t, row t + 1 is that token's own
                 visual = torch.isin(part.prompts.ids[row].cpu(), placeholders).nonzero()[:, 0]
                 rows = slice(tokens.start, tokens.stop)
                 mass = [layer[row, 0, rows].cpu()[:, visual] for layer in attentions]
@@ -129,11 +133,17 @@ def judge(
                 "completion_len": len(ids),
             }
             if has_targets:
-                # In the row that predicts the first token of the answer; 0 without an answer.
+                # In the row that emits the first token of the answer; 0 without an answer.
                 target = list(example.target)
                 on_target = [layer[:1, target].sum().item() for layer in mass]
                 record |= {"target_attn": on_target[attn_layer]}
                 record |= {f"target_attn_l{i}": value for i, value in enumerate(on_target)}
+                own_mass = 0.0
+                if tokens:  # in that token's own row, over the mass on others than itself
+                    own = attentions[attn_layer][row, 0, tokens.start + 1].cpu()
+                    own[part.prompts.ids.shape[1] + tokens.start] = 0.0
+                    own_mass = (own[visual[target]].sum() / own.sum().clamp_min(1e-9)).item()
+                record |= {"target_attn_own": own_mass}
             t, h, w = prompt.grid.tolist()
             gaze, kept = torch.zeros(0, 0), done < looks and bool(example.media)
             if kept:
@@ -167,8 +177,10 @@ def evaluate(
     `judge`.
 
     `eval/target_attn` is the mass on the target's visual tokens in layer `attn_layer`, in the row
-    that predicts the first token of the answer where the response first names it, counted as 0 for
-    a response without an answer; `eval/target_attn_l<i>` is the same for every layer.
+    that emits the first token of the answer where the response first names it (that of the position
+    before), counted as 0 for a response without an answer; `eval/target_attn_l<i>` is the same for
+    every layer. `eval/target_attn_own` is the mass, in layer `attn_layer`, in that token's own row
+    without itself: the row that `--attn-row own` acts on.
     """
     # Of a real model it takes minutes, and the first one comes before anything else is printed.
     bar = tqdm(prompts, desc="evaluate", delay=10, leave=False, disable=rank() != 0)

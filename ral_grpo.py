@@ -204,8 +204,9 @@ class Args:
     attn_layer: int = -1  # RAL (eq. 2)
     """Decoder layer whose attention is the policy, from 0, or from the end if negative. Paper: the
     last."""
-    attn_row: Literal["predicting", "own"] = "predicting"  # RAL (eq. 2)
-    """Row of token y_t: the position that predicts it, or its own with itself masked out. [ours]"""
+    attn_row: Literal["own", "predicting"] = "own"  # RAL
+    """Row of token y_t: its own position, without itself and divided by the rest (paper), or the
+    position before, whose output is the prediction of y_t [ours]."""
     attn_anchor: Literal["rollout", "reference"] = "rollout"  # RAL (eq. 3)
     """What the attention is compared with: the policy at rollout time (paper), or the frozen
     reference."""
@@ -330,9 +331,10 @@ def score_reference(reference: Module, batches: list[Batch], args: Args) -> None
     """Add what the frozen starting model says of the responses."""
     for batch in batches:
         layers = [args.attn_layer] if args.attn_anchor == "reference" else []  # RAL (eq. 3)
-        scores = score(reference, batch.rollout, args.temperature, layers, args.attn_row)  # RAL
+        scores = score(reference, batch.rollout, args.temperature, layers)  # RAL
         batch.ref_logps = scores.logps
-        batch.old_attn = scores.attentions[0] if layers else None  # RAL (eq. 3)
+        if layers:  # RAL
+            batch.old_attn = attention_policy(scores.attentions[0], args.attn_row)  # RAL
 
 
 # 4. Loss
@@ -373,6 +375,25 @@ def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return torch.exp(difference) - difference - 1
 
 
+def attention_policy(rows: Tensor, row: str) -> Tensor:
+    """The attention policy of each response token, (B, G, T, P + T), from the rows of attention of
+    the prompt's last position and of each response token, (B, G, T + 1, P + T); rows sum to 1.
+
+    "own" is the paper's: p^t(i) = alpha_{t,i} / sum_{j <= t - 1} alpha_{t,j} for i <= t - 1, the
+    row of y_t itself without its own column; 0 throughout where all it saw was itself. "predicting"
+    [ours] is the row of position t - 1, whose output is the prediction of y_t: it sees the same
+    positions and needs no denominator.
+
+    >>> rows = torch.tensor([[[[0.7, 0.3, 0.0], [0.2, 0.3, 0.5]]]])  # P = 2, T = 1
+    >>> attention_policy(rows, "own"), attention_policy(rows, "predicting")
+    (tensor([[[[0.4000, 0.6000, 0.0000]]]]), tensor([[[[0.7000, 0.3000, 0.0000]]]]))
+    """
+    if row == "predicting":
+        return rows[:, :, :-1].contiguous()
+    earlier = rows[:, :, 1:].tril(rows.shape[3] - rows.shape[2])  # row t up to column P + t - 1
+    return earlier / earlier.sum(-1, keepdim=True).clamp_min(torch.finfo(earlier.dtype).tiny)
+
+
 def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
     """Eq. 4: Jensen-Shannon divergence of distributions along the last axis, in nats, between 0 and
     ln 2.
@@ -390,10 +411,8 @@ def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
         return (p * (p.clamp_min(tiny).log() - q.clamp_min(tiny).log())).sum(-1)
 
     def chunk(p: Tensor, q: Tensor) -> tuple[Tensor]:
-        if kind == "forward-kl":
-            return (kl(q, p),)
-        if kind == "reverse-kl":
-            return (kl(p, q),)
+        if kind != "jsd":
+            return (kl(q, p) if kind == "forward-kl" else kl(p, q),)
         middle = (p + q) / 2
         return ((kl(p, middle) + kl(q, middle)) / 2,)
 
@@ -404,9 +423,8 @@ def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
 def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
     """The terms of the loss for each response, (B, G), in nats a token: means over the response's
     tokens."""
-    layers = [args.attn_layer]  # RAL (eq. 2)
-    scores = score(model, batch.rollout, args.temperature, layers, args.attn_row)  # RAL (eq. 2)
-    attn = scores.attentions[0]  # RAL (eq. 2): (B, G, T, P + T)
+    scores = score(model, batch.rollout, args.temperature, [args.attn_layer])  # RAL
+    attn = attention_policy(scores.attentions[0], args.attn_row)  # RAL: (B, G, T, P + T)
     if batch.old_attn is None:  # RAL (eq. 3): as for the log-probabilities below
         batch.old_attn = attn.detach()
     if batch.old_logps is None:  # the first inner iteration: today's policy is still the rollout's
@@ -414,9 +432,8 @@ def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
     pg, clipped = clipped_loss(scores.logps, batch.old_logps, batch.advantages, args.clip_eps)
     kl = torch.zeros_like(pg) if batch.ref_logps is None else k3(scores.logps, batch.ref_logps)
     attn_jsd = divergence(attn, batch.old_attn, args.attn_divergence)  # RAL (eq. 4): (B, G, T)
-    attn_loss = batch.advantages[..., None] * attn_jsd  # RAL (eq. 3)
     terms = {"pg_loss": pg, "kl": kl, "entropy": scores.entropy, "clip_frac": clipped}
-    terms |= {"attn_loss": attn_loss, "attn_jsd": attn_jsd}  # RAL
+    terms |= {"attn_jsd": attn_jsd, "attn_loss": batch.advantages[..., None] * attn_jsd}  # RAL (3)
     terms = {name: response_mean(term, scores.mask) for name, term in terms.items()}
     terms["loss"] = terms["pg_loss"] + args.beta * terms["kl"]
     terms["loss"] = terms["loss"] + args.lambda_attn * terms["attn_loss"]  # RAL (eq. 5)
@@ -463,8 +480,8 @@ def update(
                 metrics[f"train/{name}"] += (
                     term.detach().sum().item() / responses / args.num_iterations
                 )
-            jsd = terms["attn_jsd"].detach().sum().item() / responses  # RAL (eq. 4)
-            metrics[f"train/attn_jsd_{iteration}"] += jsd
+            jsd = terms["attn_jsd"].detach().sum().item()  # RAL
+            metrics[f"train/attn_jsd_{iteration}"] += jsd / responses
         norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
         metrics["train/grad_norm"] += norm.item() / args.num_iterations
         if not torch.isfinite(norm):

@@ -55,7 +55,8 @@ def main(args: Args) -> None:
         ral_grpo.update(model, optimizer, [part], replace(options, lambda_attn=0.0), False)
         with torch.no_grad():
             scores = common.score(model, rollout, attn_layers=[args.attn_layer])
-            jsd = ral_grpo.divergence(scores.attentions[0], part.old_attn) * scores.mask
+            policy = ral_grpo.attention_policy(scores.attentions[0], options.attn_row)
+            jsd = ral_grpo.divergence(policy, part.old_attn) * scores.mask
         jsd = jsd / scores.mask.sum(-1, keepdim=True)  # as the loss has it
         term = advantages[..., None] * jsd  # (B, G, T)
         by_response, by_group = term.abs().sum((0, 1)), term.sum(1).abs().sum(0)

@@ -105,8 +105,8 @@ def told_where_to_look() -> Iterator[None]:
     def loss_terms(model, batch, args):
         terms = plain_terms(model, batch, args)
         layers = [args.attn_layer]
-        attn = ral_grpo.score(model, batch.rollout, args.temperature, layers, "predicting")
-        rows = attn.attentions[0][:, :, 1]  # of the word after <answer>: (B, G, P + T)
+        attn = ral_grpo.score(model, batch.rollout, args.temperature, layers)
+        rows = attn.attentions[0][:, :, 1]  # of <answer>, which emits the word after: (B, G, P + T)
         mass = torch.stack(
             [row[:, where].sum(-1) for row, where in zip(rows, seen["targets"], strict=True)]
         )

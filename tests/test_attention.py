@@ -5,7 +5,9 @@ import torch
 from conftest import make_prompts, make_rollout, unpacked
 from transformers import AutoModelForImageTextToText
 
+import attn_distill
 import common
+import ral_grpo
 
 
 def eager_policy(model, prompt, ids, layer, row):
@@ -36,7 +38,9 @@ def test_captured_attention_is_eager_attention(
     rollout = make_rollout(model, processor, prompts)
     layers = [-1, 0] if row == "predicting" else [0]
     generator = torch.Generator().manual_seed(1)
-    scores = common.score(model, rollout, attn_layers=layers, attn_row=row)
+    scores = common.score(model, rollout, attn_layers=layers)
+    policies = [ral_grpo.attention_policy(rows, row) for rows in scores.attentions]
+    assert all(policy.isfinite().all() for policy in policies)  # behind short responses too
     longest = rollout.prompts.ids.shape[1]
     captured, expected, ours, theirs = [], [], 0.0, 0.0
     for index, layer in enumerate(sorted(layer % 2 for layer in layers)):
@@ -44,7 +48,7 @@ def test_captured_attention_is_eager_attention(
             for g in range(3):
                 t = int(rollout.completion_mask[b, g].sum())
                 pad = longest - len(prompt.ids)
-                policy = scores.attentions[index][b, g, :t]
+                policy = policies[index][b, g, :t]
                 assert policy[:, :pad].abs().max() == 0 if pad else True
                 policy = torch.cat(
                     [policy[:, pad:longest], policy[:, longest : longest + t]], dim=1
@@ -56,7 +60,7 @@ def test_captured_attention_is_eager_attention(
                 ours, theirs = ours + (policy * weights).sum(), theirs + (reference * weights).sum()
                 captured.append(policy.flatten())
                 expected.append(reference.flatten())
-    torch.testing.assert_close(torch.cat(captured), torch.cat(expected), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat(captured), torch.cat(expected), atol=1e-6, rtol=0)
     names = [name for name, _ in model.named_parameters()]
     grads = torch.autograd.grad(ours, list(model.parameters()), allow_unused=True)
     eager_grads = torch.autograd.grad(theirs, list(eager.parameters()), allow_unused=True)
@@ -73,26 +77,53 @@ def test_captured_attention_is_eager_attention(
 def test_rows_sum_to_one_and_see_no_future(loaded):
     model, processor = loaded
     rollout = make_rollout(model, processor, make_prompts(model, processor))
-    policy = common.score(model, rollout, attn_layers=[-1]).attentions[0]
-    torch.testing.assert_close(policy.sum(-1), torch.ones(policy.shape[:-1]))
-    own = policy[..., -rollout.completion_ids.shape[-1] :]
-    assert torch.equal(own, own.tril(-1))
+    rows = common.score(model, rollout, attn_layers=[-1]).attentions[0]
+    b, g, t = rollout.completion_ids.shape
+    assert rows.shape == (b, g, t + 1, rollout.prompts.ids.shape[1] + t)
+    for seen in (rows, *(ral_grpo.attention_policy(rows, row) for row in ("predicting", "own"))):
+        torch.testing.assert_close(seen.sum(-1), torch.ones(seen.shape[:-1]))
+    own = rows[..., -t:]
+    assert torch.equal(own, own.tril(-1)) and own.diagonal(-1, 2, 3).min() > 0  # and see themselves
+    for row in ("predicting", "own"):
+        own = ral_grpo.attention_policy(rows, row)[..., -t:]
+        assert torch.equal(own, own.tril(-1))
 
 
-def test_own_row_is_divided_by_what_is_left_even_if_that_is_nothing():
-    """A token that looks at nothing but itself leaves a row of zeros, not of NaN."""
-    query = torch.zeros(1, 1, 4, 2)
-    query[..., 2:, :] = 1e4
-    key = torch.zeros(1, 1, 4, 2)
-    key[..., 2, :], key[..., 3, :] = 1.0, 2.0
-    layout = common.Layout(2, 1, None, attn_row="own")
-    policy = common.attention_policy(query, key, 1.0, layout)
-    assert torch.equal(policy, torch.zeros(1, 1, 2, 4))
+@pytest.mark.parametrize("script", [ral_grpo, attn_distill])
+def test_the_policy_by_hand(script):
+    """P = 2, T = 2. A token that looks at nothing but itself leaves a row of zeros, not of NaN."""
+    rows = torch.tensor(
+        [[0.7, 0.3, 0.0, 0.0], [0.1, 0.3, 0.6, 0.0], [0.0, 0.0, 0.0, 1.0]], requires_grad=True
+    )
+    predicting = script.attention_policy(rows[None, None], "predicting")
+    assert torch.equal(predicting, rows[None, None, :2])
+    own = script.attention_policy(rows[None, None], "own")
+    expected = torch.tensor([[[[0.25, 0.75, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]]])
+    torch.testing.assert_close(own, expected)
+    (own * torch.arange(4)).sum().backward()
+    assert rows.grad.isfinite().all()
 
 
-def saved_bytes(model, rollout, layers) -> int:
-    """Bytes that autograd keeps of one pass; what a checkpointed chunk recomputes is not among
-    them."""
+def test_what_is_kept_of_a_rollout_is_its_policy_and_no_more(loaded):
+    """(B, G, T, P + T) numbers, not a view into the T + 1 rows they come from."""
+    model, processor = loaded
+    rollout = make_rollout(model, processor, make_prompts(model, processor))
+    for row in ("own", "predicting"):
+        for anchor in ("rollout", "reference"):
+            args = ral_grpo.Args(attn_row=row, attn_anchor=anchor)
+            batch = ral_grpo.Batch(rollout, torch.ones(2, 3))
+            ral_grpo.score_reference(model, [batch], args)
+            assert (batch.old_attn is None) == (anchor == "rollout")
+            ral_grpo.loss_terms(model, batch, args)
+            kept, t = batch.old_attn, rollout.completion_ids.shape[-1]
+            assert kept.shape == (2, 3, t, rollout.prompts.ids.shape[1] + t)
+            assert not kept.requires_grad
+            assert kept.untyped_storage().nbytes() == 4 * kept.numel()
+
+
+def saved_bytes(model, rollout, layers, row="predicting") -> int:
+    """Bytes that autograd keeps of one pass and of its policy; what a checkpointed chunk recomputes
+    is not among them."""
     kept = {}
 
     def pack(tensor):
@@ -101,16 +132,25 @@ def saved_bytes(model, rollout, layers) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         scores = common.score(model, rollout, attn_layers=layers)
-        loss = scores.logps.sum() + sum(x.pow(2).sum() for x in scores.attentions)
+        loss = scores.logps.sum() + sum(
+            ral_grpo.attention_policy(rows, row).pow(2).sum() for rows in scores.attentions
+        )
     del loss
     return sum(kept.values())
 
 
 def test_the_policys_memory_grows_with_t_times_p(checkpoints):
-    """Not with P squared: three times the prompt costs about three times, far from nine."""
+    """Not with P squared: three times the prompt costs about three times, far from nine. `own`
+    keeps one more copy, of what it divides."""
     model, processor = common.load_model(checkpoints["qwen2_vl"])
-    costs = []
+    costs = {"predicting": [], "own": []}
     for grid in (8, 14):  # about 80 and 210 prompt positions
         rollout = make_rollout(model, processor, make_prompts(model, processor, grids=(grid, grid)))
-        costs.append(saved_bytes(model, rollout, [-1]) - saved_bytes(model, rollout, []))
-    assert costs[0] > 0 and costs[1] / costs[0] < 1.2 * 210 / 78
+        without = saved_bytes(model, rollout, [])
+        for row, cost in costs.items():
+            cost.append(saved_bytes(model, rollout, [-1], row) - without)
+    for short, long in costs.values():
+        assert short > 0 and long / short < 1.2 * 210 / 78
+    b, g, t = rollout.completion_ids.shape
+    policy = 4 * b * g * t * (rollout.prompts.ids.shape[1] + t)
+    assert costs["own"][1] - costs["predicting"][1] < 1.1 * policy

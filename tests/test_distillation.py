@@ -125,7 +125,8 @@ def test_frame_bins_are_a_plain_loop(loaded, kinds):
     prompts = make_prompts(model, processor, kinds, frames=(7, 4))
     rollout = make_rollout(model, processor, prompts)
     with torch.no_grad():
-        attention = common.score(model, rollout, attn_layers=[-1]).attentions[0]
+        rows = common.score(model, rollout, attn_layers=[-1]).attentions[0]
+    attention = attn_distill.attention_policy(rows, "own")
     bins = attn_distill.frame_bins(attention, rollout.prompts, model.config)
     longest = rollout.prompts.ids.shape[1]
     assert bins.shape == (2, 3, 6, 4 + 2)

@@ -69,7 +69,7 @@ def test_lambda_acts_from_the_second_inner_iteration_on(train):
 
 @pytest.mark.parametrize("field", ["attn_layer", "attn_row", "attn_anchor", "attn_divergence"])
 def test_options_change_the_update(train, field):
-    other = {"attn_layer": 0, "attn_row": "own", "attn_anchor": "reference"}
+    other = {"attn_layer": 0, "attn_row": "predicting", "attn_anchor": "reference"}
     _, default = train(ral_grpo, steps=4, lambda_attn=100.0)
     _, changed = train(
         ral_grpo, steps=4, lambda_attn=100.0, **{field: other.get(field, "reverse-kl")}
@@ -77,35 +77,38 @@ def test_options_change_the_update(train, field):
     assert not same(default, changed)
 
 
-def planted_batch(model, processor, sign: float) -> tuple[ral_grpo.Batch, torch.Tensor]:
+def planted_batch(model, processor, sign: float, row: str) -> tuple[ral_grpo.Batch, torch.Tensor]:
     """A batch whose anchor puts half of the mass of every row on one image token, with advantage
     `sign`."""
     prompts = make_prompts(model, processor, grids=(4, 4))
     rollout = make_rollout(model, processor, prompts)
     with torch.no_grad():
         scores = common.score(model, rollout, attn_layers=[-1])
-    target = torch.zeros(scores.attentions[0].shape)
+    attention = ral_grpo.attention_policy(scores.attentions[0], row)
+    target = torch.zeros(attention.shape)
     target[..., 20] = 1.0
-    anchor = (scores.attentions[0] + target) / 2
+    anchor = (attention + target) / 2
     advantages = torch.full(rollout.truncated.shape, sign)
     return ral_grpo.Batch(rollout, advantages, None, scores.logps, anchor), target
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("kind", ["jsd", "forward-kl", "reverse-kl"])
-def test_ral_acts(checkpoints, monkeypatch, sign, kind):
+@pytest.mark.parametrize("row", ["own", "predicting"])
+def test_ral_acts(checkpoints, monkeypatch, sign, kind, row):
     """Token term off, anchor planted: one update of the script moves the gaze to it, or away from
     it."""
     model, processor = common.load_model(checkpoints["qwen2_vl"])
     monkeypatch.setattr(ral_grpo, "clipped_loss", lambda logps, *_: (0 * logps, 0 * logps))
-    args = ral_grpo.Args(num_iterations=1, beta=0.0, attn_divergence=kind)
-    batch, target = planted_batch(model, processor, sign)
+    args = ral_grpo.Args(num_iterations=1, beta=0.0, attn_divergence=kind, attn_row=row)
+    batch, target = planted_batch(model, processor, sign, row)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1e-2)
 
     def measure() -> tuple[float, float]:
         with torch.no_grad():
-            attention = common.score(model, batch.rollout, attn_layers=[-1]).attentions[0]
+            rows = common.score(model, batch.rollout, attn_layers=[-1]).attentions[0]
+        attention = ral_grpo.attention_policy(rows, row)
         seen = batch.rollout.completion_mask
         divergence = ral_grpo.divergence(attention, batch.old_attn, kind)[seen].mean()
         return divergence.item(), (attention * target).sum(-1)[seen].mean().item()
@@ -117,42 +120,67 @@ def test_ral_acts(checkpoints, monkeypatch, sign, kind):
     assert (mass_after - mass) * sign > 1e-6
 
 
-def test_first_iteration_has_no_attention_gradient(checkpoints):
+@pytest.mark.parametrize("row", ["own", "predicting"])
+def test_first_iteration_has_no_attention_gradient(checkpoints, row):
     """At p_theta = p_old the divergence and its gradient are zero: not small, zero."""
     model, processor = common.load_model(checkpoints["qwen2_vl"])
-    batch, _ = planted_batch(model, processor, 1.0)
+    batch, _ = planted_batch(model, processor, 1.0, row)
     batch.old_attn = batch.old_logps = None
-    terms = ral_grpo.loss_terms(model, batch, ral_grpo.Args())
+    terms = ral_grpo.loss_terms(model, batch, ral_grpo.Args(attn_row=row))
     terms["attn_loss"].sum().backward()
     assert terms["attn_loss"].abs().max() == 0
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
 
 
-def test_on_a_prefix_that_a_group_shares_the_attention_term_cancels(checkpoints):
-    """Attention follows from the tokens before, not from the one that is sampled: where those are
-    the same for a group, so is its divergence, and advantages that sum to 0 leave nothing."""
+@pytest.mark.parametrize(("row", "shared"), [("predicting", 3), ("own", 2)])
+@pytest.mark.parametrize("lengths", [(6, 6, 6), (6, 4, 3)])
+def test_on_a_prefix_that_a_group_shares_the_attention_term_cancels(
+    checkpoints, row, shared, lengths
+):
+    """Responses that share their first two tokens share the predicting rows of tokens 1 to 3 and
+    the own rows of tokens 1 and 2, and so their divergences D_t. What the loss has of them is
+    D_t sum_i A_i / T_i: nothing where the responses are equally long, since the A_i sum to 0."""
     model, processor = common.load_model(checkpoints["qwen2_vl"])
     prompts = make_prompts(model, processor, grids=(4, 4))
-    rollout = make_rollout(model, processor, prompts)
+    rollout = make_rollout(model, processor, prompts, lengths=(lengths, lengths))
     rollout.completion_ids[:, :, :2] = rollout.completion_ids[:, :1, :2]  # and then they part
-    rollout.completion_mask[:] = True
+    rollout.completion_ids[:, :, 2] = torch.arange(1, 4)
+    advantages = torch.linspace(-1, 1, 3).expand(2, -1)
+    batch = ral_grpo.Batch(rollout, advantages)
+    args = ral_grpo.Args(attn_row=row, beta=0.0)
+    ral_grpo.loss_terms(model, batch, args)  # keeps the anchor
     with torch.no_grad():
-        anchor = common.score(model, rollout, attn_layers=[-1]).attentions[0]
         for parameter in model.model.language_model.parameters():
             parameter += 0.05 * torch.randn_like(parameter) * parameter.std()
-    group = rollout.completion_ids.shape[1]
-    advantages = torch.linspace(-1, 1, group).expand(2, -1)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    mask = rollout.completion_mask
 
-    def gradient(rows: slice) -> float:
-        attention = common.score(model, rollout, attn_layers=[-1]).attentions[0]
-        jsd = ral_grpo.divergence(attention, anchor)[..., rows]
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        loss = (advantages[..., None] * jsd).sum()
+    def gradient(weights: torch.Tensor) -> torch.Tensor:  # of the sum of weights (B, G, T) x JSD
+        rows = common.score(model, rollout, attn_layers=[-1]).attentions[0]
+        jsd = ral_grpo.divergence(ral_grpo.attention_policy(rows, row), batch.old_attn)
+        loss = (weights * jsd).sum()
         grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return torch.stack([g.norm() for g in grads if g is not None]).norm().item()
+        return torch.cat([g.flatten() for g in grads if g is not None])
 
-    # The row of token t is that of position t - 1: the third token's is the last that is shared.
-    assert gradient(slice(0, 3)) < 1e-4 * gradient(slice(3, None))
+    weights = advantages[..., None] * mask / mask.sum(-1, keepdim=True)  # A_i / T_i
+    (loss,) = torch.autograd.grad(
+        ral_grpo.loss_terms(model, batch, args)["attn_loss"].sum(),
+        [model.model.language_model.layers[0].mlp.down_proj.weight],
+    )
+    position = torch.arange(max(lengths))
+    same, parted = gradient(weights * (position < shared)), gradient(weights * (position >= shared))
+    assert loss.norm() > 0 and parted.norm() > 0
+    if len(set(lengths)) == 1:
+        assert same.norm() < 1e-4 * parted.norm()
+    else:
+        left = sum(a / n for a, n in zip((-1, 0, 1), lengths, strict=True))  # sum_i A_i / T_i
+        first = torch.zeros(2, 3, max(lengths))
+        first[:, 0, :shared] = left
+        expected = gradient(first)
+        torch.testing.assert_close(same, expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
+        assert same.norm() > 1e-2 * parted.norm()
+    # The next token's row differs from response to response, and does not cancel.
+    assert gradient(weights * (position == shared)).norm() > 1e-2 * parted.norm()
 
 
 @pytest.mark.parametrize("script", [sft, grpo_baseline, ral_grpo, attn_distill])

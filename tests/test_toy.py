@@ -8,6 +8,7 @@ import torch
 
 import common
 import evaluate
+import ral_grpo
 import toy
 from prompts import collate, encode_prompt
 
@@ -80,12 +81,16 @@ def test_evaluation_measures_the_mass_on_the_target(checkpoints, monkeypatch, th
     assert metrics["eval/accuracy"] == pytest.approx(2 / 3) == metrics["eval/format"]
     rollout = demonstrate(model, collate(model, prompts, 0))
     attention = common.score(model, rollout, attn_layers=[0]).attentions[0]
-    masses = []
+    masses, own_masses = [], []
     for b, (prompt, example) in enumerate(zip(prompts[:2], examples, strict=False)):
         first = tokenizer.convert_tokens_to_ids(example.solution)
         row = said[b].index(first)  # in the thought, if there is one
         image = prompt.ids.tolist().index(model.config.image_token_id)
         masses.append(sum(attention[b, 0, row, image + t].item() for t in example.target))
         assert looks[b].attention[0][list(example.target)].sum().item() == pytest.approx(masses[-1])
+        policy = ral_grpo.attention_policy(attention, "own")  # of the answer's token
+        own_masses.append(sum(policy[b, 0, row, image + t].item() for t in example.target))
     assert metrics["eval/target_attn"] == pytest.approx(sum(masses) / 3, abs=1e-6)
     assert metrics["eval/target_attn"] == metrics["eval/target_attn_l0"]
+    assert metrics["eval/target_attn_own"] == pytest.approx(sum(own_masses) / 3, abs=1e-6)
+    assert abs(sum(own_masses) - sum(masses)) > 1e-4

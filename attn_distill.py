@@ -1,22 +1,28 @@
 """On-policy attention distillation (arXiv 2602.04884): move a teacher's gaze into a student.
 
 The student answers; teacher and student score the same tokens, and the student is moved toward the
-teacher's next-token distributions (kd_baseline.py) *and* toward where the teacher looks: in every
-row that predicts a response token, the head-averaged attention over the prompt and the response so
-far, one layer of each model:
+teacher's next-token distributions (kd_baseline.py) *and* toward where the teacher looks: for every
+response token t its attention to the prompt and the earlier response (one layer of each model,
+heads averaged, its own column left out and the rest divided by what remains):
 
-    L_AttnDistill = E_t[ JSD(p_student^t, p_teacher^t) ]                           (eq. 9)
-    loss = rl_coef * L_RL + mu_gkd * L_GKD + gamma_attn * L_AttnDistill            (eq. 10)
+    L_AttnDistill = E[ sum_t JSD(p_student^t, p_teacher^t) ]                       (eq. 5)
+    loss = rl_coef * L_RL + mu_gkd * L_GKD + gamma_attn * L_AttnDistill            (eq. 6)
+
+The sum is over a response's tokens and E is the mean over responses. So gamma_attn weighs 300 times
+as much for a response of 300 tokens as it would on a mean over tokens, which L_RL and L_GKD are.
+`max_grad_norm` bounds the step, whatever gamma_attn is. Watch the ratio of gamma_attn *
+`train/attn_grad_norm` to mu_gkd * `train/gkd_grad_norm`: far above 1, attention alone decides the
+direction of the step. Then lower gamma_attn, or take `--attn-reduction mean`.
 
 There is no advantage in it: the teacher's gaze is worth having whatever the answer was. The models
 may differ in layers, heads and width, since only distributions over the same tokens are compared.
-Lines marked `# Attention` and the functions `jsd` and `frame_bins` are all there is to it: `diff
-kd_baseline.py attn_distill.py`.
+Lines marked `# Attention` and the functions `attention_policy`, `jsd`, `frame_bins` and `term_norm`
+are all there is to it: `diff kd_baseline.py attn_distill.py`.
 
-Known from the paper: the term and its weight, tried at 0.05, 0.5 and 1. Our reading [ours]: the
+Known from the paper: the terms, and gamma_attn, tried at 0.05, 0.5 and 1. Our reading [ours]: the
 choices of kd_baseline.py, and
-  1. The row of y_t is that of position t - 1, whose output is the prediction of y_t, as in
-     ral_grpo.py; the last layer of either model by default.
+  1. `--attn-row predicting` and `--attn-reduction mean`, which were the defaults of this project at
+     first; the last layer of either model.
   2. `--attn-bins frames` compares the attention summed over each temporal patch, with one bin for
      the rest of the prompt and one for the earlier response, as a successor paper does for videos.
      Visual mass is never renormalised to 1: how much a row looks at all is part of its gaze.
@@ -212,18 +218,23 @@ class Args:
     """Weight of the distillation of the output distribution. [ours]"""
     rl_coef: float = 1.0
     """Weight of the GRPO loss, KL to the reference included; 0: pure distillation. [ours]"""
-    gamma_attn: float = 1.0  # Attention (eq. 10)
-    """Weight of the attention term; 0 is kd_baseline.py. Paper: tried 0.05, 0.5 and 1. On the toy
-    10 is better than 1 and than 100, see "Results" in the README."""
-    attn_layer: int = -1  # Attention (eq. 9)
+    gamma_attn: float = 1.0  # Attention (eq. 6)
+    """Weight of the attention term; 0 is kd_baseline.py. Paper: tried 0.05, 0.5 and 1, on the sum.
+    On the toy, whose responses have 4 tokens, 10 on the mean is better than 1 and than 100."""
+    attn_layer: int = -1  # Attention
     """The student's layer, from 0, or from the end if negative. [ours: the last, as for RAL]"""
-    teacher_attn_layer: int = -1  # Attention (eq. 9)
+    teacher_attn_layer: int = -1  # Attention
     """The teacher's layer, likewise."""
     attn_row: Literal["own", "predicting"] = "own"  # Attention
     """Row of token y_t: its own position, without itself and divided by the rest (paper), or the
     position before, whose output is the prediction of y_t [ours]."""
-    attn_bins: Literal["tokens", "frames"] = "tokens"  # Attention (eq. 9)
+    attn_reduction: Literal["sum", "mean"] = "sum"  # Attention (eq. 5)
+    """The divergence of a response is the sum over its tokens (paper), or their mean [ours]."""
+    attn_bins: Literal["tokens", "frames"] = "tokens"  # Attention
     """Compare attention token by token (paper), or summed over each temporal patch."""
+    attn_norm_every: int = 10  # Attention
+    """Steps between measurements of the gradient norm of each distillation term by itself (two
+    passes more); 0: never."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -240,6 +251,7 @@ class Args:
         require_positive(self, "keep")
         require_not_negative(self, "save_every", "lora_rank")
         require_not_negative(self, "max_skipped", "seed", "beta", "mu_gkd", "rl_coef", "gamma_attn")
+        require_not_negative(self, "attn_norm_every")
         require(0 <= self.gkd_beta <= 1, f"--gkd-beta {self.gkd_beta}: must be in [0, 1]")
 
 
@@ -272,7 +284,7 @@ def encode(
 
 
 def reward(accuracy: Tensor, format: Tensor) -> Tensor:
-    """Eq. 7."""
+    """The paper's reward of each response."""
     return 0.9 * accuracy + 0.1 * format
 
 
@@ -346,7 +358,8 @@ def score_reference(reference: Module, batches: list[Batch], args: Args) -> None
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """Eq. 1: A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G); std with ddof 1 [ours].
+    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G); std with ddof
+    1 [ours].
 
     Exactly 0 where all rewards of a group are equal, decided before dividing: eight float32 rewards
     of 0.9 have a standard deviation of 6e-8, and would get an advantage.
@@ -365,7 +378,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
 def clipped_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, clip_eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 1: -min(ratio A, clip(ratio) A) of each token, and whether the clip held it, both (B, G,
+    """GRPO's -min(ratio A, clip(ratio) A) of each token, and whether the clip held it, both (B, G,
     T)."""
     ratio = torch.exp(logps - old_logps)
     advantages = advantages[..., None]
@@ -374,7 +387,7 @@ def clipped_loss(
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """Eq. 1: exp(ref - logp) - (ref - logp) - 1 of each token, an unbiased estimate of KL(policy ||
+    """exp(ref - logp) - (ref - logp) - 1 of each token, an unbiased estimate of KL(policy ||
     reference)."""
     difference = ref_logps - logps
     return torch.exp(difference) - difference - 1
@@ -383,7 +396,7 @@ def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
 def gkd(
     student: Tensor, teacher: Tensor, beta: float, temperature: float, suppressed: Tensor
 ) -> Tensor:
-    """Eq. 8: divergence of next-token distributions, (B, G, T), in nats, from logits (B, G, T, V).
+    """L_GKD: divergence of next-token distributions, (B, G, T), in nats, from logits (B, G, T, V).
 
     beta * KL(teacher || m) + (1 - beta) * KL(student || m) with m = (1 - beta) * student +
     beta * teacher; at the ends, where that is 0, KL(teacher || student) for beta 0 and
@@ -428,7 +441,7 @@ def attention_policy(rows: Tensor, row: str) -> Tensor:
 
 
 def jsd(p: Tensor, q: Tensor) -> Tensor:
-    """Eq. 9: Jensen-Shannon divergence of distributions along the last axis, in nats, between 0 and
+    """Jensen-Shannon divergence of distributions along the last axis, in nats, between 0 and
     ln 2; zeros are harmless, in value and in gradient. In row chunks, see `by_rows`."""
 
     def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -461,7 +474,7 @@ def frame_bins(attention: Tensor, prompts: PromptBatch, config: Any) -> Tensor:
 
 def loss_terms(model: Module, teacher: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
     """The terms of the loss for each response, (B, G), in nats a token: means over the response's
-    tokens."""
+    tokens; `attn_loss`, what gamma_attn weighs, is in nats by default: their sum."""
     both = partial(score, temperature=args.temperature, keep_logits=True)
     scores = both(model, batch.rollout, attn_layers=[args.attn_layer])  # Attention
     with torch.no_grad():  # again in every iteration: a step's logits are too large to keep
@@ -469,7 +482,7 @@ def loss_terms(model: Module, teacher: Module, batch: Batch, args: Args) -> dict
         taught = both(teacher, batch.teacher_rollout, attn_layers=layers)  # Attention
     rows = scores.attentions[0], taught.attentions[0]  # Attention: (B, G, T + 1, P + T)
     gazes = [attention_policy(x, args.attn_row) for x in rows]  # Attention: (B, G, T, P + T)
-    if args.attn_bins == "frames":  # Attention (eq. 9)
+    if args.attn_bins == "frames":  # Attention
         gazes = [frame_bins(gaze, batch.rollout.prompts, model.config) for gaze in gazes]
     suppressed = torch.tensor(vision_token_ids(model.config), device=model.device)
     distance = gkd(scores.logits, taught.logits, args.gkd_beta, args.temperature, suppressed)
@@ -479,25 +492,51 @@ def loss_terms(model: Module, teacher: Module, batch: Batch, args: Args) -> dict
     kl = torch.zeros_like(pg) if batch.ref_logps is None else k3(scores.logps, batch.ref_logps)
     terms = {"pg_loss": pg, "kl": kl, "entropy": scores.entropy, "clip_frac": clipped}
     terms |= {"gkd": distance}
-    terms |= {"attn_distill": jsd(*gazes)}  # Attention (eq. 9)
+    terms |= {"attn_distill": jsd(*gazes)}  # Attention
     terms = {name: response_mean(term, scores.mask) for name, term in terms.items()}
+    weights = scores.mask.sum(-1) if args.attn_reduction == "sum" else 1  # Attention (eq. 5)
+    terms["attn_loss"] = weights * terms["attn_distill"]  # Attention (eq. 5): T means are the sum
     terms["loss"] = args.rl_coef * (terms["pg_loss"] + args.beta * terms["kl"])
     terms["loss"] = terms["loss"] + args.mu_gkd * terms["gkd"]
-    terms["loss"] = terms["loss"] + args.gamma_attn * terms["attn_distill"]  # Attention (eq. 10)
+    terms["loss"] = terms["loss"] + args.gamma_attn * terms["attn_loss"]  # Attention (eq. 6)
     return terms
 
 
 # 5. Update
 
 
+def term_norm(model: Module, teacher: Module, batches: list[Batch], args: Args, term: str) -> float:
+    """Gradient norm of one term of the loss by itself, before its weight, from a forward and
+    backward of its own [ours]."""
+    responses = sum(batch.advantages.numel() for batch in batches)
+    for batch in batches:
+        terms = loss_terms(model, teacher, batch, args)
+        # Nothing, but a sharded layer whose output had no gradient could not go backward.
+        nothing = 0 * terms["loss"].sum()
+        (terms[term].sum() / responses + nothing).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    return whole(norm).item()
+
+
 def update(
-    model: Module, teacher: Module, optimizer: Optimizer, batches: list[Batch], args: Args
+    model: Module,
+    teacher: Module,
+    optimizer: Optimizer,
+    batches: list[Batch],
+    args: Args,
+    measure: bool,
 ) -> dict[str, float]:
     """`num_iterations` optimiser steps on one rollout, each over all its microbatches; metrics are
-    their means."""
+    their means.
+
+    `measure` adds the gradient norms of the two distillation terms before the first step.
+    """
     model.train()
     responses = sum(batch.advantages.numel() for batch in batches)
     metrics = defaultdict(float)
+    for name, term in (("gkd", "gkd"), ("attn", "attn_loss")) if measure else ():  # Attention
+        metrics[f"train/{name}_grad_norm"] = term_norm(model, teacher, batches, args, term)
     for _ in range(args.num_iterations):
         for batch in batches:
             terms = loss_terms(model, teacher, batch, args)
@@ -536,7 +575,7 @@ def main(args: Args) -> dict[str, float]:
     check_files(args, is_toy)
     seed_everything(args.seed)
     config, processor = load_processor(base, args.max_pixels, args.frame_pixels)
-    require_layer("--attn-layer", args.attn_layer, config)  # Attention (eq. 9)
+    require_layer("--attn-layer", args.attn_layer, config)  # Attention
     turn = partial(encode, processor=processor, config=config, think=args.think)
     turn = partial(turn, task=task, is_toy=is_toy)
     if args.check_data:
@@ -566,7 +605,7 @@ def main(args: Args) -> dict[str, float]:
     judge = partial(evaluate, processor=processor, prompts=held_out, think=args.think)
     judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=2 * args.prompts_per_step)
     judge = partial(judge, reward=args.reward)
-    before, looks_before = judge(model, attn_layer=args.attn_layer)  # Attention (eq. 9)
+    before, looks_before = judge(model, attn_layer=args.attn_layer)  # Attention
     looks_taught = []
     if args.judge_teacher:
         taught, looks_taught = judge(teacher, attn_layer=args.teacher_attn_layer)
@@ -602,12 +641,14 @@ def main(args: Args) -> dict[str, float]:
             with without_adapters(reference):
                 score_reference(reference, batches, args)
         clock.lap("reference")
-        metrics |= update(model, teacher, optimizer, batches, args)
+        # Attention: the two terms' gradient norms cost two passes, so only now and then.
+        measure = args.attn_norm_every > 0 and step % args.attn_norm_every == 0
+        metrics |= update(model, teacher, optimizer, batches, args, measure)
         run.require_finite(step, metrics, prompts)
         clock.lap("update")
         metrics |= clock.stop(tokens=int(rollout.completion_mask.sum()))
         if step % args.eval_every == 0 or step == args.steps:
-            after, looks_after = judge(model, attn_layer=args.attn_layer)  # Attention (eq. 9)
+            after, looks_after = judge(model, attn_layer=args.attn_layer)  # Attention
             metrics |= after
         run.log(step, metrics)
         run.sample(step, samples)

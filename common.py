@@ -891,7 +891,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def has_format(text: str, think: bool) -> bool:
-    """Whether `text` is `<think>...</think><answer>...</answer>` (eq. 7), or the answer alone
+    """Whether `text` is `<think>...</think><answer>...</answer>` (paper), or the answer alone
     without `think` [ours].
 
     Exactly one of each tag, in order, and nothing but white space before, between and after.
@@ -919,7 +919,7 @@ MAX_ANSWER = 10_000  # characters; no solution has more
 
 
 def accuracy(text: str, example: Example, rule: str = "by-type") -> float:
-    """Eq. 7: what the first answer in `text` is worth, between 0 and 1.
+    """The paper's accuracy: what the first answer in `text` is worth, between 0 and 1.
 
     With `rule="exact"`, the paper's, and where an example names no type, 1 for the very text of the
     solution, else 0. Otherwise the problem type decides. The measures are those of Video-R1; that

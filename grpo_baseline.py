@@ -1,10 +1,10 @@
 """GRPO on images and videos: the baseline of Reinforced Attention Learning (arXiv 2602.04884), its
 token policy alone.
 
-What it does (eq. 1 and 7 of the paper): for every prompt sample a group of G responses, reward each
-with 0.9 * accuracy + 0.1 * format, turn the rewards of a group into advantages, and take
-`num_iterations` clipped policy-gradient steps on the same responses, with a KL penalty toward the
-model that the run started from. `ral_grpo.py` is this file plus the attention policy: `diff
+What it does: for every prompt sample a group of G responses, reward each with 0.9 * accuracy +
+0.1 * format, turn the rewards of a group into advantages, and take `num_iterations` clipped
+policy-gradient steps on the same responses, with a KL penalty toward the model that the run started
+from. `ral_grpo.py` is this file plus the attention policy: `diff
 grpo_baseline.py ral_grpo.py` is the paper.
 
 Choices that the paper leaves open [ours]:
@@ -230,7 +230,7 @@ def encode(
 
 
 def reward(accuracy: Tensor, format: Tensor) -> Tensor:
-    """Eq. 7."""
+    """The paper's reward of each response."""
     return 0.9 * accuracy + 0.1 * format
 
 
@@ -300,7 +300,8 @@ def score_reference(reference: Module, batches: list[Batch], args: Args) -> None
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """Eq. 1: A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G); std with ddof 1 [ours].
+    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G); std with ddof
+    1 [ours].
 
     Exactly 0 where all rewards of a group are equal, decided before dividing: eight float32 rewards
     of 0.9 have a standard deviation of 6e-8, and would get an advantage.
@@ -319,7 +320,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
 def clipped_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, clip_eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 1: -min(ratio A, clip(ratio) A) of each token, and whether the clip held it, both (B, G,
+    """GRPO's -min(ratio A, clip(ratio) A) of each token, and whether the clip held it, both (B, G,
     T)."""
     ratio = torch.exp(logps - old_logps)
     advantages = advantages[..., None]
@@ -328,7 +329,7 @@ def clipped_loss(
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """Eq. 1: exp(ref - logp) - (ref - logp) - 1 of each token, an unbiased estimate of KL(policy ||
+    """exp(ref - logp) - (ref - logp) - 1 of each token, an unbiased estimate of KL(policy ||
     reference)."""
     difference = ref_logps - logps
     return torch.exp(difference) - difference - 1

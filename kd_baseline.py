@@ -1,11 +1,11 @@
 """On-policy distillation of the output distribution: the baseline of attention distillation
-(arXiv 2602.04884, section on distillation; eq. 8).
+(arXiv 2602.04884, section on distillation).
 
 The student answers; teacher and student then score the very same tokens, from the same pixels, in
 the same packed layout, and the student is moved toward the teacher's next-token distributions over
 the whole vocabulary, beside the GRPO loss of grpo_baseline.py:
 
-    loss = rl_coef * L_RL + mu_gkd * L_GKD
+    loss = rl_coef * L_RL + mu_gkd * L_GKD             (eq. 6 without its attention term)
 
 `--rl-coef 0` is pure distillation: it needs no reward and no reference. `attn_distill.py` is this
 file plus the teacher's gaze: `diff kd_baseline.py attn_distill.py`.
@@ -254,7 +254,7 @@ def encode(
 
 
 def reward(accuracy: Tensor, format: Tensor) -> Tensor:
-    """Eq. 7."""
+    """The paper's reward of each response."""
     return 0.9 * accuracy + 0.1 * format
 
 
@@ -328,7 +328,8 @@ def score_reference(reference: Module, batches: list[Batch], args: Args) -> None
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """Eq. 1: A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G); std with ddof 1 [ours].
+    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G); std with ddof
+    1 [ours].
 
     Exactly 0 where all rewards of a group are equal, decided before dividing: eight float32 rewards
     of 0.9 have a standard deviation of 6e-8, and would get an advantage.
@@ -347,7 +348,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
 def clipped_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, clip_eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 1: -min(ratio A, clip(ratio) A) of each token, and whether the clip held it, both (B, G,
+    """GRPO's -min(ratio A, clip(ratio) A) of each token, and whether the clip held it, both (B, G,
     T)."""
     ratio = torch.exp(logps - old_logps)
     advantages = advantages[..., None]
@@ -356,7 +357,7 @@ def clipped_loss(
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """Eq. 1: exp(ref - logp) - (ref - logp) - 1 of each token, an unbiased estimate of KL(policy ||
+    """exp(ref - logp) - (ref - logp) - 1 of each token, an unbiased estimate of KL(policy ||
     reference)."""
     difference = ref_logps - logps
     return torch.exp(difference) - difference - 1
@@ -365,7 +366,7 @@ def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
 def gkd(
     student: Tensor, teacher: Tensor, beta: float, temperature: float, suppressed: Tensor
 ) -> Tensor:
-    """Eq. 8: divergence of next-token distributions, (B, G, T), in nats, from logits (B, G, T, V).
+    """L_GKD: divergence of next-token distributions, (B, G, T), in nats, from logits (B, G, T, V).
 
     beta * KL(teacher || m) + (1 - beta) * KL(student || m) with m = (1 - beta) * student +
     beta * teacher; at the ends, where that is 0, KL(teacher || student) for beta 0 and

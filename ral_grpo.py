@@ -1,15 +1,18 @@
 """Reinforced Attention Learning (arXiv 2602.04884): GRPO, plus the attention of each generated
 token as a policy.
 
-GRPO rewards what to say; RAL also rewards where to look. For every response token take the
-attention distribution of the row that predicts it (eq. 2: one layer, heads averaged, over prompt
-and earlier response), and add to the loss
+GRPO rewards what to say; RAL also rewards where to look. For every response token t take its
+attention to the prompt and the earlier response (last layer, heads averaged, its own column left
+out and the rest divided by what remains):
 
-    lambda_attn * E_t[ A_t * JSD(p_theta^t, p_old^t) ]          (eqs. 3 to 5)
+    p^t(i) = alpha_{t,i} / sum_{j <= t-1} alpha_{t,j},  i <= t - 1
+    L_AttnRL = E_t[ A_t * JSD(p_theta^t, p_old^t) ]             (eq. 3)
+    loss = L_RL + lambda_attn * L_AttnRL
 
 with p_old the attention at rollout time: a response with positive advantage keeps its gaze, one
-with negative advantage loses it. Lines marked `# RAL` and the functions `divergence` and
-`term_norm` are all there is to it: `diff grpo_baseline.py ral_grpo.py`.
+with negative advantage loses it. Lines marked `# RAL` and the functions `attention_policy`,
+`divergence` and `term_norm` are all there is to it: `diff grpo_baseline.py ral_grpo.py`. The paper
+is known here through its readers: those quote eq. 3, and the other formulas without a number.
 
 At p_theta = p_old the divergence *and its gradient* are zero. So with one update per rollout RAL is
 GRPO; it acts from the second inner iteration on, which is why `num_iterations` is above 1 here, and
@@ -18,13 +21,15 @@ and measured in the README's "Results"]:
   - Near p_old the gradient with respect to p_theta is (p_theta - p_old) / 4 p_old. The term knows
     nothing of where else to look: it holds back the movement of attention that the token policy has
     just made where the advantage is positive, and drives it on where it is negative.
-  - Attention follows from the tokens before, not from the one that is sampled. Where a group shares
-    its prefix it shares its attention, and advantages that sum to zero cancel the term.
+  - Where responses of a group share their first s tokens, they share the own rows of tokens 1 to s
+    and the predicting rows of tokens 1 to s + 1, and so their divergences D_t. What the loss has of
+    such a row is D_t * sum_i A_i / T_i (T_i is the length of response i): nothing where the
+    responses are equally long, and a remainder where they are not.
 
 What differs from the paper, or is our reading of it [ours]: the choices of grpo_baseline.py, and
-  1. The row of y_t is that of position t - 1, whose output is the prediction of y_t; `--attn-row
-     own` is the other one.
-  2. The attention term's advantage is the response's, as in eq. 1, and E_t the same mean as the
+  1. `--attn-row predicting` takes the row of position t - 1, whose output is the prediction of y_t.
+     It sees the same positions and needs no denominator.
+  2. The attention term's advantage is the response's, as GRPO's is, and E_t the same mean as the
      token loss has.
   3. Options to question the method: layer, row, anchor (rollout or frozen reference), divergence.
 
@@ -199,9 +204,9 @@ class Args:
     beta: float = 0.04
     """Weight of the KL to the starting model; 0 needs no reference. Paper: 0.04."""
 
-    lambda_attn: float = 1.0  # RAL (eq. 5)
+    lambda_attn: float = 1.0  # RAL
     """Weight of the attention term; 0 is GRPO. Paper: 1, tried 0.5 and 5."""
-    attn_layer: int = -1  # RAL (eq. 2)
+    attn_layer: int = -1  # RAL
     """Decoder layer whose attention is the policy, from 0, or from the end if negative. Paper: the
     last."""
     attn_row: Literal["own", "predicting"] = "own"  # RAL
@@ -210,11 +215,11 @@ class Args:
     attn_anchor: Literal["rollout", "reference"] = "rollout"  # RAL (eq. 3)
     """What the attention is compared with: the policy at rollout time (paper), or the frozen
     reference."""
-    attn_divergence: Literal["jsd", "forward-kl", "reverse-kl"] = "jsd"  # RAL (eq. 4)
+    attn_divergence: Literal["jsd", "forward-kl", "reverse-kl"] = "jsd"  # RAL
     """JSD (paper); forward is KL(anchor || today), reverse is KL(today || anchor)."""
-    attn_norm_every: int = 10  # RAL (eq. 6)
+    attn_norm_every: int = 10  # RAL
     """Steps between measurements of the gradient norm of each term by itself (two passes more); 0:
-    never."""
+    never. [ours]"""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -263,7 +268,7 @@ def encode(
 
 
 def reward(accuracy: Tensor, format: Tensor) -> Tensor:
-    """Eq. 7."""
+    """The paper's reward of each response."""
     return 0.9 * accuracy + 0.1 * format
 
 
@@ -330,7 +335,7 @@ def roll_out(
 def score_reference(reference: Module, batches: list[Batch], args: Args) -> None:
     """Add what the frozen starting model says of the responses."""
     for batch in batches:
-        layers = [args.attn_layer] if args.attn_anchor == "reference" else []  # RAL (eq. 3)
+        layers = [args.attn_layer] if args.attn_anchor == "reference" else []  # RAL
         scores = score(reference, batch.rollout, args.temperature, layers)  # RAL
         batch.ref_logps = scores.logps
         if layers:  # RAL
@@ -341,7 +346,8 @@ def score_reference(reference: Module, batches: list[Batch], args: Args) -> None
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """Eq. 1: A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G); std with ddof 1 [ours].
+    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G); std with ddof
+    1 [ours].
 
     Exactly 0 where all rewards of a group are equal, decided before dividing: eight float32 rewards
     of 0.9 have a standard deviation of 6e-8, and would get an advantage.
@@ -360,7 +366,7 @@ def group_advantages(rewards: Tensor) -> Tensor:
 def clipped_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, clip_eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 1: -min(ratio A, clip(ratio) A) of each token, and whether the clip held it, both (B, G,
+    """GRPO's -min(ratio A, clip(ratio) A) of each token, and whether the clip held it, both (B, G,
     T)."""
     ratio = torch.exp(logps - old_logps)
     advantages = advantages[..., None]
@@ -369,7 +375,7 @@ def clipped_loss(
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """Eq. 1: exp(ref - logp) - (ref - logp) - 1 of each token, an unbiased estimate of KL(policy ||
+    """exp(ref - logp) - (ref - logp) - 1 of each token, an unbiased estimate of KL(policy ||
     reference)."""
     difference = ref_logps - logps
     return torch.exp(difference) - difference - 1
@@ -395,7 +401,7 @@ def attention_policy(rows: Tensor, row: str) -> Tensor:
 
 
 def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
-    """Eq. 4: Jensen-Shannon divergence of distributions along the last axis, in nats, between 0 and
+    """Jensen-Shannon divergence of distributions along the last axis, in nats, between 0 and
     ln 2.
 
     `p` is today's attention, `q` the anchor. Zeros are harmless, in value and in gradient. In row
@@ -425,18 +431,19 @@ def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
     tokens."""
     scores = score(model, batch.rollout, args.temperature, [args.attn_layer])  # RAL
     attn = attention_policy(scores.attentions[0], args.attn_row)  # RAL: (B, G, T, P + T)
-    if batch.old_attn is None:  # RAL (eq. 3): as for the log-probabilities below
+    if batch.old_attn is None:  # RAL: as for the log-probabilities below
         batch.old_attn = attn.detach()
     if batch.old_logps is None:  # the first inner iteration: today's policy is still the rollout's
         batch.old_logps = scores.logps.detach()
     pg, clipped = clipped_loss(scores.logps, batch.old_logps, batch.advantages, args.clip_eps)
     kl = torch.zeros_like(pg) if batch.ref_logps is None else k3(scores.logps, batch.ref_logps)
-    attn_jsd = divergence(attn, batch.old_attn, args.attn_divergence)  # RAL (eq. 4): (B, G, T)
+    attn_jsd = divergence(attn, batch.old_attn, args.attn_divergence)  # RAL: (B, G, T)
     terms = {"pg_loss": pg, "kl": kl, "entropy": scores.entropy, "clip_frac": clipped}
-    terms |= {"attn_jsd": attn_jsd, "attn_loss": batch.advantages[..., None] * attn_jsd}  # RAL (3)
+    # RAL (eq. 3): its mean over a response's tokens is taken with that of the others.
+    terms |= {"attn_jsd": attn_jsd, "attn_loss": batch.advantages[..., None] * attn_jsd}  # RAL
     terms = {name: response_mean(term, scores.mask) for name, term in terms.items()}
     terms["loss"] = terms["pg_loss"] + args.beta * terms["kl"]
-    terms["loss"] = terms["loss"] + args.lambda_attn * terms["attn_loss"]  # RAL (eq. 5)
+    terms["loss"] = terms["loss"] + args.lambda_attn * terms["attn_loss"]  # RAL
     return terms
 
 
@@ -444,8 +451,8 @@ def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
 
 
 def term_norm(model: Module, batches: list[Batch], args: Args, term: str) -> float:
-    """RAL (eq. 6): gradient norm of one term of the loss by itself, from a forward and backward of
-    its own."""
+    """RAL: gradient norm of one term of the loss by itself, before its weight, from a forward and
+    backward of its own [ours]."""
     responses = sum(batch.advantages.numel() for batch in batches)
     for batch in batches:
         terms = loss_terms(model, batch, args)
@@ -470,7 +477,7 @@ def update(
     responses = sum(batch.advantages.numel() for batch in batches)
     metrics = defaultdict(float)
     for iteration in range(1, args.num_iterations + 1):
-        if measure and iteration == args.num_iterations:  # RAL (eq. 6)
+        if measure and iteration == args.num_iterations:  # RAL
             for term in ("pg", "attn"):
                 metrics[f"train/{term}_grad_norm"] = term_norm(model, batches, args, f"{term}_loss")
         for batch in batches:
@@ -480,8 +487,8 @@ def update(
                 metrics[f"train/{name}"] += (
                     term.detach().sum().item() / responses / args.num_iterations
                 )
-            jsd = terms["attn_jsd"].detach().sum().item()  # RAL
-            metrics[f"train/attn_jsd_{iteration}"] += jsd / responses
+            # RAL: and the divergence of this iteration alone.
+            metrics[f"train/attn_jsd_{iteration}"] += terms["attn_jsd"].sum().item() / responses
         norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
         metrics["train/grad_norm"] += norm.item() / args.num_iterations
         if not torch.isfinite(norm):
@@ -510,14 +517,14 @@ def main(args: Args) -> dict[str, float]:
     check_files(args, is_toy)
     seed_everything(args.seed)
     config, processor = load_processor(base, args.max_pixels, args.frame_pixels)
-    require_layer("--attn-layer", args.attn_layer, config)  # RAL (eq. 2)
+    require_layer("--attn-layer", args.attn_layer, config)  # RAL
     turn = partial(encode, processor=processor, config=config, think=args.think)
     turn = partial(turn, task=task, is_toy=is_toy)
     if args.check_data:
         return check_data(args, turn)
     open_prompts = open_data if args.data else partial(toy.open_data, task)
     train, held_out, skipped = open_prompts(args, turn)
-    needs_reference = args.beta > 0 or args.attn_anchor == "reference"  # RAL (eq. 3)
+    needs_reference = args.beta > 0 or args.attn_anchor == "reference"  # RAL
     args = fit_memory(args, config, needs_reference)
     args = fill_defaults(args, {"learning_rate": RATE[args.lora_rank > 0]})
     state = find_state(args)
@@ -535,7 +542,7 @@ def main(args: Args) -> dict[str, float]:
     judge = partial(evaluate, processor=processor, prompts=held_out, think=args.think)
     judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=2 * args.prompts_per_step)
     judge = partial(judge, reward=args.reward)
-    judge = partial(judge, attn_layer=args.attn_layer)  # RAL (eq. 2)
+    judge = partial(judge, attn_layer=args.attn_layer)  # RAL
     before, looks_before = judge(model)
     run = Run(args, skipped, state)
     if state is None:
@@ -563,7 +570,7 @@ def main(args: Args) -> dict[str, float]:
             with without_adapters(reference):
                 score_reference(reference, batches, args)
         clock.lap("reference")
-        # RAL (eq. 6): the two terms' gradient norms cost two passes, so only now and then.
+        # RAL: the two terms' gradient norms cost two passes, so only now and then.
         measure = args.attn_norm_every > 0 and step % args.attn_norm_every == 0
         metrics |= update(model, optimizer, batches, args, measure)
         run.require_finite(step, metrics, prompts)

@@ -77,9 +77,76 @@ def test_jsd_is_that_of_ral():
     assert torch.equal(attn_distill.jsd(p, q), ral_grpo.divergence(p, q))
 
 
+def distilled(model, processor, lengths, **fields):
+    """Terms of the loss for random responses of these lengths, taught by a random model."""
+    prompts = make_prompts(model, processor, grids=(4, 4))
+    rollout = make_rollout(model, processor, prompts, lengths=lengths)
+    batch = attn_distill.Batch(rollout, torch.zeros(rollout.truncated.shape), rollout)
+    return batch, attn_distill.Args(rl_coef=0.0, mu_gkd=0.0, **fields)
+
+
+def test_the_sum_is_the_mean_times_the_length(checkpoints, monkeypatch):
+    """By hand: divergences 1, 2, 3, ... nats at tokens 1, 2, 3, ...; padding is not counted."""
+    model, processor = common.load_model(checkpoints["qwen2_vl"])
+    lengths = ((5, 3, 6), (1, 4, 2))
+    monkeypatch.setattr(
+        attn_distill, "jsd", lambda p, q: 0 * p.sum(-1) + torch.arange(1, p.shape[2] + 1)
+    )
+    for reduction, expected in (
+        ("sum", [[15.0, 6.0, 21.0], [1.0, 10.0, 3.0]]),
+        ("mean", [[3.0, 2.0, 3.5], [1.0, 2.5, 1.5]]),
+    ):
+        batch, args = distilled(model, processor, lengths, attn_reduction=reduction, gamma_attn=0.5)
+        with torch.no_grad():
+            terms = attn_distill.loss_terms(model, model, batch, args)
+        torch.testing.assert_close(terms["attn_loss"], torch.tensor(expected))
+        torch.testing.assert_close(terms["loss"], torch.tensor(expected) / 2)
+        # What is logged is the mean over tokens, whatever the loss takes.
+        means = torch.tensor([[3.0, 2.0, 3.5], [1.0, 2.5, 1.5]])
+        torch.testing.assert_close(terms["attn_distill"], means)
+    assert attn_distill.Args().attn_reduction == "sum"
+
+
+def test_the_gradient_of_long_responses_is_finite_and_logged(checkpoints):
+    """768 tokens: the sum's gradient is 768 times the mean's, and the step is bounded."""
+    student, processor = common.load_model(checkpoints["qwen2_vl"])
+    teacher, _ = common.load_model(checkpoints["qwen2_vl"])
+    with torch.no_grad():
+        for parameter in teacher.model.language_model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter) * parameter.std()
+    norms = {}
+    for reduction in ("mean", "sum"):
+        batch, args = distilled(student, processor, ((768, 768),) * 2, attn_reduction=reduction)
+        args = replace(args, num_iterations=1, gamma_attn=1.0)
+        parameters = [p for p in student.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(parameters, lr=0.0)
+        norms[reduction] = attn_distill.update(student, teacher, optimizer, [batch], args, True)
+        assert all(math.isfinite(value) for value in norms[reduction].values())
+        assert norms[reduction]["train/gkd_grad_norm"] > 0
+        optimizer = torch.optim.SGD(parameters, lr=1.0)
+    before = [p.detach().clone() for p in parameters]
+    attn_distill.update(student, teacher, optimizer, [batch], args, False)
+    moved = [(p - q).norm() for p, q in zip(parameters, before, strict=True)]
+    assert torch.stack(moved).norm().item() == pytest.approx(args.max_grad_norm, rel=1e-3)
+    mean, total = (norms[x]["train/attn_grad_norm"] for x in ("mean", "sum"))
+    assert total == pytest.approx(768 * mean, rel=1e-3)
+    assert norms["sum"]["train/grad_norm"] == pytest.approx(total, rel=1e-3)  # before it is bounded
+    assert norms["sum"]["train/attn_distill"] == pytest.approx(norms["mean"]["train/attn_distill"])
+
+
+def test_the_norms_are_logged_now_and_then(train, teacher):
+    lines, _ = train(attn_distill, steps=4, teacher=str(teacher), attn_norm_every=2)
+    names = ("train/attn_grad_norm", "train/gkd_grad_norm")
+    assert [all(name in line for name in names) for line in lines[1:]] == [False, True] * 2
+    assert all(lines[step][name] > 0 for step in (2, 4) for name in names)
+    lines, _ = train(attn_distill, steps=1, teacher=str(teacher), attn_norm_every=0)
+    assert not any(name.endswith("_grad_norm") for name in lines[1] if name != "train/grad_norm")
+
+
 def test_gamma_0_is_kd_to_the_bit(train, teacher):
     _, kd = train(kd_baseline, steps=3, teacher=str(teacher), num_iterations=2)
-    lines, both = train(attn_distill, steps=3, teacher=str(teacher), num_iterations=2, gamma_attn=0)
+    fields = {"teacher": str(teacher), "num_iterations": 2, "attn_norm_every": 1}
+    lines, both = train(attn_distill, steps=3, gamma_attn=0, **fields)
     assert same(kd, both) and lines[1]["train/attn_distill"] > 0.01
     _, gaze = train(attn_distill, steps=3, teacher=str(teacher), num_iterations=2)
     assert not same(kd, gaze)

@@ -90,7 +90,7 @@ def test_100_kB_of_noise(noise):
     assert accuracy(f"<answer>red</answer>{text}", RED) == 1.0
 
 
-def test_reward_is_equation_7():
+def test_the_reward_is_the_papers():
     import torch
 
     values = reward(torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([1.0, 0.0, 1.0, 0.0]))

@@ -3,14 +3,17 @@
     python benchmarks/cancel.py --models runs/sft/checkpoint
 
 One rollout of 16 prompts, one step of GRPO on it, and then, for each row of the response, the sum
-over groups of |advantage x divergence| by response, and of the same with the sum over the group
-inside: where the responses of a group share their prefix they share their attention, and
-advantages that sum to zero leave nothing.
+over groups of |A_i / T_i x divergence| by response i of length T_i, and of the same with the sum
+over the group inside. Responses that share their first s tokens share the predicting rows of tokens
+1 to s + 1, and the own rows of tokens 1 to s. Of a shared row the divergence times sum_i A_i / T_i
+is left: nothing where the responses of a group are equally long.
 """
 
 import sys
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -28,6 +31,8 @@ from prompts import collate, encode_prompt
 class Args:
     models: list[str]
     """Toy checkpoints."""
+    attn_rows: tuple[Literal["own", "predicting"], ...] = ("own", "predicting")
+    """Rows of `ral_grpo.py`, a table each."""
     attn_layer: int = -1
     """The layer whose attention is compared."""
     prompts: int = 16
@@ -35,11 +40,12 @@ class Args:
 
 
 def main(args: Args) -> None:
-    for path in args.models:
+    for path, attn_row in product(args.models, args.attn_rows):
         model, processor = common.load_model(path)
         task = toy.Task.load(Path(path))
         length = ral_grpo.NEW_TOKENS["toy"][task.think]
         fields = {"attn_layer": args.attn_layer, "max_new_tokens": length, "think": task.think}
+        fields |= {"attn_row": attn_row}
         options = ral_grpo.Args(learning_rate=6e-4, num_iterations=1, beta=0.0, **fields)
         numbers = range(args.prompts)
         examples = [toy.training_example(task, 1, number) for number in numbers]
@@ -60,7 +66,9 @@ def main(args: Args) -> None:
         jsd = jsd / scores.mask.sum(-1, keepdim=True)  # as the loss has it
         term = advantages[..., None] * jsd  # (B, G, T)
         by_response, by_group = term.abs().sum((0, 1)), term.sum(1).abs().sum(0)
-        print(f"\n{path}\n{'row of token':>14}{'share of the term':>20}{'left in the group':>20}")
+        equal = (scores.mask.sum(-1) == scores.mask.sum(-1)[:, :1]).all(-1).float().mean()
+        print(f"\n{path}, {attn_row} rows; {equal:.0%} of the groups have one length")
+        print(f"{'row of token':>14}{'share of the term':>20}{'left in the group':>20}")
         for t, (one, other) in enumerate(zip(by_response, by_group, strict=True)):
             if one > 0.005 * by_response.sum():
                 print(f"{t + 1:>14}{one / by_response.sum():>20.3f}{other / one:>20.4f}")

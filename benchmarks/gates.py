@@ -35,8 +35,11 @@ class Args:
     """Seeds; each has a cold start of its own."""
     threads: list[int] = field(default_factory=lambda: [1, 2])
     """Thread counts (OMP_NUM_THREADS)."""
-    scripts: list[str] = field(default_factory=lambda: ["grpo_baseline", "ral_grpo"])
-    """What is run from each cold start."""
+    scripts: list[str] = field(
+        default_factory=lambda: ["grpo_baseline", "ral_grpo", "ral_grpo --attn-row predicting"]
+    )
+    """What is run from each cold start; an option may follow the script's name. The predicting row
+    was the default when the first results were made."""
     results: Path = ROOT / "benchmarks" / "results" / "gates.json"
     """Where the table is kept."""
     fresh: bool = False
@@ -59,7 +62,8 @@ def verdict(mode: str, script: str, row: dict[str, float]) -> str:
 def run(script: str, options: list[str], threads: int, out: Path) -> dict[str, float]:
     """Run one script; returns accuracy and attention on target, before and after, steps and
     seconds."""
-    command = [sys.executable, str(ROOT / f"{script}.py"), "--out", str(out), *options]
+    script, *more = script.split()
+    command = [sys.executable, str(ROOT / f"{script}.py"), "--out", str(out), *options, *more]
     start = time.time()
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -105,7 +109,7 @@ def main(args: Args) -> None:
                     table[f"{cell}, sft"] = run("sft", options + MODES[mode], threads, cold)
                     for name in wanted:
                         model = ["--model", str(cold / "checkpoint")]
-                        out = Path(directory) / name
+                        out = Path(directory) / name.replace(" ", "-")
                         table[f"{cell}, {name}"] = run(name, options + model, threads, out)
                 for key in (f"{cell}, {name}" for name in ("sft", *wanted)):
                     row = table[key]

@@ -525,7 +525,7 @@ def update(
     optimizer: Optimizer,
     batches: list[Batch],
     args: Args,
-    measure: bool,
+    measure: bool,  # Attention
 ) -> dict[str, float]:
     """`num_iterations` optimiser steps on one rollout, each over all its microbatches; metrics are
     their means.
@@ -536,7 +536,8 @@ def update(
     responses = sum(batch.advantages.numel() for batch in batches)
     metrics = defaultdict(float)
     for name, term in (("gkd", "gkd"), ("attn", "attn_loss")) if measure else ():  # Attention
-        metrics[f"train/{name}_grad_norm"] = term_norm(model, teacher, batches, args, term)
+        norm = term_norm(model, teacher, batches, args, term)  # Attention
+        metrics[f"train/{name}_grad_norm"] = norm  # Attention
     for _ in range(args.num_iterations):
         for batch in batches:
             terms = loss_terms(model, teacher, batch, args)
@@ -642,7 +643,7 @@ def main(args: Args) -> dict[str, float]:
                 score_reference(reference, batches, args)
         clock.lap("reference")
         # Attention: the two terms' gradient norms cost two passes, so only now and then.
-        measure = args.attn_norm_every > 0 and step % args.attn_norm_every == 0
+        measure = args.attn_norm_every > 0 and step % args.attn_norm_every == 0  # Attention
         metrics |= update(model, teacher, optimizer, batches, args, measure)
         run.require_finite(step, metrics, prompts)
         clock.lap("update")

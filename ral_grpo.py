@@ -11,8 +11,7 @@ out and the rest divided by what remains):
 
 with p_old the attention at rollout time: a response with positive advantage keeps its gaze, one
 with negative advantage loses it. Lines marked `# RAL` and the functions `attention_policy`,
-`divergence` and `term_norm` are all there is to it: `diff grpo_baseline.py ral_grpo.py`. The paper
-is known here through its readers: those quote eq. 3, and the other formulas without a number.
+`divergence` and `term_norm` are all there is to it: `diff grpo_baseline.py ral_grpo.py`.
 
 At p_theta = p_old the divergence *and its gradient* are zero. So with one update per rollout RAL is
 GRPO; it acts from the second inner iteration on, which is why `num_iterations` is above 1 here, and

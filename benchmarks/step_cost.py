@@ -46,6 +46,7 @@ UPDATES = ("eager", "unpacked", "grpo", "ral")
 ROLLOUTS = ("generate", "ours")
 STEPS = ("step-grpo", "step-ral")
 GROUP = 8
+ROW = {"attn_row": "predicting"}  # of RAL, here and in the eager variant; the paper's is "own"
 
 
 @dataclass
@@ -161,7 +162,7 @@ def update_work(variant: str, p: int, t: int) -> Callable[[], None]:
     advantages = torch.linspace(-1, 1, GROUP)[None]
     if variant in ("grpo", "ral"):
         script = {"grpo": grpo_baseline, "ral": ral_grpo}[variant]
-        args = script.Args(num_iterations=1, beta=0.0)
+        args = script.Args(num_iterations=1, beta=0.0, **(ROW if variant == "ral" else {}))
         more = (False,) if variant == "ral" else ()
         return lambda: script.update(
             model, optimizer, [script.Batch(rollout, advantages)], args, *more
@@ -252,7 +253,8 @@ def step_work(variant: str, p: int, t: int) -> Callable[[], None]:
 
     script = grpo_baseline if variant == "step-grpo" else ral_grpo
     model, processor, _ = build()
-    args = script.Args(num_iterations=1, beta=0.0, max_new_tokens=t, think=False)
+    fields = ROW if script is ral_grpo else {}
+    args = script.Args(num_iterations=1, beta=0.0, max_new_tokens=t, think=False, **fields)
     parameters = [x for x in model.parameters() if x.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
     more = (False,) if variant == "step-ral" else ()

@@ -57,7 +57,6 @@ from common import (
     Rollout,
     accuracy,
     by_rows,
-    fit_memory,
     gathered,
     generate_group,
     has_format,
@@ -74,6 +73,7 @@ from common import (
 )
 from data import check_data, check_files, open_data
 from evaluate import draw_curves, draw_looks, evaluate
+from memory import fit_memory
 from prompts import Example, Processor, Prompt, PromptBatch, collate, encode_prompt, visual_features
 from runs import (
     Run,
@@ -599,7 +599,11 @@ def main(args: Args) -> dict[str, float]:
         reference = model if args.lora_rank else load_model(base, frozen=True)[0]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+        parameters,
+        lr=args.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        fused=parameters[0].is_cuda,
     )
 
     size = args.micro_batch_size

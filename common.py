@@ -14,18 +14,18 @@ training pass.
 """
 
 import json
-import os
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from string import ascii_uppercase
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -43,6 +44,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.nn import Module
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AttentionInterface,
@@ -57,7 +59,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 from prompts import Example, Processor, PromptBatch, encoder_outputs, repair_turns
-from runs import UsageError, read_state, require, say, whole, world
+from runs import UsageError, gather, rank, require, say, whole, world
 
 transformers_logging.disable_progress_bar()
 
@@ -123,6 +125,10 @@ def compute_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_model(
     path: str | Path,
     train_vision: bool = False,
@@ -142,14 +148,25 @@ def load_model(
     Raises:
         UsageError: as `load_processor`, or the weights are missing or unreadable.
     """
-    _, processor = load_processor(path, field=field)
-    with one_line(f"{field} {path}"):
-        model = AutoModelForImageTextToText.from_pretrained(
-            path,
-            attn_implementation={"text_config": "grouped_sdpa", "vision_config": "sdpa"},
-            dtype=compute_dtype() if frozen or lora_rank else torch.float32,
-            use_safetensors=True,
-        )
+    config, processor = load_processor(path, field=field)
+    options = {
+        "attn_implementation": {"text_config": "grouped_sdpa", "vision_config": "sdpa"},
+        "dtype": compute_dtype() if frozen or lora_rank else torch.float32,
+    }
+    if torch.cuda.is_available():
+        # cuDNN's attention builds a plan for every new shape, and the shapes of a step all differ.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    # A frozen model of one process has nothing to spread and nothing to hold in another dtype.
+    sharded = dist.is_initialized() and not (frozen and world() == 1)
+    if rank() == 0 or not sharded:
+        with one_line(f"{field} {path}"):
+            model = AutoModelForImageTextToText.from_pretrained(
+                path, use_safetensors=True, **options
+            )
+    else:  # rank 0 reads the checkpoint for all
+        model = empty_model(config, **options)
+    if sharded:
+        model.generation_config = gather([model.generation_config])[0]
     # SFT teaches the tokenizer's end of a turn; base models are known that generate by another.
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
@@ -163,11 +180,14 @@ def load_model(
         add_adapters(model, lora_rank, str(path))
     if gradient_checkpointing:
         model.activation_checkpointing_enable()
-        model.disable_input_require_grads()  # of what is frozen, it would only cost
+        model.disable_input_require_grads()  # frozen inputs need no gradient
     model.eval()
-    if not (frozen and world() == 1):  # nothing to spread, and nothing to hold in another dtype
+    model.token_scores = MethodType(token_scores, model)
+    if sharded:
         shard(model)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    else:
+        model.to(device())
+    return model, processor
 
 
 def add_adapters(model: Module, rank: int, base: str) -> None:
@@ -198,15 +218,41 @@ def without_adapters(model: Module) -> Iterator[None]:
 
 
 def shard(model: Module) -> None:
-    """Spread a model over the processes of the group, if there is one, with FSDP2: a layer's
-    weights are gathered when it computes, in `compute_dtype`. Layer after layer goes to the GPU, so
-    that the whole model need not fit there."""
-    if dist.is_initialized():
-        policy = MixedPrecisionPolicy(param_dtype=compute_dtype(), reduce_dtype=torch.float32)
-        for block in (*model.model.language_model.layers, *model.model.visual.blocks):
-            fully_shard(block, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
-        register_fsdp_forward_method(model, "get_image_features")
+    """Spread the parameters of a model over the process group with FSDP2, from rank 0, which alone
+    has them: the host holds one copy, whatever the number of processes.
+
+    A layer's weights are gathered, in `compute_dtype`, when it computes. The frozen weights behind
+    the adapters of a single process stay outside, since gathering them would hold the model twice.
+    """
+    weights = model.state_dict() if rank() == 0 else {}
+    buffers = dict(model.named_buffers())
+    model.to("meta")
+    model.tie_weights()  # `to` makes a parameter for each name
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype(), reduce_dtype=torch.float32)
+    outside = {
+        parameter
+        for parameter in model.parameters()
+        if world() == 1 and not parameter.requires_grad and parameter.dtype == compute_dtype()
+    }
+    for block in (*model.model.language_model.layers, *model.model.visual.blocks):
+        fully_shard(block, mp_policy=policy, ignored_params=outside)
+    fully_shard(model, mp_policy=policy, ignored_params=outside)
+    for method in ("get_image_features", "token_scores"):
+        register_fsdp_forward_method(model, method)
+    model.to_empty(device=device())
+    model.tie_weights()
+    fill(model, weights, buffers)
+
+
+def fill(model: Module, weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
+    """Send every rank its part of what rank 0 holds."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights, options=options)
+    # No checkpoint holds the frequencies of the rotary positions.
+    for name, buffer in model.named_buffers():
+        if rank() == 0:
+            buffer.copy_(buffers[name])
+        dist.broadcast(buffer, src=0)
 
 
 @contextmanager
@@ -274,109 +320,10 @@ def set_dtype(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2))
 
 
-def empty_model(config: Any) -> Module:
-    """A model that has shapes and no weights."""
+def empty_model(config: Any, **options: Any) -> Module:
+    """A model that has shapes and no weights; `options` are those of `from_pretrained`."""
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config)
-
-
-def memory_gb(
-    config: Any, args: Any, lora_rank: int, frozen: Sequence[Any], processes: int
-) -> dict[str, float]:
-    """GB that one of `processes` needs at its peak, by what for, an estimate [ours]: weights,
-    gradients and moments of what is trained; models beside it with the configs `frozen`
-    (reference, teacher); the gathered weights of a rollout; activations and logits, or the
-    rollout's cache."""
-    model, text, width = empty_model(config), config.text_config, compute_dtype().itemsize
-    judged = getattr(args, "judge_teacher", False)
-    total = trained = sum(p.numel() for p in model.parameters())
-    others = [sum(p.numel() for p in empty_model(other).parameters()) for other in frozen]
-    if not args.train_vision:
-        trained -= sum(p.numel() for p in model.model.visual.parameters())
-    weights = 4 * total
-    if lora_rank:
-        linear = [m for m in model.model.language_model.modules() if isinstance(m, torch.nn.Linear)]
-        trained = lora_rank * sum(m.in_features + m.out_features for m in linear)
-        weights = width * total + 4 * trained
-    merge = config.vision_config.spatial_merge_size * config.vision_config.patch_size
-    pixels = max(args.max_pixels or 0, (args.frames or 16) / 2 * (args.frame_pixels or 0))
-    prompt = 512 + (pixels or 112**2) / merge**2
-    if args.data and args.fps and not args.frames:  # as many as fit into a prompt
-        prompt = args.max_prompt_tokens
-    responses = getattr(args, "group_size", 1) * args.max_new_tokens
-    in_layer = 10 * text.hidden_size + 4 * text.intermediate_size  # values kept of a token
-    layers = text.num_hidden_layers
-    kept = in_layer * layers
-    if args.gradient_checkpointing:
-        kept = in_layer + text.hidden_size * layers
-    update = args.micro_batch_size * (prompt + responses) * kept
-    update += 2 * args.micro_batch_size * responses * text.vocab_size  # logits, their gradient
-    cache = 2 * layers * text.num_key_value_heads / text.num_attention_heads * text.hidden_size
-    # An evaluation decodes twice as many prompts together; their prefill is the most at a time.
-    cache *= args.prompts_per_step * max(prompt + responses, 2 * (prompt + args.max_new_tokens))
-    cache += 2 * args.prompts_per_step * prompt * 3 * text.intermediate_size
-    old_attn = 0
-    if hasattr(args, "lambda_attn"):  # RAL keeps the rollout's, in float32
-        old_attn = args.prompts_per_step * responses * (prompt + args.max_new_tokens) * 4
-    need = {
-        "weights": weights / processes,
-        "gradients": 4 * trained / processes,
-        "optimizer": 8 * trained / processes,
-        "frozen models": width * sum(others) / processes,
-        # In a rollout, or for a teacher evaluated; one process does not spread frozen models.
-        "gathered": width * max([total, *others] if processes > 1 and judged else [total]),
-        "activations": max(update * width + old_attn, cache * width),
-    }
-    if not dist.is_initialized():
-        need["gathered"] = 0
-    return {name: value / 2**30 for name, value in need.items()}
-
-
-def available_gb() -> float:
-    """Memory that this process may use: the GPU's, or its share of the machine's."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory / 2**30
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return machine / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def fit_memory(args: Any, config: Any, reference: bool, teacher: str | None = None) -> Any:
-    """Decide, before anything is loaded, what is trained: all weights if they fit, else adapters of
-    rank 64, unless `--lora-rank` or the run that is resumed says it. With adapters, the reference
-    is the model without them.
-
-    Raises:
-        UsageError: it does not fit, with two things that would make it.
-    """
-    if args.gradient_checkpointing is None:
-        args = replace(args, gradient_checkpointing=torch.cuda.is_available())
-    if args.lora_rank is None and (state := read_state(args)):  # what a run trains does not change
-        args = replace(args, lora_rank=state["args"]["lora_rank"])
-    have = available_gb()
-    teachers = [load_processor(teacher, field="--teacher")[0]] if teacher else []
-
-    def need(lora_rank: int, processes: int = 0) -> float:
-        frozen = teachers + [config] * (reference and not lora_rank)
-        return sum(memory_gb(config, args, lora_rank, frozen, processes or world()).values())
-
-    both = f"--train-vision, --lora-rank {args.lora_rank}: adapters are the language model's only"
-    require(not (args.train_vision and args.lora_rank), f"{both}; leave one of them out")
-    choices = [0, 64] if args.lora_rank is None else [args.lora_rank]
-    choices = choices[:1] if args.train_vision else choices
-    for lora_rank in choices:
-        if need(lora_rank) < 0.95 * have:
-            if lora_rank != choices[0]:
-                why = f"all weights need about {need(0):.0f} GB a process, there are {have:.0f}"
-                say(f"{why}: training adapters, --lora-rank {lora_rank}")
-            return replace(args, lora_rank=lora_rank)
-    asked = choices[-1]
-    remedies = {} if asked or args.train_vision else {"--lora-rank 64": need(64)}
-    remedies |= {f"{n} processes": need(asked, n) for n in (2, 4, 8, 16, 32) if n > world()}
-    mends = [words for words, gb in remedies.items() if gb < 0.95 * have]
-    mends += ["a smaller --max-new-tokens, --frames or --micro-batch-size", "a smaller model"]
-    short = f"about {need(asked):.0f} GB a process are needed, there are {have:.0f}"
-    short += ", of which 5% stay free"
-    raise UsageError(f"--model {args.model}: {short}; {mends[0]} or {mends[1]} would make it fit")
+        return AutoModelForImageTextToText.from_config(config, **options)
 
 
 def load_teacher(path: str, model: Module, processor: Processor) -> Module:
@@ -432,7 +379,8 @@ class GroupCache:
 
     def add_prompt(self, key: Tensor, value: Tensor) -> None:
         batch, heads, _, width = key.shape
-        self.prompt.append((key, value))
+        # Contiguous once, or the products of every decoded token would copy them.
+        self.prompt.append((key.contiguous(), value.contiguous()))
         shape = (batch * self.group_size, heads, self.max_new_tokens, width)
         self.own.append((key.new_empty(shape), value.new_empty(shape)))
 
@@ -503,7 +451,7 @@ def prompt_attention(
 ) -> Tensor:
     """Causal attention inside the prompts; (B, P, H, D). Padded keys are hidden, padded rows see
     themselves."""
-    if query.is_cuda:  # no fused float32 kernel there lets query heads share a key head
+    if on_gpu(query):  # no fused float32 kernel there lets query heads share a key head
         shared = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
     allowed = None
@@ -512,10 +460,15 @@ def prompt_attention(
         causal = torch.ones(p, p, dtype=torch.bool, device=mask.device).tril()
         itself = torch.eye(p, dtype=torch.bool, device=mask.device)
         allowed = (causal & mask[:, None, None, :]) | itself
-    shares = not query.is_cuda
+    shares = not on_gpu(query)
     return F.scaled_dot_product_attention(
         query, key, value, allowed, is_causal=mask is None, scale=scaling, enable_gqa=shares
     ).transpose(1, 2)
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether CUDA's attention kernels will compute on `x`."""
+    return x.is_cuda
 
 
 def split_group(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -531,8 +484,9 @@ def response_attention(
     """Attention of the G responses, each over the prompt and itself, as one batched call; (B, G *
     T, H, D).
 
-    The R query heads that share a key head become R * T rows of it, so that keys are never repeated
-    by head.
+    Where nothing is padded on a GPU there is no mask: flash attention aligns a causal mask to the
+    lower right corner, which is this one. Elsewhere the R query heads that share a key head become
+    R * T rows of it, so that keys are never repeated by head.
     """
     b, h, _, d = query.shape
     g, k = layout.group_size, key.shape[1]
@@ -541,14 +495,18 @@ def response_attention(
         prompt, own = split_group(x, layout)
         return torch.cat([prompt[:, None].expand(-1, g, -1, -1, -1), own], dim=3).flatten(0, 1)
 
-    rows = split_group(query, layout)[1].reshape(b * g, k, -1, d)  # (B * G, K, R * T, D)
+    rows, key, value = split_group(query, layout)[1].flatten(0, 1), keys(key), keys(value)
     mask = layout.response_mask
-    if len(mask) > 1:
-        mask = mask.repeat_interleave(g, dim=0)
-    out = F.scaled_dot_product_attention(
-        rows, keys(key), keys(value), attn_mask=mask.to(rows.dtype), scale=scaling
-    )
-    return out.view(b, g, h, -1, d).transpose(2, 3).flatten(1, 2)
+    if mask is None:
+        key, value = (x.repeat_interleave(h // k, dim=1) for x in (key, value))
+        mask = causal_lower_right(rows.shape[2], key.shape[2])
+    else:
+        rows = rows.reshape(b * g, k, -1, d)  # (B * G, K, R * T, D)
+        mask = mask.repeat_interleave(g, dim=0) if len(mask) > 1 else mask
+        mask = mask.to(rows.dtype)
+    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
+    # Not a view: kernels differ in how they lay out their output.
+    return out.reshape(b, g, h, -1, d).transpose(2, 3).flatten(1, 2)
 
 
 def decode_attention(
@@ -794,30 +752,32 @@ def score(
     positions = prompts.positions[:, :, -1:, None] + 1 + steps
     positions = positions.expand(-1, -1, g, -1).flatten(2)
     text = config.text_config
+    causal = prompts.mask is None and on_gpu(ids)
     layout = Layout(
         p,
         g,
         prompts.mask,
-        response_mask=response_mask(prompts, t, text),
+        response_mask=None if causal else response_mask(prompts, t, text),
         attn_layers=tuple(layer % text.num_hidden_layers for layer in attn_layers),
     )
     # Row t of response g predicts its token t; the prompt's last row predicts every first token.
     rows = p + t * torch.arange(g, device=model.device)[:, None] + steps - 1
     rows[:, 0] = p - 1
-    outputs = model(
-        input_ids=torch.cat([prompts.ids, ids.flatten(1)], dim=1),
-        position_ids=torch.cat([prompts.positions, positions], dim=2),
-        mm_encoder_outputs=encoder_outputs(model, prompts),
-        logits_to_keep=rows.flatten(),
-        layout=layout,
-        output_attentions=bool(attn_layers),
-        use_cache=False,
+    inputs = {
+        "input_ids": torch.cat([prompts.ids, ids.flatten(1)], dim=1),
+        "position_ids": torch.cat([prompts.positions, positions], dim=2),
+        "mm_encoder_outputs": encoder_outputs(model, prompts),
+        "layout": layout,
+        "output_attentions": bool(attn_layers),
+        "use_cache": False,
+    }
+    options = {"temperature": temperature, "suppressed": suppressed, "keep_logits": keep_logits}
+    logps, entropy, logits, attentions = model.token_scores(
+        inputs, rows.flatten(), ids.flatten(), **options
     )
-    logits = outputs.logits.unflatten(1, (g, t))
-    logps, entropy = token_logps(logits.flatten(0, 2), ids.flatten(), temperature, suppressed)
     logps = logps.view(b, g, t).masked_fill(~mask, 0.0)
-    kept = logits if keep_logits else None
-    return Scores(logps, entropy.view(b, g, t), mask, kept, outputs.attentions or ())
+    logits = None if logits is None else logits.view(b, g, t, -1)
+    return Scores(logps, entropy.view(b, g, t), mask, logits, attentions)
 
 
 def response_mask(prompts: PromptBatch, t: int, config: Any) -> Tensor:
@@ -833,37 +793,59 @@ def response_mask(prompts: PromptBatch, t: int, config: Any) -> Tensor:
     return mask.repeat(1, 1, config.num_attention_heads // config.num_key_value_heads, 1)
 
 
-LOGIT_CHUNK = 2**24  # logits turned to float32 at a time (64 MB)
+# Logits computed at a time, in float32. Each chunk adds a gradient of `lm_head` to the others', in
+# bfloat16 on a GPU, so few chunks round less there: 256 MB; 64 MB elsewhere.
+LOGIT_CHUNK = 2**26 if torch.cuda.is_available() else 2**24
 
 
 def by_rows(
-    function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor, elements: int = LOGIT_CHUNK
+    function: Callable[..., tuple[Tensor, ...]],
+    *tensors: Tensor,
+    elements: int = LOGIT_CHUNK,
+    width: int | None = None,
 ) -> tuple[Tensor, ...]:
     """Apply `function` to tensors of N rows, in chunks that the backward pass recomputes.
 
-    The first one decides how many rows make a chunk of `elements`. So neither the float32 copy of
-    152k logits a token nor the temporaries of a divergence of attentions are ever whole.
+    A chunk has about `elements` numbers where a row has `width` of them, by default the last
+    dimension of the first tensor. So neither 152k logits a token nor the temporaries of a
+    divergence of attentions are ever whole.
     """
-    size = max(1, elements // tensors[0].shape[-1])
+    size = max(1, elements // (width or tensors[0].shape[-1]))
     chunks = zip(*(tensor.split(size) for tensor in tensors), strict=True)
     parts = [checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
-def token_logps(
-    logits: Tensor, targets: Tensor, temperature: float, suppressed: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy of each row, both (N,), float32, from logits
-    (N, V) in any dtype."""
+def token_scores(
+    model: Module,
+    inputs: dict[str, Any],
+    rows: Tensor,
+    targets: Tensor,
+    temperature: float,
+    suppressed: Tensor,
+    keep_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
+    """Log-probability of each target and entropy of its row, both (N,) and float32; the logits
+    (N, V) where `keep_logits`; the attention policies.
 
-    def chunk(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        scaled = (logits.float() / temperature).index_fill(-1, suppressed, -torch.inf)
-        logps = scaled.log_softmax(dim=-1)
+    `rows` (N / B,) are the positions of each sequence that predict. `lm_head` runs inside the
+    chunks, so that logits are whole only where they are kept. It is a method of the model
+    (`load_model` binds it), since FSDP gathers the weights of `lm_head` only for forward methods.
+    """
+    outputs = model.model(**inputs)
+    hidden, head = outputs.last_hidden_state[:, rows].flatten(0, 1), model.lm_head
+    logits = head(hidden) if keep_logits else None
+
+    def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = (hidden if keep_logits else head(hidden)).float() / temperature
+        logps = scaled.index_fill(-1, suppressed, -torch.inf).log_softmax(dim=-1)
         with torch.no_grad():
             entropy = -torch.nansum(logps.exp() * logps, dim=-1)
         return logps.gather(-1, targets[:, None])[:, 0], entropy
 
-    return by_rows(chunk, logits, targets)
+    values = hidden if logits is None else logits
+    logps, entropy = by_rows(chunk, values, targets, width=head.out_features)
+    return logps, entropy, logits, outputs.attentions or ()
 
 
 def response_mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -38,9 +38,10 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 import toy
-from common import Rollout, fit_memory, load_model, load_processor, response_mean, save_model, score
+from common import Rollout, load_model, load_processor, response_mean, save_model, score
 from data import BadRow, check_data, check_files, open_data
 from evaluate import draw_curves, draw_looks, evaluate
+from memory import fit_memory
 from prompts import Example, Processor, Prompt, collate, encode_prompt
 from runs import (
     Run,
@@ -335,7 +336,11 @@ def main(args: Args) -> dict[str, float]:
         processor.files |= task.files()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+        parameters,
+        lr=args.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        fused=parameters[0].is_cuda,
     )
 
     judge = partial(evaluate, processor=processor, prompts=held_out, think=args.think)

@@ -3,7 +3,7 @@ G 8, through the scripts' own command line.
 
     python benchmarks/real_size.py                     # 7B where there is a GPU, else a small model
     python benchmarks/real_size.py --processes 8 --lora-rank 0     # all weights, on eight GPUs
-    python benchmarks/real_size.py --memory            # what `fit_memory` expects, as a table
+    python benchmarks/real_size.py --memory            # expected and traced memory, as a table
 
 Nothing is downloaded: weights are random and videos are drawn, so responses have the full length,
 which is the worst case. Printed are the medians of `perf/*` over the steps but for the first; a run
@@ -30,9 +30,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import fake_gpu
 from real import SPECIAL, write_tokenizer, write_video
 
 import common
+import memory
 import ral_grpo
 
 SIZES = {  # of the text model, and of the vision encoder
@@ -79,7 +81,7 @@ class Args:
     steps: int = 4
     """The first is not counted."""
     memory: bool = False
-    """Print the table of expected memory, and stop."""
+    """Print the table of expected and traced memory, which needs no GPU, and stop."""
 
 
 def config_of(size: str, ids: dict[str, int] | None = None) -> Qwen2VLConfig:
@@ -204,25 +206,39 @@ def main(args: Args) -> None:
         print(f"| {' | '.join(line)} |")
 
 
+MEMORY = [  # size, rank of adapters (0: all weights), GPUs
+    ("2B", 0, 1), ("2B", 64, 1), ("7B", 0, 1), ("7B", 0, 4), ("7B", 0, 8), ("7B", 64, 1),
+    ("7B", 64, 8),
+]  # fmt: skip
+
+
 def print_memory() -> None:
-    """What `fit_memory` expects of `ral_grpo.py` at 32 frames, for a GPU."""
+    """What `fit_memory` expects of `ral_grpo.py` at 32 frames on a GPU, beside the peak of the bytes
+    alive in the same step on fake tensors: traced, not measured."""
     fields = ral_grpo.REAL | {"frames": 32, "max_new_tokens": 768, "gradient_checkpointing": True}
-    args = ral_grpo.Args(**fields)
-    parts = ("weights", "gradients", "optimizer", "frozen models", "gathered", "activations")
-    print(f"| model, trained | GPUs | {' | '.join(parts)} | sum, GB a GPU |")
-    print("|---" * (len(parts) + 3) + "|")
-    gpu = mock.patch.multiple(common, compute_dtype=lambda: torch.bfloat16)
-    group = mock.patch.object(common.dist, "is_initialized", lambda: True)
-    with gpu, group:
-        for size in ("2B", "7B"):
-            config = config_of(size)
-            for lora_rank, what in ((0, "all weights"), (64, "LoRA, rank 64")):
-                for processes in (1, 4, 8):
-                    frozen = [] if lora_rank else [config]
-                    need = common.memory_gb(config, args, lora_rank, frozen, processes)
-                    line = [f"{size}, {what}", str(processes)]
-                    line += [f"{need[part]:.1f}" for part in parts]
-                    print(f"| {' | '.join([*line, f'{sum(need.values()):.0f}'])} |")
+    fields |= {"num_iterations": 1}
+    standing, phases = (
+        ("weights", "frozen models", "optimizer"),
+        ("evaluation", "rollout", "update"),
+    )
+    print(f"| model, trained | GPUs | {' | '.join(standing)} | {' | '.join(phases)} |"
+          " peak: estimate, traced |")  # fmt: skip
+    print("|---" * (len(standing) + len(phases) + 3) + "|")
+    gpu = {"compute_dtype": lambda: torch.bfloat16, "LOGIT_CHUNK": 2**26, "ATTENTION_CHUNK": 2**26}
+    for size, lora_rank, processes in MEMORY:
+        config, args = config_of(size), ral_grpo.Args(**fields, lora_rank=lora_rank)
+        config.text_config.pad_token_id = 0
+        with mock.patch.multiple(memory, **gpu):
+            frozen = [] if lora_rank else [config]
+            need = memory.memory_gb(config, args, lora_rank, frozen, processes, True)
+        traced = fake_gpu.step(ral_grpo, config, args, processes)
+        line = [f"{size}, {f'LoRA, rank {lora_rank}' if lora_rank else 'all weights'}"]
+        line += [str(processes), *(f"{need['rollout'][part]:.1f}" for part in standing)]
+        expected = {phase: sum(parts.values()) for phase, parts in need.items()}
+        found = {phase: traced[phase].total() / fake_gpu.GIB for phase in phases}
+        line += [f"{expected[phase]:.1f}, {found[phase]:.1f}" for phase in phases]
+        line.append(f"{max(expected.values()):.0f}, {max(found.values()):.0f}")
+        print(f"| {' | '.join(line)} |", flush=True)
 
 
 if __name__ == "__main__":

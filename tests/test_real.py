@@ -25,6 +25,7 @@ import common
 import evaluate
 import grpo_baseline
 import kd_baseline
+import memory
 import ral_grpo
 import runs
 import sft
@@ -310,12 +311,12 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(monkeypatch, gb, lora_ra
         },
         vision_config={"depth": 32, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16},
     )
-    monkeypatch.setattr(common, "available_gb", lambda: gb)
-    monkeypatch.setattr(common, "compute_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr(memory, "available_gb", lambda: gb)
+    monkeypatch.setattr(memory, "compute_dtype", lambda: torch.bfloat16)
     fields = ral_grpo.REAL | {"max_new_tokens": 768, "frames": 32, "gradient_checkpointing": True}
     args = ral_grpo.Args(model="m", beta=beta, lora_rank=lora_rank, **fields)
     if isinstance(outcome, int):
-        assert common.fit_memory(args, config, beta > 0).lora_rank == outcome
+        assert memory.fit_memory(args, config, beta > 0).lora_rank == outcome
     else:
         with pytest.raises(runs.UsageError, match=outcome):
-            common.fit_memory(args, config, beta > 0)
+            memory.fit_memory(args, config, beta > 0)

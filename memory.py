@@ -1,0 +1,161 @@
+"""What a run will need of a GPU's memory, before anything is loaded."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.nn import Linear, Module
+
+from common import ATTENTION_CHUNK, LOGIT_CHUNK, compute_dtype, empty_model, load_processor
+from runs import UsageError, read_state, require, say, world
+
+GIB = 2**30
+
+
+def numel(module: Module, trained: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def memory_gb(
+    config: Any,
+    args: Any,
+    lora_rank: int,
+    frozen: Sequence[Any] = (),
+    processes: int = 1,
+    keeps_attention: bool = False,
+) -> dict[str, dict[str, float]]:
+    """GB (2**30 bytes) that each of `processes` needs at the peak of each phase of a step, by what
+    it is for, an estimate [ours].
+
+    `frozen` are the configs of the models beside the trained one (reference, teacher). With
+    `keeps_attention` the attention policies of the rollout stay until its last update.
+    """
+    model, text, width = empty_model(config), config.text_config, compute_dtype().itemsize
+    layers, visual = model.model.language_model.layers, model.model.visual
+    total, layer = numel(model), numel(layers[0])
+    root = total - numel(layers) - numel(visual.blocks)  # embeddings, output layer, projector
+    visual.requires_grad_(args.train_vision)
+    trained, trained_layer = numel(model, trained=True), layer
+    trained_root = trained - numel(layers) - numel(visual.blocks, trained=True)
+    weights = 4 * total
+    if lora_rank:
+        linear = [m for m in layers.modules() if isinstance(m, Linear)]
+        trained = lora_rank * sum(m.in_features + m.out_features for m in linear)
+        trained_layer, trained_root = trained // len(layers), 0
+        weights = width * total + 4 * trained
+    others = [numel(empty_model(other)) for other in frozen]
+    standing = {
+        "weights": weights / processes,
+        "frozen models": width * sum(others) / processes,
+        "optimizer": 8 * trained / processes,
+    }
+    # A single process gathers what it holds in float32 and computes with in bfloat16.
+    gathers = processes > 1 or (width < 4 and not lora_rank)
+    prompt = prompt_tokens(config, args)
+    group, new = getattr(args, "group_size", 1), args.max_new_tokens
+    hidden, wide = text.hidden_size, text.intermediate_size
+    heads, shared = text.num_attention_heads, text.num_key_value_heads
+
+    def decoding(prompts: int, group: int) -> float:
+        """Keys and values of the prompts and their responses, and the last layer of the prefill."""
+        cache = 2 * len(layers) * hidden * shared // heads * prompts * (prompt + group * new)
+        in_layer = (3 * wide if not lora_rank else 4.5 * wide) + 6 * hidden
+        return width * (cache + prompts * prompt * in_layer)
+
+    judged = others if processes > 1 and getattr(args, "judge_teacher", False) else []
+    gathered = width * max([total, *judged]) if gathers else 0
+    step = args.prompts_per_step
+    need = {
+        "rollout": {"gathered": gathered, "activations": decoding(step, group)},
+        "evaluation": {"gathered": gathered, "activations": decoding(2 * step, 1)},
+    }
+    size, responses = args.micro_batch_size, group * new
+    tokens = size * (prompt + responses)
+    checkpoints = width * tokens * hidden * len(layers)
+    in_layer = width * tokens * ((8 if lora_rank else 6) * wide + 12 * hidden)
+    if not args.gradient_checkpointing:
+        checkpoints = width * tokens * (4 * wide + 10 * hidden) * len(layers)
+    head = width * text.vocab_size * hidden if trained_root else 0
+    old_attn = 4 * step * responses * (prompt + new) if keeps_attention else 0
+    policy = 8 * size * responses * (prompt + new) if keeps_attention else 0
+    # Gradients in float32 that are still on their way to the other processes.
+    reduced = (width + 4) * trained_layer + 4 * trained_root / processes if processes > 1 else 0
+    update = max(
+        checkpoints + 2 * head + 16 * LOGIT_CHUNK,
+        checkpoints + policy + 12 * ATTENTION_CHUNK,
+        checkpoints + head + in_layer + (width + 4) * trained_layer,
+        (width + 4) * trained_root + reduced,
+    )
+    need["update"] = {
+        "gathered": width * (root + 2 * layer) if gathers else 0,
+        "gradients": 4 * trained / processes,
+        "activations": update + old_attn,
+    }
+    for phase, parts in need.items():
+        need[phase] = {name: value / GIB for name, value in (standing | parts).items()}
+    return need
+
+
+def prompt_tokens(config: Any, args: Any) -> float:
+    """Positions of the longest prompt: its visual tokens, and 64 of text."""
+    merge = config.vision_config.spatial_merge_size * config.vision_config.patch_size
+    if args.data and args.fps and not args.frames:  # as many as fit into a prompt
+        return args.max_prompt_tokens
+    pixels = max(args.max_pixels or 0, (args.frames or 16) / 2 * (args.frame_pixels or 0))
+    return 64 + (pixels or 112**2) / merge**2
+
+
+def available_gb() -> float:
+    """Memory that this process may use: the GPU's, or its share of the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory / 2**30
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return machine / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def fit_memory(
+    args: Any,
+    config: Any,
+    reference: bool,
+    teacher: str | None = None,
+    keeps_attention: bool = False,
+) -> Any:
+    """Decide, before anything is loaded, what to train: all weights if they fit, else adapters of
+    rank 64, unless `--lora-rank` or the run that is resumed says. With adapters, the reference is
+    the model without them.
+
+    Raises:
+        UsageError: nothing fits; the message names two remedies.
+    """
+    if args.gradient_checkpointing is None:
+        args = replace(args, gradient_checkpointing=torch.cuda.is_available())
+    if args.lora_rank is None and (state := read_state(args)):  # what a run trains does not change
+        args = replace(args, lora_rank=state["args"]["lora_rank"])
+    have = available_gb()
+    teachers = [load_processor(teacher, field="--teacher")[0]] if teacher else []
+
+    def need(lora_rank: int, processes: int = 0) -> float:
+        frozen = teachers + [config] * (reference and not lora_rank)
+        phases = memory_gb(config, args, lora_rank, frozen, processes or world(), keeps_attention)
+        return max(sum(parts.values()) for parts in phases.values())
+
+    both = f"--train-vision, --lora-rank {args.lora_rank}: adapters are the language model's only"
+    require(not (args.train_vision and args.lora_rank), f"{both}; leave one of them out")
+    choices = [0, 64] if args.lora_rank is None else [args.lora_rank]
+    choices = choices[:1] if args.train_vision else choices
+    for lora_rank in choices:
+        if need(lora_rank) < 0.95 * have:
+            if lora_rank != choices[0]:
+                why = f"all weights need about {need(0):.0f} GB a process, there are {have:.0f}"
+                say(f"{why}: training adapters, --lora-rank {lora_rank}")
+            return replace(args, lora_rank=lora_rank)
+    asked = choices[-1]
+    remedies = {} if asked or args.train_vision else {"--lora-rank 64": need(64)}
+    remedies |= {f"{n} processes": need(asked, n) for n in (2, 4, 8, 16, 32) if n > world()}
+    mends = [words for words, gb in remedies.items() if gb < 0.95 * have]
+    mends += ["a smaller --max-new-tokens, --frames or --micro-batch-size", "a smaller model"]
+    short = f"about {need(asked):.0f} GB a process are needed, there are {have:.0f}"
+    short += ", of which 5% stay free"
+    raise UsageError(f"--model {args.model}: {short}; {mends[0]} or {mends[1]} would make it fit")

@@ -1,0 +1,386 @@
+"""A GPU that is not there: the scripts' own step at full size on fake tensors, which have shapes,
+dtypes, devices and strides, and no numbers.
+
+`fake_gpu("cuda")` finds what is on the wrong device; autograd has no engine for it, so it runs
+forwards alone. `fake_gpu("cpu")` runs the backward pass too, with attention in the layouts of
+CUDA's kernels, and counts the bytes that are alive.
+"""
+
+import contextlib
+import itertools
+import sys
+import types
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._fully_shard import _fully_shard
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+import common
+from prompts import PromptBatch
+
+GIB = 2**30
+
+
+class Memory(TorchDispatchMode):
+    """Bytes alive on `device`, by what they are for, and the most there were since `reset`.
+
+    It also answers when Python asks a fake tensor for its number: `answers` maps a piece of the
+    asking line to a value; else a bool is True, an integer `length`, a float 0.5.
+    """
+
+    def __init__(self, device: str, answers: dict[str, Any], length: int):
+        super().__init__()
+        self.device, self.answers, self.length = device, answers, length
+        self.what, self.size, self.alive = {}, {}, {}
+        self.now, self.peak, self.at = Counter(), 0, Counter()
+        self.new = "activations"  # what a new tensor is for
+
+    def change(self, key: int, size: int) -> None:
+        self.now[self.what[key]] += size - self.size[key]
+        self.size[key] = size
+        if (total := self.now.total()) > self.peak:
+            self.peak, self.at = total, Counter(self.now)
+
+    def track(self, tensor: Tensor, what: str | None = None) -> None:
+        tensor = getattr(tensor, "_local_tensor", tensor)
+        if tensor.device.type != self.device:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.size:
+            self.what[key], self.size[key] = what or self.new, 0
+            self.alive[key] = weakref.ref(storage, lambda _: self.forget(key))
+            self.change(key, storage.nbytes())
+        elif what not in (None, self.what[key]):
+            self.now[self.what[key]] -= self.size[key]
+            self.now[what] += self.size[key]
+            self.what[key] = what
+
+    def __enter__(self):
+        resize = torch.UntypedStorage.resize_
+
+        def counted(storage, size):  # how FSDP frees and fills gathered weights
+            resize(storage, size)
+            if storage._cdata in self.size:
+                self.change(storage._cdata, size)
+
+        self.resizing = mock.patch.object(torch.UntypedStorage, "resize_", counted)
+        self.resizing.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.resizing.stop()
+        return super().__exit__(*error)
+
+    def forget(self, key: int) -> None:
+        self.change(key, 0)
+        for table in (self.what, self.size, self.alive):
+            del table[key]
+
+    def reset(self) -> None:
+        self.peak, self.at = self.now.total(), Counter(self.now)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return self.answer(args[0].dtype)
+        if func is torch.ops._c10d_functional.wait_tensor.default:
+            return args[0]
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.track(leaf)
+        return out
+
+    def answer(self, dtype: torch.dtype) -> Any:
+        frame, lines = sys._getframe(2), []
+        while frame and len(lines) < 3:
+            if "/torch/" not in frame.f_code.co_filename:
+                lines.append(line_of(frame))
+            frame = frame.f_back
+        for piece, value in self.answers.items():
+            if any(piece in line for line in lines):
+                return value() if callable(value) else value
+        return True if dtype == torch.bool else 0.5 if dtype.is_floating_point else self.length
+
+
+def line_of(frame: Any) -> str:
+    import linecache
+
+    return linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+
+
+class LowerRight(NamedTuple):
+    """Stands for `causal_lower_right`, a tensor that cannot be made where all tensors are fake."""
+
+    rows: int
+    keys: int
+
+
+KERNELS = Counter()  # attention kernels that ran: (name, query's shape, key's shape)
+
+
+def attention(
+    q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
+    """Scaled dot-product attention by the kernel that an Ampere or Ada GPU chooses, with its rules
+    for dtypes and its layout of the output."""
+    if isinstance(attn_mask, LowerRight):  # flash attention aligns a causal mask to that corner
+        assert attn_mask == (q.shape[2], k.shape[2])
+        attn_mask, is_causal = None, True
+    assert q.dtype == k.dtype == v.dtype == torch.bfloat16, (q.dtype, k.dtype, v.dtype)
+    assert q.shape[1] == k.shape[1] and not enable_gqa, "query heads that share a key head"
+    if attn_mask is None:
+        KERNELS["flash", tuple(q.shape), tuple(k.shape)] += 1
+        q, k, v = (F.pad(x, (0, -x.shape[-1] % 8)) for x in (q, k, v))
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(q, k, v, 0.0, is_causal, False, scale=scale)[0][..., : v.shape[-1]]
+    assert attn_mask.dtype in (torch.bool, q.dtype), attn_mask.dtype
+    assert attn_mask.device == q.device, attn_mask.device
+    KERNELS["memory-efficient", tuple(q.shape), tuple(k.shape)] += 1
+    if attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -torch.inf)
+    attn_mask = F.pad(attn_mask, (0, -attn_mask.shape[-1] % 16))[..., : attn_mask.shape[-1]]
+    attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    return efficient(q, k, v, attn_mask, needs_grad, 0.0, is_causal, scale=scale)[0]
+
+
+class Stub:
+    """A stream, an event or a device guard that does nothing."""
+
+    device, priority = torch.device("cuda", 0), 0
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __getattr__(self, name):
+        return lambda *_, **__: None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return False
+
+
+CUDA = {
+    "is_available": lambda: True,
+    "current_device": lambda: 0,
+    "device_count": lambda: 8,
+    "set_device": lambda *_: None,
+    "synchronize": lambda *_: None,
+    "Stream": Stub,
+    "Event": Stub,
+    "current_stream": Stub,
+    "default_stream": Stub,
+    "stream": lambda stream: contextlib.nullcontext(),
+    "_lazy_init": lambda: None,
+}
+
+
+class Indexing(TorchFunctionMode):
+    """Indexing by the operators behind it, and no assignment: Python's own indexing asks for CUDA,
+    which this PyTorch may lack, before the tensor can say that it is fake."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (Tensor.copy_, Tensor.__setitem__):
+            return args[0]
+        if func in (Tensor.__int__, Tensor.__bool__, Tensor.item):
+            return torch.ops.aten._local_scalar_dense(args[0])
+        if func is Tensor.contiguous:
+            return args[0].clone(memory_format=torch.contiguous_format)
+        if func is Tensor.__invert__:
+            return args[0].bitwise_not()
+        if func is Tensor.__getitem__:
+            return self.index(args[0], args[1] if isinstance(args[1], tuple) else (args[1],))
+        return func(*args, **(kwargs or {}))
+
+    def index(self, x: Tensor, index: tuple) -> Tensor:
+        left, dim, tensors = sum(i is not None and i is not Ellipsis for i in index), 0, {}
+        for i in index:
+            if i is Ellipsis:
+                dim = x.ndim - left
+                continue
+            if i is None:
+                x = x.unsqueeze(dim)
+            elif isinstance(i, slice):
+                x = torch.ops.aten.slice(x, dim, i.start, i.stop, i.step or 1)
+            elif isinstance(i, Tensor):
+                tensors[dim] = i
+            else:
+                x, dim = x.select(dim, i), dim - 1
+            left, dim = left - (i is not None), dim + 1
+        if tensors:
+            x = torch.ops.aten.index(x, [tensors.get(i) for i in range(max(tensors) + 1)])
+        return x
+
+
+@contextlib.contextmanager
+def fake_gpu(device: str, processes: int, answers: dict[str, Any], length: int) -> Iterator[Memory]:
+    """Everything inside computes on a fake GPU, one of `processes`, on which no tensor has
+    numbers."""
+    with contextlib.ExitStack() as stack:
+        patch = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
+        if device == "cuda":
+            stack.enter_context(mock.patch.multiple(torch.cuda, **CUDA))
+            patch(torch, "Event", Stub)
+            patch(FakeTensorMode, "avoid_device_init", property(lambda self: True))
+        patch(common, "device", lambda: device)
+        patch(common, "compute_dtype", lambda: torch.bfloat16)
+        patch(common, "on_gpu", lambda x: True)
+        patch(F, "scaled_dot_product_attention", attention)
+        patch(torch.nn.functional, "scaled_dot_product_attention", attention)
+        patch(common, "causal_lower_right", LowerRight)
+        patch(common, "fill", lambda *_: None)
+        patch(PreTrainedModel, "to", lambda self, device: self)
+        patch(common, "gather", lambda items: items)
+        patch(common, "ATTENTION_CHUNK", 2**26)
+        patch(common, "LOGIT_CHUNK", 2**26)
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+        stack.callback(dist.destroy_process_group)
+        mesh = init_device_mesh(device, (processes,))  # on real tensors, before there are none
+        patch(_fully_shard, "_init_default_mesh", lambda *_, **__: mesh)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        if device == "cuda":
+            stack.enter_context(Indexing())
+        yield stack.enter_context(Memory(device, answers, length))
+
+
+def load(config: Any, **fields: Any) -> torch.nn.Module:
+    """`load_model` of a checkpoint with this config, whose weights are made up."""
+
+    def from_pretrained(path, use_safetensors, **options):
+        if dist.get_world_size() == 1 and fields.get("frozen"):  # it is not sharded
+            with torch.device(common.device()):
+                model = common.AutoModelForImageTextToText.from_config(config, **options)
+        else:
+            with unset_fake_temporarily():
+                model = common.empty_model(config, **options)
+        model.generation_config.eos_token_id = [1]
+        return model
+
+    processor = types.SimpleNamespace(end_ids={1})
+    add_adapters = common.add_adapters
+
+    def add_adapters_without_storage(*args):
+        with unset_fake_temporarily(), torch.device("meta"):
+            add_adapters(*args)
+
+    with (
+        mock.patch.object(common.AutoModelForImageTextToText, "from_pretrained", from_pretrained),
+        mock.patch.object(common, "load_processor", lambda *_, **__: (config, processor)),
+        mock.patch.object(common, "add_adapters", add_adapters_without_storage),
+    ):
+        return common.load_model("checkpoint", **fields)[0]
+
+
+def step(
+    script: Any,
+    config: Any,
+    args: Any,
+    processes: int,
+    device: str = "cpu",
+    padded: bool = False,
+    decoded: int = 2,
+) -> dict[str, Counter]:
+    """Run the rollout, the reference pass and the update of `script` on a fake GPU; returns what
+    was alive at the peak of each phase, in bytes by what it is for.
+
+    The rollout stops after `decoded` tokens. On `cuda` the update is its forward pass alone.
+    """
+    prompt, visual, hidden = 2112, 2048, config.text_config.hidden_size
+    b, g, t = args.prompts_per_step, args.group_size, args.max_new_tokens
+    asked = itertools.count(1)  # a rollout ends where all responses have ended
+    answers = {
+        "done.all": lambda: next(asked) % (decoded + 1) == 0,
+        "argmax": 0,
+        ".all())": not padded,
+    }
+    peaks = {}
+    with fake_gpu(device, processes, answers, length=t) as memory:
+
+        def phase(name: str) -> None:
+            peaks[name] = memory.at
+            memory.reset()
+
+        def make_prompts(count: int) -> PromptBatch:
+            bfloat16 = {"dtype": torch.bfloat16, "device": device}
+            return PromptBatch(
+                torch.zeros(count, prompt, dtype=torch.long, device=device),
+                torch.zeros(3, count, prompt, dtype=torch.long, device=device),
+                torch.ones(count, prompt, dtype=torch.bool, device=device) if padded else None,
+                [torch.empty(visual, hidden, **bfloat16) for _ in range(count)],
+                torch.tensor([[16, 16, 32]] * count),
+                [True] * count,
+            )
+
+        options = {"gradient_checkpointing": True}
+        model = load(config, lora_rank=args.lora_rank, **options)
+        reference = model if args.lora_rank else load(config, frozen=True)
+        for parameter in model.parameters():
+            memory.track(parameter, "weights")
+        if reference is not model:
+            for parameter in reference.parameters():
+                memory.track(parameter, "frozen models")
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+        memory.new = "gradients"
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        memory.new = "optimizer"
+        optimizer.step()  # from here on there are moments
+        optimizer.zero_grad()
+        memory.new = "activations"
+        memory.reset()
+        memory.new = "gathered"
+        with common.gathered(model):
+            memory.new = "activations"
+            prompts = make_prompts(2 * b)
+            common.generate_group(model, prompts, 1, t)
+            phase("evaluation")
+            prompts = make_prompts(b)
+            memory.reset()
+            rollout = common.generate_group(model, prompts, g, t, torch.rand(b * g, t))
+            phase("rollout")
+        advantages = torch.rand(b, g, device=device)
+        size = args.micro_batch_size
+        cuts = [slice(i, i + size) for i in range(0, b, size)]
+        # A distillation script reads the same rollout, with the teacher's features.
+        teachers = [load(config, frozen=True)] if hasattr(args, "teacher") else []
+        batches = [
+            script.Batch(rollout[cut], advantages[cut], *(rollout[cut] for _ in teachers))
+            for cut in cuts
+        ]
+        # The last two are scored and trained on. The others' values are alive meanwhile.
+        for batch in batches[:-2]:
+            batch.old_logps = batch.ref_logps = torch.empty(size, g, t, device=device)
+            if hasattr(batch, "old_attn"):
+                batch.old_attn = torch.empty(size, g, t, prompt + t, device=device)
+        with common.without_adapters(reference):
+            script.score_reference(reference, batches[-2:], args)
+        phase("reference")
+        if device == "cuda":
+            with torch.no_grad():
+                script.loss_terms(model, *teachers, batches[-1], args)
+            phase("update")
+            return peaks
+        measured = {"measure": False} if hasattr(args, "lambda_attn") else {}
+        script.update(model, *teachers, optimizer, batches[-2:], args, **measured)
+        phase("update")
+        assert all(p.grad is None for p in parameters)
+    return peaks

@@ -1,0 +1,123 @@
+"""What only a GPU would show: the scripts' step at 7B width on fake tensors, with the kernels'
+layouts, and the memory that it takes."""
+
+from unittest import mock
+
+import fake_gpu
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
+
+import attn_distill
+import common
+import grpo_baseline
+import kd_baseline
+import memory
+import ral_grpo
+
+SIZES = {
+    "7B": {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
+    "2B": {
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+}
+IDS = {"image_token_id": 151655, "video_token_id": 151656}
+IDS |= {"vision_start_token_id": 151652, "vision_end_token_id": 151653}
+
+
+def config_of(size: str, family=Qwen2VLConfig, layers: int = 4):
+    """A released configuration with fewer layers and vision blocks, which are all alike."""
+    text = SIZES[size] | {"num_hidden_layers": layers, "pad_token_id": 151643}
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    vision = {
+        "depth": layers,
+        "embed_dim": 1280,
+        "num_heads": 16,
+        "hidden_size": text["hidden_size"],
+    }
+    if family is Qwen2_5_VLConfig:
+        vision = {"depth": layers, "hidden_size": 1280, "out_hidden_size": text["hidden_size"]}
+    return family(
+        text_config=text | {"rope_parameters": rope},
+        vision_config=vision,
+        tie_word_embeddings=size == "2B",
+        **IDS,
+    )
+
+
+def make_args(script, lora_rank: int, size: int = 1):
+    fields = {"frames": 32, "max_new_tokens": 768, "gradient_checkpointing": True}
+    fields |= {"lora_rank": lora_rank, "num_iterations": 1, "micro_batch_size": size}
+    return script.Args(**(script.REAL | fields))
+
+
+STEPS = {
+    "7B, all weights, 8 processes": ("7B", 0, 8),
+    "7B, adapters, 1 process": ("7B", 64, 1),
+    "7B, adapters, 8 processes": ("7B", 64, 8),
+    "2B, all weights, 1 process": ("2B", 0, 1),
+}
+
+
+@pytest.mark.parametrize(("size", "lora_rank", "processes"), STEPS.values(), ids=STEPS)
+def test_a_step_runs_in_the_memory_it_was_expected_to_need(size, lora_rank, processes):
+    config, args = config_of(size), make_args(ral_grpo, lora_rank)
+    fake_gpu.KERNELS.clear()
+    peaks = fake_gpu.step(ral_grpo, config, args, processes)
+    # One prompt a microbatch: nothing is padded, and no mask keeps flash attention away.
+    assert {name for name, _, _ in fake_gpu.KERNELS} == {"flash"}
+    with mock.patch.multiple(
+        memory, compute_dtype=lambda: torch.bfloat16, LOGIT_CHUNK=2**26, ATTENTION_CHUNK=2**26
+    ):
+        frozen = [] if lora_rank else [config]
+        need = memory.memory_gb(config, args, lora_rank, frozen, processes, keeps_attention=True)
+    for phase, parts in need.items():
+        traced = peaks[phase].total() / fake_gpu.GIB
+        assert sum(parts.values()) == pytest.approx(traced, rel=0.1), phase
+    if lora_rank and processes == 1:  # the frozen weights are not gathered into a second copy
+        assert peaks["rollout"]["gathered"] < 0.1 * peaks["rollout"]["weights"]
+
+
+@pytest.mark.parametrize(
+    ("script", "lora_rank"),
+    [(grpo_baseline, 64), (ral_grpo, 0), (kd_baseline, 0), (attn_distill, 64)],
+)
+def test_padded_prompts_run_on_the_memory_efficient_kernel(script, lora_rank):
+    config, args = config_of("7B", Qwen2_5_VLConfig, layers=1), make_args(script, lora_rank, size=2)
+    fake_gpu.KERNELS.clear()
+    fake_gpu.step(script, config, args, 2, padded=True)
+    assert {name for name, _, _ in fake_gpu.KERNELS} == {"memory-efficient"}
+
+
+@pytest.mark.parametrize(("lora_rank", "processes", "padded"), [(0, 8, False), (64, 1, True)])
+def test_every_tensor_is_on_the_gpu(lora_rank, processes, padded):
+    config, args = config_of("7B", layers=1), make_args(ral_grpo, lora_rank, size=2)
+    fake_gpu.step(ral_grpo, config, args, processes, "cuda", padded)
+
+
+def test_attention_without_a_mask_is_attention_with_it():
+    """`causal_lower_right`, which a GPU gets, against the mask, which a CPU gets."""
+    torch.manual_seed(0)
+    b, g, h, k, p, t, d = 2, 3, 8, 2, 37, 11, 16
+    inputs = [torch.randn(b, n, p + g * t, d, requires_grad=True) for n in (h, k, k)]
+    own = torch.full((t, t), -torch.inf).triu(1)
+    mask = F.pad(own, (p, 0))[None, None].repeat(1, 1, h // k, 1)
+    weight, results = None, []
+    for response_mask in (mask, None):
+        layout = common.Layout(p, g, None, response_mask=response_mask)
+        out = common.response_attention(*inputs, 0.25, layout)
+        weight = torch.randn_like(out) if weight is None else weight
+        results.append([out, *torch.autograd.grad((out * weight).sum(), inputs)])
+    for masked, causal in zip(*results, strict=True):
+        torch.testing.assert_close(causal, masked, atol=1e-5, rtol=1e-5)

@@ -213,7 +213,7 @@ MEMORY = [  # size, rank of adapters (0: all weights), GPUs
 
 
 def print_memory() -> None:
-    """What `fit_memory` expects of `ral_grpo.py` at 32 frames on a GPU, beside the peak of the bytes
+    """What `fit_memory` expects of `ral_grpo.py` at 32 frames on a GPU, beside the peak of what is
     alive in the same step on fake tensors: traced, not measured."""
     fields = ral_grpo.REAL | {"frames": 32, "max_new_tokens": 768, "gradient_checkpointing": True}
     fields |= {"num_iterations": 1}

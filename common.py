@@ -283,7 +283,11 @@ def save_model(directory: Path | None, model: Module, processor: Processor) -> N
     it, those that write nothing with None."""
     layers = {name: x for name, x in model.named_modules() if hasattr(x, "lora_A")}
     weights, adapters = {}, {}
+    named = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied = named - {name for name, _ in model.named_parameters()}
     for name, tensor in model.state_dict().items():
+        if name in tied:
+            continue
         tensor = whole(tensor)  # every rank has a part in it
         if "lora_" in name:
             if directory is not None:

@@ -852,16 +852,19 @@ def random_state() -> dict[str, Any]:
 def load_state(path: Path, model: Module, optimizer: Optimizer) -> None:
     """Weights, moments and random numbers as they were."""
     weights, moments = (load_file(path / f"{x}.safetensors") for x in ("weights", "moments"))
+    fused = optimizer.defaults.get("fused")  # then steps are counted on the parameter's device
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(like(weights[name], parameter))
                 keys = [key for key in moments if key.rpartition("/")[0] == name]
                 state = {key.rpartition("/")[2]: moments[key] for key in keys}
-                optimizer.state[parameter] = {
-                    key: value if value.ndim == 0 else like(value, parameter)
-                    for key, value in state.items()
-                }
+                for key, value in state.items():
+                    if value.ndim:
+                        value = like(value, parameter)
+                    elif fused:
+                        value = value.to(parameter.device)
+                    optimizer.state[parameter][key] = value
     random_numbers = torch.load(path / "random.pt", weights_only=True)
     random.setstate(random_numbers["python"])
     kind, keys, *rest = random_numbers["numpy"]

@@ -155,6 +155,8 @@ def real(tmp_path_factory):
     for family in ("qwen2_vl", "qwen2_5_vl"):
         (folder / family).mkdir()
         write_checkpoint(folder / family, family)
+    (folder / "tied").mkdir()
+    write_checkpoint(folder / "tied", "qwen2_vl", tied=True)
     (folder / "media").mkdir()
     rows = write_rows(folder / "media")
     (folder / "rows.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False))

@@ -49,8 +49,9 @@ def write_tokenizer(directory: Path, corpus=CORPUS) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def write_checkpoint(directory: Path, family: str, seed: int = 0) -> None:
-    """Random weights behind the real configuration classes, with all files of a downloaded one."""
+def write_checkpoint(directory: Path, family: str, seed: int = 0, tied: bool = False) -> None:
+    """Random weights behind the real configuration classes, with all files of a downloaded one.
+    `tied`, as at 2B, the output layer is the embedding."""
     tokenizer = write_tokenizer(directory)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     text = {
@@ -72,7 +73,9 @@ def write_checkpoint(directory: Path, family: str, seed: int = 0) -> None:
     torch.manual_seed(seed)
     if family == "qwen2_vl":
         vision = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
-        config = Qwen2VLConfig(text_config=text, vision_config=vision, **special)
+        config = Qwen2VLConfig(
+            text_config=text, vision_config=vision, tie_word_embeddings=tied, **special
+        )
         model = Qwen2VLForConditionalGeneration(config)
     else:
         vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2}

@@ -16,6 +16,7 @@ import common
 RL = {"group_size": 4, "micro_batch_size": 2, "max_new_tokens": 6, "eval_examples": 5}
 RL |= {"learning_rate": 3e-4, "steps": 3, "eval_every": 2}
 NAMES = ("sft", "grpo_baseline", "ral_grpo", "kd_baseline", "attn_distill", "LoRA", "idle rank")
+NAMES += ("tied embeddings",)
 
 
 def jobs(real: Path, cold_start: Path, teacher: Path, processes: int) -> list:
@@ -35,6 +36,7 @@ def jobs(real: Path, cold_start: Path, teacher: Path, processes: int) -> list:
         ("attn_distill", fields | data | taught | {"train_vision": True}, False),
         ("ral_grpo", fields | data | {"lora_rank": 4, "save_every": 1}, False),
         ("ral_grpo", fields | norms | {"model": str(cold_start)}, True),
+        ("ral_grpo", fields | data | norms | {"model": str(real / "tied")}, False),
     ]
 
 

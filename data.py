@@ -34,7 +34,8 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from common import MAX_ANSWER, extract_answer, option_letter, option_texts, read_number
+from answers import MAX_ANSWER, option_letter, option_texts, read_number
+from common import extract_answer
 from prompts import Example, Prompt
 from runs import Skipped, UsageError, rank, require, require_not_negative, say, world
 

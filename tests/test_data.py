@@ -15,7 +15,8 @@ from real import write_rows, write_video
 
 import data
 import grpo_baseline
-from common import accuracy, option_texts
+from answers import option_texts
+from common import accuracy
 from prompts import Prompt
 from runs import Skipped, UsageError
 

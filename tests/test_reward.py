@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from common import MAX_ANSWER, accuracy, extract_answer, has_format, option_letter, rouge
+from answers import MAX_ANSWER, option_letter, rouge
+from common import accuracy, extract_answer, has_format
 from grpo_baseline import reward
 from prompts import Example
 

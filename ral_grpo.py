@@ -16,7 +16,7 @@ with negative advantage loses it. Lines marked `# RAL` and the functions `attent
 At p_theta = p_old the divergence *and its gradient* are zero. So with one update per rollout RAL is
 GRPO; it acts from the second inner iteration on, which is why `num_iterations` is above 1 here, and
 why `train/attn_jsd_<k>` is logged for each. Before you believe in a lambda, two more [ours; tested,
-and measured in the README's "Results"]:
+and measured in docs/results.md]:
   - Near p_old the gradient with respect to p_theta is (p_theta - p_old) / 4 p_old. The term knows
     nothing of where else to look: it holds back the movement of attention that the token policy has
     just made where the advantage is positive, and drives it on where it is negative.

@@ -159,7 +159,7 @@ def measure(script: str, folder: Path, args: Args, tokens: int) -> dict[str, flo
         --max-new-tokens {tokens} --prompts-per-step {args.prompts_per_step // args.processes}
         --out {folder / "run"}"""
     words += f" --lora-rank {args.lora_rank}" if args.lora_rank is not None else ""
-    # The README's numbers are of the predicting row.
+    # The numbers in docs/scaling.md are of the predicting row.
     words += " --attn-norm-every 0 --attn-row predicting" if script == "ral_grpo" else ""
     subprocess.run([*launch, *words.split()], check=True, stdout=sys.stderr)
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()

@@ -12,8 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("sft.py", "grpo_baseline.py", "ral_grpo.py", "kd_baseline.py", "attn_distill.py")
 PAIRS = [("grpo_baseline.py", "ral_grpo.py"), ("kd_baseline.py", "attn_distill.py")]
-# Code lines added and removed. Attention distillation has the policy, its bins and two norms.
-BUDGET = {"ral_grpo.py": (60, 10), "attn_distill.py": (75, 10)}
+SIBLINGS = [*PAIRS, ("grpo_baseline.py", "kd_baseline.py")]
+# Code lines added and removed, at most. Distillation has a second model and its evaluation;
+# attention distillation has the policy, its bins and two norms.
+BUDGET = {"ral_grpo.py": (60, 10), "kd_baseline.py": (75, 20), "attn_distill.py": (75, 10)}
 HEADINGS = [
     "# 1. Arguments",
     "# 2. Prompt and reward",
@@ -51,7 +53,7 @@ def test_section_headings(script):
     assert [heading.split(" (")[0] for heading in headings] == HEADINGS
 
 
-@pytest.mark.parametrize(("baseline", "idea"), PAIRS)
+@pytest.mark.parametrize(("baseline", "idea"), SIBLINGS)
 def test_the_diff_is_the_idea(baseline, idea):
     diff = list(difflib.ndiff(code_lines(ROOT / baseline), code_lines(ROOT / idea)))
     added = sum(line.startswith("+ ") for line in diff)
@@ -125,18 +127,3 @@ def test_the_idea_is_marked(baseline, idea):
     added = [line[2:] for line in diff if line.startswith("+ ")]
     bare = [line for line in added if not any(x.startswith(line) for x in marked)]
     assert len(bare) <= 12, "\n".join(bare)  # arguments passed on, and the plumbing of `measure`
-
-
-def test_the_readme_counts_lines_as_they_are():
-    readme = (ROOT / "README.md").read_text()
-    siblings = {idea: baseline for baseline, idea in PAIRS}
-    siblings["kd_baseline.py"] = "grpo_baseline.py"
-    for script in SCRIPTS:
-        source, code = (ROOT / script).read_text().splitlines(), code_lines(ROOT / script)
-        differ = "—"
-        if script in siblings:
-            diff = list(difflib.ndiff(code_lines(ROOT / siblings[script]), code))
-            added, removed = (sum(line.startswith(mark) for line in diff) for mark in ("+ ", "- "))
-            differ = f"+{added} / -{removed}"
-        row = next(line for line in readme.splitlines() if line.startswith(f"| `{script}` |"))
-        assert row.endswith(f"| {len(source)} ({len(code)}) | {differ} |"), script

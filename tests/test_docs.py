@@ -59,3 +59,8 @@ def test_named_files_and_flags_exist(page):
         field = flag.replace("-", "_")
         names = f"{field}|{field.removeprefix('no_')}"
         assert re.search(rf"^    (?:{names}): ", fields, re.MULTILINE), flag
+
+
+def test_the_readme_names_every_module():
+    text = (ROOT / "README.md").read_text()
+    assert [path.name for path in ROOT.glob("*.py") if f"`{path.name}`" not in text] == []

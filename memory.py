@@ -19,18 +19,13 @@ def numel(module: Module, trained: bool = False) -> int:
 
 
 def memory_gb(
-    config: Any,
-    args: Any,
-    lora_rank: int,
-    frozen: Sequence[Any] = (),
-    processes: int = 1,
-    keeps_attention: bool = False,
+    config: Any, args: Any, lora_rank: int, frozen: Sequence[Any] = (), processes: int = 1
 ) -> dict[str, dict[str, float]]:
     """GB (2**30 bytes) that each of `processes` needs at the peak of each phase of a step, by what
     it is for, an estimate [ours].
 
-    `frozen` are the configs of the models beside the trained one (reference, teacher). With
-    `keeps_attention` the attention policies of the rollout stay until its last update.
+    `frozen` are the configs of the models beside the trained one (reference, teacher). One
+    attention row a token is counted whether or not the method keeps it, as RAL does.
     """
     model, text, width = empty_model(config), config.text_config, compute_dtype().itemsize
     layers, visual = model.model.language_model.layers, model.model.visual
@@ -78,20 +73,19 @@ def memory_gb(
     if not args.gradient_checkpointing:
         checkpoints = width * tokens * (4 * wide + 10 * hidden) * len(layers)
     head = width * text.vocab_size * hidden if trained_root else 0
-    old_attn = 4 * step * responses * (prompt + new) if keeps_attention else 0
-    policy = 8 * size * responses * (prompt + new) if keeps_attention else 0
+    attention = 4 * responses * (prompt + new)  # of a prompt, in float32
     # Gradients in float32 that are still on their way to the other processes.
     reduced = (width + 4) * trained_layer + 4 * trained_root / processes if processes > 1 else 0
     update = max(
         checkpoints + 2 * head + 16 * LOGIT_CHUNK,
-        checkpoints + policy + 12 * ATTENTION_CHUNK,
+        checkpoints + 2 * size * attention + 12 * ATTENTION_CHUNK,
         checkpoints + head + in_layer + (width + 4) * trained_layer,
         (width + 4) * trained_root + reduced,
     )
     need["update"] = {
         "gathered": width * (root + 2 * layer) if gathers else 0,
         "gradients": 4 * trained / processes,
-        "activations": update + old_attn,
+        "activations": update + step * attention,
     }
     for phase, parts in need.items():
         need[phase] = {name: value / GIB for name, value in (standing | parts).items()}
@@ -115,13 +109,7 @@ def available_gb() -> float:
     return machine / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def fit_memory(
-    args: Any,
-    config: Any,
-    reference: bool,
-    teacher: str | None = None,
-    keeps_attention: bool = False,
-) -> Any:
+def fit_memory(args: Any, config: Any, reference: bool, teacher: str | None = None) -> Any:
     """Decide, before anything is loaded, what to train: all weights if they fit, else adapters of
     rank 64, unless `--lora-rank` or the run that is resumed says. With adapters, the reference is
     the model without them.
@@ -138,7 +126,7 @@ def fit_memory(
 
     def need(lora_rank: int, processes: int = 0) -> float:
         frozen = teachers + [config] * (reference and not lora_rank)
-        phases = memory_gb(config, args, lora_rank, frozen, processes or world(), keeps_attention)
+        phases = memory_gb(config, args, lora_rank, frozen, processes or world())
         return max(sum(parts.values()) for parts in phases.values())
 
     both = f"--train-vision, --lora-rank {args.lora_rank}: adapters are the language model's only"

@@ -524,7 +524,7 @@ def main(args: Args) -> dict[str, float]:
     open_prompts = open_data if args.data else partial(toy.open_data, task)
     train, held_out, skipped = open_prompts(args, turn)
     needs_reference = args.beta > 0 or args.attn_anchor == "reference"  # RAL
-    args = fit_memory(args, config, needs_reference, keeps_attention=True)  # RAL
+    args = fit_memory(args, config, needs_reference)
     args = fill_defaults(args, {"learning_rate": RATE[args.lora_rank > 0]})
     state = find_state(args)
     trained = (args.train_vision, args.lora_rank, args.gradient_checkpointing)

@@ -230,7 +230,7 @@ def print_memory() -> None:
         config.text_config.pad_token_id = 0
         with mock.patch.multiple(memory, **gpu):
             frozen = [] if lora_rank else [config]
-            need = memory.memory_gb(config, args, lora_rank, frozen, processes, True)
+            need = memory.memory_gb(config, args, lora_rank, frozen, processes)
         traced = fake_gpu.step(ral_grpo, config, args, processes)
         line = [f"{size}, {f'LoRA, rank {lora_rank}' if lora_rank else 'all weights'}"]
         line += [str(processes), *(f"{need['rollout'][part]:.1f}" for part in standing)]

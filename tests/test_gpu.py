@@ -81,7 +81,7 @@ def test_a_step_runs_in_the_memory_it_was_expected_to_need(size, lora_rank, proc
         memory, compute_dtype=lambda: torch.bfloat16, LOGIT_CHUNK=2**26, ATTENTION_CHUNK=2**26
     ):
         frozen = [] if lora_rank else [config]
-        need = memory.memory_gb(config, args, lora_rank, frozen, processes, keeps_attention=True)
+        need = memory.memory_gb(config, args, lora_rank, frozen, processes)
     for phase, parts in need.items():
         traced = peaks[phase].total() / fake_gpu.GIB
         assert sum(parts.values()) == pytest.approx(traced, rel=0.1), phase

@@ -7,7 +7,7 @@ works the same, with and without torchvision.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +203,26 @@ def encode_prompt(
     positions = mrope_positions(
         len(ids), at, grid, config, example.is_video, example.seconds_per_patch
     )
+    example = replace(example, target=target_tokens(processor, example, grid))
     return Prompt(torch.tensor(ids), positions, pixels, grid, example)
+
+
+def target_tokens(processor: Processor, example: Example, grid: Tensor) -> tuple[int, ...]:
+    """The visual tokens that show the target.
+
+    `Example.target` counts a token a cell; a processor that enlarges small pictures gives a cell
+    several.
+    """
+    if not example.target:
+        return ()
+    merge = processor.image_processor.merge_size
+    side = processor.image_processor.patch_size * merge
+    width, height = (edge // side for edge in example.media[0].size)  # in cells
+    frames, rows, columns = grid[0], grid[1] // merge, grid[2] // merge
+    token = torch.arange(frames * rows * columns)
+    frame, row, column = token // (rows * columns), token // columns % rows, token % columns
+    cell = (frame * height + row * height // rows) * width + column * width // columns
+    return tuple(token[torch.isin(cell, torch.tensor(example.target))].tolist())
 
 
 def process_media(processor: Processor, example: Example) -> tuple[Tensor, Tensor]:

@@ -593,6 +593,9 @@ class Run:
             old = aside.with_suffix(".old")
             try:
                 save(aside / final.name)
+                mode = (aside / final.name / "config.json").stat().st_mode
+                for path in aside.rglob("*.safetensors"):  # written for its owner alone
+                    path.chmod(mode)
                 for path in (*aside.rglob("*"), aside):
                     flush(path)
                 if final.exists():

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+import common
 import data
 import ral_grpo
 import toy
-from prompts import Example, Processor, process_media
+from prompts import Example, Processor, encode_prompt, process_media
 
 B_FRAMES = {"bf": "3", "g": "10", "sc_threshold": "0"}
 X265 = {"x265-params": "log-level=none:keyint=10:bframes=3:scenecut=0"}
@@ -242,3 +243,17 @@ def test_a_minimum_of_its_own_and_images_stay():
     ]
     family = Processor(None, Qwen2VLImageProcessorPil())
     assert process_media(family, Example("", "", frames[:1], False))[1].tolist() == [1, 4, 4]
+
+
+@pytest.mark.parametrize(("kind", "tokens"), [("image", 1), ("video", 2 * 9)])
+def test_the_target_is_found_again_in_an_enlarged_picture(real, kind, tokens):
+    """One red cell of 4 x 4. A frame becomes 12 x 12 tokens, so its cell has 9."""
+    config, processor = common.load_processor(real / "qwen2_vl")
+    picture = Image.new("RGB", (112, 112), "white")
+    picture.paste("red", (56, 28, 84, 56))  # row 1, column 2
+    is_video = kind == "video"
+    media, target = [picture] * (4 if is_video else 1), (6, 16 + 6) if is_video else (6,)
+    prompt = encode_prompt(processor, config, Example("", "", media, is_video, target=target))
+    green = prompt.pixels.view(len(prompt.pixels) // 4, 4, 3, -1)[:, :, 1].mean(dim=(1, 2))
+    assert prompt.example.target == tuple((green < 0).nonzero()[:, 0].tolist())
+    assert len(prompt.example.target) == tokens

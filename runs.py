@@ -592,15 +592,16 @@ class Run:
             aside = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=self.out))
             old = aside.with_suffix(".old")
             try:
-                save(aside / final.name)
-                mode = (aside / final.name / "config.json").stat().st_mode
-                for path in aside.rglob("*.safetensors"):  # written for its owner alone
-                    path.chmod(mode)
+                new = aside / final.name
+                new.mkdir()
+                save(new)
+                for path in aside.rglob("*.safetensors"):  # safetensors lets nobody else read them
+                    path.chmod(new.stat().st_mode & 0o666)
                 for path in (*aside.rglob("*"), aside):
                     flush(path)
                 if final.exists():
                     final.rename(old)
-                (aside / final.name).rename(final)
+                new.rename(final)
             except Exception:
                 if old.exists():
                     old.rename(final)

@@ -102,7 +102,7 @@ def test_a_finished_run_ends_though_a_reader_hangs(run, real, tmp_path):
 AT_WORK = {
     "training": ("ral_grpo", [], LOOP),
     "evaluation": ("evaluate", [], "evaluate.collate"),
-    "checking": ("sft", ["--check-data"], "data.accuracy"),
+    "checking": ("sft", ["--check-data"], "data.read_number"),
 }
 
 

@@ -98,6 +98,10 @@ def option_letter(text: str, options: Sequence[str]) -> str:
     if not named and letter in known:
         named = {key.upper() for key in re.findall(CHOICE, found[2])} & known
         named |= {letter, *(key for key, option in texts.items() if option == rest)}
+        for key in known:  # "B, or blue"
+            option = re.escape(texts.get(key) or f"option {key}")
+            also = rf"\b(?:or|and|also)\s+(?:{key}(?! \w)|{option})(?!\w)"
+            named |= {key} if re.search(also, rest, re.I) else set()
     return named.pop() if len(named) == 1 else ""
 
 

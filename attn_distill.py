@@ -437,7 +437,7 @@ def attention_policy(rows: Tensor, row: str) -> Tensor:
     if row == "predicting":
         return rows[:, :, :-1].contiguous()
     earlier = rows[:, :, 1:].tril(rows.shape[3] - rows.shape[2])  # row t up to column P + t - 1
-    return earlier / earlier.sum(-1, keepdim=True).clamp_min(torch.finfo(earlier.dtype).tiny)
+    return earlier / earlier.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
 def jsd(p: Tensor, q: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ from answers import (
     word_accuracy,
 )
 from prompts import Example, Processor, PromptBatch, encoder_outputs, repair_turns
-from runs import UsageError, gather, rank, require, say, whole, world
+from runs import UsageError, gather, on_rank_0, rank, require, say, whole, world
 
 transformers_logging.disable_progress_bar()
 
@@ -79,7 +79,7 @@ def one_line(named: str) -> Iterator[None]:
     """Turn what loading a checkpoint raises into a `UsageError` of one line."""
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
         raise UsageError(f"{named}: {reason}; {REMEDY}") from None
 
@@ -161,12 +161,19 @@ def load_model(
         torch.backends.cuda.enable_cudnn_sdp(False)
     # A frozen model of one process has nothing to spread and nothing to hold in another dtype.
     sharded = dist.is_initialized() and not (frozen and world() == 1)
-    if rank() == 0 or not sharded:
+
+    def read() -> Module:
         with one_line(f"{field} {path}"):
-            model = AutoModelForImageTextToText.from_pretrained(
-                path, use_safetensors=True, **options
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                path, use_safetensors=True, output_loading_info=True, **options
             )
-    else:  # rank 0 reads the checkpoint for all
+        missing = sorted(info["missing_keys"])
+        lacks = f"{field} {path}: its files lack {len(missing)} weights, as {missing[:1]}"
+        require(not missing, f"{lacks}; download it again")
+        return model
+
+    model = on_rank_0(read) if sharded else read()  # one process reads for all
+    if model is None:
         model = empty_model(config, **options)
     if sharded:
         model.generation_config = gather([model.generation_config])[0]

@@ -43,6 +43,7 @@ from common import (
 from data import DataFile, Prompts, Reader
 from prompts import Example, Processor, Prompt, collate, encode_prompt
 from runs import (
+    DEFINITIONS,
     Skipped,
     append,
     clear,
@@ -479,6 +480,7 @@ def open_out(args: Args) -> tuple[Path, TextIO]:
     inputs += sorted(Path(args.model).glob("*.safetensors"))
     stats = {str(path): path.stat() for path in inputs}
     mathematics["inputs"] = {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
+    mathematics["definitions"] = DEFINITIONS
     mathematics = json.loads(json.dumps(mathematics))  # tuples are lists there
     busy = out.is_file() or (not file.exists() and bool(content_of(out)))
     require(not busy, f"--out {out}: exists and is no evaluation; choose another")

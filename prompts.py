@@ -153,11 +153,19 @@ def repair_turns(processor: Processor) -> str:
     own = tokenizer.chat_template
     own = own.get("default") if isinstance(own, dict) else own
     legacy = files.get("chat_template.json")  # AutoProcessor prefers this one
-    legacy = None if legacy is None else json.loads(legacy)["chat_template"]
+    if legacy is not None:
+        content = json.loads(legacy)
+        legacy = content.get("chat_template") if isinstance(content, dict) else None
+        if not isinstance(legacy, str):
+            raise ValueError(
+                "its chat_template.json holds no chat_template; mend or delete that file"
+            )
     templates = [x for x in (own, legacy) if isinstance(x, str) and x]
     faults = {template: template_fault(tokenizer, template) for template in templates}
     if not own or any(faults.values()):
         good = [template for template, fault in faults.items() if not fault]
+        if not good and END_OF_TURN not in tokenizer.get_vocab():
+            raise ValueError(f"it has no chat template that works, and no {END_OF_TURN} for one")
         tokenizer.chat_template = template = good[0] if good else CHATML
         files["chat_template.jinja"] = template.encode()
         processor.set_in_file("tokenizer_config.json", chat_template=template)

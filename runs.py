@@ -348,13 +348,13 @@ def check_run(args: Any, *inputs: str) -> None:
     busy = bool(content_of(out))
     is_run = (out / "args.json").is_file()
     require(not busy or is_run, f"--out {out}: exists and is not a run; choose another")
-    if (out / LOCK).exists() and not args.check_data:  # `Run` locks it for good
 
-        def try_lock() -> None:
+    def try_lock() -> None:  # `Run` locks it for good
+        if (out / LOCK).exists() and not args.check_data:
             with writing(out, LOCK):
                 lock_directory(out).close()
 
-        on_rank_0(try_lock)
+    on_rank_0(try_lock)
     for path in inputs:
         holds = out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents)
         require(not holds, f"--out {out}: holds {path}, which this run reads; choose another")
@@ -686,8 +686,9 @@ def why_equal(steps: Sequence[dict[str, float]]) -> str:
 
 DEFINITIONS = 2  # raise it, with an entry below, when the same arguments compute something else
 CHANGES = {  # by the number that they came with
-    2: "by default RAL's attention row of a token is its own (was: the one that predicts it), and"
-    " attn_distill.py's attention loss is a sum over the response (was: a mean)"
+    2: "the default attention row of a token is its own (was: the one that predicts it),"
+    " attn_distill.py's attention loss is a sum over the response (was: a mean), accuracy by"
+    " problem type accepts more notations, and videos have other frames and a minimum size"
 }
 
 # Arguments that do not change what is computed.

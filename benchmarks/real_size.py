@@ -113,7 +113,8 @@ def config_of(size: str, ids: dict[str, int] | None = None) -> Qwen2VLConfig:
 
 
 def write_inputs(folder: Path, size: str) -> Qwen2VLConfig:
-    """A checkpoint, and a data file of 32-frame videos."""
+    """A checkpoint, and a data file of 32-frame videos; prompts differ in length, as real ones do,
+    since some of CUDA's kernels plan anew for each shape."""
     tokenizer = write_tokenizer(folder)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     config = config_of(size, ids)
@@ -125,8 +126,9 @@ def write_inputs(folder: Path, size: str) -> Qwen2VLConfig:
     Qwen2VLImageProcessorPil().save_pretrained(folder)
     rows = []
     for i in range(10):
-        write_video(folder / f"{i}.mp4", frames=32, size=(448, 448))
-        row = {"problem": "What is the man holding?", "data_type": "video", "path": f"{i}.mp4"}
+        write_video(folder / f"{i}.mp4", frames=32, size=(448, 448 - 64 * (i % 4)))
+        problem = "What is the man holding? " * (i + 1)
+        row = {"problem": problem, "data_type": "video", "path": f"{i}.mp4"}
         rows.append(row | {"problem_type": "numerical", "solution": str(i)})
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return config

@@ -249,6 +249,7 @@ def fake_gpu(device: str, processes: int, answers: dict[str, Any], length: int) 
         patch(common, "fill", lambda *_: None)
         patch(PreTrainedModel, "to", lambda self, device: self)
         patch(common, "gather", lambda items: items)
+        patch(common, "on_rank_0", lambda action: action())
         patch(common, "ATTENTION_CHUNK", 2**26)
         patch(common, "LOGIT_CHUNK", 2**26)
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
@@ -264,7 +265,7 @@ def fake_gpu(device: str, processes: int, answers: dict[str, Any], length: int) 
 def load(config: Any, **fields: Any) -> torch.nn.Module:
     """`load_model` of a checkpoint with this config, whose weights are made up."""
 
-    def from_pretrained(path, use_safetensors, **options):
+    def from_pretrained(path, use_safetensors, output_loading_info, **options):
         if dist.get_world_size() == 1 and fields.get("frozen"):  # it is not sharded
             with torch.device(common.device()):
                 model = common.AutoModelForImageTextToText.from_config(config, **options)
@@ -272,7 +273,7 @@ def load(config: Any, **fields: Any) -> torch.nn.Module:
             with unset_fake_temporarily():
                 model = common.empty_model(config, **options)
         model.generation_config.eos_token_id = [1]
-        return model
+        return model, {"missing_keys": []}
 
     processor = types.SimpleNamespace(end_ids={1})
     add_adapters = common.add_adapters

@@ -41,6 +41,10 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     runs.start_ranks()
+    if runs.rank() != 0:  # one process reads the checkpoint for all
+        import common
+
+        common.AutoModelForImageTextToText.from_pretrained = None
     run_all(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
     if torch.distributed.is_initialized():
         runs.leave_ranks()

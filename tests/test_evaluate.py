@@ -34,7 +34,7 @@ def test_it_goes_on_where_it_stopped(cold_start, tmp_path):
     assert len(predictions(part)) == 20
 
 
-def test_another_evaluation_is_not_mixed_in(cold_start, tmp_path):
+def test_another_evaluation_is_not_mixed_in(cold_start, tmp_path, monkeypatch):
     out = tmp_path / "out"
     args = evaluate.Args(model=str(cold_start), examples=4, out=str(out))
     evaluate.main(args)
@@ -42,6 +42,9 @@ def test_another_evaluation_is_not_mixed_in(cold_start, tmp_path):
         evaluate.main(replace(args, examples=5))
     evaluate.main(replace(args, examples=5, overwrite=True))
     assert len(predictions(out)) == 5
+    monkeypatch.setattr(evaluate, "DEFINITIONS", 0)  # answers were judged by other rules
+    with pytest.raises(runs.UsageError, match="another definitions"):
+        evaluate.main(replace(args, examples=5))
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "main.tex").touch()
     with pytest.raises(runs.UsageError, match="is no evaluation"):

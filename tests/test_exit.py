@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,3 +169,15 @@ def test_two_ranks_end_with_their_readers(run, real, tmp_path, how):
     ended, output = run("ral_grpo", argv(real, tmp_path, "ral_grpo"), plants, signals, ranks=2)
     assert ended == status and words in output, output[-3000:]
     assert ("Traceback" in output) == (how == "error")
+
+
+def test_two_ranks_are_told_of_a_broken_checkpoint(run, real, tmp_path):
+    """One of them reads it."""
+    broken = tmp_path / "broken"
+    shutil.copytree(real / "qwen2_vl", broken)
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    words = [*argv(real, tmp_path, "ral_grpo"), "--model", str(broken)]
+    status, output = run("ral_grpo", words, [], ranks=2)
+    assert status == 2 and "Traceback" not in output
+    assert f"error: --model {broken}: " in output

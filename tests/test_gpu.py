@@ -15,6 +15,7 @@ import grpo_baseline
 import kd_baseline
 import memory
 import ral_grpo
+import runs
 
 SIZES = {
     "7B": {
@@ -100,10 +101,15 @@ def test_padded_prompts_run_on_the_memory_efficient_kernel(script, lora_rank):
     assert {name for name, _, _ in fake_gpu.KERNELS} == {"memory-efficient"}
 
 
-@pytest.mark.parametrize(("lora_rank", "processes", "padded"), [(0, 8, False), (64, 1, True)])
-def test_every_tensor_is_on_the_gpu(lora_rank, processes, padded):
-    config, args = config_of("7B", layers=1), make_args(ral_grpo, lora_rank, size=2)
-    fake_gpu.step(ral_grpo, config, args, processes, "cuda", padded)
+@pytest.mark.parametrize(
+    ("script", "lora_rank", "processes", "padded"),
+    [(ral_grpo, 0, 8, False), (ral_grpo, 64, 1, True), (attn_distill, 64, 2, False)],
+)
+def test_every_tensor_is_on_the_gpu(script, lora_rank, processes, padded):
+    config, args = config_of("7B", layers=1), make_args(script, lora_rank, size=2)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    fake_gpu.step(script, config, args, processes, "cuda", padded)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # it would plan for every new shape
 
 
 def test_attention_without_a_mask_is_attention_with_it():
@@ -121,3 +127,27 @@ def test_attention_without_a_mask_is_attention_with_it():
         results.append([out, *torch.autograd.grad((out * weight).sum(), inputs)])
     for masked, causal in zip(*results, strict=True):
         torch.testing.assert_close(causal, masked, atol=1e-5, rtol=1e-5)
+
+
+def test_the_keys_of_a_prompt_are_laid_out_once():
+    """Else the product of every decoded token would copy them."""
+    cache = common.GroupCache(group_size=2, max_new_tokens=4)
+    cache.add_prompt(*(torch.randn(1, 5, 3, 8).transpose(1, 2) for _ in range(2)))
+    assert all(x.is_contiguous() for x in cache.prompt[0])
+
+
+def test_a_fused_optimizer_resumes_with_its_steps_on_the_gpu(tmp_path):
+    """Its kernel reads them there. The device `meta` stands for a GPU."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    args = ral_grpo.Args(out=str(tmp_path))
+    runs.write_state(tmp_path, {"step": 1}, runs.state_tensors(model, optimizer), args)
+    resumed = torch.nn.Linear(2, 2, device="meta")
+    optimizer = torch.optim.AdamW(resumed.parameters(), lr=1e-3)
+    optimizer.defaults["fused"] = True  # it refuses parameters on that device
+    runs.load_state(tmp_path / "state" / "step-000001", resumed, optimizer)
+    on_gpu = dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), "meta")
+    for state in optimizer.state.values():
+        assert {name: value.device.type for name, value in state.items()} == on_gpu

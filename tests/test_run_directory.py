@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,11 +32,9 @@ CHILD_ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 @pytest.fixture(autouse=True)
 def restored():
-    """A run that fails leaves its signal handlers, and a test may limit the size of files."""
+    """A run that fails leaves its signal handlers."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -158,6 +157,16 @@ def limit_files(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
+@contextmanager
+def limits_end():
+    """Before the test ends: pytest writes its result into what may be a file, too."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @pytest.mark.parametrize(
     ("function", "call", "size", "name", "intact"),
     [
@@ -182,7 +191,7 @@ def test_what_cannot_be_written_is_one_line(
 
     monkeypatch.setattr(grpo_baseline, function, limited)
     words = rf"^--out {out}: ({name}) cannot be written \([^\n]*File too large[^\n]*{intact}$"
-    with pytest.raises(runs.UsageError, match=words):
+    with limits_end(), pytest.raises(runs.UsageError, match=words):
         grpo_baseline.main(grpo_baseline.Args(**FIELDS, model=str(cold_start), out=str(out)))
     assert not list(out.glob(".checkpoint-*")) and not list(out.glob("state/*.part"))
 
@@ -251,11 +260,10 @@ def test_an_evaluation_that_cannot_be_written_is_one_line(cold_start, tmp_path, 
     out = tmp_path / "out"
     whole = evaluate.main(replace(args, out=str(tmp_path / "whole")))
     size = (tmp_path / "whole" / "predictions.jsonl").stat().st_size
-    limit_files(size // 2)
     words = r"predictions.jsonl cannot be written \(File too large\).*intact: .*predictions.jsonl$"
-    with pytest.raises(runs.UsageError, match=words):
+    with limits_end(), pytest.raises(runs.UsageError, match=words):
+        limit_files(size // 2)
         evaluate.main(replace(args, out=str(out)))
-    limit_files(resource.RLIM_INFINITY)
     assert evaluate.main(replace(args, out=str(out))) == whole
 
 

@@ -57,7 +57,10 @@ from evaluate import draw_curves, draw_looks, evaluate
 from memory import fit_memory
 from prompts import Example, Processor, Prompt, PromptBatch, collate, encode_prompt
 from runs import (
+    REAL_RUN,
+    TOY_RUN,
     Run,
+    RunArgs,
     Stopwatch,
     check_run,
     fill_defaults,
@@ -77,79 +80,38 @@ from runs import (
 # 1. Arguments
 
 # Fields that are None take their value from one of these: the toy's, or a real model's.
-TOY = {"steps": 160, "learning_rate": 6e-4, "num_iterations": 4, "think": False}
-RATE = {False: 1e-6, True: 2e-5}  # of a real model: its weights, or adapters, which need more
-REAL = {"steps": 800, "num_iterations": 2, "think": True}
-TOY |= {"prompts_per_step": 16, "micro_batch_size": 16}
-REAL |= {"prompts_per_step": 8, "micro_batch_size": 1}
-TOY |= {"eval_every": 20, "eval_examples": 512, "workers": 0, "save_every": 0}
-REAL |= {
-    "eval_every": 100,
-    "eval_examples": 128,
-    "workers": 4,
-    "save_every": 50,
-    "max_prompt_tokens": 16384,
+TOY = TOY_RUN | {
+    "steps": 160,
+    "eval_every": 20,
+    "learning_rate": 6e-4,
+    "prompts_per_step": 16,
+    "micro_batch_size": 16,
+    "num_iterations": 4,
+    "think": False,
 }
-REAL |= {"max_pixels": 256 * 28 * 28, "frame_pixels": 128 * 28 * 28}
+REAL = REAL_RUN | {
+    "steps": 800,
+    "prompts_per_step": 8,
+    "micro_batch_size": 1,
+    "num_iterations": 2,
+    "think": True,
+}
+RATE = {False: 1e-6, True: 2e-5}  # of a real model: its weights, or adapters, which need more
 NEW_TOKENS = {"toy": {False: 16, True: 64}, "real": {False: 768, True: 768}}  # direct, thinking
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     model: str | None = None
     """Checkpoint directory or hub name; unset: the cold start that sft.py left at
     runs/sft/checkpoint."""
-    data: str | None = None
-    """JSON or JSON lines file with Video-R1's fields, see data.py; unset: the built-in task."""
-    eval_data: str | None = None
-    """The same, to evaluate on; unset: up to a tenth of --data, kept out of training."""
-    media_root: tuple[str, ...] = ()
-    """Folders that the rows' paths are relative to; unset: the data file's own."""
-    check_data: bool = False
-    """Read every row once, report what cannot be used, and stop."""
     out: str = f"runs/{Path(__file__).stem}"
     """Run directory. A run that is in the way is moved to OUT.1 and so on."""
-    overwrite: bool = False
-    """Replace the run at OUT instead of moving it."""
-    track: bool = False
-    """Send the metrics to Weights & Biases too."""
-    save_every: int | None = None
-    """Steps between states to resume from, in OUT/state; 0: none. Toy: 0. Real: 50."""
-    keep: int = 2
-    """How many of these states are kept."""
-    resume: str | None = None
-    """Go on from this state, or with `auto` from the newest good one of OUT, if there is one."""
-    allow_changed_args: bool = False
-    """Resume although arguments that change what is computed are not as they were."""
-    seed: int = 1
-    """Seed of data and sampling; one seed reproduces a run on one machine."""
     think: bool | None = None
     """`--think`: a thought, then the answer; `--no-think`: the answer alone (RAL-zero). Paper:
     think. Toy: no."""
-    frames: int | None = None
-    """Frames of each video, evenly spaced; unset: 16, on the toy those of its checkpoint."""
-    fps: float | None = None
-    """Frames a second of each video instead, with --frames as the most."""
-    max_pixels: int | None = None
-    """Pixels of an image at most; a visual token has 28 x 28. Real: 256 tokens, as Video-R1."""
-    frame_pixels: int | None = None
-    """The same of each frame of a video. Real: 128 tokens, two frames share one; as Video-R1."""
-    max_prompt_tokens: int | None = None
-    """A row whose prompt is longer is skipped. Real: 16384."""
-    max_skipped: float = 0.01
-    """Stop when more than this fraction of the rows cannot be used."""
-    workers: int | None = None
-    """Processes that read and encode ahead. Toy: 0. Real: 4."""
-    grid: int | None = None
-    """Cells along each side of the toy's pictures (3 or more); unset: the checkpoint's, or 4."""
-    toy_order: Literal["question-first", "image-first"] | None = None
-    """What the toy's prompt begins with; unset: the checkpoint's."""
     steps: int | None = None
     """Optimisation steps, each with a rollout of its own. Paper: 800. Toy: 160."""
-    eval_every: int | None = None
-    """Steps between evaluations on held-out examples. Toy: 20. Real: 100."""
-    eval_examples: int | None = None
-    """Held-out examples of an evaluation. Toy: 512. Real: 128."""
     learning_rate: float | None = None
     """AdamW's learning rate, constant. Real: 1e-6, as Video-R1 (a digest: 1e-5), of adapters 2e-5
     [ours]. Toy: 6e-4."""
@@ -185,20 +147,15 @@ class Args:
     """Weight of the KL to the starting model; 0 needs no reference. Paper: 0.04."""
 
     def __post_init__(self) -> None:
-        require_positive(
-            self, "steps", "eval_every", "eval_examples", "learning_rate", "max_grad_norm", "frames"
-        )
-        require_positive(self, "fps", "max_pixels", "frame_pixels", "max_prompt_tokens")
+        super().__post_init__()
+        require_positive(self, "steps", "learning_rate", "max_grad_norm")
         require_positive(
             self, "micro_batch_size", "prompts_per_step", "num_iterations", "max_new_tokens"
         )
         require_positive(self, "temperature", "clip_eps")
-        require(self.grid is None or self.grid >= 3, f"--grid {self.grid}: needs 3 or more")
         require(self.group_size >= 2, f"--group-size {self.group_size}: needs 2 or more")
         require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be in (0, 1]")
-        require_positive(self, "keep")
-        require_not_negative(self, "save_every", "lora_rank")
-        require_not_negative(self, "max_skipped", "seed", "beta")
+        require_not_negative(self, "lora_rank", "beta")
 
 
 # 2. Prompt and reward

@@ -30,7 +30,7 @@ from importlib.util import find_spec
 from io import BytesIO, FileIO
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NoReturn, TextIO
+from typing import Any, Literal, NoReturn, TextIO
 
 import numpy as np
 import torch
@@ -54,6 +54,77 @@ def require(condition: bool, message: str) -> None:
     """Raise `UsageError(message)` unless `condition` holds."""
     if not condition:
         raise UsageError(message)
+
+
+# What these arguments are where None stands for "unset": with a toy, with a real model.
+TOY_RUN = {"eval_examples": 512, "workers": 0, "save_every": 0}
+REAL_RUN = {
+    "eval_every": 100,
+    "eval_examples": 128,
+    "workers": 4,
+    "save_every": 50,
+    "max_prompt_tokens": 16384,
+    "max_pixels": 256 * 28 * 28,
+    "frame_pixels": 128 * 28 * 28,
+}
+
+
+@dataclass
+class RunArgs:
+    """The arguments that every training run has, whatever its method."""
+
+    data: str | None = None
+    """JSON or JSON lines file with Video-R1's fields, see data.py; unset: the built-in task."""
+    eval_data: str | None = None
+    """The same, to evaluate on; unset: up to a tenth of --data, kept out of training."""
+    media_root: tuple[str, ...] = ()
+    """Folders that the rows' paths are relative to; unset: the data file's own."""
+    check_data: bool = False
+    """Read every row once, report what cannot be used, and stop."""
+    frames: int | None = None
+    """Frames of each video, evenly spaced; unset: 16, on the toy those of its checkpoint."""
+    fps: float | None = None
+    """Frames a second of each video instead, with --frames as the most."""
+    max_pixels: int | None = None
+    """Pixels of an image at most; a visual token has 28 x 28. Real: 256 tokens, as Video-R1."""
+    frame_pixels: int | None = None
+    """The same of each frame of a video. Real: 128 tokens, two frames share one; as Video-R1."""
+    max_prompt_tokens: int | None = None
+    """A row whose prompt is longer is skipped. Real: 16384."""
+    max_skipped: float = 0.01
+    """Stop when more than this fraction of the rows cannot be used."""
+    workers: int | None = None
+    """Processes that read and encode ahead. Toy: 0. Real: 4."""
+    grid: int | None = None
+    """Cells along each side of the toy's pictures (3 or more); unset: the checkpoint's, or 4."""
+    toy_order: Literal["question-first", "image-first"] | None = None
+    """What the toy's prompt begins with; unset: the checkpoint's, or the question."""
+    eval_every: int | None = None
+    """Steps between evaluations on held-out examples. Real: 100."""
+    eval_examples: int | None = None
+    """Held-out examples of an evaluation. Toy: 512. Real: 128."""
+    seed: int = 1
+    """Seed of data, sampling and new weights; one seed reproduces a run on one machine."""
+    out: str = "runs"
+    """Run directory. A run that is in the way is moved to OUT.1 and so on."""
+    overwrite: bool = False
+    """Replace the run at OUT instead of moving it."""
+    track: bool = False
+    """Send the metrics to Weights & Biases too."""
+    save_every: int | None = None
+    """Steps between states to resume from, in OUT/state; 0: none. Toy: 0. Real: 50."""
+    keep: int = 2
+    """How many of these states are kept."""
+    resume: str | None = None
+    """Resume from this state, or with `auto` from the newest good one of OUT, if there is one."""
+    allow_changed_args: bool = False
+    """Resume although arguments that change what is computed are not as they were."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "frames", "fps", "max_pixels", "frame_pixels", "max_prompt_tokens")
+        require_positive(self, "eval_every", "eval_examples", "keep")
+        require_not_negative(self, "save_every", "max_skipped", "seed")
+        require(self.grid is None or self.grid >= 3, f"--grid {self.grid}: needs 3 or more")
 
 
 def run_script(args_class: type, main: Callable, description: str) -> None:

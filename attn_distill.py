@@ -250,8 +250,8 @@ def reward(accuracy: Tensor, format: Tensor) -> Tensor:
 
 @dataclass
 class Batch:
-    """Some prompts of a rollout with what the loss needs: `advantages` (B, G); log-probabilities
-    (B, G, T).
+    """Some prompts of a rollout with what the loss needs: `advantages` (B, G, 1), or (B, G, T) in
+    a fork that tells tokens apart; log-probabilities (B, G, T).
 
     `teacher_rollout` is the same rollout with the visual features of the teacher.
     """
@@ -315,21 +315,21 @@ def score_reference(reference: Module, batches: list[Batch], args: Args) -> None
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G); std with ddof
-    1 [ours].
+    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G, 1): one for all
+    tokens of a response; std with ddof 1 [ours].
 
     Exactly 0 where all rewards of a group are equal, decided before dividing: eight float32 rewards
     of 0.9 have a standard deviation of 6e-8, and would get an advantage.
 
     >>> rewards = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.9, 0.9, 0.9, 0.9]])
-    >>> group_advantages(rewards)
+    >>> group_advantages(rewards)[..., 0]
     tensor([[ 0.8659, -0.8659,  0.8659, -0.8659],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     scaled = centred / (rewards.std(dim=1, keepdim=True) + 1e-4)
     equal = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
-    return scaled.masked_fill(equal, 0.0)
+    return scaled.masked_fill(equal, 0.0)[..., None]
 
 
 def clipped_loss(
@@ -338,7 +338,6 @@ def clipped_loss(
     """GRPO's -min(ratio A, clip(ratio) A) of each token, and whether the clip held it, both (B, G,
     T)."""
     ratio = torch.exp(logps - old_logps)
-    advantages = advantages[..., None]
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
     return -torch.minimum(unclipped, clipped), (clipped < unclipped).float()
 
@@ -465,7 +464,7 @@ def loss_terms(model: Module, teacher: Module, batch: Batch, args: Args) -> dict
 def term_norm(model: Module, teacher: Module, batches: list[Batch], args: Args, term: str) -> float:
     """Gradient norm of one term of the loss by itself, before its weight, from a forward and
     backward of its own [ours]."""
-    responses = sum(batch.advantages.numel() for batch in batches)
+    responses = sum(batch.rollout.truncated.numel() for batch in batches)
     for batch in batches:
         terms = loss_terms(model, teacher, batch, args)
         # Nothing, but a sharded layer whose output had no gradient could not go backward.
@@ -490,7 +489,7 @@ def update(
     `measure` adds the gradient norms of the two distillation terms before the first step.
     """
     model.train()
-    responses = sum(batch.advantages.numel() for batch in batches)
+    responses = sum(batch.rollout.truncated.numel() for batch in batches)
     metrics = defaultdict(float)
     for name, term in (("gkd", "gkd"), ("attn", "attn_loss")) if measure else ():  # Attention
         norm = term_norm(model, teacher, batches, args, term)  # Attention

@@ -196,8 +196,8 @@ def reward(accuracy: Tensor, format: Tensor) -> Tensor:
 
 @dataclass
 class Batch:
-    """Some prompts of a rollout with what the loss needs: `advantages` (B, G); log-probabilities
-    (B, G, T)."""
+    """Some prompts of a rollout with what the loss needs: `advantages` (B, G, 1), or (B, G, T) in
+    a fork that tells tokens apart; log-probabilities (B, G, T)."""
 
     rollout: Rollout
     advantages: Tensor
@@ -257,21 +257,21 @@ def score_reference(reference: Module, batches: list[Batch], args: Args) -> None
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G); std with ddof
-    1 [ours].
+    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G, 1): one for all
+    tokens of a response; std with ddof 1 [ours].
 
     Exactly 0 where all rewards of a group are equal, decided before dividing: eight float32 rewards
     of 0.9 have a standard deviation of 6e-8, and would get an advantage.
 
     >>> rewards = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.9, 0.9, 0.9, 0.9]])
-    >>> group_advantages(rewards)
+    >>> group_advantages(rewards)[..., 0]
     tensor([[ 0.8659, -0.8659,  0.8659, -0.8659],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     scaled = centred / (rewards.std(dim=1, keepdim=True) + 1e-4)
     equal = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
-    return scaled.masked_fill(equal, 0.0)
+    return scaled.masked_fill(equal, 0.0)[..., None]
 
 
 def clipped_loss(
@@ -280,7 +280,6 @@ def clipped_loss(
     """GRPO's -min(ratio A, clip(ratio) A) of each token, and whether the clip held it, both (B, G,
     T)."""
     ratio = torch.exp(logps - old_logps)
-    advantages = advantages[..., None]
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
     return -torch.minimum(unclipped, clipped), (clipped < unclipped).float()
 
@@ -315,7 +314,7 @@ def update(
     """`num_iterations` optimiser steps on one rollout, each over all its microbatches; metrics are
     their means."""
     model.train()
-    responses = sum(batch.advantages.numel() for batch in batches)
+    responses = sum(batch.rollout.truncated.numel() for batch in batches)
     metrics = defaultdict(float)
     for _ in range(args.num_iterations):
         for batch in batches:

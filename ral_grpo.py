@@ -233,8 +233,8 @@ def reward(accuracy: Tensor, format: Tensor) -> Tensor:
 
 @dataclass
 class Batch:
-    """Some prompts of a rollout with what the loss needs: `advantages` (B, G); log-probabilities
-    (B, G, T).
+    """Some prompts of a rollout with what the loss needs: `advantages` (B, G, 1), or (B, G, T) in
+    a fork that tells tokens apart; log-probabilities (B, G, T).
 
     `old_attn` (B, G, T, P + T) is the attention policy to compare with: that of the rollout, or of
     the reference.
@@ -302,21 +302,21 @@ def score_reference(reference: Module, batches: list[Batch], args: Args) -> None
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G); std with ddof
-    1 [ours].
+    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G, 1): one for all
+    tokens of a response; std with ddof 1 [ours].
 
     Exactly 0 where all rewards of a group are equal, decided before dividing: eight float32 rewards
     of 0.9 have a standard deviation of 6e-8, and would get an advantage.
 
     >>> rewards = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.9, 0.9, 0.9, 0.9]])
-    >>> group_advantages(rewards)
+    >>> group_advantages(rewards)[..., 0]
     tensor([[ 0.8659, -0.8659,  0.8659, -0.8659],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     scaled = centred / (rewards.std(dim=1, keepdim=True) + 1e-4)
     equal = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
-    return scaled.masked_fill(equal, 0.0)
+    return scaled.masked_fill(equal, 0.0)[..., None]
 
 
 def clipped_loss(
@@ -325,7 +325,6 @@ def clipped_loss(
     """GRPO's -min(ratio A, clip(ratio) A) of each token, and whether the clip held it, both (B, G,
     T)."""
     ratio = torch.exp(logps - old_logps)
-    advantages = advantages[..., None]
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
     return -torch.minimum(unclipped, clipped), (clipped < unclipped).float()
 
@@ -396,7 +395,7 @@ def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
     attn_jsd = divergence(attn, batch.old_attn, args.attn_divergence)  # RAL: (B, G, T)
     terms = {"pg_loss": pg, "kl": kl, "entropy": scores.entropy, "clip_frac": clipped}
     # RAL (eq. 3): its mean over a response's tokens is taken with that of the others.
-    terms |= {"attn_jsd": attn_jsd, "attn_loss": batch.advantages[..., None] * attn_jsd}  # RAL
+    terms |= {"attn_jsd": attn_jsd, "attn_loss": batch.advantages * attn_jsd}  # RAL
     terms = {name: response_mean(term, scores.mask) for name, term in terms.items()}
     terms["loss"] = terms["pg_loss"] + args.beta * terms["kl"]
     terms["loss"] = terms["loss"] + args.lambda_attn * terms["attn_loss"]  # RAL
@@ -409,7 +408,7 @@ def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
 def term_norm(model: Module, batches: list[Batch], args: Args, term: str) -> float:
     """RAL: gradient norm of one term of the loss by itself, before its weight, from a forward and
     backward of its own [ours]."""
-    responses = sum(batch.advantages.numel() for batch in batches)
+    responses = sum(batch.rollout.truncated.numel() for batch in batches)
     for batch in batches:
         terms = loss_terms(model, batch, args)
         # Nothing, but a sharded layer whose output had no gradient could not go backward.
@@ -430,7 +429,7 @@ def update(
     of the two terms in the last one.
     """
     model.train()
-    responses = sum(batch.advantages.numel() for batch in batches)
+    responses = sum(batch.rollout.truncated.numel() for batch in batches)
     metrics = defaultdict(float)
     for iteration in range(1, args.num_iterations + 1):
         if measure and iteration == args.num_iterations:  # RAL

@@ -64,7 +64,7 @@ def main(args: Args) -> None:
             policy = ral_grpo.attention_policy(scores.attentions[0], options.attn_row)
             jsd = ral_grpo.divergence(policy, part.old_attn) * scores.mask
         jsd = jsd / scores.mask.sum(-1, keepdim=True)  # as the loss has it
-        term = advantages[..., None] * jsd  # (B, G, T)
+        term = advantages * jsd  # (B, G, T)
         by_response, by_group = term.abs().sum((0, 1)), term.sum(1).abs().sum(0)
         equal = (scores.mask.sum(-1) == scores.mask.sum(-1)[:, :1]).all(-1).float().mean()
         print(f"\n{path}, {attn_row} rows; {equal:.0%} of the groups have one length")

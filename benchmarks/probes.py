@@ -42,7 +42,7 @@ def attention_advantages(change: Callable[[Tensor], Tensor]):
 
         def loss_terms(model, batch, args):
             terms = plain(model, batch, args)
-            advantages = batch.advantages
+            advantages = batch.advantages[..., 0]
             attn_loss = change(advantages) * terms["attn_jsd"]
             difference = attn_loss - terms["attn_loss"]
             terms["loss"] = terms["loss"] + args.lambda_attn * difference

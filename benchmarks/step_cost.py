@@ -159,7 +159,7 @@ def update_work(variant: str, p: int, t: int) -> Callable[[], None]:
     completions = torch.randint(3, 4000, (1, GROUP, t))
     full = torch.ones(1, GROUP, t, dtype=torch.bool)
     rollout = common.Rollout(prompts, completions, full, torch.zeros(1, GROUP, dtype=torch.bool))
-    advantages = torch.linspace(-1, 1, GROUP)[None]
+    advantages = torch.linspace(-1, 1, GROUP)[None, :, None]
     if variant in ("grpo", "ral"):
         script = {"grpo": grpo_baseline, "ral": ral_grpo}[variant]
         args = script.Args(num_iterations=1, beta=0.0, **(ROW if variant == "ral" else {}))
@@ -184,11 +184,11 @@ def update_work(variant: str, p: int, t: int) -> Callable[[], None]:
         outputs = model(**inputs)
         logps = outputs.logits.log_softmax(-1).gather(-1, completions[0, ..., None])[..., 0]
         ratio = torch.exp(logps - logps.detach())
-        loss = -(ratio * advantages[0, :, None]).mean()
+        loss = -(ratio * advantages[0]).mean()
         if variant == "eager":
             attention = outputs.attentions[-1][:, :, p - 1 : p + t - 1].mean(dim=1)
             jsd = ral_grpo.divergence(attention, attention.detach())
-            loss = loss + (jsd * advantages[0, :, None]).mean()
+            loss = loss + (jsd * advantages[0]).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -264,7 +264,7 @@ def step_work(variant: str, p: int, t: int) -> Callable[[], None]:
         batch = collate(model, [prompt], processor.tokenizer.pad_token_id)
         numbers = range(1)
         rollout, rewards, _, _ = script.roll_out(model, processor, [prompt], batch, numbers, args)
-        advantages = torch.linspace(-1, 1, GROUP)[None] + script.group_advantages(rewards)
+        advantages = torch.linspace(-1, 1, GROUP)[None, :, None] + script.group_advantages(rewards)
         script.update(model, optimizer, [script.Batch(rollout, advantages)], args, *more)
 
     return work

@@ -358,7 +358,7 @@ def step(
             memory.reset()
             rollout = common.generate_group(model, prompts, g, t, torch.rand(b * g, t))
             phase("rollout")
-        advantages = torch.rand(b, g, device=device)
+        advantages = torch.rand(b, g, 1, device=device)
         size = args.micro_batch_size
         cuts = [slice(i, i + size) for i in range(0, b, size)]
         # A distillation script reads the same rollout, with the teacher's features.

@@ -112,7 +112,7 @@ def test_what_is_kept_of_a_rollout_is_its_policy_and_no_more(loaded):
     for row in ("own", "predicting"):
         for anchor in ("rollout", "reference"):
             args = ral_grpo.Args(attn_row=row, attn_anchor=anchor)
-            batch = ral_grpo.Batch(rollout, torch.ones(2, 3))
+            batch = ral_grpo.Batch(rollout, torch.ones(2, 3, 1))
             ral_grpo.score_reference(model, [batch], args)
             assert (batch.old_attn is None) == (anchor == "rollout")
             ral_grpo.loss_terms(model, batch, args)

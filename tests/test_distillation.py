@@ -81,7 +81,7 @@ def distilled(model, processor, lengths, **fields):
     """Terms of the loss for random responses of these lengths, taught by a random model."""
     prompts = make_prompts(model, processor, grids=(4, 4))
     rollout = make_rollout(model, processor, prompts, lengths=lengths)
-    batch = attn_distill.Batch(rollout, torch.zeros(rollout.truncated.shape), rollout)
+    batch = attn_distill.Batch(rollout, torch.zeros(*rollout.truncated.shape, 1), rollout)
     return batch, attn_distill.Args(rl_coef=0.0, mu_gkd=0.0, **fields)
 
 
@@ -174,7 +174,7 @@ def test_distilling_a_model_from_itself_does_nothing(checkpoints, cold_start, bi
             pixels = [prompt.pixels for prompt in prompts]
             features = visual_features(teacher, pixels, rollout.prompts.grids)
             seen = replace(rollout.prompts, features=features, pixels=None)
-        batch = attn_distill.Batch(rollout, torch.ones(2, 3), replace(rollout, prompts=seen))
+        batch = attn_distill.Batch(rollout, torch.ones(2, 3, 1), replace(rollout, prompts=seen))
         terms = attn_distill.loss_terms(model, teacher, batch, args)
         model.zero_grad()
         terms["loss"].sum().backward()

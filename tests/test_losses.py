@@ -96,7 +96,7 @@ def test_advantages_by_hand(script):
         for column, r in enumerate(group):
             expected = 0.0 if min(group) == max(group) else (r - mean) / (std + 1e-4)
             assert advantages[row, column].item() == pytest.approx(expected, abs=1e-6)
-    assert torch.equal(script.group_advantages(torch.full((1, 8), 0.9)), torch.zeros(1, 8))
+    assert torch.equal(script.group_advantages(torch.full((1, 8), 0.9)), torch.zeros(1, 8, 1))
 
 
 def test_near_the_anchor_the_gradient_is_the_movement_since():
@@ -112,15 +112,20 @@ def test_near_the_anchor_the_gradient_is_the_movement_since():
 
 
 @pytest.mark.parametrize("script", SIBLINGS)
-def test_clipped_loss_is_a_plain_loop(script):
+@pytest.mark.parametrize("width", [1, 5])
+def test_clipped_loss_is_a_plain_loop(script, width):
+    """With an advantage a response, and in a fork with one a token."""
     generator = torch.Generator().manual_seed(0)
     logps, old = -torch.rand(2, 2, 3, 5, generator=generator)
-    advantages = torch.randn(2, 3, generator=generator)
+    advantages = torch.randn(2, 3, width, generator=generator)
     loss, clipped = script.clipped_loss(logps, old, advantages, 0.2)
     for b in range(2):
         for g in range(3):
             for t in range(5):
-                ratio, a = math.exp(logps[b, g, t] - old[b, g, t]), advantages[b, g].item()
+                ratio, a = (
+                    math.exp(logps[b, g, t] - old[b, g, t]),
+                    advantages[b, g, t % width].item(),
+                )
                 bounded = min(max(ratio, 0.8), 1.2)
                 assert loss[b, g, t].item() == pytest.approx(-min(ratio * a, bounded * a), abs=1e-6)
                 held = (a > 0 and ratio > 1.2) or (a < 0 and ratio < 0.8)

@@ -88,7 +88,7 @@ def planted_batch(model, processor, sign: float, row: str) -> tuple[ral_grpo.Bat
     target = torch.zeros(attention.shape)
     target[..., 20] = 1.0
     anchor = (attention + target) / 2
-    advantages = torch.full(rollout.truncated.shape, sign)
+    advantages = torch.full((*rollout.truncated.shape, 1), sign)
     return ral_grpo.Batch(rollout, advantages, None, scores.logps, anchor), target
 
 
@@ -145,7 +145,7 @@ def test_on_a_prefix_that_a_group_shares_the_attention_term_cancels(
     rollout = make_rollout(model, processor, prompts, lengths=(lengths, lengths))
     rollout.completion_ids[:, :, :2] = rollout.completion_ids[:, :1, :2]  # and then they part
     rollout.completion_ids[:, :, 2] = torch.arange(1, 4)
-    advantages = torch.linspace(-1, 1, 3).expand(2, -1)
+    advantages = torch.linspace(-1, 1, 3).expand(2, -1)[..., None]
     batch = ral_grpo.Batch(rollout, advantages)
     args = ral_grpo.Args(attn_row=row, beta=0.0)
     ral_grpo.loss_terms(model, batch, args)  # keeps the anchor
@@ -162,7 +162,7 @@ def test_on_a_prefix_that_a_group_shares_the_attention_term_cancels(
         grads = torch.autograd.grad(loss, parameters, allow_unused=True)
         return torch.cat([g.flatten() for g in grads if g is not None])
 
-    weights = advantages[..., None] * mask / mask.sum(-1, keepdim=True)  # A_i / T_i
+    weights = advantages * mask / mask.sum(-1, keepdim=True)  # A_i / T_i
     (loss,) = torch.autograd.grad(
         ral_grpo.loss_terms(model, batch, args)["attn_loss"].sum(),
         [model.model.language_model.layers[0].mlp.down_proj.weight],

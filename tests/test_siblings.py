@@ -104,11 +104,18 @@ def args_fields(script: str) -> dict[str, str]:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_shared_fields_come_first_and_are_the_same(script):
     ours, baseline = args_fields(script), args_fields("grpo_baseline.py")
-    common = 14 if script == "sft.py" else len(baseline)
+    common = 5 if script == "sft.py" else len(baseline)  # the method of SFT is another one
     assert list(ours)[:common] == list(baseline)[:common]
     for name in list(baseline)[:common]:
-        if name != "eval_every":  # its default suits the length of the run
-            assert ours[name] == baseline[name]
+        assert ours[name] == baseline[name]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_declares_the_arguments_that_it_reads(script):
+    """Those that every run has are `RunArgs`. A run directory is the script's own."""
+    source = (ROOT / script).read_text()
+    for name in args_fields(script):
+        assert name == "out" or re.search(rf"\b(args|self)\.{name}\b", source), name
 
 
 @pytest.mark.parametrize(("baseline", "idea"), PAIRS)

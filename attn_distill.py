@@ -56,10 +56,10 @@ from common import (
     ATTENTION_CHUNK,
     Rollout,
     accuracy,
-    by_rows,
     gathered,
     generate_group,
     has_format,
+    in_chunks,
     load_model,
     load_processor,
     load_teacher,
@@ -84,6 +84,7 @@ from runs import (
     check_run,
     fill_defaults,
     find_state,
+    full_tensor,
     print_summary,
     rank,
     require,
@@ -93,7 +94,6 @@ from runs import (
     same_inputs,
     seed_everything,
     step_numbers,
-    whole,
 )
 
 # 1. Arguments
@@ -280,16 +280,16 @@ def roll_out(
         )
     texts = rollout.texts(processor.tokenizer)
     examples = [prompt.example for prompt in prompts]
-    right = torch.tensor(
+    accuracies = torch.tensor(
         [[accuracy(t, x, args.reward) for t in g] for g, x in zip(texts, examples, strict=True)]
     )
-    tidy = torch.tensor([[float(has_format(t, args.think)) for t in group] for group in texts])
-    tidy = tidy.masked_fill(rollout.truncated.cpu(), 0.0)
-    rewards = reward(right, tidy)
+    formats = torch.tensor([[float(has_format(t, args.think)) for t in group] for group in texts])
+    formats = formats.masked_fill(rollout.truncated.cpu(), 0.0)
+    rewards = reward(accuracies, formats)
     metrics = {
         "rollout/reward": rewards.mean().item(),
-        "rollout/accuracy": right.mean().item(),
-        "rollout/format": tidy.mean().item(),
+        "rollout/accuracy": accuracies.mean().item(),
+        "rollout/format": formats.mean().item(),
         "rollout/reward_std": rewards.std(dim=1).mean().item(),
         "rollout/frac_zero_std": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
         "rollout/completion_len": rollout.completion_mask.sum(-1).float().mean().item(),
@@ -356,7 +356,7 @@ def gkd(
 
     beta * KL(teacher || m) + (1 - beta) * KL(student || m) with m = (1 - beta) * student +
     beta * teacher; at the ends, where that is 0, KL(teacher || student) for beta 0 and
-    KL(student || teacher) for beta 1. In row chunks, see `by_rows`. A vocabulary that is padded
+    KL(student || teacher) for beta 1. In row chunks, see `in_chunks`. A vocabulary that is padded
     further in one model than in the other is cut to the shorter: the rest are no tokens.
     """
     words = min(student.shape[-1], teacher.shape[-1])
@@ -374,7 +374,7 @@ def gkd(
         m = torch.logaddexp(s + math.log(1 - beta), t + math.log(beta))
         return (beta * (t.exp() * (t - m)).sum(-1) + (1 - beta) * (s.exp() * (s - m)).sum(-1),)
 
-    return by_rows(chunk, student.flatten(0, 2), teacher.flatten(0, 2))[0].view(student.shape[:3])
+    return in_chunks(chunk, student.flatten(0, 2), teacher.flatten(0, 2))[0].view(student.shape[:3])
 
 
 def attention_policy(rows: Tensor, row: str) -> Tensor:
@@ -398,7 +398,7 @@ def attention_policy(rows: Tensor, row: str) -> Tensor:
 
 def jsd(p: Tensor, q: Tensor) -> Tensor:
     """Jensen-Shannon divergence of distributions along the last axis, in nats, between 0 and
-    ln 2; zeros are harmless, in value and in gradient. In row chunks, see `by_rows`."""
+    ln 2; zeros are harmless, in value and in gradient. In row chunks, see `in_chunks`."""
 
     def kl(p: Tensor, q: Tensor) -> Tensor:
         tiny = torch.finfo(p.dtype).tiny
@@ -409,7 +409,7 @@ def jsd(p: Tensor, q: Tensor) -> Tensor:
         return ((kl(p, middle) + kl(q, middle)) / 2,)
 
     rows = (x.reshape(-1, x.shape[-1]) for x in (p, q))
-    return by_rows(chunk, *rows, elements=ATTENTION_CHUNK)[0].view(p.shape[:-1])
+    return in_chunks(chunk, *rows, elements=ATTENTION_CHUNK)[0].view(p.shape[:-1])
 
 
 def frame_bins(attention: Tensor, prompts: PromptBatch, config: Any) -> Tensor:
@@ -467,12 +467,12 @@ def term_norm(model: Module, teacher: Module, batches: list[Batch], args: Args, 
     responses = sum(batch.rollout.truncated.numel() for batch in batches)
     for batch in batches:
         terms = loss_terms(model, teacher, batch, args)
-        # Nothing, but a sharded layer whose output had no gradient could not go backward.
+        # Adds zero so that every FSDP layer's output receives a gradient; else backward fails.
         nothing = 0 * terms["loss"].sum()
         (terms[term].sum() / responses + nothing).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     model.zero_grad()
-    return whole(norm).item()
+    return full_tensor(norm).item()
 
 
 def update(
@@ -502,7 +502,7 @@ def update(
                 metrics[f"train/{name}"] += (
                     term.detach().sum().item() / responses / args.num_iterations
                 )
-        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
         metrics["train/grad_norm"] += norm.item() / args.num_iterations
         if not torch.isfinite(norm):
             break  # and the loop stops the run

@@ -62,7 +62,16 @@ from answers import (
     word_accuracy,
 )
 from prompts import Example, Processor, PromptBatch, encoder_outputs, repair_turns
-from runs import UsageError, gather, on_rank_0, rank, require, say, whole, world
+from runs import (
+    UsageError,
+    full_tensor,
+    gather,
+    on_rank_0,
+    print_on_rank_0,
+    rank,
+    require,
+    world_size,
+)
 
 transformers_logging.disable_progress_bar()
 
@@ -71,7 +80,7 @@ transformers_logging.disable_progress_bar()
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 REMEDY = "give a checkpoint directory or a hub name (owner/name)"
-say_once = cache(say)  # a run loads a checkpoint's processor several times
+note_once = cache(print_on_rank_0)  # a run loads a checkpoint's processor several times
 
 
 @contextmanager
@@ -119,7 +128,7 @@ def load_processor(
         files = {name: file.read_bytes() for name, file in files.items() if name not in weights}
         processor = Processor(tokenizer, image_processor, files, max_pixels, frame_pixels)
         if changes := repair_turns(processor):
-            say_once(f"{named}: {changes}")
+            note_once(f"{named}: {changes}")
     return config, processor
 
 
@@ -160,7 +169,7 @@ def load_model(
         # cuDNN's attention builds a plan for every new shape, and the shapes of a step all differ.
         torch.backends.cuda.enable_cudnn_sdp(False)
     # A frozen model of one process has nothing to spread and nothing to hold in another dtype.
-    sharded = dist.is_initialized() and not (frozen and world() == 1)
+    sharded = dist.is_initialized() and not (frozen and world_size() == 1)
 
     def read() -> Module:
         with one_line(f"{field} {path}"):
@@ -242,7 +251,7 @@ def shard(model: Module) -> None:
     outside = {
         parameter
         for parameter in model.parameters()
-        if world() == 1 and not parameter.requires_grad and parameter.dtype == compute_dtype()
+        if world_size() == 1 and not parameter.requires_grad and parameter.dtype == compute_dtype()
     }
     for block in (*model.model.language_model.layers, *model.model.visual.blocks):
         fully_shard(block, mp_policy=policy, ignored_params=outside)
@@ -298,7 +307,7 @@ def save_model(directory: Path | None, model: Module, processor: Processor) -> N
     for name, tensor in model.state_dict().items():
         if name in tied:
             continue
-        tensor = whole(tensor)  # every rank has a part in it
+        tensor = full_tensor(tensor)  # every rank has a part in it
         if "lora_" in name:
             if directory is not None:
                 name = f"base_model.model.{name.replace('.default.', '.')}"
@@ -306,7 +315,7 @@ def save_model(directory: Path | None, model: Module, processor: Processor) -> N
             continue
         layer = layers.get(name.removesuffix(".base_layer.weight"))
         if layer is not None:
-            a, b = (whole(x["default"].weight) for x in (layer.lora_A, layer.lora_B))
+            a, b = (full_tensor(x["default"].weight) for x in (layer.lora_A, layer.lora_B))
             tensor = tensor.float() + layer.scaling["default"] * (b @ a)
         if directory is not None:
             weights[name.replace(".base_layer", "")] = tensor.to("cpu", compute_dtype())
@@ -812,7 +821,7 @@ def response_mask(prompts: PromptBatch, t: int, config: Any) -> Tensor:
 LOGIT_CHUNK = 2**26 if torch.cuda.is_available() else 2**24
 
 
-def by_rows(
+def in_chunks(
     function: Callable[..., tuple[Tensor, ...]],
     *tensors: Tensor,
     elements: int = LOGIT_CHUNK,
@@ -858,7 +867,7 @@ def token_scores(
         return logps.gather(-1, targets[:, None])[:, 0], entropy
 
     values = hidden if logits is None else logits
-    logps, entropy = by_rows(chunk, values, targets, width=head.out_features)
+    logps, entropy = in_chunks(chunk, values, targets, width=head.out_features)
     return logps, entropy, logits, outputs.attentions or ()
 
 

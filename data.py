@@ -37,7 +37,15 @@ from tqdm import tqdm
 from answers import MAX_ANSWER, option_letter, option_texts, read_number
 from common import extract_answer
 from prompts import Example, Prompt
-from runs import Skipped, UsageError, rank, require, require_not_negative, say, world
+from runs import (
+    Skipped,
+    UsageError,
+    print_on_rank_0,
+    rank,
+    require,
+    require_not_negative,
+    world_size,
+)
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no format that runs a program
@@ -510,7 +518,7 @@ class Reader:
 
     def begin(self, number: int) -> Iterator[Prompt]:
         """This rank's prompts from `number` on, without end."""
-        return iter(replace(self, numbers=range(number, 2**62, world())))
+        return iter(replace(self, numbers=range(number, 2**62, world_size())))
 
     def __iter__(self) -> Iterator[Prompt]:
         loader = DataLoader(
@@ -584,7 +592,7 @@ def check_files(args: Any, is_toy: bool) -> None:
             given = bool(getattr(args, name))
             require(not given, f"--{name.replace('_', '-')}: needs --data")
         if not is_toy:
-            say("no --data: the built-in task, a smoke run of the model")
+            print_on_rank_0("no --data: the built-in task, a smoke run of the model")
         return
     learned = "the toy knows only the words of its task"
     require(not is_toy, f"--data {args.data}: {learned}; give --model a real checkpoint")
@@ -611,10 +619,10 @@ def open_data(args: Any, encode: Callable[[Example], Prompt]) -> tuple[Reader, R
     skipped = Skipped(args.max_skipped, len(train))
     training = Prompts(train, encode, rows, args.seed, most)
     # Six are drawn; some of the first may be bad.
-    evaluation = Prompts(held_out, encode, apart, None, most, keep_media=8 * world())
+    evaluation = Prompts(held_out, encode, apart, None, most, keep_media=8 * world_size())
     return (
         Reader(training, range(0), args.workers, skipped),
-        Reader(evaluation, range(rank(), len(apart), world()), args.workers, skipped),
+        Reader(evaluation, range(rank(), len(apart), world_size()), args.workers, skipped),
         skipped,
     )
 
@@ -625,7 +633,9 @@ def check_data(args: Any, encode: Callable[[Example], Prompt]) -> dict[str, floa
     Raises:
         UsageError: more than `--max-skipped` of the rows are bad.
     """
-    require(world() == 1, "--check-data: is the work of one process; start it without torchrun")
+    require(
+        world_size() == 1, "--check-data: is the work of one process; start it without torchrun"
+    )
     report, frames = {}, args.frames or (None if args.fps else 16)
     rule = getattr(args, "reward", "by-type")
     for option, path in (("--data", args.data), ("--eval-data", args.eval_data)):

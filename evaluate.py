@@ -58,7 +58,7 @@ from runs import (
     require_not_negative,
     require_positive,
     run_script,
-    world,
+    world_size,
     writing,
 )
 
@@ -108,7 +108,7 @@ def judge(
         texts = rollout.texts(processor.tokenizer)
         has_targets = all(prompt.example.target for prompt in chunk)
         wanted = list(range(layers)) if has_targets else [attn_layer % layers]
-        # Of no more than are measured or shown: logits are large.
+        # Score only the examples that are measured or drawn; logits are large.
         shown = len(chunk) if has_targets else max(0, looks - done)
         if shown:
             part = rollout[:shown]
@@ -571,7 +571,7 @@ def draw_sweep(path: Path, results: dict[Setting, list[dict[str, Any]]], varied:
 def main(args: Args) -> dict[str, float]:
     """Evaluate every setting of the sweep; returns the metrics of the last one."""
     one = f"--out {args.out}: is written by one process; start it without torchrun"
-    require(world() == 1, one)
+    require(world_size() == 1, one)
     base = Path(args.model)
     is_toy = toy.Task.load(base) is not None
     require(not (is_toy and args.data), f"--data {args.data}: the toy knows only its own task")

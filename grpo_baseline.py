@@ -65,6 +65,7 @@ from runs import (
     check_run,
     fill_defaults,
     find_state,
+    full_tensor,
     print_summary,
     rank,
     require,
@@ -74,7 +75,6 @@ from runs import (
     same_inputs,
     seed_everything,
     step_numbers,
-    whole,
 )
 
 # 1. Arguments
@@ -222,16 +222,16 @@ def roll_out(
         )
     texts = rollout.texts(processor.tokenizer)
     examples = [prompt.example for prompt in prompts]
-    right = torch.tensor(
+    accuracies = torch.tensor(
         [[accuracy(t, x, args.reward) for t in g] for g, x in zip(texts, examples, strict=True)]
     )
-    tidy = torch.tensor([[float(has_format(t, args.think)) for t in group] for group in texts])
-    tidy = tidy.masked_fill(rollout.truncated.cpu(), 0.0)
-    rewards = reward(right, tidy)
+    formats = torch.tensor([[float(has_format(t, args.think)) for t in group] for group in texts])
+    formats = formats.masked_fill(rollout.truncated.cpu(), 0.0)
+    rewards = reward(accuracies, formats)
     metrics = {
         "rollout/reward": rewards.mean().item(),
-        "rollout/accuracy": right.mean().item(),
-        "rollout/format": tidy.mean().item(),
+        "rollout/accuracy": accuracies.mean().item(),
+        "rollout/format": formats.mean().item(),
         "rollout/reward_std": rewards.std(dim=1).mean().item(),
         "rollout/frac_zero_std": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
         "rollout/completion_len": rollout.completion_mask.sum(-1).float().mean().item(),
@@ -324,7 +324,7 @@ def update(
                 metrics[f"train/{name}"] += (
                     term.detach().sum().item() / responses / args.num_iterations
                 )
-        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
         metrics["train/grad_norm"] += norm.item() / args.num_iterations
         if not torch.isfinite(norm):
             break  # and the loop stops the run

@@ -45,10 +45,10 @@ import toy
 from common import (
     Rollout,
     accuracy,
-    by_rows,
     gathered,
     generate_group,
     has_format,
+    in_chunks,
     load_model,
     load_processor,
     load_teacher,
@@ -72,6 +72,7 @@ from runs import (
     check_run,
     fill_defaults,
     find_state,
+    full_tensor,
     print_summary,
     rank,
     require,
@@ -81,7 +82,6 @@ from runs import (
     same_inputs,
     seed_everything,
     step_numbers,
-    whole,
 )
 
 # 1. Arguments
@@ -250,16 +250,16 @@ def roll_out(
         )
     texts = rollout.texts(processor.tokenizer)
     examples = [prompt.example for prompt in prompts]
-    right = torch.tensor(
+    accuracies = torch.tensor(
         [[accuracy(t, x, args.reward) for t in g] for g, x in zip(texts, examples, strict=True)]
     )
-    tidy = torch.tensor([[float(has_format(t, args.think)) for t in group] for group in texts])
-    tidy = tidy.masked_fill(rollout.truncated.cpu(), 0.0)
-    rewards = reward(right, tidy)
+    formats = torch.tensor([[float(has_format(t, args.think)) for t in group] for group in texts])
+    formats = formats.masked_fill(rollout.truncated.cpu(), 0.0)
+    rewards = reward(accuracies, formats)
     metrics = {
         "rollout/reward": rewards.mean().item(),
-        "rollout/accuracy": right.mean().item(),
-        "rollout/format": tidy.mean().item(),
+        "rollout/accuracy": accuracies.mean().item(),
+        "rollout/format": formats.mean().item(),
         "rollout/reward_std": rewards.std(dim=1).mean().item(),
         "rollout/frac_zero_std": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
         "rollout/completion_len": rollout.completion_mask.sum(-1).float().mean().item(),
@@ -326,7 +326,7 @@ def gkd(
 
     beta * KL(teacher || m) + (1 - beta) * KL(student || m) with m = (1 - beta) * student +
     beta * teacher; at the ends, where that is 0, KL(teacher || student) for beta 0 and
-    KL(student || teacher) for beta 1. In row chunks, see `by_rows`. A vocabulary that is padded
+    KL(student || teacher) for beta 1. In row chunks, see `in_chunks`. A vocabulary that is padded
     further in one model than in the other is cut to the shorter: the rest are no tokens.
     """
     words = min(student.shape[-1], teacher.shape[-1])
@@ -344,7 +344,7 @@ def gkd(
         m = torch.logaddexp(s + math.log(1 - beta), t + math.log(beta))
         return (beta * (t.exp() * (t - m)).sum(-1) + (1 - beta) * (s.exp() * (s - m)).sum(-1),)
 
-    return by_rows(chunk, student.flatten(0, 2), teacher.flatten(0, 2))[0].view(student.shape[:3])
+    return in_chunks(chunk, student.flatten(0, 2), teacher.flatten(0, 2))[0].view(student.shape[:3])
 
 
 def loss_terms(model: Module, teacher: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
@@ -387,7 +387,7 @@ def update(
                 metrics[f"train/{name}"] += (
                     term.detach().sum().item() / responses / args.num_iterations
                 )
-        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
         metrics["train/grad_norm"] += norm.item() / args.num_iterations
         if not torch.isfinite(norm):
             break  # and the loop stops the run

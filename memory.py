@@ -9,7 +9,7 @@ import torch
 from torch.nn import Linear, Module
 
 from common import ATTENTION_CHUNK, LOGIT_CHUNK, compute_dtype, empty_model, load_processor
-from runs import UsageError, read_state, require, say, world
+from runs import UsageError, print_on_rank_0, read_state, require, world_size
 
 GIB = 2**30
 
@@ -126,7 +126,7 @@ def fit_memory(args: Any, config: Any, reference: bool, teacher: str | None = No
 
     def need(lora_rank: int, processes: int = 0) -> float:
         frozen = teachers + [config] * (reference and not lora_rank)
-        phases = memory_gb(config, args, lora_rank, frozen, processes or world())
+        phases = memory_gb(config, args, lora_rank, frozen, processes or world_size())
         return max(sum(parts.values()) for parts in phases.values())
 
     both = f"--train-vision, --lora-rank {args.lora_rank}: adapters are the language model's only"
@@ -137,11 +137,11 @@ def fit_memory(args: Any, config: Any, reference: bool, teacher: str | None = No
         if need(lora_rank) < 0.95 * have:
             if lora_rank != choices[0]:
                 why = f"all weights need about {need(0):.0f} GB a process, there are {have:.0f}"
-                say(f"{why}: training adapters, --lora-rank {lora_rank}")
+                print_on_rank_0(f"{why}: training adapters, --lora-rank {lora_rank}")
             return replace(args, lora_rank=lora_rank)
     asked = choices[-1]
     remedies = {} if asked or args.train_vision else {"--lora-rank 64": need(64)}
-    remedies |= {f"{n} processes": need(asked, n) for n in (2, 4, 8, 16, 32) if n > world()}
+    remedies |= {f"{n} processes": need(asked, n) for n in (2, 4, 8, 16, 32) if n > world_size()}
     mends = [words for words, gb in remedies.items() if gb < 0.95 * have]
     mends += ["a smaller --max-new-tokens, --frames or --micro-batch-size", "a smaller model"]
     short = f"about {need(asked):.0f} GB a process are needed, there are {have:.0f}"

@@ -58,10 +58,10 @@ from common import (
     ATTENTION_CHUNK,
     Rollout,
     accuracy,
-    by_rows,
     gathered,
     generate_group,
     has_format,
+    in_chunks,
     load_model,
     load_processor,
     require_layer,
@@ -84,6 +84,7 @@ from runs import (
     check_run,
     fill_defaults,
     find_state,
+    full_tensor,
     print_summary,
     rank,
     require,
@@ -93,7 +94,6 @@ from runs import (
     same_inputs,
     seed_everything,
     step_numbers,
-    whole,
 )
 
 # 1. Arguments
@@ -264,16 +264,16 @@ def roll_out(
         )
     texts = rollout.texts(processor.tokenizer)
     examples = [prompt.example for prompt in prompts]
-    right = torch.tensor(
+    accuracies = torch.tensor(
         [[accuracy(t, x, args.reward) for t in g] for g, x in zip(texts, examples, strict=True)]
     )
-    tidy = torch.tensor([[float(has_format(t, args.think)) for t in group] for group in texts])
-    tidy = tidy.masked_fill(rollout.truncated.cpu(), 0.0)
-    rewards = reward(right, tidy)
+    formats = torch.tensor([[float(has_format(t, args.think)) for t in group] for group in texts])
+    formats = formats.masked_fill(rollout.truncated.cpu(), 0.0)
+    rewards = reward(accuracies, formats)
     metrics = {
         "rollout/reward": rewards.mean().item(),
-        "rollout/accuracy": right.mean().item(),
-        "rollout/format": tidy.mean().item(),
+        "rollout/accuracy": accuracies.mean().item(),
+        "rollout/format": formats.mean().item(),
         "rollout/reward_std": rewards.std(dim=1).mean().item(),
         "rollout/frac_zero_std": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
         "rollout/completion_len": rollout.completion_mask.sum(-1).float().mean().item(),
@@ -360,7 +360,7 @@ def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
     ln 2.
 
     `p` is today's attention, `q` the anchor. Zeros are harmless, in value and in gradient. In row
-    chunks, see `by_rows`.
+    chunks, see `in_chunks`.
 
     >>> p, q = torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[0.0, 1.0], [0.5, 0.5]])
     >>> divergence(p, q)
@@ -378,7 +378,7 @@ def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
         return ((kl(p, middle) + kl(q, middle)) / 2,)
 
     rows = (x.reshape(-1, x.shape[-1]) for x in (p, q))
-    return by_rows(chunk, *rows, elements=ATTENTION_CHUNK)[0].view(p.shape[:-1])
+    return in_chunks(chunk, *rows, elements=ATTENTION_CHUNK)[0].view(p.shape[:-1])
 
 
 def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
@@ -411,12 +411,12 @@ def term_norm(model: Module, batches: list[Batch], args: Args, term: str) -> flo
     responses = sum(batch.rollout.truncated.numel() for batch in batches)
     for batch in batches:
         terms = loss_terms(model, batch, args)
-        # Nothing, but a sharded layer whose output had no gradient could not go backward.
+        # Adds zero so that every FSDP layer's output receives a gradient; else backward fails.
         nothing = 0 * terms["loss"].sum()
         (terms[term].sum() / responses + nothing).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     model.zero_grad()
-    return whole(norm).item()
+    return full_tensor(norm).item()
 
 
 def update(
@@ -444,7 +444,7 @@ def update(
                 )
             # RAL: and the divergence of this iteration alone.
             metrics[f"train/attn_jsd_{iteration}"] += terms["attn_jsd"].sum().item() / responses
-        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
         metrics["train/grad_norm"] += norm.item() / args.num_iterations
         if not torch.isfinite(norm):
             break  # and the loop stops the run

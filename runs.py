@@ -143,7 +143,7 @@ def run_script(args_class: type, main: Callable, description: str) -> None:
     except UsageError as error:
         fail(2, f"error: {error}")
     except Exception:
-        if world() == 1:
+        if world_size() == 1:
             raise
         fail(1, traceback.format_exc())
     if dist.is_initialized():
@@ -155,7 +155,7 @@ def fail(status: int, message: str) -> NoReturn:
     torchrun ends them when it is gone."""
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
-    if world() > 1:
+    if world_size() > 1:
         os._exit(status)
     raise SystemExit(status)
 
@@ -206,7 +206,7 @@ class Stopwatch:
         self.metrics: dict[str, float] = {}
 
     def lap(self, phase: str) -> None:
-        """Put down the time since the last lap as `perf/<phase>_s`."""
+        """Record the time since the last lap as `perf/<phase>_s`."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -245,7 +245,7 @@ def start_ranks() -> None:
 def leave_ranks() -> None:
     """End this process together with the others. Several do not run the interpreter's end: once in
     some sixty starts a process aborted there, its work done."""
-    if world() > 1:
+    if world_size() > 1:
         dist.barrier()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -257,22 +257,22 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def world_size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def say(text: str) -> None:
-    """Print it, once."""
+def print_on_rank_0(text: str) -> None:
+    """Print `text` on rank 0 alone."""
     if rank() == 0:
         print(text)
 
 
 def gather(items: list) -> list:
     """The lists of all ranks as one, in the order of the ranks."""
-    if world() == 1:
+    if world_size() == 1:
         return items
-    parts = [None] * world()
+    parts = [None] * world_size()
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
 
@@ -292,8 +292,8 @@ def on_rank_0(action: Callable[[], Any]) -> Any:
 
 
 def over_ranks(metrics: dict[str, float]) -> dict[str, float]:
-    """Means over the ranks; of `perf/*` the most, of tokens a second the sum."""
-    if world() == 1:
+    """Mean over ranks; `perf/*` takes the maximum, tokens per second the sum."""
+    if world_size() == 1:
         return metrics
     parts = gather([metrics])
     columns = {name: [part[name] for part in parts] for name in metrics}
@@ -304,11 +304,11 @@ def over_ranks(metrics: dict[str, float]) -> dict[str, float]:
 
 def step_numbers(args: Any, step: int) -> range:
     """Which prompts of the run, counted from 0, are this rank's in step `step`, counted from 1."""
-    all_ranks = args.prompts_per_step * world()
-    return range((step - 1) * all_ranks + rank(), step * all_ranks, world())
+    all_ranks = args.prompts_per_step * world_size()
+    return range((step - 1) * all_ranks + rank(), step * all_ranks, world_size())
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered from all ranks; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -439,8 +439,8 @@ def check_run(args: Any, *inputs: str) -> None:
 
 @dataclass
 class Skipped:
-    """The account of bad rows. It stops the run when more than `most` of the rows read so far, or
-    of the file's first 1,000, are bad."""
+    """Counts and names the bad rows. It stops the run when the bad rows are more than the fraction
+    `most` of the rows read so far, or of the file's first 1,000."""
 
     most: float = 0.0
     rows: int = 0
@@ -451,7 +451,7 @@ class Skipped:
     def add(self, bad: dict[str, str]) -> None:
         self.read += 1 + len(bad)
         self.name(bad)
-        read = self.read * world()  # `bad` has those of all ranks
+        read = self.read * world_size()  # `bad` has those of all ranks
         if len(self.bad) > self.most * max(read, min(self.rows, 1000)):
             last = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[-2:])
             count = f"{len(self.bad)} bad rows among the first {read}"
@@ -461,15 +461,15 @@ class Skipped:
             raise UsageError(f"--max-skipped {self.most}: {count} ({last}); {remedy}")
 
     def name(self, bad: dict[str, str]) -> None:
-        """Take down those that are not known yet."""
+        """Record the bad rows that are not known yet."""
         new = {name: reason for name, reason in bad.items() if name not in self.bad}
         self.bad |= new
         if self.file is not None:
             self.write(new)
 
     def attach(self, file: FileIO) -> None:
-        """Append what is known to `file` but not in it yet, and from now on each row as it is
-        met. A line that was cut off goes."""
+        """Append the bad rows that `file` lacks, then each new one. A truncated last line is
+        removed."""
         content = Path(file.name).read_bytes()
         content = content[: content.rfind(b"\n") + 1]
         file.truncate(len(content))
@@ -588,8 +588,8 @@ class Run:
             self.tensorboard.flush()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write one line of metrics, to every sink: means over the ranks, which all count the
-        same, and of `perf/*` the most."""
+        """Write one line of metrics to every sink: the mean over the ranks, and the maximum for
+        `perf/*`."""
         metrics = over_ranks(metrics)
         for bad in gather([dict(self.skipped.bad)]):
             self.skipped.name(bad)
@@ -631,10 +631,10 @@ class Run:
             raise UsageError(f"step {step}: the gradient is not finite; prompts: {rows}; {last}")
 
     def interrupt(self, number: int, frame: Any) -> None:
-        """SIGINT or SIGTERM: finish the step; the same again ends a process alone at once. Of
-        several each may be told twice, by the scheduler and by torchrun."""
+        """SIGINT or SIGTERM: finish the step. A second signal kills a single-process run at once;
+        multi-process runs ignore it, because the scheduler and torchrun may each send one."""
         self.signal = number
-        if world() == 1:
+        if world_size() == 1:
             signal.signal(number, self.handlers[number])
 
     def close(self) -> None:
@@ -709,14 +709,14 @@ class Run:
                     "step": step,
                     "done": done,
                     "lengths": lengths,
-                    "read": self.skipped.read * world(),
+                    "read": self.skipped.read * world_size(),
                 }
-                state |= {"prompts": self.args.prompts_per_step * world(), "note": note or {}}
+                state |= {"prompts": self.args.prompts_per_step * world_size(), "note": note or {}}
                 state |= {"data_bytes": self.data_bytes, "definitions": DEFINITIONS}
                 write_state(self.out, state, tensors, self.args)
         if stop and rank() == 0:
-            several = f"torchrun --shutdown-timeout 1800 --nproc_per_node={world()}"
-            launch = "python" if world() == 1 else several
+            several = f"torchrun --shutdown-timeout 1800 --nproc_per_node={world_size()}"
+            launch = "python" if world_size() == 1 else several
             resume = [] if "--resume" in sys.argv else ["--resume", "auto"]
             words = shlex.join([*sys.argv, *resume])
             print(f"\nstopped after step {step}; go on with: {launch} {words}")
@@ -729,7 +729,7 @@ class Run:
             return {}
         with readable(f"--resume {self.args.resume}", self.state.path):
             load_state(self.state.path, model, optimizer)
-        self.skipped.read = self.state.read // world()
+        self.skipped.read = self.state.read // world_size()
         return self.state.note
 
 
@@ -842,8 +842,8 @@ def check_state(args: Any, state: dict[str, Any], named: str) -> State:
     differ += [f"{k} {value} -> no such argument" for k, value in gone.items()]
     free = FREE if getattr(args, "schedule", "constant") == "constant" else FREE[:-1]
     differ = [words for words in differ if words.split()[0] not in free]
-    if state["prompts"] != args.prompts_per_step * world():
-        prompts = f"{state['prompts']} -> {args.prompts_per_step * world()}"
+    if state["prompts"] != args.prompts_per_step * world_size():
+        prompts = f"{state['prompts']} -> {args.prompts_per_step * world_size()}"
         differ.append(f"prompts_per_step times processes {prompts}")
     sizes = zip(("data", "eval_data"), state.get("data_bytes", []), data_bytes(args), strict=False)
     differ += [f"bytes of {name} {old} -> {new}" for name, old, new in sizes if old != new]
@@ -870,7 +870,7 @@ def state_tensors(model: Module, optimizer: Optimizer) -> dict[str, dict[str, Te
             values = {f"{name}/{key}": x for key, x in optimizer.state[parameter].items()}
             for target, source in ((weights, {name: parameter.detach()}), (moments, values)):
                 for key, value in source.items():
-                    value = whole(value)  # every rank has a part in it
+                    value = full_tensor(value)  # every rank has a part in it
                     if rank() == 0:
                         target[key] = value.cpu().contiguous()
     return {"weights": weights, "moments": moments}

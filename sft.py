@@ -52,7 +52,9 @@ from runs import (
     check_run,
     fill_defaults,
     find_state,
+    full_tensor,
     over_ranks,
+    print_on_rank_0,
     print_summary,
     rank,
     require,
@@ -60,11 +62,9 @@ from runs import (
     require_positive,
     run_script,
     same_inputs,
-    say,
     seed_everything,
     step_numbers,
-    whole,
-    world,
+    world_size,
 )
 
 # 1. Arguments
@@ -244,7 +244,7 @@ def update(
         (terms["loss"].sum() / len(prompts)).backward()
         for name, term in terms.items():
             metrics[f"train/{name}"] += term.detach().sum().item() / len(prompts)
-    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+    norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
     metrics |= {"train/grad_norm": norm.item(), "train/padding_frac": 1 - used / positions}
     if torch.isfinite(norm):  # if not, the loop stops the run
         optimizer.step()
@@ -282,7 +282,9 @@ def main(args: Args) -> dict[str, float]:
         open_prompts = open_data if args.data else partial(toy.open_data, task)
         train, held_out, skipped = open_prompts(args, turn)
         if args.steps is None:  # an epoch is the unit of real data
-            args.steps = math.ceil(args.epochs * train.epoch / (args.prompts_per_step * world()))
+            args.steps = math.ceil(
+                args.epochs * train.epoch / (args.prompts_per_step * world_size())
+            )
         args = fit_memory(args, config, False)
         size = "small" if config.text_config.hidden_size < 256 else "large"
         rate = TOY_RATE[size] if is_toy else RATE[args.lora_rank > 0]
@@ -347,7 +349,9 @@ def main(args: Args) -> dict[str, float]:
             return metrics
     bar.close()
     if is_toy and not done:
-        say(f"did not reach --stop-accuracy {args.stop_accuracy}; try more --steps or a --seed")
+        print_on_rank_0(
+            f"did not reach --stop-accuracy {args.stop_accuracy}; try more --steps or a --seed"
+        )
     run.save_checkpoint(partial(save_model, model=model, processor=processor))
     run.save_state(step, model, optimizer, {"growing": growing}, done=True)
     run.close()

@@ -34,7 +34,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from data import Prompts, Reader
 from prompts import Example, Prompt
-from runs import Skipped, UsageError, rank, require, world
+from runs import Skipped, UsageError, rank, require, world_size
 
 CELL = 28  # pixels; one visual token of Qwen2-VL
 SHAPES = ("star", "circle", "square", "triangle", "cross", "ring", "diamond", "bar")
@@ -252,7 +252,7 @@ def open_data(
     """Training prompts, this rank's share of the held-out ones, and an account of bad rows, of
     which there are none."""
     train = Reader(Prompts(Stream(task, args.seed), encode), range(0), 0, skipped := Skipped())
-    mine = held_out_examples(task, args.eval_examples)[rank() :: world()]
+    mine = held_out_examples(task, args.eval_examples)[rank() :: world_size()]
     return train, [encode(example) for example in mine], skipped
 
 

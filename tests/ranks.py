@@ -17,7 +17,7 @@ def by_length(group_size: int, idle: bool):
 
     def accuracy(text: str, *_) -> float:
         nonlocal calls
-        number = calls // group_size * runs.world() + runs.rank()
+        number = calls // group_size * runs.world_size() + runs.rank()
         calls += 1
         return 0.0 if idle and number % 2 else float(len(text) % 2)
 

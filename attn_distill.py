@@ -1,37 +1,30 @@
-"""On-policy attention distillation (arXiv 2602.04884): move a teacher's gaze into a student.
+"""On-policy attention distillation (arXiv 2602.04884): teach a student where its teacher looks.
 
-The student answers; teacher and student score the same tokens, and the student is moved toward the
-teacher's next-token distributions (kd_baseline.py) *and* toward where the teacher looks: for every
-response token t its attention to the prompt and the earlier response (one layer of each model,
-heads averaged, its own column left out and the rest divided by what remains):
+The student samples the responses, and teacher and student score the same tokens. The loss moves the
+student toward the teacher's next-token distributions (kd_baseline.py) *and* toward its attention.
+For every response token t this is the attention to the prompt and the earlier response (one layer
+of each model, averaged over heads), without its own column and renormalised:
 
     L_AttnDistill = E[ sum_t JSD(p_student^t, p_teacher^t) ]                       (eq. 5)
     loss = rl_coef * L_RL + mu_gkd * L_GKD + gamma_attn * L_AttnDistill            (eq. 6)
 
-The sum is over a response's tokens and E is the mean over responses. So gamma_attn weighs 300 times
-as much for a response of 300 tokens as it would on a mean over tokens, which L_RL and L_GKD are.
-`max_grad_norm` bounds the step, whatever gamma_attn is. Watch the ratio of gamma_attn *
-`train/attn_grad_norm` to mu_gkd * `train/gkd_grad_norm`: far above 1, attention alone decides the
-direction of the step. Then lower gamma_attn, or take `--attn-reduction mean`.
-
-There is no advantage in it: the teacher's gaze is worth having whatever the answer was. The models
-may differ in layers, heads and width, since only distributions over the same tokens are compared.
-Lines marked `# Attention` and the functions `attention_policy`, `jsd`, `frame_bins` and `term_norm`
-are all there is to it: `diff kd_baseline.py attn_distill.py`.
+The sum is over a response's tokens and E is the mean over responses. There is no advantage: the
+teacher's attention is useful whatever the answer was. The models may differ in layers, heads and
+width, since the loss compares only distributions over the same tokens. The method is the lines
+marked `# Attention` and the functions `attention_policy`, `jsd`, `frame_bins` and `term_norm`:
+`diff kd_baseline.py attn_distill.py`.
 
 Known from the paper: the terms, and gamma_attn, tried at 0.05, 0.5 and 1. Our reading [ours]: the
 choices of kd_baseline.py, and
-  1. `--attn-row predicting` and `--attn-reduction mean`, which were the defaults of this project at
-     first; the last layer of either model.
-  2. `--attn-bins frames` compares the attention summed over each temporal patch, with one bin for
-     the rest of the prompt and one for the earlier response, as a successor paper does for videos.
-     Visual mass is never renormalised to 1: how much a row looks at all is part of its gaze.
+  1. The last layer of either model; `--attn-row predicting` and `--attn-reduction mean`, which were
+     this project's first defaults.
+  2. `--attn-bins frames`, as in a successor paper for videos, see `frame_bins`.
 
     python sft.py --toy-size large --stop-accuracy 0.99 --watch-above 0.8 --out runs/teacher
     python attn_distill.py --teacher runs/teacher/checkpoint             # from runs/sft
     python attn_distill.py --teacher runs/teacher/checkpoint --rl-coef 0 # pure distillation
 
-Data: the built-in visual-search task (toy.py), or files of Video-R1's form (data.py). Memory and
+Data: the built-in visual-search task (toy.py), or files in Video-R1's format (data.py). Memory and
 time: see "Cost" in the README.
 """
 
@@ -98,7 +91,7 @@ from runs import (
 
 # 1. Arguments
 
-# Fields that are None take their value from one of these: the toy's, or a real model's.
+# Values of the fields that are None: one set for the toy, one for a real model.
 TOY = TOY_RUN | {
     "steps": 60,
     "eval_every": 10,
@@ -117,86 +110,89 @@ REAL = REAL_RUN | {
     "think": True,
     "judge_teacher": False,
 }
-RATE = {False: 1e-6, True: 2e-5}  # of a real model: its weights, or adapters, which need more
+# Learning rate of a real model: for its weights, for adapters (which need a higher one).
+RATE = {False: 1e-6, True: 2e-5}
 TEACH = "train one: `python sft.py --toy-size large --stop-accuracy 0.99 --watch-above 0.8 --out"
 TEACH += " runs/teacher`"
-NEW_TOKENS = {"toy": {False: 16, True: 64}, "real": {False: 768, True: 768}}  # direct, thinking
+# Longest response in tokens: without a thought, with one.
+NEW_TOKENS = {"toy": {False: 16, True: 64}, "real": {False: 768, True: 768}}
 
 
 @dataclass
 class Args(RunArgs):
     model: str | None = None
-    """Checkpoint directory or hub name; unset: the cold start that sft.py left at
-    runs/sft/checkpoint."""
+    """Checkpoint directory or hub name. Unset: runs/sft/checkpoint, which sft.py writes."""
     out: str = f"runs/{Path(__file__).stem}"
-    """Run directory. A run that is in the way is moved to OUT.1 and so on."""
+    """Run directory. A run that is already there is moved to OUT.1, OUT.2 and so on."""
     think: bool | None = None
-    """`--think`: a thought, then the answer; `--no-think`: the answer alone (RAL-zero). Paper:
-    think. Toy: no."""
+    """`--think`: respond with a thought, then the answer; `--no-think`: with the answer alone
+    (RAL-zero). Paper: think. Toy: no-think."""
     steps: int | None = None
-    """Optimisation steps, each with a rollout of its own. Paper: 800. Toy: 60."""
+    """Training steps, each with its own rollout. Paper: 800. Toy: 60."""
     learning_rate: float | None = None
-    """AdamW's learning rate, constant. Real: 1e-6, as Video-R1 (a digest: 1e-5), of adapters 2e-5
-    [ours]. Toy: 6e-4."""
+    """Constant learning rate of AdamW. Real: 1e-6, as in Video-R1 (a digest of the paper says
+    1e-5), or 2e-5 for adapters [ours]. Toy: 6e-4."""
     train_vision: bool = False
-    """Train the vision encoder too; every pass then computes the features anew. Paper: frozen."""
+    """Also train the vision encoder; every pass then recomputes its features. Paper: frozen."""
     lora_rank: int | None = None
-    """Rank of adapters that are trained instead of the weights; 0: train the weights. Unset: 0, or
-    64 where that does not fit into memory."""
+    """Rank of the adapters that are trained instead of the weights; 0: train the weights. Unset: 0,
+    or 64 if training the weights does not fit into memory."""
     gradient_checkpointing: bool | None = None
-    """Keep one activation a layer and compute the rest again. Unset: on a GPU."""
+    """Store one activation per layer and recompute the rest. Unset: only on a GPU."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients with a larger norm are scaled down to this norm."""
     micro_batch_size: int | None = None
-    """Prompts (with all their responses) in one forward pass; changes memory and speed, not the
+    """Prompts per forward pass, with all their responses. It changes memory and speed, not the
     update."""
     prompts_per_step: int | None = None
-    """Prompts in each rollout of a process. Toy: 16. Real: 8 [ours]."""
+    """Prompts per rollout on each rank. Toy: 16. Real: 8 [ours]."""
     group_size: int = 8
-    """G, responses to each prompt (2 or more). Paper: 8."""
+    """G, the responses per prompt (2 or more). Paper: 8."""
     num_iterations: int | None = None
-    """Optimiser steps on each rollout. 1 [ours]."""
+    """Optimiser steps per rollout. Toy and real: 1 [ours]."""
     max_new_tokens: int | None = None
-    """Longest response in tokens. Toy: 16, thinking 64. Real: 768."""
+    """Longest response in tokens. Toy: 16, or 64 with a thought. Real: 768."""
     temperature: float = 1.0
-    """Of the policy, in sampling and in every loss. A digest of the paper says 0.9."""
+    """Temperature of the policy, in sampling and in every loss. A digest of the paper says 0.9."""
     top_p: float = 1.0
-    """Nucleus of the sampling, in (0, 1]; the losses use the whole policy."""
+    """Probability mass for nucleus sampling, in (0, 1]. The losses use the full distribution."""
     reward: Literal["by-type", "exact"] = "by-type"
-    """Accuracy by the example's problem type, as Video-R1, or by exact match. Paper: exact."""
+    """How accuracy is judged: by problem type, as in Video-R1, or by exact match. Paper: exact."""
     clip_eps: float = 0.2
-    """The probability ratio is clipped to 1 - clip_eps .. 1 + clip_eps. [ours]"""
+    """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]. [ours]"""
     beta: float = 0.04
-    """Weight of the KL to the starting model; 0 needs no reference. Paper: 0.04."""
+    """Weight of the KL penalty toward the starting model (0: no reference needed). Paper: 0.04."""
 
     teacher: str = "runs/teacher/checkpoint"
-    """Checkpoint directory or hub name of the teacher, with the student's tokenizer."""
+    """Checkpoint directory or hub name of the teacher. It must have the student's tokenizer."""
     judge_teacher: bool | None = None
-    """`--judge-teacher`: evaluate the teacher once, before training. Of several processes each then
-    holds all of its weights: 62 GB at 32B. Toy: yes. Real: no."""
+    """`--judge-teacher`: evaluate the teacher once, before training. With several ranks, each then
+    holds all of the teacher's weights: 62 GB at 32B. Toy: yes. Real: no."""
     gkd_beta: float = 1.0
     """1: KL(student || teacher); 0: KL(teacher || student); between: generalised JSD. [ours]"""
     mu_gkd: float = 1.0
-    """Weight of the distillation of the output distribution. [ours]"""
+    """Weight of L_GKD, the distillation of the output distribution. [ours]"""
     rl_coef: float = 1.0
-    """Weight of the GRPO loss, KL to the reference included; 0: pure distillation. [ours]"""
+    """Weight of the GRPO loss, including its KL penalty; 0: pure distillation. [ours]"""
     gamma_attn: float = 1.0  # Attention (eq. 6)
-    """Weight of the attention term; 0 is kd_baseline.py. Paper: tried 0.05, 0.5 and 1, on the sum.
-    On the toy, whose responses have 4 tokens, 10 on the mean is better than 1 and than 100."""
+    """Weight of the attention term; 0: kd_baseline.py. The paper tried 0.05, 0.5 and 1, on the sum.
+    On the toy, whose responses have 4 tokens, 10 on the mean is better than 1 and 100."""
     attn_layer: int = -1  # Attention
-    """The student's layer, from 0, or from the end if negative. [ours: the last, as for RAL]"""
+    """The student's layer, counted from 0, or from the end if negative. Last, as in RAL. [ours]"""
     teacher_attn_layer: int = -1  # Attention
-    """The teacher's layer, likewise."""
+    """The teacher's layer, counted in the same way."""
     attn_row: Literal["own", "predicting"] = "own"  # Attention
-    """Row of token y_t: its own position, without itself and divided by the rest (paper), or the
-    position before, whose output is the prediction of y_t [ours]."""
+    """Attention row of token y_t. `own`: that of its own position, with its own column removed and
+    the rest renormalised (paper). `predicting`: that of the position before, whose output predicts
+    y_t [ours]."""
     attn_reduction: Literal["sum", "mean"] = "sum"  # Attention (eq. 5)
-    """The divergence of a response is the sum over its tokens (paper), or their mean [ours]."""
+    """A response's divergence is the sum over its tokens (paper), or their mean [ours], as in L_RL
+    and L_GKD. For a response of 300 tokens, the sum makes gamma_attn weigh 300 times as much."""
     attn_bins: Literal["tokens", "frames"] = "tokens"  # Attention
-    """Compare attention token by token (paper), or summed over each temporal patch."""
+    """Compare the attention token by token (paper), or summed over each temporal patch."""
     attn_norm_every: int = 10  # Attention
-    """Steps between measurements of the gradient norm of each distillation term by itself (two
-    passes more); 0: never."""
+    """Steps between measurements of each distillation term's own gradient norm, which cost two
+    extra passes; 0: never."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -216,7 +212,7 @@ class Args(RunArgs):
 
 DIRECT = "Give the answer alone inside <answer> </answer> tags."
 THINK = f"Think first, inside <think> </think> tags. {DIRECT}"
-ANSWER = {  # what is asked for, by problem type
+ANSWER = {  # the form of the answer, by problem type
     "multiple choice": "The answer is the letter of one option.",
     "numerical": "The answer is a number.",
     "regression": "The answer is a number.",
@@ -226,7 +222,7 @@ ANSWER = {  # what is asked for, by problem type
 
 
 def ask(example: Example, think: bool) -> str:
-    """What the user says beside the image or video: question, options, how to answer."""
+    """The text of the prompt beside the image or video: question, options, how to answer."""
     options = ["Options:", *example.options] if example.options else []
     request = f"{THINK if think else DIRECT} {ANSWER.get(example.problem_type, '')}"
     return "\n".join([example.problem, *options, request.strip()])
@@ -235,13 +231,14 @@ def ask(example: Example, think: bool) -> str:
 def encode(
     example: Example, processor: Processor, config: Any, think: bool, task: toy.Task, is_toy: bool
 ) -> Prompt:
-    """The prompt of an example; the toy's checkpoints know only their own words."""
+    """The encoded prompt of an example. A toy checkpoint gets the question alone, since it knows
+    only its own words."""
     text = example.problem if is_toy else ask(example, think)
     return encode_prompt(processor, config, example, text, task.order == "question-first")
 
 
 def reward(accuracy: Tensor, format: Tensor) -> Tensor:
-    """The paper's reward of each response."""
+    """The paper's reward of each response, from its accuracy and format reward."""
     return 0.9 * accuracy + 0.1 * format
 
 
@@ -250,10 +247,10 @@ def reward(accuracy: Tensor, format: Tensor) -> Tensor:
 
 @dataclass
 class Batch:
-    """Some prompts of a rollout with what the loss needs: `advantages` (B, G, 1), or (B, G, T) in
-    a fork that tells tokens apart; log-probabilities (B, G, T).
+    """A microbatch of a rollout with the tensors that its loss needs. `advantages` are (B, G, 1),
+    or (B, G, T) in a fork that gives each token its own; log-probabilities are (B, G, T).
 
-    `teacher_rollout` is the same rollout with the visual features of the teacher.
+    `teacher_rollout` is the same rollout with the teacher's visual features.
     """
 
     rollout: Rollout
@@ -271,8 +268,11 @@ def roll_out(
     numbers: range,
     args: Args,
 ) -> tuple[Rollout, Tensor, dict[str, float], list[dict]]:
-    """Sample G responses to each prompt and reward them: rollout, rewards (B, G), metrics, lines of
-    samples.jsonl. `numbers` count the prompts of the run, and with the seed decide the noise."""
+    """Sample G responses to each prompt and reward them. Returns the rollout, the rewards (B, G),
+    the metrics and the rows of samples.jsonl.
+
+    `numbers` are the prompts' numbers within the run. With the seed they determine the noise.
+    """
     noise = sampling_noise(args.seed, numbers, args.group_size, args.max_new_tokens)
     with gathered(model):
         rollout = generate_group(
@@ -305,7 +305,7 @@ def roll_out(
 
 @torch.no_grad()
 def score_reference(reference: Module, batches: list[Batch], args: Args) -> None:
-    """Add what the frozen starting model says of the responses."""
+    """Add the frozen starting model's scores of the responses to each batch."""
     for batch in batches:
         scores = score(reference, batch.rollout, args.temperature)
         batch.ref_logps = scores.logps
@@ -318,8 +318,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
     """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G, 1): one for all
     tokens of a response; std with ddof 1 [ours].
 
-    Exactly 0 where all rewards of a group are equal, decided before dividing: eight float32 rewards
-    of 0.9 have a standard deviation of 6e-8, and would get an advantage.
+    They are exactly 0 where all rewards of a group are equal. The rewards themselves decide this:
+    eight float32 rewards of 0.9 have a std of 6e-8 and would otherwise get an advantage.
 
     >>> rewards = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.9, 0.9, 0.9, 0.9]])
     >>> group_advantages(rewards)[..., 0]
@@ -335,16 +335,16 @@ def group_advantages(rewards: Tensor) -> Tensor:
 def clipped_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, clip_eps: float
 ) -> tuple[Tensor, Tensor]:
-    """GRPO's -min(ratio A, clip(ratio) A) of each token, and whether the clip held it, both (B, G,
-    T)."""
+    """GRPO's loss -min(ratio A, clip(ratio) A) of each token, and 1 where the clipped term is the
+    smaller one, else 0; both (B, G, T)."""
     ratio = torch.exp(logps - old_logps)
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
     return -torch.minimum(unclipped, clipped), (clipped < unclipped).float()
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """exp(ref - logp) - (ref - logp) - 1 of each token, an unbiased estimate of KL(policy ||
-    reference)."""
+    """The unbiased k3 estimate of KL(policy || reference) for each token:
+    exp(ref - logp) - (ref - logp) - 1."""
     difference = ref_logps - logps
     return torch.exp(difference) - difference - 1
 
@@ -354,10 +354,11 @@ def gkd(
 ) -> Tensor:
     """L_GKD: divergence of next-token distributions, (B, G, T), in nats, from logits (B, G, T, V).
 
-    beta * KL(teacher || m) + (1 - beta) * KL(student || m) with m = (1 - beta) * student +
-    beta * teacher; at the ends, where that is 0, KL(teacher || student) for beta 0 and
-    KL(student || teacher) for beta 1. In row chunks, see `in_chunks`. A vocabulary that is padded
-    further in one model than in the other is cut to the shorter: the rest are no tokens.
+    It is beta * KL(teacher || m) + (1 - beta) * KL(student || m) with m = (1 - beta) * student +
+    beta * teacher. This is 0 at both ends, so beta 0 gives KL(teacher || student) instead and
+    beta 1 gives KL(student || teacher). Ids in `suppressed` get probability 0. If the two models
+    pad their vocabularies differently, both are cut to the shorter one: the rest are not tokens.
+    The rows are computed in chunks, see `in_chunks`.
     """
     words = min(student.shape[-1], teacher.shape[-1])
 
@@ -378,13 +379,13 @@ def gkd(
 
 
 def attention_policy(rows: Tensor, row: str) -> Tensor:
-    """The attention policy of each response token, (B, G, T, P + T), from the rows of attention of
-    the prompt's last position and of each response token, (B, G, T + 1, P + T); rows sum to 1.
+    """The attention policy of each response token, (B, G, T, P + T).
 
-    "own" is the paper's: p^t(i) = alpha_{t,i} / sum_{j <= t - 1} alpha_{t,j} for i <= t - 1, the
-    row of y_t itself without its own column; 0 throughout where all it saw was itself. "predicting"
-    [ours] is the row of position t - 1, whose output is the prediction of y_t: it sees the same
-    positions and needs no denominator.
+    `rows` (B, G, T + 1, P + T) are the attention of the prompt's last position and of each response
+    token; each sums to 1. "own" is the paper's policy, the row of y_t without its own column:
+    p^t(i) = alpha_{t,i} / sum_{j <= t - 1} alpha_{t,j} for i <= t - 1. It is all zeros where y_t
+    attends only to itself. "predicting" [ours] is the row of position t - 1, whose output predicts
+    y_t: it sees the same positions and needs no denominator.
 
     >>> rows = torch.tensor([[[[0.7, 0.3, 0.0], [0.2, 0.3, 0.5]]]])  # P = 2, T = 1
     >>> attention_policy(rows, "own"), attention_policy(rows, "predicting")
@@ -397,8 +398,8 @@ def attention_policy(rows: Tensor, row: str) -> Tensor:
 
 
 def jsd(p: Tensor, q: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of distributions along the last axis, in nats, between 0 and
-    ln 2; zeros are harmless, in value and in gradient. In row chunks, see `in_chunks`."""
+    """Jensen-Shannon divergence of distributions along the last axis, in nats, between 0 and ln 2.
+    Zeros are safe, in value and in gradient. The rows are computed in chunks, see `in_chunks`."""
 
     def kl(p: Tensor, q: Tensor) -> Tensor:
         tiny = torch.finfo(p.dtype).tiny
@@ -416,6 +417,7 @@ def frame_bins(attention: Tensor, prompts: PromptBatch, config: Any) -> Tensor:
     """Attention (B, G, T, P + T) summed over temporal patches, (B, G, T, F + 2) [successor paper].
 
     The last two bins hold the rest of the prompt and the earlier response, so rows still sum to 1.
+    The visual bins are never renormalised to 1: the total attention to the video is distilled too.
     """
     p = prompts.ids.shape[1]
     placeholders = torch.tensor([config.image_token_id, config.video_token_id])
@@ -429,11 +431,13 @@ def frame_bins(attention: Tensor, prompts: PromptBatch, config: Any) -> Tensor:
 
 
 def loss_terms(model: Module, teacher: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """The terms of the loss for each response, (B, G), in nats a token: means over the response's
-    tokens; `attn_loss`, what gamma_attn weighs, is in nats by default: their sum."""
+    """The terms of the loss for each response, (B, G): means over its tokens, in nats per token.
+
+    `attn_loss` is what gamma_attn multiplies: by default the sum over the tokens, in nats.
+    """
     both = partial(score, temperature=args.temperature, keep_logits=True)
     scores = both(model, batch.rollout, attn_layers=[args.attn_layer])  # Attention
-    with torch.no_grad():  # again in every iteration: a step's logits are too large to keep
+    with torch.no_grad():  # repeated in every iteration: a step's logits are too large to keep
         layers = [args.teacher_attn_layer]  # Attention
         taught = both(teacher, batch.teacher_rollout, attn_layers=layers)  # Attention
     rows = scores.attentions[0], taught.attentions[0]  # Attention: (B, G, T + 1, P + T)
@@ -442,7 +446,7 @@ def loss_terms(model: Module, teacher: Module, batch: Batch, args: Args) -> dict
         gazes = [frame_bins(gaze, batch.rollout.prompts, model.config) for gaze in gazes]
     suppressed = torch.tensor(vision_token_ids(model.config), device=model.device)
     distance = gkd(scores.logits, taught.logits, args.gkd_beta, args.temperature, suppressed)
-    if batch.old_logps is None:  # the first inner iteration: today's policy is still the rollout's
+    if batch.old_logps is None:  # first inner iteration: the policy is still that of the rollout
         batch.old_logps = scores.logps.detach()
     pg, clipped = clipped_loss(scores.logps, batch.old_logps, batch.advantages, args.clip_eps)
     kl = torch.zeros_like(pg) if batch.ref_logps is None else k3(scores.logps, batch.ref_logps)
@@ -451,7 +455,7 @@ def loss_terms(model: Module, teacher: Module, batch: Batch, args: Args) -> dict
     terms |= {"attn_distill": jsd(*gazes)}  # Attention
     terms = {name: response_mean(term, scores.mask) for name, term in terms.items()}
     weights = scores.mask.sum(-1) if args.attn_reduction == "sum" else 1  # Attention (eq. 5)
-    terms["attn_loss"] = weights * terms["attn_distill"]  # Attention (eq. 5): T means are the sum
+    terms["attn_loss"] = weights * terms["attn_distill"]  # Attention (eq. 5): T * mean = sum
     terms["loss"] = args.rl_coef * (terms["pg_loss"] + args.beta * terms["kl"])
     terms["loss"] = terms["loss"] + args.mu_gkd * terms["gkd"]
     terms["loss"] = terms["loss"] + args.gamma_attn * terms["attn_loss"]  # Attention (eq. 6)
@@ -462,12 +466,17 @@ def loss_terms(model: Module, teacher: Module, batch: Batch, args: Args) -> dict
 
 
 def term_norm(model: Module, teacher: Module, batches: list[Batch], args: Args, term: str) -> float:
-    """Gradient norm of one term of the loss by itself, before its weight, from a forward and
-    backward of its own [ours]."""
+    """Gradient norm of one term of the loss alone, before its weight, from a separate forward
+    and backward pass [ours].
+
+    `max_grad_norm` bounds the step, whatever gamma_attn is. Watch the ratio of gamma_attn *
+    `train/attn_grad_norm` to mu_gkd * `train/gkd_grad_norm`. Far above 1, attention alone decides
+    the direction of the step: lower gamma_attn, or use `--attn-reduction mean`.
+    """
     responses = sum(batch.rollout.truncated.numel() for batch in batches)
     for batch in batches:
         terms = loss_terms(model, teacher, batch, args)
-        # Adds zero so that every FSDP layer's output receives a gradient; else backward fails.
+        # Adds zero so that every FSDP layer's output receives a gradient; backward fails otherwise.
         nothing = 0 * terms["loss"].sum()
         (terms[term].sum() / responses + nothing).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -483,8 +492,8 @@ def update(
     args: Args,
     measure: bool,  # Attention
 ) -> dict[str, float]:
-    """`num_iterations` optimiser steps on one rollout, each over all its microbatches; metrics are
-    their means.
+    """Take `num_iterations` optimiser steps on one rollout, each over all its microbatches. Returns
+    the metrics, averaged over these steps.
 
     `measure` adds the gradient norms of the two distillation terms before the first step.
     """
@@ -505,7 +514,7 @@ def update(
         norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
         metrics["train/grad_norm"] += norm.item() / args.num_iterations
         if not torch.isfinite(norm):
-            break  # and the loop stops the run
+            break  # the training loop then stops the run
         optimizer.step()
         optimizer.zero_grad()
     return dict(metrics)
@@ -515,8 +524,8 @@ def update(
 
 
 def main(args: Args) -> dict[str, float]:
-    """Train, evaluate, write the run directory; returns the last evaluation and step as one
-    dictionary."""
+    """Train, evaluate and write the run directory. Returns the metrics of the last step and its
+    evaluation in one dictionary."""
     start = time.time()
     base = args.model or "runs/sft/checkpoint"
     found = args.model is not None or Path(base).is_dir()
@@ -551,7 +560,7 @@ def main(args: Args) -> dict[str, float]:
     same = teacher_task in (None, task)
     require(same, f"--teacher {args.teacher}: learned another task; {TEACH}")
     reference = None
-    if needs_reference:  # where adapters are trained, the model without them
+    if needs_reference:  # with adapters, the same model without them
         reference = model if args.lora_rank else load_model(base, frozen=True)[0]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -602,7 +611,7 @@ def main(args: Args) -> dict[str, float]:
             with without_adapters(reference):
                 score_reference(reference, batches, args)
         clock.lap("reference")
-        # Attention: the two terms' gradient norms cost two passes, so only now and then.
+        # Attention: the two terms' gradient norms cost two passes, so not every step has them.
         measure = args.attn_norm_every > 0 and step % args.attn_norm_every == 0  # Attention
         metrics |= update(model, teacher, optimizer, batches, args, measure)
         run.require_finite(step, metrics, prompts)

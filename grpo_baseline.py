@@ -1,25 +1,26 @@
-"""GRPO on images and videos: the baseline of Reinforced Attention Learning (arXiv 2602.04884), its
-token policy alone.
+"""GRPO on images and videos: the baseline of Reinforced Attention Learning (arXiv 2602.04884), with
+the token policy alone.
 
-What it does: for every prompt sample a group of G responses, reward each with 0.9 * accuracy +
-0.1 * format, turn the rewards of a group into advantages, and take `num_iterations` clipped
+For every prompt, the script samples a group of G responses and rewards each with 0.9 * accuracy +
+0.1 * format. It turns the rewards of a group into advantages and takes `num_iterations` clipped
 policy-gradient steps on the same responses, with a KL penalty toward the model that the run started
-from. `ral_grpo.py` is this file plus the attention policy: `diff
-grpo_baseline.py ral_grpo.py` is the paper.
+from. `ral_grpo.py` is this file plus the attention policy: `diff grpo_baseline.py ral_grpo.py`
+shows the paper's idea.
 
-Choices that the paper leaves open [ours]:
-  1. Clip range 0.2; k3 estimate of the KL; standard deviation with ddof 1, plus 1e-4.
-  2. Every response weighs the same: mean over its tokens, then over all responses of the optimiser
-     step.
-  3. The first inner iteration is also the "old" pass: no weight has moved since the rollout, so its
-     log-probabilities are the rollout policy's, in the very layout and kernel that the later
-     iterations use.
+The paper leaves these choices open [ours]:
+  1. The clip range is 0.2. The KL is estimated with k3. The standard deviation has ddof 1, and
+     1e-4 is added to it.
+  2. Every response weighs the same: the loss is the mean over its tokens, then over all responses
+     of the optimiser step.
+  3. The first inner iteration also provides the old log-probabilities. The weights have not changed
+     since the rollout, so these are the rollout policy's, in the same layout and kernel that the
+     later iterations use.
   4. A response cut at `--max-new-tokens` stays in the loss and earns no format reward.
 
     python sft.py && python grpo_baseline.py            # the toy, on a CPU, in minutes
     python grpo_baseline.py --model DIR_OR_HUB_NAME     # a Qwen2-VL or Qwen2.5-VL checkpoint
 
-Data: the built-in visual-search task (toy.py), or files of Video-R1's form (data.py). Memory and
+Data: the built-in visual-search task (toy.py), or files in Video-R1's format (data.py). Memory and
 time: see "Cost" in the README.
 """
 
@@ -79,7 +80,7 @@ from runs import (
 
 # 1. Arguments
 
-# Fields that are None take their value from one of these: the toy's, or a real model's.
+# Values of the fields that are None: one set for the toy, one for a real model.
 TOY = TOY_RUN | {
     "steps": 160,
     "eval_every": 20,
@@ -96,55 +97,56 @@ REAL = REAL_RUN | {
     "num_iterations": 2,
     "think": True,
 }
-RATE = {False: 1e-6, True: 2e-5}  # of a real model: its weights, or adapters, which need more
-NEW_TOKENS = {"toy": {False: 16, True: 64}, "real": {False: 768, True: 768}}  # direct, thinking
+# Learning rate of a real model: for its weights, for adapters (which need a higher one).
+RATE = {False: 1e-6, True: 2e-5}
+# Longest response in tokens: without a thought, with one.
+NEW_TOKENS = {"toy": {False: 16, True: 64}, "real": {False: 768, True: 768}}
 
 
 @dataclass
 class Args(RunArgs):
     model: str | None = None
-    """Checkpoint directory or hub name; unset: the cold start that sft.py left at
-    runs/sft/checkpoint."""
+    """Checkpoint directory or hub name. Unset: runs/sft/checkpoint, which sft.py writes."""
     out: str = f"runs/{Path(__file__).stem}"
-    """Run directory. A run that is in the way is moved to OUT.1 and so on."""
+    """Run directory. A run that is already there is moved to OUT.1, OUT.2 and so on."""
     think: bool | None = None
-    """`--think`: a thought, then the answer; `--no-think`: the answer alone (RAL-zero). Paper:
-    think. Toy: no."""
+    """`--think`: respond with a thought, then the answer; `--no-think`: with the answer alone
+    (RAL-zero). Paper: think. Toy: no-think."""
     steps: int | None = None
-    """Optimisation steps, each with a rollout of its own. Paper: 800. Toy: 160."""
+    """Training steps, each with its own rollout. Paper: 800. Toy: 160."""
     learning_rate: float | None = None
-    """AdamW's learning rate, constant. Real: 1e-6, as Video-R1 (a digest: 1e-5), of adapters 2e-5
-    [ours]. Toy: 6e-4."""
+    """Constant learning rate of AdamW. Real: 1e-6, as in Video-R1 (a digest of the paper says
+    1e-5), or 2e-5 for adapters [ours]. Toy: 6e-4."""
     train_vision: bool = False
-    """Train the vision encoder too; every pass then computes the features anew. Paper: frozen."""
+    """Also train the vision encoder; every pass then recomputes its features. Paper: frozen."""
     lora_rank: int | None = None
-    """Rank of adapters that are trained instead of the weights; 0: train the weights. Unset: 0, or
-    64 where that does not fit into memory."""
+    """Rank of the adapters that are trained instead of the weights; 0: train the weights. Unset: 0,
+    or 64 if training the weights does not fit into memory."""
     gradient_checkpointing: bool | None = None
-    """Keep one activation a layer and compute the rest again. Unset: on a GPU."""
+    """Store one activation per layer and recompute the rest. Unset: only on a GPU."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients with a larger norm are scaled down to this norm."""
     micro_batch_size: int | None = None
-    """Prompts (with all their responses) in one forward pass; changes memory and speed, not the
+    """Prompts per forward pass, with all their responses. It changes memory and speed, not the
     update."""
     prompts_per_step: int | None = None
-    """Prompts in each rollout of a process. Toy: 16. Real: 8 [ours]."""
+    """Prompts per rollout on each rank. Toy: 16. Real: 8 [ours]."""
     group_size: int = 8
-    """G, responses to each prompt (2 or more). Paper: 8."""
+    """G, the responses per prompt (2 or more). Paper: 8."""
     num_iterations: int | None = None
-    """Optimiser steps on each rollout. Toy: 4. Real: 2 [ours]."""
+    """Optimiser steps per rollout. Toy: 4. Real: 2 [ours]."""
     max_new_tokens: int | None = None
-    """Longest response in tokens. Toy: 16, thinking 64. Real: 768."""
+    """Longest response in tokens. Toy: 16, or 64 with a thought. Real: 768."""
     temperature: float = 1.0
-    """Of the policy, in sampling and in every loss. A digest of the paper says 0.9."""
+    """Temperature of the policy, in sampling and in every loss. A digest of the paper says 0.9."""
     top_p: float = 1.0
-    """Nucleus of the sampling, in (0, 1]; the losses use the whole policy."""
+    """Probability mass for nucleus sampling, in (0, 1]. The losses use the full distribution."""
     reward: Literal["by-type", "exact"] = "by-type"
-    """Accuracy by the example's problem type, as Video-R1, or by exact match. Paper: exact."""
+    """How accuracy is judged: by problem type, as in Video-R1, or by exact match. Paper: exact."""
     clip_eps: float = 0.2
-    """The probability ratio is clipped to 1 - clip_eps .. 1 + clip_eps. [ours]"""
+    """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]. [ours]"""
     beta: float = 0.04
-    """Weight of the KL to the starting model; 0 needs no reference. Paper: 0.04."""
+    """Weight of the KL penalty toward the starting model (0: no reference needed). Paper: 0.04."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,7 +164,7 @@ class Args(RunArgs):
 
 DIRECT = "Give the answer alone inside <answer> </answer> tags."
 THINK = f"Think first, inside <think> </think> tags. {DIRECT}"
-ANSWER = {  # what is asked for, by problem type
+ANSWER = {  # the form of the answer, by problem type
     "multiple choice": "The answer is the letter of one option.",
     "numerical": "The answer is a number.",
     "regression": "The answer is a number.",
@@ -172,7 +174,7 @@ ANSWER = {  # what is asked for, by problem type
 
 
 def ask(example: Example, think: bool) -> str:
-    """What the user says beside the image or video: question, options, how to answer."""
+    """The text of the prompt beside the image or video: question, options, how to answer."""
     options = ["Options:", *example.options] if example.options else []
     request = f"{THINK if think else DIRECT} {ANSWER.get(example.problem_type, '')}"
     return "\n".join([example.problem, *options, request.strip()])
@@ -181,13 +183,14 @@ def ask(example: Example, think: bool) -> str:
 def encode(
     example: Example, processor: Processor, config: Any, think: bool, task: toy.Task, is_toy: bool
 ) -> Prompt:
-    """The prompt of an example; the toy's checkpoints know only their own words."""
+    """The encoded prompt of an example. A toy checkpoint gets the question alone, since it knows
+    only its own words."""
     text = example.problem if is_toy else ask(example, think)
     return encode_prompt(processor, config, example, text, task.order == "question-first")
 
 
 def reward(accuracy: Tensor, format: Tensor) -> Tensor:
-    """The paper's reward of each response."""
+    """The paper's reward of each response, from its accuracy and format reward."""
     return 0.9 * accuracy + 0.1 * format
 
 
@@ -196,8 +199,8 @@ def reward(accuracy: Tensor, format: Tensor) -> Tensor:
 
 @dataclass
 class Batch:
-    """Some prompts of a rollout with what the loss needs: `advantages` (B, G, 1), or (B, G, T) in
-    a fork that tells tokens apart; log-probabilities (B, G, T)."""
+    """A microbatch of a rollout with the tensors that its loss needs. `advantages` are (B, G, 1),
+    or (B, G, T) in a fork that gives each token its own; log-probabilities are (B, G, T)."""
 
     rollout: Rollout
     advantages: Tensor
@@ -213,8 +216,11 @@ def roll_out(
     numbers: range,
     args: Args,
 ) -> tuple[Rollout, Tensor, dict[str, float], list[dict]]:
-    """Sample G responses to each prompt and reward them: rollout, rewards (B, G), metrics, lines of
-    samples.jsonl. `numbers` count the prompts of the run, and with the seed decide the noise."""
+    """Sample G responses to each prompt and reward them. Returns the rollout, the rewards (B, G),
+    the metrics and the rows of samples.jsonl.
+
+    `numbers` are the prompts' numbers within the run. With the seed they determine the noise.
+    """
     noise = sampling_noise(args.seed, numbers, args.group_size, args.max_new_tokens)
     with gathered(model):
         rollout = generate_group(
@@ -247,7 +253,7 @@ def roll_out(
 
 @torch.no_grad()
 def score_reference(reference: Module, batches: list[Batch], args: Args) -> None:
-    """Add what the frozen starting model says of the responses."""
+    """Add the frozen starting model's scores of the responses to each batch."""
     for batch in batches:
         scores = score(reference, batch.rollout, args.temperature)
         batch.ref_logps = scores.logps
@@ -260,8 +266,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
     """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G, 1): one for all
     tokens of a response; std with ddof 1 [ours].
 
-    Exactly 0 where all rewards of a group are equal, decided before dividing: eight float32 rewards
-    of 0.9 have a standard deviation of 6e-8, and would get an advantage.
+    They are exactly 0 where all rewards of a group are equal. The rewards themselves decide this:
+    eight float32 rewards of 0.9 have a std of 6e-8 and would otherwise get an advantage.
 
     >>> rewards = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.9, 0.9, 0.9, 0.9]])
     >>> group_advantages(rewards)[..., 0]
@@ -277,25 +283,24 @@ def group_advantages(rewards: Tensor) -> Tensor:
 def clipped_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, clip_eps: float
 ) -> tuple[Tensor, Tensor]:
-    """GRPO's -min(ratio A, clip(ratio) A) of each token, and whether the clip held it, both (B, G,
-    T)."""
+    """GRPO's loss -min(ratio A, clip(ratio) A) of each token, and 1 where the clipped term is the
+    smaller one, else 0; both (B, G, T)."""
     ratio = torch.exp(logps - old_logps)
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
     return -torch.minimum(unclipped, clipped), (clipped < unclipped).float()
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """exp(ref - logp) - (ref - logp) - 1 of each token, an unbiased estimate of KL(policy ||
-    reference)."""
+    """The unbiased k3 estimate of KL(policy || reference) for each token:
+    exp(ref - logp) - (ref - logp) - 1."""
     difference = ref_logps - logps
     return torch.exp(difference) - difference - 1
 
 
 def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """The terms of the loss for each response, (B, G), in nats a token: means over the response's
-    tokens."""
+    """The terms of the loss for each response, (B, G): means over its tokens, in nats per token."""
     scores = score(model, batch.rollout, args.temperature)
-    if batch.old_logps is None:  # the first inner iteration: today's policy is still the rollout's
+    if batch.old_logps is None:  # first inner iteration: the policy is still that of the rollout
         batch.old_logps = scores.logps.detach()
     pg, clipped = clipped_loss(scores.logps, batch.old_logps, batch.advantages, args.clip_eps)
     kl = torch.zeros_like(pg) if batch.ref_logps is None else k3(scores.logps, batch.ref_logps)
@@ -311,8 +316,8 @@ def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
 def update(
     model: Module, optimizer: Optimizer, batches: list[Batch], args: Args
 ) -> dict[str, float]:
-    """`num_iterations` optimiser steps on one rollout, each over all its microbatches; metrics are
-    their means."""
+    """Take `num_iterations` optimiser steps on one rollout, each over all its microbatches. Returns
+    the metrics, averaged over these steps."""
     model.train()
     responses = sum(batch.rollout.truncated.numel() for batch in batches)
     metrics = defaultdict(float)
@@ -327,7 +332,7 @@ def update(
         norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
         metrics["train/grad_norm"] += norm.item() / args.num_iterations
         if not torch.isfinite(norm):
-            break  # and the loop stops the run
+            break  # the training loop then stops the run
         optimizer.step()
         optimizer.zero_grad()
     return dict(metrics)
@@ -337,8 +342,8 @@ def update(
 
 
 def main(args: Args) -> dict[str, float]:
-    """Train, evaluate, write the run directory; returns the last evaluation and step as one
-    dictionary."""
+    """Train, evaluate and write the run directory. Returns the metrics of the last step and its
+    evaluation in one dictionary."""
     start = time.time()
     base = args.model or "runs/sft/checkpoint"
     found = args.model is not None or Path(base).is_dir()
@@ -365,7 +370,7 @@ def main(args: Args) -> dict[str, float]:
     trained = (args.train_vision, args.lora_rank, args.gradient_checkpointing)
     model = load_model(base, *trained)[0]
     reference = None
-    if needs_reference:  # where adapters are trained, the model without them
+    if needs_reference:  # with adapters, the same model without them
         reference = model if args.lora_rank else load_model(base, frozen=True)[0]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(

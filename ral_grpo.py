@@ -1,41 +1,31 @@
 """Reinforced Attention Learning (arXiv 2602.04884): GRPO, plus the attention of each generated
 token as a policy.
 
-GRPO rewards what to say; RAL also rewards where to look. For every response token t take its
-attention to the prompt and the earlier response (last layer, heads averaged, its own column left
-out and the rest divided by what remains):
+GRPO rewards what the model says; RAL also rewards where it looks. The attention policy of response
+token t is its attention to the prompt and the earlier response (last layer, averaged over heads),
+without its own column and renormalised:
 
     p^t(i) = alpha_{t,i} / sum_{j <= t-1} alpha_{t,j},  i <= t - 1
     L_AttnRL = E_t[ A_t * JSD(p_theta^t, p_old^t) ]             (eq. 3)
     loss = L_RL + lambda_attn * L_AttnRL
 
-with p_old the attention at rollout time: a response with positive advantage keeps its gaze, one
-with negative advantage loses it. Lines marked `# RAL` and the functions `attention_policy`,
-`divergence` and `term_norm` are all there is to it: `diff grpo_baseline.py ral_grpo.py`.
+p_old is the attention at rollout time. A positive advantage keeps a response's attention where it
+was; a negative one pushes it away. The method is the lines marked `# RAL` and the functions
+`attention_policy`, `divergence` and `term_norm`: `diff grpo_baseline.py ral_grpo.py`.
 
-At p_theta = p_old the divergence *and its gradient* are zero. So with one update per rollout RAL is
-GRPO; it acts from the second inner iteration on, which is why `num_iterations` is above 1 here, and
-why `train/attn_jsd_<k>` is logged for each. Before you believe in a lambda, two more [ours; tested,
-and measured in docs/results.md]:
-  - Near p_old the gradient with respect to p_theta is (p_theta - p_old) / 4 p_old. The term knows
-    nothing of where else to look: it holds back the movement of attention that the token policy has
-    just made where the advantage is positive, and drives it on where it is negative.
-  - Where responses of a group share their first s tokens, they share the own rows of tokens 1 to s
-    and the predicting rows of tokens 1 to s + 1, and so their divergences D_t. What the loss has of
-    such a row is D_t * sum_i A_i / T_i (T_i is the length of response i): nothing where the
-    responses are equally long, and a remainder where they are not.
+At p_theta = p_old the divergence *and its gradient* are zero. With one update per rollout, RAL is
+therefore GRPO; it acts from the second inner iteration on. So `num_iterations` is above 1 here, and
+`train/attn_jsd_<k>` is logged for each iteration. See `divergence` for two more limits [ours].
 
-What differs from the paper, or is our reading of it [ours]: the choices of grpo_baseline.py, and
-  1. `--attn-row predicting` takes the row of position t - 1, whose output is the prediction of y_t.
-     It sees the same positions and needs no denominator.
-  2. The attention term's advantage is the response's, as GRPO's is, and E_t the same mean as the
-     token loss has.
-  3. Options to question the method: layer, row, anchor (rollout or frozen reference), divergence.
+Differences from the paper, or our reading of it [ours]: the choices of grpo_baseline.py, and
+  1. `--attn-row predicting` uses the row of position t - 1, see `attention_policy`.
+  2. A_t is the response's advantage, as in GRPO, and E_t is the same mean as in the token loss.
+  3. Options question the method: layer, row, anchor (rollout or frozen reference), divergence.
 
     python sft.py && python ral_grpo.py            # the toy, on a CPU, in minutes
     python ral_grpo.py --model DIR_OR_HUB_NAME --data FILE    # your own model and data
 
-Data: the built-in visual-search task (toy.py), or files of Video-R1's form (data.py). Memory and
+Data: the built-in visual-search task (toy.py), or files in Video-R1's format (data.py). Memory and
 time: see "Cost" in the README.
 """
 
@@ -98,7 +88,7 @@ from runs import (
 
 # 1. Arguments
 
-# Fields that are None take their value from one of these: the toy's, or a real model's.
+# Values of the fields that are None: one set for the toy, one for a real model.
 TOY = TOY_RUN | {
     "steps": 160,
     "eval_every": 20,
@@ -115,72 +105,73 @@ REAL = REAL_RUN | {
     "num_iterations": 2,
     "think": True,
 }
-RATE = {False: 1e-6, True: 2e-5}  # of a real model: its weights, or adapters, which need more
-NEW_TOKENS = {"toy": {False: 16, True: 64}, "real": {False: 768, True: 768}}  # direct, thinking
+# Learning rate of a real model: for its weights, for adapters (which need a higher one).
+RATE = {False: 1e-6, True: 2e-5}
+# Longest response in tokens: without a thought, with one.
+NEW_TOKENS = {"toy": {False: 16, True: 64}, "real": {False: 768, True: 768}}
 
 
 @dataclass
 class Args(RunArgs):
     model: str | None = None
-    """Checkpoint directory or hub name; unset: the cold start that sft.py left at
-    runs/sft/checkpoint."""
+    """Checkpoint directory or hub name. Unset: runs/sft/checkpoint, which sft.py writes."""
     out: str = f"runs/{Path(__file__).stem}"
-    """Run directory. A run that is in the way is moved to OUT.1 and so on."""
+    """Run directory. A run that is already there is moved to OUT.1, OUT.2 and so on."""
     think: bool | None = None
-    """`--think`: a thought, then the answer; `--no-think`: the answer alone (RAL-zero). Paper:
-    think. Toy: no."""
+    """`--think`: respond with a thought, then the answer; `--no-think`: with the answer alone
+    (RAL-zero). Paper: think. Toy: no-think."""
     steps: int | None = None
-    """Optimisation steps, each with a rollout of its own. Paper: 800. Toy: 160."""
+    """Training steps, each with its own rollout. Paper: 800. Toy: 160."""
     learning_rate: float | None = None
-    """AdamW's learning rate, constant. Real: 1e-6, as Video-R1 (a digest: 1e-5), of adapters 2e-5
-    [ours]. Toy: 6e-4."""
+    """Constant learning rate of AdamW. Real: 1e-6, as in Video-R1 (a digest of the paper says
+    1e-5), or 2e-5 for adapters [ours]. Toy: 6e-4."""
     train_vision: bool = False
-    """Train the vision encoder too; every pass then computes the features anew. Paper: frozen."""
+    """Also train the vision encoder; every pass then recomputes its features. Paper: frozen."""
     lora_rank: int | None = None
-    """Rank of adapters that are trained instead of the weights; 0: train the weights. Unset: 0, or
-    64 where that does not fit into memory."""
+    """Rank of the adapters that are trained instead of the weights; 0: train the weights. Unset: 0,
+    or 64 if training the weights does not fit into memory."""
     gradient_checkpointing: bool | None = None
-    """Keep one activation a layer and compute the rest again. Unset: on a GPU."""
+    """Store one activation per layer and recompute the rest. Unset: only on a GPU."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients with a larger norm are scaled down to this norm."""
     micro_batch_size: int | None = None
-    """Prompts (with all their responses) in one forward pass; changes memory and speed, not the
+    """Prompts per forward pass, with all their responses. It changes memory and speed, not the
     update."""
     prompts_per_step: int | None = None
-    """Prompts in each rollout of a process. Toy: 16. Real: 8 [ours]."""
+    """Prompts per rollout on each rank. Toy: 16. Real: 8 [ours]."""
     group_size: int = 8
-    """G, responses to each prompt (2 or more). Paper: 8."""
+    """G, the responses per prompt (2 or more). Paper: 8."""
     num_iterations: int | None = None
-    """Optimiser steps on each rollout. Toy: 4. Real: 2 [ours]."""
+    """Optimiser steps per rollout. Toy: 4. Real: 2 [ours]."""
     max_new_tokens: int | None = None
-    """Longest response in tokens. Toy: 16, thinking 64. Real: 768."""
+    """Longest response in tokens. Toy: 16, or 64 with a thought. Real: 768."""
     temperature: float = 1.0
-    """Of the policy, in sampling and in every loss. A digest of the paper says 0.9."""
+    """Temperature of the policy, in sampling and in every loss. A digest of the paper says 0.9."""
     top_p: float = 1.0
-    """Nucleus of the sampling, in (0, 1]; the losses use the whole policy."""
+    """Probability mass for nucleus sampling, in (0, 1]. The losses use the full distribution."""
     reward: Literal["by-type", "exact"] = "by-type"
-    """Accuracy by the example's problem type, as Video-R1, or by exact match. Paper: exact."""
+    """How accuracy is judged: by problem type, as in Video-R1, or by exact match. Paper: exact."""
     clip_eps: float = 0.2
-    """The probability ratio is clipped to 1 - clip_eps .. 1 + clip_eps. [ours]"""
+    """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]. [ours]"""
     beta: float = 0.04
-    """Weight of the KL to the starting model; 0 needs no reference. Paper: 0.04."""
+    """Weight of the KL penalty toward the starting model (0: no reference needed). Paper: 0.04."""
 
     lambda_attn: float = 1.0  # RAL
-    """Weight of the attention term; 0 is GRPO. Paper: 1, tried 0.5 and 5."""
+    """Weight of the attention term; 0: plain GRPO. Paper: 1 (0.5 and 5 were also tried)."""
     attn_layer: int = -1  # RAL
-    """Decoder layer whose attention is the policy, from 0, or from the end if negative. Paper: the
-    last."""
+    """Decoder layer whose attention is the policy, counted from 0, or from the end if negative.
+    Paper: the last."""
     attn_row: Literal["own", "predicting"] = "own"  # RAL
-    """Row of token y_t: its own position, without itself and divided by the rest (paper), or the
-    position before, whose output is the prediction of y_t [ours]."""
+    """Attention row of token y_t. `own`: that of its own position, with its own column removed and
+    the rest renormalised (paper). `predicting`: that of the position before, whose output predicts
+    y_t [ours]."""
     attn_anchor: Literal["rollout", "reference"] = "rollout"  # RAL (eq. 3)
-    """What the attention is compared with: the policy at rollout time (paper), or the frozen
-    reference."""
+    """Model whose attention is the anchor: as at rollout time (paper), or the frozen reference."""
     attn_divergence: Literal["jsd", "forward-kl", "reverse-kl"] = "jsd"  # RAL
-    """JSD (paper); forward is KL(anchor || today), reverse is KL(today || anchor)."""
+    """JSD (paper); forward: KL(anchor || current); reverse: KL(current || anchor)."""
     attn_norm_every: int = 10  # RAL
-    """Steps between measurements of the gradient norm of each term by itself (two passes more); 0:
-    never. [ours]"""
+    """Steps between measurements of each term's own gradient norm, which cost two extra passes;
+    0: never. [ours]"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -199,7 +190,7 @@ class Args(RunArgs):
 
 DIRECT = "Give the answer alone inside <answer> </answer> tags."
 THINK = f"Think first, inside <think> </think> tags. {DIRECT}"
-ANSWER = {  # what is asked for, by problem type
+ANSWER = {  # the form of the answer, by problem type
     "multiple choice": "The answer is the letter of one option.",
     "numerical": "The answer is a number.",
     "regression": "The answer is a number.",
@@ -209,7 +200,7 @@ ANSWER = {  # what is asked for, by problem type
 
 
 def ask(example: Example, think: bool) -> str:
-    """What the user says beside the image or video: question, options, how to answer."""
+    """The text of the prompt beside the image or video: question, options, how to answer."""
     options = ["Options:", *example.options] if example.options else []
     request = f"{THINK if think else DIRECT} {ANSWER.get(example.problem_type, '')}"
     return "\n".join([example.problem, *options, request.strip()])
@@ -218,13 +209,14 @@ def ask(example: Example, think: bool) -> str:
 def encode(
     example: Example, processor: Processor, config: Any, think: bool, task: toy.Task, is_toy: bool
 ) -> Prompt:
-    """The prompt of an example; the toy's checkpoints know only their own words."""
+    """The encoded prompt of an example. A toy checkpoint gets the question alone, since it knows
+    only its own words."""
     text = example.problem if is_toy else ask(example, think)
     return encode_prompt(processor, config, example, text, task.order == "question-first")
 
 
 def reward(accuracy: Tensor, format: Tensor) -> Tensor:
-    """The paper's reward of each response."""
+    """The paper's reward of each response, from its accuracy and format reward."""
     return 0.9 * accuracy + 0.1 * format
 
 
@@ -233,11 +225,11 @@ def reward(accuracy: Tensor, format: Tensor) -> Tensor:
 
 @dataclass
 class Batch:
-    """Some prompts of a rollout with what the loss needs: `advantages` (B, G, 1), or (B, G, T) in
-    a fork that tells tokens apart; log-probabilities (B, G, T).
+    """A microbatch of a rollout with the tensors that its loss needs. `advantages` are (B, G, 1),
+    or (B, G, T) in a fork that gives each token its own; log-probabilities are (B, G, T).
 
-    `old_attn` (B, G, T, P + T) is the attention policy to compare with: that of the rollout, or of
-    the reference.
+    `old_attn` (B, G, T, P + T) is the attention policy to compare with: that of the model at
+    rollout time, or that of the reference.
     """
 
     rollout: Rollout
@@ -255,8 +247,11 @@ def roll_out(
     numbers: range,
     args: Args,
 ) -> tuple[Rollout, Tensor, dict[str, float], list[dict]]:
-    """Sample G responses to each prompt and reward them: rollout, rewards (B, G), metrics, lines of
-    samples.jsonl. `numbers` count the prompts of the run, and with the seed decide the noise."""
+    """Sample G responses to each prompt and reward them. Returns the rollout, the rewards (B, G),
+    the metrics and the rows of samples.jsonl.
+
+    `numbers` are the prompts' numbers within the run. With the seed they determine the noise.
+    """
     noise = sampling_noise(args.seed, numbers, args.group_size, args.max_new_tokens)
     with gathered(model):
         rollout = generate_group(
@@ -289,7 +284,7 @@ def roll_out(
 
 @torch.no_grad()
 def score_reference(reference: Module, batches: list[Batch], args: Args) -> None:
-    """Add what the frozen starting model says of the responses."""
+    """Add the frozen starting model's scores of the responses to each batch."""
     for batch in batches:
         layers = [args.attn_layer] if args.attn_anchor == "reference" else []  # RAL
         scores = score(reference, batch.rollout, args.temperature, layers)  # RAL
@@ -305,8 +300,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
     """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G, 1): one for all
     tokens of a response; std with ddof 1 [ours].
 
-    Exactly 0 where all rewards of a group are equal, decided before dividing: eight float32 rewards
-    of 0.9 have a standard deviation of 6e-8, and would get an advantage.
+    They are exactly 0 where all rewards of a group are equal. The rewards themselves decide this:
+    eight float32 rewards of 0.9 have a std of 6e-8 and would otherwise get an advantage.
 
     >>> rewards = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.9, 0.9, 0.9, 0.9]])
     >>> group_advantages(rewards)[..., 0]
@@ -322,28 +317,28 @@ def group_advantages(rewards: Tensor) -> Tensor:
 def clipped_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, clip_eps: float
 ) -> tuple[Tensor, Tensor]:
-    """GRPO's -min(ratio A, clip(ratio) A) of each token, and whether the clip held it, both (B, G,
-    T)."""
+    """GRPO's loss -min(ratio A, clip(ratio) A) of each token, and 1 where the clipped term is the
+    smaller one, else 0; both (B, G, T)."""
     ratio = torch.exp(logps - old_logps)
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
     return -torch.minimum(unclipped, clipped), (clipped < unclipped).float()
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """exp(ref - logp) - (ref - logp) - 1 of each token, an unbiased estimate of KL(policy ||
-    reference)."""
+    """The unbiased k3 estimate of KL(policy || reference) for each token:
+    exp(ref - logp) - (ref - logp) - 1."""
     difference = ref_logps - logps
     return torch.exp(difference) - difference - 1
 
 
 def attention_policy(rows: Tensor, row: str) -> Tensor:
-    """The attention policy of each response token, (B, G, T, P + T), from the rows of attention of
-    the prompt's last position and of each response token, (B, G, T + 1, P + T); rows sum to 1.
+    """The attention policy of each response token, (B, G, T, P + T).
 
-    "own" is the paper's: p^t(i) = alpha_{t,i} / sum_{j <= t - 1} alpha_{t,j} for i <= t - 1, the
-    row of y_t itself without its own column; 0 throughout where all it saw was itself. "predicting"
-    [ours] is the row of position t - 1, whose output is the prediction of y_t: it sees the same
-    positions and needs no denominator.
+    `rows` (B, G, T + 1, P + T) are the attention of the prompt's last position and of each response
+    token; each sums to 1. "own" is the paper's policy, the row of y_t without its own column:
+    p^t(i) = alpha_{t,i} / sum_{j <= t - 1} alpha_{t,j} for i <= t - 1. It is all zeros where y_t
+    attends only to itself. "predicting" [ours] is the row of position t - 1, whose output predicts
+    y_t: it sees the same positions and needs no denominator.
 
     >>> rows = torch.tensor([[[[0.7, 0.3, 0.0], [0.2, 0.3, 0.5]]]])  # P = 2, T = 1
     >>> attention_policy(rows, "own"), attention_policy(rows, "predicting")
@@ -356,11 +351,20 @@ def attention_policy(rows: Tensor, row: str) -> Tensor:
 
 
 def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
-    """Jensen-Shannon divergence of distributions along the last axis, in nats, between 0 and
-    ln 2.
+    """Divergence of distributions along the last axis, in nats: by default Jensen-Shannon, which is
+    between 0 and ln 2.
 
-    `p` is today's attention, `q` the anchor. Zeros are harmless, in value and in gradient. In row
-    chunks, see `in_chunks`.
+    `p` is the current attention and `q` the anchor. Zeros are safe, in value and in gradient. The
+    rows are computed in chunks, see `in_chunks`.
+
+    Two limits of the attention term [ours; tested, and measured in docs/results.md]:
+      - Near p_old, the gradient of the JSD with respect to p_theta is (p_theta - p_old) / 4 p_old.
+        The term does not know where else to look. It damps the movement of attention that the token
+        policy has just made where the advantage is positive, and amplifies it where negative.
+      - Responses of a group that share their first s tokens also share the own rows of tokens 1 to
+        s, the predicting rows of tokens 1 to s + 1, and so their divergences D_t. The loss contains
+        such a row as D_t * sum_i A_i / T_i, where T_i is the length of response i. This is zero if
+        the responses are equally long, and a remainder is left if they are not.
 
     >>> p, q = torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[0.0, 1.0], [0.5, 0.5]])
     >>> divergence(p, q)
@@ -382,19 +386,18 @@ def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
 
 
 def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """The terms of the loss for each response, (B, G), in nats a token: means over the response's
-    tokens."""
+    """The terms of the loss for each response, (B, G): means over its tokens, in nats per token."""
     scores = score(model, batch.rollout, args.temperature, [args.attn_layer])  # RAL
     attn = attention_policy(scores.attentions[0], args.attn_row)  # RAL: (B, G, T, P + T)
     if batch.old_attn is None:  # RAL: as for the log-probabilities below
         batch.old_attn = attn.detach()
-    if batch.old_logps is None:  # the first inner iteration: today's policy is still the rollout's
+    if batch.old_logps is None:  # first inner iteration: the policy is still that of the rollout
         batch.old_logps = scores.logps.detach()
     pg, clipped = clipped_loss(scores.logps, batch.old_logps, batch.advantages, args.clip_eps)
     kl = torch.zeros_like(pg) if batch.ref_logps is None else k3(scores.logps, batch.ref_logps)
     attn_jsd = divergence(attn, batch.old_attn, args.attn_divergence)  # RAL: (B, G, T)
     terms = {"pg_loss": pg, "kl": kl, "entropy": scores.entropy, "clip_frac": clipped}
-    # RAL (eq. 3): its mean over a response's tokens is taken with that of the others.
+    # RAL (eq. 3): the mean over a response's tokens is taken below, for all terms together.
     terms |= {"attn_jsd": attn_jsd, "attn_loss": batch.advantages * attn_jsd}  # RAL
     terms = {name: response_mean(term, scores.mask) for name, term in terms.items()}
     terms["loss"] = terms["pg_loss"] + args.beta * terms["kl"]
@@ -406,12 +409,12 @@ def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
 
 
 def term_norm(model: Module, batches: list[Batch], args: Args, term: str) -> float:
-    """RAL: gradient norm of one term of the loss by itself, before its weight, from a forward and
-    backward of its own [ours]."""
+    """RAL: gradient norm of one term of the loss alone, before its weight, from a separate forward
+    and backward pass [ours]."""
     responses = sum(batch.rollout.truncated.numel() for batch in batches)
     for batch in batches:
         terms = loss_terms(model, batch, args)
-        # Adds zero so that every FSDP layer's output receives a gradient; else backward fails.
+        # Adds zero so that every FSDP layer's output receives a gradient; backward fails otherwise.
         nothing = 0 * terms["loss"].sum()
         (terms[term].sum() / responses + nothing).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -422,11 +425,11 @@ def term_norm(model: Module, batches: list[Batch], args: Args, term: str) -> flo
 def update(
     model: Module, optimizer: Optimizer, batches: list[Batch], args: Args, measure: bool
 ) -> dict[str, float]:
-    """`num_iterations` optimiser steps on one rollout, each over all its microbatches; metrics are
-    their means.
+    """Take `num_iterations` optimiser steps on one rollout, each over all its microbatches. Returns
+    the metrics, averaged over these steps.
 
-    `train/attn_jsd_<k>` is the divergence in inner iteration k; `measure` adds the gradient norms
-    of the two terms in the last one.
+    `train/attn_jsd_<k>` is the divergence in inner iteration k. `measure` adds the gradient norms
+    of the two terms in the last iteration.
     """
     model.train()
     responses = sum(batch.rollout.truncated.numel() for batch in batches)
@@ -442,12 +445,12 @@ def update(
                 metrics[f"train/{name}"] += (
                     term.detach().sum().item() / responses / args.num_iterations
                 )
-            # RAL: and the divergence of this iteration alone.
+            # RAL: also log the divergence of this iteration alone.
             metrics[f"train/attn_jsd_{iteration}"] += terms["attn_jsd"].sum().item() / responses
         norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
         metrics["train/grad_norm"] += norm.item() / args.num_iterations
         if not torch.isfinite(norm):
-            break  # and the loop stops the run
+            break  # the training loop then stops the run
         optimizer.step()
         optimizer.zero_grad()
     return dict(metrics)
@@ -457,8 +460,8 @@ def update(
 
 
 def main(args: Args) -> dict[str, float]:
-    """Train, evaluate, write the run directory; returns the last evaluation and step as one
-    dictionary."""
+    """Train, evaluate and write the run directory. Returns the metrics of the last step and its
+    evaluation in one dictionary."""
     start = time.time()
     base = args.model or "runs/sft/checkpoint"
     found = args.model is not None or Path(base).is_dir()
@@ -486,7 +489,7 @@ def main(args: Args) -> dict[str, float]:
     trained = (args.train_vision, args.lora_rank, args.gradient_checkpointing)
     model = load_model(base, *trained)[0]
     reference = None
-    if needs_reference:  # where adapters are trained, the model without them
+    if needs_reference:  # with adapters, the same model without them
         reference = model if args.lora_rank else load_model(base, frozen=True)[0]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -529,7 +532,7 @@ def main(args: Args) -> dict[str, float]:
             with without_adapters(reference):
                 score_reference(reference, batches, args)
         clock.lap("reference")
-        # RAL: the two terms' gradient norms cost two passes, so only now and then.
+        # RAL: the two terms' gradient norms cost two passes, so not every step has them.
         measure = args.attn_norm_every > 0 and step % args.attn_norm_every == 0
         metrics |= update(model, optimizer, batches, args, measure)
         run.require_finite(step, metrics, prompts)

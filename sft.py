@@ -1,24 +1,25 @@
 """Stage 1, supervised fine-tuning: teach a model to answer in tags, with or without a thought.
 
-On the toy this is a *cold start*, not convergence: it begins with random weights and stops at the
-first evaluation that reaches `--stop-accuracy` (0.42), which leaves the reinforcement learning
-something to do. Half of the batches ask the question, half ask for every shape's colour in a random
-order; without those captions the lookup is not learned in minutes. It arrives in a jump, at a step
-that moves with the seed, so the run stops at a measured accuracy: whenever a batch of fresh
-questions gives its answers more than `--watch-above` probability, the model is evaluated at once.
-Videos (`--frames N`) are grown from images, since N frames from scratch take far longer.
+On the toy this is a *cold start*, not convergence. It begins with random weights and stops at the
+first evaluation that reaches `--stop-accuracy` (0.42), so that reinforcement learning can still
+improve the model. Half of the batches ask the question. The other half ask for every shape's colour
+in a random order: without these captions the model does not learn the lookup within minutes. It
+learns the lookup suddenly, at a step that depends on the seed, so a measured accuracy ends the run.
+The model is evaluated at once whenever the mean probability of the answers to a batch of fresh
+questions exceeds `--watch-above`. Video training (`--frames N`) starts on images, since N frames
+from scratch take far longer.
 
-Differences from the paper's stage 1 [ours]: loss = -log p of the response, averaged per token
-within a response and then over responses, as in the RL scripts, in the same packed layout with one
-response a prompt.
+Differences from the paper's stage 1 [ours]: the loss is -log p of the response, averaged over the
+tokens of a response and then over responses, as in the RL scripts. It uses the same packed layout,
+with one response per prompt.
 
     python sft.py                        # the toy from scratch, about a minute on two cores
-    python sft.py --think                # ... that thinks before it answers
-    python sft.py --frames 8             # ... on videos of 8 frames
-    python sft.py --model runs/sft/checkpoint --stop-accuracy 0.9 --out runs/sft2   # go on
+    python sft.py --think                # the same, with a thought before the answer
+    python sft.py --frames 8             # the same, on videos of 8 frames
+    python sft.py --model runs/sft/checkpoint --stop-accuracy 0.9 --out runs/sft2   # train further
 
-Data: the built-in visual-search task (toy.py), or files of Video-R1's form with a thought in each
-row (data.py), of which an epoch is the unit. Memory and time: see "Cost" in the README.
+Data: the built-in visual-search task (toy.py), or files in Video-R1's format with a thought in each
+row (data.py). Training on files is measured in epochs. Memory and time: see "Cost" in the README.
 """
 
 import math
@@ -69,7 +70,7 @@ from runs import (
 
 # 1. Arguments
 
-# Fields that are None take their value from one of these: the toy's, or a real model's.
+# Values of the fields that are None: one set for the toy, one for a real model.
 TOY = TOY_RUN | {
     "steps": 2000,
     "stop_accuracy": 0.42,
@@ -87,54 +88,57 @@ REAL = REAL_RUN | {
     "prompts_per_step": 8,
     "micro_batch_size": 1,
 }
-RATE = {False: 1e-5, True: 1e-4}  # of a real model: its weights, or adapters, which need more
+# Learning rate of a real model: for its weights, for adapters (which need a higher one).
+RATE = {False: 1e-5, True: 1e-4}
 TOY_RATE = {"small": 1.5e-3, "large": 1e-3}
-NEW_TOKENS = {"toy": {False: 16, True: 64}, "real": {False: 768, True: 768}}  # direct, thinking
+# Longest response in tokens: without a thought, with one.
+NEW_TOKENS = {"toy": {False: 16, True: 64}, "real": {False: 768, True: 768}}
 
 
 @dataclass
 class Args(RunArgs):
     model: str | None = None
-    """Checkpoint directory or hub name; unset: a toy model with random weights."""
+    """Checkpoint directory or hub name. Unset: a toy model with random weights."""
     out: str = f"runs/{Path(__file__).stem}"
-    """Run directory. A run that is in the way is moved to OUT.1 and so on."""
+    """Run directory. A run that is already there is moved to OUT.1, OUT.2 and so on."""
     think: bool | None = None
-    """`--think`: a thought, then the answer; `--no-think`: the answer alone (RAL-zero). Paper:
-    think. Toy: no."""
+    """`--think`: respond with a thought, then the answer; `--no-think`: with the answer alone
+    (RAL-zero). Paper: think. Toy: no-think."""
     steps: int | None = None
-    """Optimisation steps at most. Toy: 2000. With --data: as many as --epochs need."""
+    """Largest number of training steps. Toy: 2000. With --data: as many as --epochs needs."""
     learning_rate: float | None = None
-    """AdamW's learning rate after the warm-up. Video-R1: 1e-5; of adapters 1e-4 [ours]. Toy:
-    1.5e-3, large 1e-3."""
+    """Learning rate of AdamW after the warm-up. Real: 1e-5, as in Video-R1, or 1e-4 for adapters
+    [ours]. Toy: 1.5e-3, or 1e-3 for the large one."""
     lora_rank: int | None = None
-    """Rank of adapters that are trained instead of the weights; 0: train the weights. Unset: 0, or
-    64 where that does not fit into memory."""
+    """Rank of the adapters that are trained instead of the weights; 0: train the weights. Unset: 0,
+    or 64 if training the weights does not fit into memory."""
     gradient_checkpointing: bool | None = None
-    """Keep one activation a layer and compute the rest again. Unset: on a GPU."""
+    """Store one activation per layer and recompute the rest. Unset: only on a GPU."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients with a larger norm are scaled down to this norm."""
     micro_batch_size: int | None = None
-    """Prompts in one forward pass; changes memory and speed, not the update."""
+    """Prompts per forward pass. It changes memory and speed, not the update."""
     prompts_per_step: int | None = None
-    """Demonstrations in each step of a process. Toy: 32. Real: 8 [ours]."""
+    """Demonstrations per step on each rank. Toy: 32. Real: 8 [ours]."""
     max_new_tokens: int | None = None
-    """Longest response of an evaluation in tokens. Toy: 16, thinking 64. Real: 768."""
+    """Longest response in an evaluation, in tokens. Toy: 16, or 64 with a thought. Real: 768."""
     epochs: float = 1.0
-    """Passes over --data, where --steps is not set."""
+    """Passes over --data; used if --steps is not set."""
     schedule: Literal["constant", "cosine"] | None = None
-    """Of the learning rate after the warm-up. Toy: constant. Real: cosine [ours]."""
+    """Schedule of the learning rate after the warm-up. Toy: constant. Real: cosine [ours]."""
     warmup_steps: int = 50
     """Steps over which the learning rate rises from 0."""
     toy_size: Literal["small", "large"] | None = None
-    """Size of a new toy model: 0.7 M parameters (unset), or 3.9 M."""
+    """Size of a new toy model: 0.7 M parameters (small, also if unset), or 3.9 M (large)."""
     train_vision: bool | None = None
-    """Train the vision encoder too. Paper: frozen. Toy: trained here, frozen in every later
+    """Also train the vision encoder. Paper: frozen. Toy: trained here, frozen in every later
     stage."""
     stop_accuracy: float | None = None
-    """Stop at the first evaluation that reaches this accuracy; above 1: never. Toy: 0.42."""
+    """Stop at the first evaluation that reaches this accuracy; above 1: never stop early. Toy:
+    0.42."""
     watch_above: float = 0.2
-    """Toy: mean probability of a question batch's demonstrations above which the step is
-    evaluated."""
+    """Toy: evaluate after a batch of questions whose demonstrations have a mean probability above
+    this."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,7 +156,7 @@ class Args(RunArgs):
 
 DIRECT = "Give the answer alone inside <answer> </answer> tags."
 THINK = f"Think first, inside <think> </think> tags. {DIRECT}"
-ANSWER = {  # what is asked for, by problem type
+ANSWER = {  # the form of the answer, by problem type
     "multiple choice": "The answer is the letter of one option.",
     "numerical": "The answer is a number.",
     "regression": "The answer is a number.",
@@ -162,7 +166,7 @@ ANSWER = {  # what is asked for, by problem type
 
 
 def ask(example: Example, think: bool) -> str:
-    """What the user says beside the image or video: question, options, how to answer."""
+    """The text of the prompt beside the image or video: question, options, how to answer."""
     options = ["Options:", *example.options] if example.options else []
     request = f"{THINK if think else DIRECT} {ANSWER.get(example.problem_type, '')}"
     return "\n".join([example.problem, *options, request.strip()])
@@ -171,8 +175,9 @@ def ask(example: Example, think: bool) -> str:
 def encode(
     example: Example, processor: Processor, config: Any, think: bool, task: toy.Task, is_toy: bool
 ) -> Prompt:
-    """The prompt of an example; the toy's checkpoints know only their own words. A data file's row
-    gets its demonstration: thought and answer, or the answer alone."""
+    """The encoded prompt of an example. A toy checkpoint gets the question alone, since it knows
+    only its own words. A row of a data file also gets its demonstration: thought and answer, or the
+    answer alone."""
     text = example.problem if is_toy else ask(example, think)
     if example.problem_type:
         if think and not example.response:
@@ -185,11 +190,11 @@ def encode(
 
 
 # 3. Rollout
-# SFT has none: the demonstrations stand where the responses would.
+# SFT has no rollout: demonstrations take the place of sampled responses.
 
 
 def demonstrations(model: Module, processor: Processor, prompts: list[Prompt]) -> Rollout:
-    """The prompts with their demonstrated responses and an EOS, as a rollout of group size 1."""
+    """A rollout of group size 1: the prompts, with their demonstrations and an EOS as responses."""
     tokenizer = processor.tokenizer
     encode = partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True)
     ids = [encode(prompt.example.response) for prompt in prompts]
@@ -205,7 +210,8 @@ def demonstrations(model: Module, processor: Processor, prompts: list[Prompt]) -
 
 
 def loss_terms(model: Module, rollout: Rollout) -> dict[str, Tensor]:
-    """-log p of each response, nats a token; its probability as a whole; its length; all (B, 1)."""
+    """For each response, (B, 1): the loss -log p in nats per token, the probability of the whole
+    response, and its length in tokens."""
     scores = score(model, rollout)
     return {
         "loss": -response_mean(scores.logps, scores.mask),
@@ -218,7 +224,8 @@ def loss_terms(model: Module, rollout: Rollout) -> dict[str, Tensor]:
 
 
 def learning_rate(step: int, args: Args) -> float:
-    """Rises linearly over `warmup_steps`, then stays, or falls to 0 as half a cosine."""
+    """The learning rate of a step: a linear rise over `warmup_steps`, then constant, or half a
+    cosine down to 0."""
     rate = args.learning_rate * min(1.0, step / args.warmup_steps)
     if args.schedule == "cosine":
         rate *= (1 + math.cos(math.pi * (step - 1) / args.steps)) / 2
@@ -228,8 +235,11 @@ def learning_rate(step: int, args: Args) -> float:
 def update(
     model: Module, processor: Processor, optimizer: Optimizer, prompts: list[Prompt], args: Args
 ) -> dict[str, float]:
-    """One optimiser step over all demonstrations, whatever the microbatches, which are cut by
-    length so that little is padded."""
+    """Take one optimiser step over all demonstrations and return its metrics.
+
+    Demonstrations of similar length share a microbatch, so that there is little padding. The
+    microbatches do not change the update.
+    """
     model.train()
     metrics = defaultdict(float)
     if len(prompts) > args.micro_batch_size:
@@ -246,7 +256,7 @@ def update(
             metrics[f"train/{name}"] += term.detach().sum().item() / len(prompts)
     norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
     metrics |= {"train/grad_norm": norm.item(), "train/padding_frac": 1 - used / positions}
-    if torch.isfinite(norm):  # if not, the loop stops the run
+    if torch.isfinite(norm):  # otherwise the training loop stops the run
         optimizer.step()
     optimizer.zero_grad()
     return dict(metrics)
@@ -256,14 +266,14 @@ def update(
 
 
 def main(args: Args) -> dict[str, float]:
-    """Train until `stop_accuracy`, write the run directory; returns the last evaluation and step as
-    one dictionary."""
+    """Train until `stop_accuracy` and write the run directory. Returns the metrics of the last step
+    and its evaluation in one dictionary."""
     start = time.time()
     is_toy = args.model is None or toy.Task.load(Path(args.model)) is not None
     task = toy.resolve_task(args, args.model or "", may_differ=True)
     args = fill_defaults(args, (TOY | {"think": task.think}) if is_toy else REAL)
     if not args.data:
-        args = fill_defaults(args, {"steps": 800})  # a smoke run of a real model
+        args = fill_defaults(args, {"steps": 800})  # a smoke test of a real model
     new_tokens = NEW_TOKENS["toy" if is_toy else "real"][args.think]
     args = fill_defaults(args, {"max_new_tokens": new_tokens})
     task = replace(task, think=args.think)
@@ -281,7 +291,7 @@ def main(args: Args) -> dict[str, float]:
             return check_data(args, turn)
         open_prompts = open_data if args.data else partial(toy.open_data, task)
         train, held_out, skipped = open_prompts(args, turn)
-        if args.steps is None:  # an epoch is the unit of real data
+        if args.steps is None:  # training on files is measured in epochs
             args.steps = math.ceil(
                 args.epochs * train.epoch / (args.prompts_per_step * world_size())
             )
@@ -334,7 +344,7 @@ def main(args: Args) -> dict[str, float]:
         clock.lap("update")
         metrics |= clock.stop(tokens=round(metrics["train/completion_len"] * len(prompts)))
         arriving = is_toy and not caption and metrics["train/demo_prob"] > args.watch_above
-        # As soon as the lookup arrives on images, go over to videos.
+        # Switch from images to videos as soon as the model has learned the lookup.
         growing = growing and not arriving
         if arriving or step % args.eval_every == 0 or step == args.steps:
             after, looks_after = judge(model)

@@ -71,54 +71,55 @@ REAL_RUN = {
 
 @dataclass
 class RunArgs:
-    """The arguments that every training run has, whatever its method."""
+    """The arguments of every training run, whatever its method."""
 
     data: str | None = None
-    """JSON or JSON lines file with Video-R1's fields, see data.py; unset: the built-in task."""
+    """JSON or JSON Lines file with Video-R1's fields, see data.py. Unset: the built-in task."""
     eval_data: str | None = None
-    """The same, to evaluate on; unset: up to a tenth of --data, kept out of training."""
+    """File to evaluate on, in the same format. Unset: up to a tenth of --data, held out."""
     media_root: tuple[str, ...] = ()
-    """Folders that the rows' paths are relative to; unset: the data file's own."""
+    """Folders that the paths in the rows are relative to. Unset: the folder of the data file."""
     check_data: bool = False
-    """Read every row once, report what cannot be used, and stop."""
+    """Read every row once, report the rows that cannot be used, and stop."""
     frames: int | None = None
-    """Frames of each video, evenly spaced; unset: 16, on the toy those of its checkpoint."""
+    """Frames per video, evenly spaced. Unset: 16; on the toy, as its checkpoint."""
     fps: float | None = None
-    """Frames a second of each video instead, with --frames as the most."""
+    """Frames per second of video to sample instead; --frames is then the maximum per video."""
     max_pixels: int | None = None
-    """Pixels of an image at most; a visual token has 28 x 28. Real: 256 tokens, as Video-R1."""
+    """Maximum pixels per image; a visual token is 28 x 28. Real: 256 tokens, as in Video-R1."""
     frame_pixels: int | None = None
-    """The same of each frame of a video. Real: 128 tokens, two frames share one; as Video-R1."""
+    """Maximum pixels per video frame; two frames share a token. Real: 128 tokens, as in
+    Video-R1."""
     max_prompt_tokens: int | None = None
-    """A row whose prompt is longer is skipped. Real: 16384."""
+    """Skip rows whose prompt has more tokens than this. Real: 16384."""
     max_skipped: float = 0.01
     """Stop when more than this fraction of the rows cannot be used."""
     workers: int | None = None
-    """Processes that read and encode ahead. Toy: 0. Real: 4."""
+    """Worker processes that read and encode prompts ahead. Toy: 0. Real: 4."""
     grid: int | None = None
-    """Cells along each side of the toy's pictures (3 or more); unset: the checkpoint's, or 4."""
+    """Cells along each side of the toy's images (3 or more). Unset: as the checkpoint, or 4."""
     toy_order: Literal["question-first", "image-first"] | None = None
-    """What the toy's prompt begins with; unset: the checkpoint's, or the question."""
+    """Order of the toy's prompt. Unset: as the checkpoint, or question-first."""
     eval_every: int | None = None
     """Steps between evaluations on held-out examples. Real: 100."""
     eval_examples: int | None = None
-    """Held-out examples of an evaluation. Toy: 512. Real: 128."""
+    """Held-out examples per evaluation. Toy: 512. Real: 128."""
     seed: int = 1
-    """Seed of data, sampling and new weights; one seed reproduces a run on one machine."""
+    """Seed of data, sampling and new weights. It reproduces a run on the same machine."""
     out: str = "runs"
-    """Run directory. A run that is in the way is moved to OUT.1 and so on."""
+    """Run directory. A run that is already there is moved to OUT.1, OUT.2 and so on."""
     overwrite: bool = False
-    """Replace the run at OUT instead of moving it."""
+    """Replace a run that is already at OUT instead of moving it."""
     track: bool = False
-    """Send the metrics to Weights & Biases too."""
+    """Also send the metrics to Weights & Biases."""
     save_every: int | None = None
-    """Steps between states to resume from, in OUT/state; 0: none. Toy: 0. Real: 50."""
+    """Steps between saved states in OUT/state, for --resume; 0: save none. Toy: 0. Real: 50."""
     keep: int = 2
-    """How many of these states are kept."""
+    """Number of states to keep; older ones are deleted."""
     resume: str | None = None
-    """Resume from this state, or with `auto` from the newest good one of OUT, if there is one."""
+    """Resume from this state; `auto`: from the newest intact state in OUT, if there is one."""
     allow_changed_args: bool = False
-    """Resume although arguments that change what is computed are not as they were."""
+    """Resume even if arguments that affect the result differ from those of the state."""
 
     def __post_init__(self) -> None:
         require_positive(self, "frames", "fps", "max_pixels", "frame_pixels", "max_prompt_tokens")

@@ -1,20 +1,18 @@
-"""The embedded default: visual search that a laptop learns in minutes, and a real Qwen2-VL of less
-than a million parameters.
+"""The built-in task, visual search that a laptop learns in minutes, and its model, a real Qwen2-VL
+with less than a million parameters.
 
 A scene is a grid of cells. Eight shapes (a star, a ring, ...) lie in eight of them, each in a
 random colour; clutter dots lie in others. The question is "what colour is the star ?". One cell is
-28 x 28 pixels, which is exactly one visual token of Qwen2-VL (patch 14, merge 2), so "did the model
-look at the right cell?" is a number: the attention mass on the target's token. In a video of N
-frames every shape is visible for a while only, and the target's tokens are its cell in those
-frames.
+28 x 28 pixels, exactly one visual token of Qwen2-VL (patch 14, merge 2). So the attention mass on
+the target's token measures whether the model looks at the right cell. In a video of N frames, each
+shape is visible in some frames only, and the target's tokens are its cell in those frames.
 
-The question stands *before* the image (`--toy-order question-first`). With the image first, as in
-chat prompts, the question's own words can do the looking inside the prompt, where no response token
-sees it and RAL has nothing to act on; question first, the row that emits the colour must look for
-itself. `--toy-order image-first` is there to compare.
+The question comes *before* the image (`--toy-order question-first`). With the image first, as in
+chat prompts, the words of the question can attend to the target. RAL acts only on the rows of
+the response tokens, so it cannot reach this attention. With the question first, the row that
+predicts the colour must attend to the target. `--toy-order image-first` is for comparison.
 
-Training and held-out scenes never share an image: a hash of the scene decides on which side it
-falls.
+Training and held-out scenes never share an image: a hash of the scene assigns it to one side.
 """
 
 import json
@@ -49,7 +47,7 @@ COLOURS = {
     "black": (20, 20, 20),
 }
 BACKGROUND = (235, 235, 235)
-EVAL_SEED = 20_260_204  # the held-out set is one and the same for every run, whatever its seed
+EVAL_SEED = 20_260_204  # the held-out set is the same for every run, whatever its seed
 
 # 1. The task
 
@@ -64,7 +62,7 @@ class Task:
     think: bool = False
 
     def files(self) -> dict[str, bytes]:
-        """What a checkpoint has of it, name to content."""
+        """The files that store the task in a checkpoint: name to content."""
         return {"toy_task.json": json.dumps(vars(self)).encode()}
 
     @staticmethod
@@ -78,11 +76,11 @@ class Task:
 
 
 def resolve_task(args: Any, model: str, may_differ: bool = False) -> Task:
-    """The task of a run: that of the toy checkpoint `model`, with what the command line sets
-    (`None` inherits).
+    """The task of a run: that of the toy checkpoint `model`, overridden by the arguments that are
+    not None.
 
-    `may_differ` is for SFT, which can teach a checkpoint a new task; the other scripts refuse one
-    it never saw.
+    `may_differ` is for SFT, which can teach a checkpoint a new task. The other scripts raise
+    `UsageError` for a task that the checkpoint was not trained on.
     """
     known = Task.load(Path(model))
     fields = {
@@ -98,21 +96,21 @@ def resolve_task(args: Any, model: str, may_differ: bool = False) -> Task:
             f"--{'toy-order' if name == 'order' else name} {value}: {model} was trained with"
             f" {getattr(known, name, None)}; leave it out, or train that with sft.py first",
         )
-    # Chat prompts put the image first, so that is what a model which is not a toy gets.
+    # Chat prompts put the image first, so a model that is not a toy gets this order.
     return replace(known or Task(order="image-first" if model else "question-first"), **asked)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Where each shape lies, its colour, and the temporal patches (pairs of frames) [first, last]
-    that show it."""
+    """The cell and colour of each shape, and the temporal patches (pairs of frames) from `first` to
+    `last` that show it."""
 
     shapes: tuple[tuple[str, int, str, int, int], ...]  # (shape, cell, colour, first, last)
     dots: tuple[tuple[int, int, int, str], ...]  # (cell, x, y, colour), clutter
 
     def held_out(self) -> bool:
-        """One scene in eight is for evaluation. Clutter does not count, so the two sides differ in
-        what matters."""
+        """Whether the scene is for evaluation, as one in eight is. The hash ignores clutter, so
+        the two sides never share an arrangement of shapes."""
         return zlib.crc32(repr(self.shapes).encode()) % 8 == 0
 
 
@@ -172,7 +170,7 @@ def sprite(shape: str, colour: str) -> Image.Image:
 
 
 def sample_scene(rng: random.Random, task: Task, held_out: bool) -> Scene:
-    """A random scene from the asked side of the split."""
+    """A random scene from the held-out or the training side of the split."""
     patches = (task.frames + 1) // 2 if task.frames else 1
     while True:
         cells = rng.sample(range(task.grid**2), len(SHAPES))
@@ -198,8 +196,8 @@ def sample_example(
     """One question about a random scene, or a request to name every shape's colour in a random
     order.
 
-    The caption teaches the lookup shape -> colour eight times an image; questions alone do not
-    within minutes. `Example.target` holds the visual tokens (raster order, frame pair by frame
+    A caption teaches the lookup shape -> colour eight times per image; questions alone do not teach
+    it within minutes. `Example.target` holds the visual tokens (raster order, frame pair by frame
     pair) that show the shape asked about.
     """
     scene = sample_scene(rng, task, held_out)
@@ -221,8 +219,8 @@ def sample_example(
 
 
 def training_example(task: Task, seed: int, index: int, caption: bool = False) -> Example:
-    """Training example number `index`: a function of (seed, index), so that no state has to be
-    carried along."""
+    """Training example number `index`. It depends only on its arguments, so a resumed run needs no
+    saved generator."""
     return sample_example(random.Random(f"{seed}/{index}"), task, caption=caption)
 
 
@@ -235,8 +233,8 @@ def held_out_examples(task: Task, count: int) -> list[Example]:
 
 @dataclass
 class Stream:
-    """Training examples by number, as a data file has them by row. SFT changes the task and asks
-    for captions as it goes."""
+    """Training examples by number, with the interface of a data file. SFT changes `task` and
+    `caption` during training."""
 
     task: Task
     seed: int
@@ -249,8 +247,8 @@ class Stream:
 def open_data(
     task: Task, args: Any, encode: Callable[[Example], Prompt]
 ) -> tuple[Reader, list[Prompt], Skipped]:
-    """Training prompts, this rank's share of the held-out ones, and an account of bad rows, of
-    which there are none."""
+    """The training prompts, this rank's share of the held-out prompts, and a record of skipped
+    rows, which stays empty."""
     train = Reader(Prompts(Stream(task, args.seed), encode), range(0), 0, skipped := Skipped())
     mine = held_out_examples(task, args.eval_examples)[rank() :: world_size()]
     return train, [encode(example) for example in mine], skipped
@@ -289,8 +287,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer with the special tokens of Qwen2-VL; <|endoftext|> pads and <|im_end|>
     ends a turn.
 
-    The special tokens are added, not words of the vocabulary, so that one in a question can be
-    split to <unk>.
+    The special tokens are added tokens, not words of the vocabulary, so that a special token inside
+    a question can be split to <unk>.
     """
     vocabulary = {word: i for i, word in enumerate((*WORDS, *SHAPES, *COLOURS))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -306,8 +304,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_base(directory: Path, seed: int, size: str = "small") -> None:
-    """Write an untrained toy checkpoint, in the very format of a downloaded one, for
-    `from_pretrained` to load."""
+    """Write an untrained toy checkpoint in the format of a downloaded one, so that
+    `from_pretrained` can load it."""
     hidden, layers, heads, kv_heads, mlp = SIZES[size]
     tokenizer = make_tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}

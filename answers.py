@@ -1,8 +1,8 @@
-"""What an answer says: the option, the number or the words in it, whatever notation it comes in.
+"""Read an answer in any usual notation: the option, the number or the words in it.
 
-`accuracy` in common.py decides by the problem type which of these measures counts. The measures are
-those of Video-R1; that an answer counts in any usual notation is [ours]. Everything here reads text
-of unknown origin: it raises nothing, and its time is bounded by MAX_ANSWER.
+`accuracy` in common.py selects one of these measures by problem type. The measures are those of
+Video-R1; accepting any usual notation is [ours]. This module reads untrusted text: no function
+raises an error, and MAX_ANSWER bounds the running time.
 """
 
 import re
@@ -22,13 +22,13 @@ MAX_ANSWER = 10_000  # characters; no solution has more
 
 MARKUP = re.compile(r"\\(?:boxed|text\w*|math\w+)\s*\{([^{}]*)\}|\$([^$]*)\$|\\[()\[\]]|\*\*|`")
 CHARACTERS = str.maketrans("−–⁄’。", "--/'.")
-# Words that may come before an answer: "So the correct answer is", "I think it's".
+# Words that may precede an answer: "So the correct answer is", "I think it's".
 LEAD = r"so|thus|the|my|final|correct|right|best|answer|option|choice|letter|result|value|is|it"
 LEAD = re.compile(rf"(?:(?:{LEAD}|it's|i|think|choose|would|be|about)\b[\s,:=]*+)*", re.I)
 
 
 def plain(text: str) -> str:
-    """`text` without the markup of LaTeX and Markdown, in Unicode's normal form NFKC; `½` and
+    """Remove LaTeX and Markdown markup from `text` and normalise it to Unicode's NFKC; `½` and
     `\\frac{1}{2}` become `1/2`, `x²` becomes `x^2`."""
     text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞]|\\[dt]?frac)", " ", text)
     text = unicodedata.normalize("NFKC", re.sub("(?=[¹²³⁰-⁹])", "^", text)).translate(CHARACTERS)
@@ -40,7 +40,8 @@ def plain(text: str) -> str:
 
 
 def folded(text: str) -> str:
-    """`text` for comparison: plain, in one case, with single spaces and no final point."""
+    """Normalise `text` for comparison: plain, case-folded, with single spaces and no final full
+    stop."""
     return " ".join(plain(text).casefold().split()).rstrip(" .")
 
 
@@ -55,13 +56,13 @@ LABEL = re.compile(r"(?:\(([a-z])\)|([a-z])(?:[.):](?![a-z]\.)|$))\s*(.*)", re.I
 IS_RIGHT = r"\s+is (?:the )?(?:correct|right|best|answer)(?: answer| option| choice| one)?\b"
 LETTER = rf"[(\[]?([a-z])(?:[)\].:,;!]|\s+(?:[-—]|because\b)|\s*\n|{IS_RIGHT}|$)[\s.:]*(.*)"
 LETTER = re.compile(LEAD.pattern + LETTER, re.I | re.DOTALL)
-# A letter that names an option within a sentence; the article A and the pronoun I do not.
+# A letter that names an option within a sentence, but not the article A or the pronoun I.
 CHOICE = r"(?<![\w'.])([B-HJ-Z]|A(?! \w)|[AIa-z](?=[.):](?:\s|$)))(?![\w'])"
 
 
 def option_texts(options: Sequence[str]) -> dict[str, str]:
-    """The text of each option by its letter: the one that it carries (`A. red`, `(A) red`, `A`), or
-    the one of its position where not all carry one.
+    """Map each option's letter to its text. If all options carry letters (`A. red`, `(A) red`,
+    `A`), those letters are used, otherwise the letters of their positions.
 
     >>> option_texts(["A. red", "B. blue"]) == option_texts(["red", "blue"])
     True
@@ -75,10 +76,11 @@ def option_texts(options: Sequence[str]) -> dict[str, str]:
 
 
 def option_letter(text: str, options: Sequence[str]) -> str:
-    """The letter of the one option that `text` names, "" where it names none or several.
+    """The letter of the one option that `text` names, or "" if it names none or several.
 
-    An option is named by its letter (`b`, `(b)`, `Option B`), by its text, or by both (`B. blue`).
-    A reason may follow the letter, but no other letter and no other option's text.
+    Text names an option by its letter (`b`, `(b)`, `Option B`), by its text, or by both (`B.
+    blue`). A reason may follow the letter if it mentions no other letter and no other option's
+    text.
 
     >>> option_letter("The answer is **B**", ["A. red", "B. blue"])
     'B'
@@ -106,8 +108,8 @@ def option_letter(text: str, options: Sequence[str]) -> str:
 
 
 def option_accuracy(answer: str, solution: str, options: Sequence[str]) -> float:
-    """1 if the answer names the option that the solution names, else 0; texts are compared where
-    the solution names none."""
+    """1 if the answer names the same option as the solution, else 0. If the solution names no
+    option, the texts are compared."""
     right = option_letter(solution, options)
     said = option_letter(answer, options)
     return float(said == right) if right else same_text(answer, solution)
@@ -117,7 +119,7 @@ def option_accuracy(answer: str, solution: str, options: Sequence[str]) -> float
 
 
 DIGITS = r"((?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:e[+-]?\d{1,3})?)"
-# One word of a unit; but 2x, 2π and 2k are not 2, and neither is "2 or more".
+# One word of a unit. But 2x, 2π and 2k do not equal 2, and neither does "2 or more".
 UNIT = r"(?:(?!(?-i:[kKMB]|\s*(?:[xy]|is|or|and|not))\b)\s*+-?"
 UNIT += r"(?:[^\W\d_π]++(?:[/.·'-][^\W\d_π]++)*+(?:\^-?[23])?|[°'\"$€£¥₹]))"
 SCALES = {"%": Fraction(1, 100), "percent": Fraction(1, 100), "dozen": 12, "hundred": 100}
@@ -128,9 +130,10 @@ NUMBER = re.compile(LEAD.pattern + NUMBER, re.I)
 
 
 def read_number(text: str) -> Fraction | None:
-    """The one number in `text`, with or without its unit; None if there is none or more than one.
+    """The one number in `text`, with or without its unit; None if there is no number or more than
+    one.
 
-    No library reads it: math-verify takes the last number of several and finds 4 in `4_2`, and its
+    No library fits: math-verify takes the last of several numbers and finds 4 in `4_2`, and its
     time limit needs signals.
 
     >>> read_number("1,234.5 km"), read_number("75%"), read_number("4,2"), read_number("3 or 4")
@@ -149,8 +152,9 @@ def read_number(text: str) -> Fraction | None:
 
 
 def number_accuracy(answer: str, solution: str) -> float:
-    """1 if the numbers differ by at most half of the second decimal (of a percentage's own) and a
-    twentieth of the solution, else 0; texts are compared where the solution is no number."""
+    """1 if the numbers differ by no more than half a unit of the second decimal place and no more
+    than a twentieth of the solution, else 0. For a percentage, the decimal place is that of its own
+    figure. If the solution is not a number, the texts are compared."""
     p, g = read_number(answer), read_number(solution)
     if p is None or g is None:
         return same_text(answer, solution) if g is None else 0.0
@@ -159,7 +163,8 @@ def number_accuracy(answer: str, solution: str) -> float:
 
 
 def regression_accuracy(answer: str, solution: str) -> float:
-    """1 - min(1, |p - g| / |g|); `number_accuracy` where g is 0 or the solution is no number."""
+    """1 - min(1, |p - g| / |g|) for answer p and solution g; `number_accuracy` if g is 0 or the
+    solution is not a number."""
     p, g = read_number(answer), read_number(solution)
     if p is None or not g:
         return number_accuracy(answer, solution)
@@ -170,7 +175,7 @@ def regression_accuracy(answer: str, solution: str) -> float:
 
 
 def word_accuracy(answer: str, solution: str) -> float:
-    """1 - word error rate, not below 0; words are what white space separates."""
+    """1 - word error rate, but at least 0. White space separates words."""
     import jiwer
 
     return 1 - min(1.0, jiwer.wer(*(" ".join(text.split()) for text in (solution, answer))))
@@ -178,7 +183,7 @@ def word_accuracy(answer: str, solution: str) -> float:
 
 @cache
 def word_tools() -> tuple[Any, Callable[[str], str]]:
-    """What finds the words in a text, and what stems one."""
+    """A compiled pattern that finds the words in a text, and a function that stems a word."""
     import regex
     from nltk.stem.porter import PorterStemmer
 
@@ -188,18 +193,19 @@ def word_tools() -> tuple[Any, Callable[[str], str]]:
 
 
 def stems(text: str) -> list[str]:
-    """The words of `text`, stemmed: runs of letters and digits. In scripts without spaces between
-    words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character is a word."""
+    """The stemmed words of `text`. A word is a run of letters and digits; in scripts without spaces
+    between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character is a word."""
     pattern, stem = word_tools()
     words = pattern.findall(unicodedata.normalize("NFKC", text).lower())
     return [stem(word) if len(word) > 3 else word for word in words]
 
 
 def rouge(answer: str, solution: str) -> float:
-    """Mean F1 of ROUGE-1, ROUGE-2 (where the solution has two words or more) and ROUGE-L; texts are
-    compared where the solution has no word.
+    """Mean F1 of ROUGE-1, ROUGE-2 (if the solution has two words or more) and ROUGE-L. If the
+    solution has no words, the texts are compared.
 
-    The library rouge-score drops all but a to z and 0 to 9, and takes minutes on a long answer.
+    The library rouge-score drops all characters except a to z and 0 to 9, and takes minutes on a
+    long answer.
     """
     from rapidfuzz.distance import LCSseq
 

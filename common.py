@@ -1,17 +1,17 @@
-"""What any paper on Qwen-VL would have identically: models, attention, rollout, scoring, reward.
+"""Code that every paper on Qwen-VL would share: models, attention, rollout, scoring and reward.
 
-What an answer says: answers.py. From a question to tensors: prompts.py. Data files: data.py.
-Memory: memory.py. Run directories, processes, resuming: runs.py. Evaluation: evaluate.py.
+answers.py reads answers. prompts.py turns questions into tensors. data.py reads data files.
+memory.py estimates memory. runs.py handles run directories, processes and resuming. evaluate.py
+evaluates checkpoints.
 
-Nothing here knows about RAL. The shapes are the same everywhere: B prompts, G responses a prompt
-(the group), P prompt positions (left-padded), T response positions, V vocabulary, L layers, H
-heads. The one idea worth reading first is the packed layout of section 2: a prompt and its G
-responses stand behind one another on the sequence axis,
+Nothing here depends on RAL. Shapes use the same letters everywhere: B prompts, G responses per
+prompt (the group), P prompt positions (left-padded), T response positions, V vocabulary, L layers,
+H heads. Read about the packed layout of section 2 first. It places a prompt and its G responses one
+after another on the sequence axis,
 
     [ prompt (P) | response 1 (T) | response 2 (T) | ... | response G (T) ]
 
-so that a prompt and its image are computed once for the whole group, in the rollout as in every
-training pass.
+so that the rollout and every training pass compute a prompt and its image once for the whole group.
 """
 
 import json
@@ -80,12 +80,12 @@ transformers_logging.disable_progress_bar()
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 REMEDY = "give a checkpoint directory or a hub name (owner/name)"
-note_once = cache(print_on_rank_0)  # a run loads a checkpoint's processor several times
+note_once = cache(print_on_rank_0)  # a run loads a processor several times
 
 
 @contextmanager
 def one_line(named: str) -> Iterator[None]:
-    """Turn what loading a checkpoint raises into a `UsageError` of one line."""
+    """Turn an exception raised while loading a checkpoint into a one-line `UsageError`."""
     try:
         yield
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
@@ -99,12 +99,14 @@ def load_processor(
     frame_pixels: int | None = None,
     field: str = "--model",
 ) -> tuple[Any, Processor]:
-    """Config and processor of a Qwen2-VL or Qwen2.5-VL checkpoint, without its weights; the pixel
-    budgets are those of `Processor`. Base models get the turns of a chat model (`repair_turns`).
+    """Load the config and processor of a Qwen2-VL or Qwen2.5-VL checkpoint, without its weights.
+
+    `max_pixels` and `frame_pixels` are the pixel budgets of `Processor`. Base models get the chat
+    template of a chat model (`repair_turns`).
 
     Raises:
-        UsageError: `path` is neither a checkpoint directory nor a hub name, lacks a part, or holds
-        another family of models.
+        UsageError: `path` is neither a checkpoint directory nor a hub name, lacks a file, or holds
+            a model of another family.
     """
     named = f"{field} {path}"
     is_name = str(path).count("/") == 1 and not str(path).startswith((".", "/", "runs/"))
@@ -133,7 +135,7 @@ def load_processor(
 
 
 def compute_dtype() -> torch.dtype:
-    """What forwards and backwards compute in: bfloat16 on a GPU, float32 on a CPU."""
+    """Dtype of forward and backward passes: bfloat16 on a GPU, float32 on a CPU."""
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
@@ -151,14 +153,14 @@ def load_model(
 ) -> tuple[Module, Processor]:
     """Load a Qwen2-VL or Qwen2.5-VL checkpoint whose text layers run `grouped_attention`.
 
-    The vision encoder and its projector are frozen unless `train_vision` [paper: frozen]. Trained
-    weights are float32, whatever they compute in: in pure bfloat16 an update at learning rate 1e-6
-    is below the resolution of most weights. With `lora_rank` the weights are frozen too, and
-    adapters on the language model's linear layers are trained. Safetensors only, and no code from
-    the checkpoint is run.
+    The vision encoder and its projector are frozen unless `train_vision` is set [paper: frozen].
+    Trained weights are float32, whatever the compute dtype: in pure bfloat16, an update at learning
+    rate 1e-6 is below the resolution of most weights. `lora_rank` freezes all weights and trains
+    adapters on the language model's linear layers instead. The function reads only safetensors
+    files and runs no code from the checkpoint.
 
     Raises:
-        UsageError: as `load_processor`, or the weights are missing or unreadable.
+        UsageError: as in `load_processor`, or the weights are missing or unreadable.
     """
     config, processor = load_processor(path, field=field)
     options = {
@@ -166,9 +168,9 @@ def load_model(
         "dtype": compute_dtype() if frozen or lora_rank else torch.float32,
     }
     if torch.cuda.is_available():
-        # cuDNN's attention builds a plan for every new shape, and the shapes of a step all differ.
+        # cuDNN's attention builds a plan for every new shape, and all shapes of a step differ.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    # A frozen model of one process has nothing to spread and nothing to hold in another dtype.
+    # A frozen model on a single rank needs neither sharding nor a second dtype.
     sharded = dist.is_initialized() and not (frozen and world_size() == 1)
 
     def read() -> Module:
@@ -181,12 +183,12 @@ def load_model(
         require(not missing, f"{lacks}; download it again")
         return model
 
-    model = on_rank_0(read) if sharded else read()  # one process reads for all
+    model = on_rank_0(read) if sharded else read()  # rank 0 reads for all ranks
     if model is None:
         model = empty_model(config, **options)
     if sharded:
         model.generation_config = gather([model.generation_config])[0]
-    # SFT teaches the tokenizer's end of a turn; base models are known that generate by another.
+    # SFT teaches the tokenizer's end-of-turn token, but some base models generate another one.
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     ends = sorted((ends | processor.end_ids) - {None})
@@ -210,8 +212,11 @@ def load_model(
 
 
 def add_adapters(model: Module, rank: int, base: str) -> None:
-    """LoRA adapters (float32, scaled by 2, at first without effect) on every linear layer of the
-    language model. `base` names the model in their config."""
+    """Add LoRA adapters to every linear layer of the language model.
+
+    The adapters are float32, are scaled by 2 and have no effect at first. Their config names `base`
+    as the base model.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     layers = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
@@ -225,7 +230,7 @@ def add_adapters(model: Module, rank: int, base: str) -> None:
 
 @contextmanager
 def without_adapters(model: Module) -> Iterator[None]:
-    """The model as it was before training, where only adapters are trained: the reference."""
+    """Disable the adapters. Where only adapters are trained, this restores the reference model."""
     adapted = [module for module in model.modules() if hasattr(module, "lora_A")]
     for module in adapted:
         module.enable_adapters(False)
@@ -237,16 +242,17 @@ def without_adapters(model: Module) -> Iterator[None]:
 
 
 def shard(model: Module) -> None:
-    """Spread the parameters of a model over the process group with FSDP2, from rank 0, which alone
-    has them: the host holds one copy, whatever the number of processes.
+    """Shard a model's parameters over the process group with FSDP2.
 
-    A layer's weights are gathered, in `compute_dtype`, when it computes. The frozen weights behind
-    the adapters of a single process stay outside, since gathering them would hold the model twice.
+    Only rank 0 holds the weights at first, so the host holds one copy, whatever the number of
+    ranks. A layer's weights are gathered in `compute_dtype` when it runs. On a single rank, the
+    frozen weights behind adapters are not sharded, because gathering them would hold the model
+    twice.
     """
     weights = model.state_dict() if rank() == 0 else {}
     buffers = dict(model.named_buffers())
     model.to("meta")
-    model.tie_weights()  # `to` makes a parameter for each name
+    model.tie_weights()  # `to` creates one parameter per name
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype(), reduce_dtype=torch.float32)
     outside = {
         parameter
@@ -264,10 +270,10 @@ def shard(model: Module) -> None:
 
 
 def fill(model: Module, weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
-    """Send every rank its part of what rank 0 holds."""
+    """Send each rank its shard of the weights and a copy of the buffers that rank 0 holds."""
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, weights, options=options)
-    # No checkpoint holds the frequencies of the rotary positions.
+    # Checkpoints lack the rotary frequencies.
     for name, buffer in model.named_buffers():
         if rank() == 0:
             buffer.copy_(buffers[name])
@@ -276,8 +282,10 @@ def fill(model: Module, weights: dict[str, Tensor], buffers: dict[str, Tensor]) 
 
 @contextmanager
 def gathered(model: Module) -> Iterator[None]:
-    """Keep the weights of a sharded model whole while many forwards run, as in a rollout: gathered
-    once, not once a token, and no process waits for another in between."""
+    """Keep a sharded model's weights gathered while many forward passes run, as in a rollout.
+
+    The weights are gathered once, not once per token, and no rank waits for another in between.
+    """
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not shards or getattr(model, "is_gathered", False):
         yield
@@ -296,10 +304,13 @@ def gathered(model: Module) -> Iterator[None]:
 
 
 def save_model(directory: Path | None, model: Module, processor: Processor) -> None:
-    """Write weights, with adapters merged into them, and processor files to a directory that plain
-    `from_pretrained` loads, in `compute_dtype`: what was evaluated is what is saved. The adapters
-    alone go to `adapter` beside it, which `peft.PeftModel.from_pretrained` loads. All ranks call
-    it, those that write nothing with None."""
+    """Write the weights and processor files to a directory that plain `from_pretrained` loads.
+
+    Adapters are merged into the weights. The weights are saved in `compute_dtype`, so the saved
+    model is the evaluated one. The adapters alone go to `adapter` beside the directory, for
+    `peft.PeftModel.from_pretrained`. All ranks must call this function; ranks that write nothing
+    pass None.
+    """
     layers = {name: x for name, x in model.named_modules() if hasattr(x, "lora_A")}
     weights, adapters = {}, {}
     named = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -307,7 +318,7 @@ def save_model(directory: Path | None, model: Module, processor: Processor) -> N
     for name, tensor in model.state_dict().items():
         if name in tied:
             continue
-        tensor = full_tensor(tensor)  # every rank has a part in it
+        tensor = full_tensor(tensor)  # all ranks take part
         if "lora_" in name:
             if directory is not None:
                 name = f"base_model.model.{name.replace('.default.', '.')}"
@@ -321,7 +332,7 @@ def save_model(directory: Path | None, model: Module, processor: Processor) -> N
             weights[name.replace(".base_layer", "")] = tensor.to("cpu", compute_dtype())
     if directory is not None:
         model.save_pretrained(directory, state_dict=weights)
-        processor.save(directory)  # the config as it was, for transformers 4 cannot read that of 5
+        processor.save(directory)  # the original config: transformers 4 cannot read that of 5
         set_dtype(directory / "config.json")
     if adapters:
         folder = directory.parent / "adapter"
@@ -329,14 +340,14 @@ def save_model(directory: Path | None, model: Module, processor: Processor) -> N
         save_file(adapters, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         model.peft_config["default"].save_pretrained(folder)
         processor.save(folder)
-        (folder / "config.json").unlink(missing_ok=True)  # so that nobody loads it as a model
+        (folder / "config.json").unlink(missing_ok=True)  # it would load as a full model
 
 
 def set_dtype(path: Path) -> None:
-    """Write `compute_dtype` into a config.json, under the name that transformers 4 or 5 gave it."""
+    """Write `compute_dtype` into a config.json, under the key that transformers 4 or 5 uses."""
     config = json.loads(path.read_text())
     name = "torch_dtype" if "torch_dtype" in config else "dtype"
-    nested = "text_config" in config  # else the text model's values stand at the top
+    nested = "text_config" in config  # else the text model's values are at the top level
     for part in (config, config["text_config"], config["vision_config"]) if nested else (config,):
         part.pop("dtype", None)
         part[name] = str(compute_dtype()).removeprefix("torch.")
@@ -344,16 +355,16 @@ def set_dtype(path: Path) -> None:
 
 
 def empty_model(config: Any, **options: Any) -> Module:
-    """A model that has shapes and no weights; `options` are those of `from_pretrained`."""
+    """A model with shapes but no weights; `options` are those of `from_pretrained`."""
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, **options)
 
 
 def load_teacher(path: str, model: Module, processor: Processor) -> Module:
-    """Load a frozen teacher that reads the student's very token ids, positions and pixels.
+    """Load a frozen teacher that takes the same token ids, positions and pixels as the student.
 
     Raises:
-        UsageError: there is no such teacher, or it is of another family than the student.
+        UsageError: the teacher does not exist, or its family differs from the student's.
     """
     teacher, other = load_model(path, frozen=True, field="--teacher")
     ours, theirs = processor.tokenizer, other.tokenizer
@@ -363,13 +374,14 @@ def load_teacher(path: str, model: Module, processor: Processor) -> Module:
     for name in ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std"):
         same = getattr(processor.image_processor, name) == getattr(other.image_processor, name)
         require(same, f"--teacher {path}: its image processor has another {name}; {remedy}")
-    same = model.config.model_type == teacher.config.model_type  # it decides a video's positions
+    same = model.config.model_type == teacher.config.model_type  # it determines a video's positions
     require(same, f"--teacher {path}: its family is not the student's; {remedy}")
     return teacher
 
 
 def require_layer(field: str, layer: int, config: Any) -> None:
-    """Refuse an index that is no decoder layer of the model; negative ones count from the end."""
+    """Refuse an index that is not a decoder layer of the model; negative ones count from the
+    end."""
     layers = config.text_config.num_hidden_layers
     allowed = f"give {-layers} to {layers - 1}"
     known = -layers <= layer < layers
@@ -377,8 +389,8 @@ def require_layer(field: str, layer: int, config: Any) -> None:
 
 
 def vision_token_ids(config: Any) -> list[int]:
-    """The special vision tokens, which no response may contain: suppressed while sampling and at
-    -inf in every pass."""
+    """The special vision tokens, which no response may contain. Sampling suppresses them, and every
+    pass sets their logits to -inf."""
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return [getattr(config, name) for name in names]
 
@@ -387,22 +399,22 @@ def vision_token_ids(config: Any) -> list[int]:
 
 
 class GroupCache:
-    """Keys and values of a grouped rollout: the prompt's once, (B, K, P, D), and each response's
-    own, (B * G, K, T, D).
+    """Keys and values of a grouped rollout: the prompt's, stored once, (B, K, P, D), and each
+    response's own, (B * G, K, T, D).
 
-    K is the number of key-value heads. Decoding reads a prompt's keys once for its G responses, and
-    appends in place.
+    K is the number of key-value heads. Decoding reads a prompt's keys once for its G responses and
+    writes new keys in place.
     """
 
     def __init__(self, group_size: int, max_new_tokens: int):
         self.group_size, self.max_new_tokens = group_size, max_new_tokens
-        self.prompt: list[tuple[Tensor, Tensor]] = []  # one pair a layer
+        self.prompt: list[tuple[Tensor, Tensor]] = []  # one pair per layer
         self.own: list[tuple[Tensor, Tensor]] = []
-        self.length = 0  # response tokens written; whoever drives the decoding counts it up
+        self.length = 0  # response tokens written; the decoding loop sets it
 
     def add_prompt(self, key: Tensor, value: Tensor) -> None:
         batch, heads, _, width = key.shape
-        # Contiguous once, or the products of every decoded token would copy them.
+        # Copy once here, or the matrix products of every decoded token would copy them.
         self.prompt.append((key.contiguous(), value.contiguous()))
         shape = (batch * self.group_size, heads, self.max_new_tokens, width)
         self.own.append((key.new_empty(shape), value.new_empty(shape)))
@@ -410,13 +422,13 @@ class GroupCache:
 
 @dataclass
 class Layout:
-    """How the rows of one forward lie, handed to `grouped_attention` as a keyword argument of the
+    """Row layout of one forward pass, passed to `grouped_attention` as a keyword argument of the
     model's forward.
 
-    With `cache`, the forward is a prefill (the cache is empty) or one step of decoding. Without, it
-    is packed: `response_mask` (1 or B, 1, R * T, P + T) is the additive mask of a response over
-    prompt keys and own keys, where R = H / K query heads share a key head. `attn_layers` are the
-    layers whose attention rows are handed out.
+    With `cache`, the pass is a prefill (the cache is empty) or one decoding step. Without it, the
+    pass is packed: `response_mask` (1 or B, 1, R * T, P + T) is the additive mask of a response
+    over prompt keys and its own keys, where R = H / K query heads share a key head. `attn_layers`
+    are the layers whose attention rows are returned.
     """
 
     prompt_len: int
@@ -438,12 +450,12 @@ def grouped_attention(
     layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Fused SDPA for a group, and on the chosen layers the attention rows of the responses as the
-    second return value.
+    """Fused SDPA for a group. On the layers in `attn_layers`, the second return value holds the
+    attention rows of the responses.
 
     query (B, H, L, D), key and value (B, K, L, D) with rotary positions applied; returns (B, L, H,
-    D). Transformers collects the second value under `output_attentions=True`, so that the rows
-    arrive as `outputs.attentions`. Without a `layout` this is transformers' own SDPA.
+    D). With `output_attentions=True`, transformers collects the second value, so the rows arrive as
+    `outputs.attentions`. Without a `layout` this is the SDPA of transformers.
     """
     if layout is None:
         return sdpa_attention_forward(
@@ -472,9 +484,9 @@ AttentionMaskInterface.register("grouped_sdpa", sdpa_mask)
 def prompt_attention(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None
 ) -> Tensor:
-    """Causal attention inside the prompts; (B, P, H, D). Padded keys are hidden, padded rows see
-    themselves."""
-    if on_gpu(query):  # no fused float32 kernel there lets query heads share a key head
+    """Causal attention within the prompts, (B, P, H, D). Padded keys are hidden; padded rows attend
+    to themselves."""
+    if on_gpu(query):  # no fused float32 kernel on a GPU lets query heads share a key head
         shared = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
     allowed = None
@@ -495,8 +507,8 @@ def on_gpu(x: Tensor) -> bool:
 
 
 def split_group(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """(B, heads, P + G * T, D) to the prompt's (B, heads, P, D) and the responses' (B, G, heads, T,
-    D)."""
+    """Split (B, heads, P + G * T, D) into the prompt's (B, heads, P, D) and the responses' (B, G,
+    heads, T, D)."""
     prompt, responses = x[:, :, : layout.prompt_len], x[:, :, layout.prompt_len :]
     return prompt, responses.unflatten(2, (layout.group_size, -1)).transpose(1, 2)
 
@@ -504,12 +516,12 @@ def split_group(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 def response_attention(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, layout: Layout
 ) -> Tensor:
-    """Attention of the G responses, each over the prompt and itself, as one batched call; (B, G *
+    """Attention of each of the G responses over the prompt and itself, in one batched call; (B, G *
     T, H, D).
 
-    Where nothing is padded on a GPU there is no mask: flash attention aligns a causal mask to the
-    lower right corner, which is this one. Elsewhere the R query heads that share a key head become
-    R * T rows of it, so that keys are never repeated by head.
+    On a GPU, a batch without padding needs no mask: flash attention aligns its causal mask to the
+    lower right corner, which gives the same mask. Otherwise the R query heads that share a key head
+    become R * T rows of it, so keys are never repeated per head.
     """
     b, h, _, d = query.shape
     g, k = layout.group_size, key.shape[1]
@@ -528,16 +540,20 @@ def response_attention(
         mask = mask.repeat_interleave(g, dim=0) if len(mask) > 1 else mask
         mask = mask.to(rows.dtype)
     out = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
-    # Not a view: kernels differ in how they lay out their output.
+    # `view` would fail: kernels differ in the memory layout of their output.
     return out.reshape(b, g, h, -1, d).transpose(2, 3).flatten(1, 2)
 
 
 def decode_attention(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, layout: Layout, layer: int
 ) -> Tensor:
-    """One new token a response over the prompt's keys and its own so far; (B * G, 1, H, D). Appends
-    to the cache. In bfloat16 scores are rounded before the softmax, as in eager attention; packed
-    passes have them in float32, and what is sampled differs by that from what is scored."""
+    """Attention of one new token per response over the prompt's keys and the response's own keys so
+    far; (B * G, 1, H, D).
+
+    The function writes the new keys and values to the cache. In bfloat16, scores are rounded before
+    the softmax, as in eager attention. Packed passes keep them in float32, so sampling and scoring
+    differ by that rounding.
+    """
     cache = layout.cache
     n, h, _, d = query.shape
     (prompt_key, prompt_value), (own_key, own_value) = cache.prompt[layer], cache.own[layer]
@@ -562,17 +578,17 @@ def decode_attention(
     return out.reshape(n, 1, h, d)
 
 
-# Attention weights computed at a time: 4 MB stay in a CPU's cache; a GPU wants few launches.
+# Attention weights per chunk: 4 MB fit in a CPU's cache; a GPU needs few kernel launches.
 ATTENTION_CHUNK = 2**26 if torch.cuda.is_available() else 2**20
 
 
 def attention_rows(query: Tensor, key: Tensor, scaling: float, layout: Layout) -> Tensor:
-    """Head-averaged attention from the prompt's last position (row 0) and from each response token
-    (row t, which sees itself), (B, G, T + 1, P + T), float32; rows sum to 1.
+    """Head-averaged attention of the prompt's last position (row 0) and of each response token (row
+    t, which attends to itself), (B, G, T + 1, P + T), float32; rows sum to 1.
 
-    The last T columns are the response's own positions. Rows are recomputed in chunks, in the
-    backward pass too, so that no H x T x (P + T) array is ever kept: memory grows with
-    T x (P + T). Rows beyond the end of a response are those of its padding, and finite.
+    The last T columns are the response's own positions. Rows are recomputed in chunks, also in the
+    backward pass, so no H x T x (P + T) array is ever kept: memory grows with T x (P + T). Rows
+    past the end of a response belong to its padding and are finite.
     """
     prompt_key, own_key = (x.float() for x in split_group(key, layout))
     b, g, k, t, _ = own_key.shape
@@ -580,7 +596,7 @@ def attention_rows(query: Tensor, key: Tensor, scaling: float, layout: Layout) -
     last = prompt_rows[:, None, :, -1:].expand(-1, g, -1, -1, -1)
     rows = torch.cat([last, rows], dim=3)
     rows = rows.unflatten(2, (k, -1)).float() * scaling  # (B, G, K, R, T + 1, D)
-    # Row 0 sees no response token, row t the first t of them.
+    # Row 0 attends to no response token, row t to the first t.
     seen = torch.ones(t + 1, t, dtype=torch.bool, device=key.device).tril(-1)
     hidden = None if layout.prompt_mask is None else ~layout.prompt_mask[:, None, None, None, None]
 
@@ -608,9 +624,9 @@ class Rollout:
     """G responses to each of B prompts: `completion_ids` and `completion_mask` (B, G, T),
     `truncated` (B, G).
 
-    The mask covers each response up to and including its first EOS; a response without one, cut at
-    `max_new_tokens`, is truncated. Masks come from generated lengths, never from comparing ids with
-    the padding id.
+    The mask covers each response up to and including its first EOS. A response without an EOS, cut
+    off at `max_new_tokens`, is truncated. Masks come from generated lengths, never from comparing
+    ids with the padding id.
     """
 
     prompts: PromptBatch
@@ -619,7 +635,7 @@ class Rollout:
     truncated: Tensor
 
     def __getitem__(self, rows: slice) -> "Rollout":
-        """Some of the prompts, padded no further than these need."""
+        """The chosen prompts and their responses, with no more padding than they need."""
         mask = self.completion_mask[rows]
         longest = int(mask.sum(-1).max())
         return Rollout(
@@ -630,8 +646,8 @@ class Rollout:
         )
 
     def texts(self, tokenizer: Any) -> list[list[str]]:
-        """The responses as text, B lists of G, without their EOS; other special tokens stay, so
-        that no reward overlooks them."""
+        """The responses as text, B lists of G, without their EOS. Other special tokens are kept, so
+        that the reward sees them."""
         lengths = (self.completion_mask.sum(-1) - (~self.truncated).long()).flatten().tolist()
         rows = self.completion_ids.flatten(0, 1).tolist()
         texts = tokenizer.batch_decode([r[:n] for r, n in zip(rows, lengths, strict=True)])
@@ -644,8 +660,8 @@ def sampling_noise(
 ) -> Tensor:
     """Uniform numbers in [0, 1) for each token to be sampled, (B * G, T).
 
-    A function of the seed, the prompt's number in the run and the response's number in its group
-    alone: what the responses are does not depend on the batch or process a prompt was put into.
+    They depend only on the seed, the prompt's number in the run and the response's number in its
+    group. So the responses do not depend on the batch or rank that a prompt is assigned to.
     """
     rows = [
         np.random.default_rng([seed, prompt, response]).random(max_new_tokens, dtype=np.float32)
@@ -656,11 +672,11 @@ def sampling_noise(
 
 
 def pick_tokens(logits: Tensor, noise: Tensor | None, temperature: float, top_p: float) -> Tensor:
-    """Next tokens (N,) from logits (N, V): the most likely without `noise`, else sampled by
-    inverting the CDF at it.
+    """Next tokens (N,) from logits (N, V): the most likely ones without `noise`, otherwise sampled
+    by inverting the CDF at `noise`.
 
-    `top_p` keeps the smallest set of tokens whose probability reaches it. It shapes sampling only:
-    the policy of the losses is softmax(logits / temperature) over the whole vocabulary.
+    `top_p` keeps the smallest set of tokens whose probability reaches it. It affects sampling only:
+    the policy in the losses is softmax(logits / temperature) over the whole vocabulary.
     """
     if noise is None:
         return logits.argmax(dim=-1)
@@ -671,7 +687,7 @@ def pick_tokens(logits: Tensor, noise: Tensor | None, temperature: float, top_p:
     total = cumulative[:, -1:]
     if top_p < 1:
         total = cumulative.gather(1, (cumulative < top_p * total).sum(dim=-1, keepdim=True))
-    # Below the total, the first sum above the noise is never that of a token of probability 0.
+    # With noise below the total, a token of probability 0 is never picked.
     below = torch.nextafter(total, torch.zeros_like(total))
     rank = torch.searchsorted(cumulative, (noise[:, None] * total).minimum(below), right=True)
     return (rank if order is None else order.gather(1, rank))[:, 0]
@@ -687,10 +703,10 @@ def generate_group(
     temperature: float = 1.0,
     top_p: float = 1.0,
 ) -> Rollout:
-    """Sample G responses to every prompt (greedy without `noise`), all decoded together after one
-    prefill a prompt.
+    """Sample G responses to every prompt, or decode greedily without `noise`. All responses are
+    decoded together after one prefill per prompt.
 
-    A response ends with any of the model's EOS ids. Special vision tokens are never produced.
+    A response ends with any of the model's EOS ids. Special vision tokens are never generated.
     """
     model.eval()
     config, device = model.config, model.device
@@ -734,12 +750,12 @@ def generate_group(
 
 @dataclass
 class Scores:
-    """What one packed pass says of the responses: `logps` and `entropy` (nats, no gradient), both
+    """Result of one packed pass over the responses: `logps` and `entropy` (nats, no gradient), both
     (B, G, T).
 
-    `logits` (B, G, T, V), where asked for, are the model's, before temperature and suppression.
-    `attentions` are the rows of the asked layers, (B, G, T + 1, P + T) each, in the order of the
-    layers, see `attention_rows`. Where the mask is False, `logps` are 0.
+    `logits` (B, G, T, V), if requested, are the model's, before temperature and suppression.
+    `attentions` are the rows of the requested layers, (B, G, T + 1, P + T) each, in the order of
+    the layers; see `attention_rows`. Where the mask is False, `logps` are 0.
     """
 
     logps: Tensor
@@ -756,12 +772,12 @@ def score(
     attn_layers: Sequence[int] = (),
     keep_logits: bool = False,
 ) -> Scores:
-    """One packed forward over every prompt and its G responses: log-probabilities, entropy and
-    attention rows.
+    """Run one packed forward pass over every prompt and its G responses; returns log-probabilities,
+    entropy and attention rows.
 
-    The policy is softmax(logits / temperature) with the special vision tokens at -inf, the same in
-    sampling, old, reference and current passes. A vision token inside a response is replaced by
-    padding and masked.
+    The policy is softmax(logits / temperature) with the special vision tokens at -inf. It is the
+    same in sampling and in old, reference and current passes. A vision token inside a response is
+    replaced by padding and masked.
     """
     prompts, config = rollout.prompts, model.config
     b, g, t = rollout.completion_ids.shape
@@ -771,7 +787,7 @@ def score(
     pad = config.text_config.pad_token_id or 0
     ids = torch.where(mask, rollout.completion_ids, pad)
     steps = torch.arange(t, device=model.device)
-    # Every response goes on where the prompt ends: (3, B, 1, T).
+    # Every response continues from the end of the prompt: (3, B, 1, T).
     positions = prompts.positions[:, :, -1:, None] + 1 + steps
     positions = positions.expand(-1, -1, g, -1).flatten(2)
     text = config.text_config
@@ -804,8 +820,8 @@ def score(
 
 
 def response_mask(prompts: PromptBatch, t: int, config: Any) -> Tensor:
-    """Additive mask of a response over (prompt, itself), repeated for the heads that share a key
-    head: see `Layout`."""
+    """Additive mask of a response over the prompt and itself, repeated for the query heads that
+    share a key head; see `Layout`."""
     device, p = prompts.ids.device, prompts.ids.shape[1]
     own = torch.full((t, t), -torch.inf, device=device).triu(1)
     mask = F.pad(own, (p, 0))[None, None]  # (1, 1, T, P + T)
@@ -816,8 +832,8 @@ def response_mask(prompts: PromptBatch, t: int, config: Any) -> Tensor:
     return mask.repeat(1, 1, config.num_attention_heads // config.num_key_value_heads, 1)
 
 
-# Logits computed at a time, in float32. Each chunk adds a gradient of `lm_head` to the others', in
-# bfloat16 on a GPU, so few chunks round less there: 256 MB; 64 MB elsewhere.
+# Logits per chunk, in float32: 256 MB on a GPU, 64 MB elsewhere. The chunks' gradients of `lm_head`
+# are summed, in bfloat16 on a GPU, so fewer chunks there mean fewer rounding errors.
 LOGIT_CHUNK = 2**26 if torch.cuda.is_available() else 2**24
 
 
@@ -829,9 +845,9 @@ def in_chunks(
 ) -> tuple[Tensor, ...]:
     """Apply `function` to tensors of N rows, in chunks that the backward pass recomputes.
 
-    A chunk has about `elements` numbers where a row has `width` of them, by default the last
-    dimension of the first tensor. So neither 152k logits a token nor the temporaries of a
-    divergence of attentions are ever whole.
+    A chunk has about `elements` numbers if a row has `width` of them, by default the last dimension
+    of the first tensor. So neither 152k logits per token nor the temporaries of an attention
+    divergence are ever all in memory at once.
     """
     size = max(1, elements // (width or tensors[0].shape[-1]))
     chunks = zip(*(tensor.split(size) for tensor in tensors), strict=True)
@@ -848,12 +864,13 @@ def token_scores(
     suppressed: Tensor,
     keep_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]:
-    """Log-probability of each target and entropy of its row, both (N,) and float32; the logits
-    (N, V) where `keep_logits`; the attention policies.
+    """Log-probability of each target and entropy of its row, both (N,) and float32; the logits (N,
+    V) if `keep_logits` is set; the attention rows of the requested layers.
 
-    `rows` (N / B,) are the positions of each sequence that predict. `lm_head` runs inside the
-    chunks, so that logits are whole only where they are kept. It is a method of the model
-    (`load_model` binds it), since FSDP gathers the weights of `lm_head` only for forward methods.
+    `rows` (N / B,) are the positions in each sequence that predict the targets. `lm_head` runs
+    inside the chunks, so all logits are in memory at once only if `keep_logits` is set. The
+    function is a method of the model (`load_model` binds it), because FSDP gathers the weights of
+    `lm_head` only for forward methods.
     """
     outputs = model.model(**inputs)
     hidden, head = outputs.last_hidden_state[:, rows].flatten(0, 1), model.lm_head
@@ -872,10 +889,11 @@ def token_scores(
 
 
 def response_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x (..., T) over the tokens of each response; 0 for a response with no token left.
+    """Mean of x (..., T) over the tokens of each response; 0 for a response without unmasked
+    tokens.
 
-    Every loss is the mean of this over all responses of an optimiser step, so every response weighs
-    the same whatever its length, and the update does not depend on how the step was cut into
+    Every loss averages this mean over all responses of an optimiser step. So every response has the
+    same weight, whatever its length, and the update does not depend on how the step is split into
     microbatches.
     """
     return torch.where(mask, x, 0.0).sum(-1) / mask.sum(-1).clamp_min(1)
@@ -885,7 +903,7 @@ def response_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def extract_answer(text: str) -> str | None:
-    """What stands in the first `<answer>...</answer>`, stripped, or None.
+    """The content of the first `<answer>...</answer>`, stripped, or None.
 
     >>> extract_answer("<think> no </think> <answer> red </answer>")
     'red'
@@ -896,10 +914,11 @@ def extract_answer(text: str) -> str | None:
 
 
 def has_format(text: str, think: bool) -> bool:
-    """Whether `text` is `<think>...</think><answer>...</answer>` (paper), or the answer alone
-    without `think` [ours].
+    """Whether `text` is `<think>...</think><answer>...</answer>` (paper) or, without `think`, the
+    answer alone [ours].
 
-    Exactly one of each tag, in order, and nothing but white space before, between and after.
+    Each tag must occur exactly once, in order, with only white space before, between and after the
+    pairs.
 
     >>> has_format("<think> the star </think> <answer> red </answer>", think=True)
     True
@@ -921,11 +940,12 @@ def has_format(text: str, think: bool) -> bool:
 
 
 def accuracy(text: str, example: Example, rule: str = "by-type") -> float:
-    """The paper's accuracy: what the first answer in `text` is worth, between 0 and 1.
+    """The paper's accuracy: the score of the first answer in `text`, between 0 and 1.
 
-    With `rule="exact"`, the paper's, and where an example names no type, 1 for the very text of the
-    solution, else 0. Otherwise the problem type decides, see answers.py. An answer of more than
-    MAX_ANSWER characters earns 0, which bounds the time it takes to judge a response.
+    With `rule="exact"` (the paper's), or if the example has no problem type, an answer identical to
+    the solution scores 1 and any other scores 0. Otherwise the problem type selects the measure;
+    see answers.py. An answer longer than MAX_ANSWER characters scores 0, which bounds the time to
+    score a response.
     """
     answer, solution = extract_answer(text), example.solution.strip()
     if answer is None:

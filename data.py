@@ -1,4 +1,4 @@
-"""Data files: rows of JSON, the images and videos they name, and prompts read ahead of training.
+"""Data files: JSON rows, their images and videos, and prompts read ahead of training.
 
 A row is an object in a JSON array or on a line of its own, with the fields of Video-R1:
 
@@ -6,9 +6,9 @@ A row is an object in a JSON array or on a line of its own, with the fields of V
      "problem_type": "multiple choice", "options": ["A. a cup", "B. a book"],
      "solution": "<answer>A</answer>"}
 
-`problem_type` is one of PROBLEM_TYPES; `options`, `problem_id`, `data_source` and, for SFT,
-`process` (the thought) may be there. Nothing in a file is trusted: a row that cannot be used is
-named with its reason and skipped, and no path leads out of the media roots.
+`problem_type` is one of PROBLEM_TYPES. `options`, `problem_id`, `data_source` and, for SFT,
+`process` (the thought) are optional. Data files are untrusted: a row that cannot be used is
+reported with its reason and skipped, and no path leads outside the media roots.
 """
 
 import atexit
@@ -49,42 +49,43 @@ from runs import (
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no format that runs a program
-# Bytes, characters, characters: more is a broken row, not an example.
+# In bytes, characters and characters. A row that exceeds a limit is bad.
 MAX_ROW, MAX_SOLUTION, MAX_THOUGHT = 2**20, MAX_ANSWER, 50_000
-MAX_RATIO = 200  # of an image's sides, the image processor's limit
-MAX_FRAMES, MAX_FRAME_BYTES = 768, 2**32  # of a video where only --fps is given; of all its frames
-# Containers by FFmpeg's names: AVI stamps the order of decoding, MPEG-PS leaves frames unstamped.
+MAX_RATIO = 200  # of an image's sides; the image processor's limit
+MAX_FRAMES, MAX_FRAME_BYTES = 768, 2**32  # of a video if only --fps is given; of all its frames
+# FFmpeg's names of containers with unusable time stamps: AVI stamps the decoding order, and MPEG-PS
+# leaves frames unstamped.
 UNSTAMPED = ("avi", "mpeg")
-# What a video is opened with: it reaches no address, and its texts may be anything.
+# Options for opening a video: it cannot open network addresses, and its metadata may be any bytes.
 UNTRUSTED = {"options": {"protocol_whitelist": "file"}, "metadata_errors": "replace"}
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are the parallelism
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes run in parallel instead
 
 # 1. Rows
 
 
 class BadRow(Exception):
-    """A row that cannot be used, and why."""
+    """A row that cannot be used; the message says why."""
 
 
-# How a video file begins: MP4 and QuickTime, Matroska and WebM, AVI, FLV, WMV, MPEG-PS, MPEG-TS,
-# Ogg. A playlist, which would open other files, begins otherwise.
+# The first bytes of video files: MP4 and QuickTime, Matroska and WebM, AVI, FLV, WMV, MPEG-PS,
+# MPEG-TS, Ogg. A playlist, which could open other files, does not match.
 VIDEO = rb"....(?:ftyp|moov|mdat|free|skip|wide|pnot)|\x1aE\xdf\xa3|RIFF....AVI |FLV|0&\xb2u"
 VIDEO = re.compile(VIDEO + rb"|\x00\x00\x01[\xba\xb3]|(?:....)?G.{187}(?:....)?G|OggS", re.DOTALL)
 TEXT = rb'"(?:[^"\\]++|\\.)*+"'
 FLAT = rb'\{(?:[^{}"]++|' + TEXT + rb")*+\}"
 ROW = re.compile(rb'\{(?:[^{}"]++|' + TEXT + rb"|" + FLAT + rb")*+\}", re.DOTALL)
-TOKEN = re.compile(rb'"(?:[^"\\\n]|\\.)*+"|[{}]')  # no text goes over the end of a line
+TOKEN = re.compile(rb'"(?:[^"\\\n]|\\.)*+"|[{}]')  # no string spans lines
 BETWEEN = re.compile(rb"[\s,]*+")
 NEXT_ROW = re.compile(rb"[\n,]\s*+(?=\{)|\Z")
 
 
 def find_rows(content: mmap.mmap) -> Iterator[tuple[int, int]]:
-    """Start and end of each row, in bytes: of a JSON array if the first character is a bracket,
-    else of each line that is not blank.
+    """Yield the start and end of each row in bytes. If the first character is a bracket, the rows
+    are the elements of a JSON array; otherwise they are the non-blank lines.
 
-    Nothing is decoded yet. What is no object in an array is a row as well, up to where the next one
-    seems to begin, and so is a missing end of the array: they will be named as unreadable, and
-    nothing is dropped in silence.
+    Nothing is decoded yet. In an array, content that is not an object counts as a row too, up to
+    the apparent start of the next one. So does the missing end of an array. Both are later reported
+    as unreadable, so nothing is dropped silently.
     """
     at = 3 if content[:3] == b"\xef\xbb\xbf" else 0  # a byte order mark
     at = BETWEEN.match(content, at).end()
@@ -105,11 +106,12 @@ def find_rows(content: mmap.mmap) -> Iterator[tuple[int, int]]:
     if at >= len(content) and end != 0:
         yield at, at  # the missing end
     elif rest < len(content):
-        yield rest, len(content)  # what stands behind it
+        yield rest, len(content)  # content after the array
 
 
 def object_end(content: mmap.mmap, at: int) -> int:
-    """Where the object that begins at `at` ends, or 0 if it does not within a row's length."""
+    """The end of the object that begins at `at`, or 0 if it does not end within a row's maximum
+    length."""
     if flat := ROW.match(content, at, at + MAX_ROW):
         return flat.end()
     depth = 0
@@ -121,13 +123,14 @@ def object_end(content: mmap.mmap, at: int) -> int:
 
 
 class DataFile:
-    """The rows of a data file as `Example`s, read one at a time: only their offsets are in memory.
+    """The rows of a data file as `Example`s. Rows are read one at a time; only their offsets are in
+    memory.
 
-    `frames` and `fps` are those of `frame_indices`. Media are looked for under `roots`, the file's
-    own folder by default.
+    `frames` and `fps` are those of `frame_indices`. Media are searched for under `roots`, by
+    default the file's own folder.
 
     Raises:
-        UsageError: the file or a root is not there, or the file has no row.
+        UsageError: the file or a root does not exist, or the file has no rows.
     """
 
     def __init__(
@@ -139,7 +142,7 @@ class DataFile:
         option: str = "--data",
     ):
         self.path, self.frames, self.fps = Path(path), frames, fps
-        self.counted = (0, 1)  # an offset, and the line it is in
+        self.counted = (0, 1)  # an offset, and the line number there
         require(self.path.is_file(), f"{option} {path}: no such file")
         require(self.path.stat().st_size > 0, f"{option} {path}: is empty")
         self.roots = [Path(root).resolve() for root in roots or [self.path.parent]]
@@ -162,7 +165,7 @@ class DataFile:
         return f"{self.path.name} row {row + 1}"
 
     def place(self, row: int) -> str:
-        """File, row and line, each counted from 1, to find the row with an editor."""
+        """File, row and line, each counted from 1, for finding the row in an editor."""
         start = int(self.offsets[row, 0])
         at, line = self.counted if self.counted[0] <= start else (0, 1)
         with self.path.open("rb") as file:
@@ -170,14 +173,14 @@ class DataFile:
             while at < start:
                 at += len(chunk := file.read(min(start - at, 2**20)))
                 line += chunk.count(b"\n")
-        self.counted = (start, line)  # many bad rows one after another are counted once
+        self.counted = (start, line)  # a run of bad rows is counted once
         return f"{self.name(row)} (line {line})"
 
     def example(self, row: int) -> Example:
         """Row number `row` (from 0) with its media.
 
         Raises:
-            BadRow: it cannot be used.
+            BadRow: the row cannot be used.
         """
         start, end = map(int, self.offsets[row])
         if end - start > MAX_ROW:
@@ -186,7 +189,7 @@ class DataFile:
             file.seek(start)
             content = file.read(end - start)
         try:
-            fields = json.loads(content, parse_constant=lambda name: None)  # a NaN is no solution
+            fields = json.loads(content, parse_constant=lambda name: None)  # NaN is not a solution
         except (ValueError, RecursionError) as error:
             raise BadRow(f"is not JSON: {error}") from None
         if not isinstance(fields, dict):
@@ -199,7 +202,11 @@ class DataFile:
         return replace(example, media=media, seconds_per_patch=seconds, name=self.name(row))
 
     def parse(self, fields: dict[str, Any]) -> Example:
-        """The example of a row, without its media."""
+        """The example of a row, without its media.
+
+        Raises:
+            BadRow: a field is missing or invalid.
+        """
         for name in ("problem", "solution", "path", "data_type", "problem_type"):
             value = fields.get(name)
             if isinstance(value, int | float) and name == "solution":
@@ -244,7 +251,8 @@ class DataFile:
         )
 
     def find(self, path: str) -> Path:
-        """The file that `path` names under one of the roots; links are followed, and checked."""
+        """The file that `path` names under one of the roots. Links are followed, and their targets
+        checked."""
         outside = False
         for root in self.roots:
             try:
@@ -254,7 +262,7 @@ class DataFile:
                         return target
                 else:
                     outside = True
-            except (OSError, ValueError, RuntimeError):  # too long, with a NUL, a loop of links
+            except (OSError, ValueError, RuntimeError):  # too long, has a NUL, or a loop of links
                 continue
         raise BadRow(f"path {path[:200]!r} {'leaves' if outside else 'is not under'} --media-root")
 
@@ -262,8 +270,8 @@ class DataFile:
 def choices(options: list[str], solution: str) -> tuple[list[str], str]:
     """The options with their letters, which the prompt asks for, and the letter of the solution.
 
-    Options without letters get those of their positions. Where no option is listed (they may stand
-    in the problem), a solution that is no letter stays as it is.
+    Options without letters get the letters of their positions. If no options are listed (the
+    problem may contain them), a solution that is not a letter remains unchanged.
     """
     texts = option_texts(options)
     if len(texts) < len(options):
@@ -280,18 +288,18 @@ def choices(options: list[str], solution: str) -> tuple[list[str], str]:
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image in RGB, upright; what is transparent becomes white.
+    """Read an image as upright RGB; transparent areas become white.
 
     Raises:
-        BadRow: it cannot be read, or is too large or too narrow.
+        BadRow: the image cannot be read, or is too large or too narrow.
     """
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             if max(image.size) > MAX_RATIO * min(image.size):
                 raise BadRow(f"{path.name}: sides of {image.size} are too unequal")
-            if image.mode in ("I", "F"):  # values of no known range
+            if image.mode in ("I", "F"):  # their value range is unknown
                 raise BadRow(f"{path.name}: pixels of mode {image.mode} are not supported")
-            if image.mode.startswith("I;16"):  # Pillow would cut at 255, not scale
+            if image.mode.startswith("I;16"):  # Pillow would clip at 255, not scale
                 image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
@@ -306,20 +314,20 @@ def read_image(path: Path) -> Image.Image:
 def frame_indices(
     total: int, rate: float, frames: int | None, fps: float | None, times: np.ndarray | None = None
 ) -> list[int]:
-    """Which of `total` frames, at `rate` a second, to look at: `frames` of them, evenly spaced from
-    first to last, or `fps` a second, then at most `frames` (768 where there is no number).
+    """Choose from `total` frames, shown at `rate` per second: `frames` of them, evenly spaced from
+    first to last, or `fps` per second, but at most `frames` (768 if None).
 
-    `times` (total,) are the seconds at which the frames of a video of variable rate are shown:
-    `fps` then takes the frames nearest to evenly spaced times. `frames` alone spaces indices even
-    so, as Video-R1 and the models' release do, which gives exactly the number asked for. No frame
-    is taken twice: a shorter video gives all it has.
+    `times` (total,) are the seconds at which the frames of a variable-rate video are shown. With
+    `times`, `fps` takes the frames nearest to evenly spaced times. `frames` alone still spaces
+    indices evenly, as Video-R1 and the models' release do, which gives exactly the requested
+    number. No frame is taken twice: a shorter video gives all its frames.
     """
     count = MAX_FRAMES if frames is None else frames
     if fps is not None:
         count = min(count, max(2, round(total / rate * fps)))
     if fps is None or times is None:
         places = np.linspace(0, total - 1, min(count, total))
-    else:  # the place of each time among the frames; rounded, it is the nearest frame
+    else:  # fractional frame index of each time; rounding gives the nearest frame
         places = np.interp(np.linspace(times[0], times[-1], count), times, np.arange(total))
     return np.unique(places.round().astype(int)).tolist()
 
@@ -328,10 +336,10 @@ def read_video(
     path: Path, frames: int | None, fps: float | None
 ) -> tuple[list[Image.Image], float]:
     """The chosen frames of a video, upright, and the seconds between two of its temporal patches
-    (pairs of frames): twice the mean time between the chosen frames.
+    (pairs of frames), which are twice the mean time between the chosen frames.
 
     Raises:
-        BadRow: it is cut off, too large, or has a frame that cannot be decoded.
+        BadRow: the video is cut off or too large, or a frame cannot be decoded.
         UsageError: PyAV is not installed.
     """
     try:
@@ -367,24 +375,26 @@ def read_video(
 def index_video(
     container: Any, name: str
 ) -> tuple[list[int], list[int], float, np.ndarray | None, tuple[int, int]]:
-    """What the packets of an open video tell of its frames, without decoding them: time stamps in
-    the order of display, those of keyframes (none where stamps cannot be trusted), frames a second,
-    the seconds at which they are shown (None at a constant rate), and width and height.
+    """Index the frames of an open video from its packets, without decoding them.
+
+    Returns time stamps in display order, those of keyframes (none if stamps are unreliable), frames
+    per second, the seconds at which frames are shown (None at a constant rate), and width and
+    height.
 
     Raises:
-        BadRow: it has no frames or not all that it announces, or no decoder for them.
+        BadRow: the video has no frames or fewer than it announces, or there is no decoder for it.
     """
     video = container.streams.best("video")
     if video is not None and video.codec_context is None:
         mend = "convert it with ffmpeg -i OLD -c:v libx264 -pix_fmt yuv420p NEW.mp4"
         raise BadRow(f"{name}: there is no decoder for its codec; {mend}")
-    # Not the packets themselves, which would hold the whole file in memory.
+    # Keeping the packets themselves would hold the whole file in memory.
     demuxed = container.demux(video) if video is not None else ()
     packets = [(p.pts, p.is_keyframe, p.is_discard) for p in demuxed if p.size]
-    cut = sum(is_discard for _, _, is_discard in packets)  # decoded, but not to be shown
+    cut = sum(is_discard for _, _, is_discard in packets)  # decoded but not shown
     if len(packets) == cut or not video.width or not video.height:
         raise BadRow(f"{name}: has no frames")
-    if len(packets) < 0.9 * video.frames:  # some containers count dropped frames, too
+    if len(packets) < 0.9 * video.frames:  # some containers also count dropped frames
         raise BadRow(f"{name}: is cut off, {len(packets):,} of {video.frames:,} frames are there")
     rate, size = float(video.average_rate or video.guessed_rate or 1), (video.width, video.height)
     if container.format.name in UNSTAMPED or any(pts is None for pts, _, _ in packets):
@@ -398,8 +408,8 @@ def index_video(
 
 
 def seek_frames(container: Any, wanted: list[int], keys: list[int]) -> list[Image.Image]:
-    """The frames with the time stamps `wanted` (ascending), each decoded from the keyframe before
-    it; no frame at all where one is not found."""
+    """Decode the frames with the time stamps `wanted` (ascending), each from the keyframe before
+    it. Returns no frames if any of them is not found."""
     video, pictures, key = first_video(container), [], None
     for stamp in wanted if keys else ():
         before = keys[max(0, bisect_right(keys, stamp) - 1)]
@@ -415,8 +425,8 @@ def seek_frames(container: Any, wanted: list[int], keys: list[int]) -> list[Imag
 
 
 def count_frames(container: Any, indices: list[int]) -> list[Image.Image]:
-    """The frames of these numbers, counted as they are decoded from the beginning: slower, and
-    right where time stamps or seeking are not."""
+    """Decode the frames with these numbers, counted from the beginning: slower, but correct even if
+    time stamps or seeking are not."""
     video, chosen = first_video(container), set(indices)
     decoded = enumerate(islice(container.decode(video), indices[-1] + 1))
     return [upright(frame, video) for number, frame in decoded if number in chosen]
@@ -424,14 +434,14 @@ def count_frames(container: Any, indices: list[int]) -> list[Image.Image]:
 
 def first_video(container: Any) -> Any:
     video = container.streams.best("video")
-    video.codec_context.thread_count = 1  # worker processes are the parallelism
-    # A frame inside may announce any size, whatever the file does: as an image, not above 89 MP.
+    video.codec_context.thread_count = 1  # worker processes run in parallel instead
+    # A frame may announce a larger size than the file does. Limit it to 89 MP, as for images.
     video.codec_context.options = {"max_pixels": str(Image.MAX_IMAGE_PIXELS)}
     return video
 
 
 def upright(frame: Any, video: Any) -> Image.Image:
-    """A decoded frame in RGB, turned as the file says, in the size the video began with."""
+    """Convert a decoded frame to RGB in the video's initial size, rotated as the file specifies."""
     picture = frame.to_image(width=video.width, height=video.height)
     return picture.rotate(frame.rotation, expand=True)
 
@@ -444,11 +454,11 @@ def first_line(error: Exception) -> str:
 
 
 class Prompts(Dataset):
-    """Prompt number n of a run, n from 0, and the bad rows met on the way to it.
+    """Prompt number n of a run, counted from 0, and the bad rows met while reading it.
 
-    With a seed it is a function of (seed, n) alone, so that no state has to be carried along: every
-    epoch is an order of its own, and in the place of a bad row stands another one, drawn at random.
-    Without one, prompt n is row n, or None where that is bad. `source` has `example(row)`.
+    With a seed, the prompt is a function of (seed, n) alone, so a state need not store the order:
+    every epoch has its own order, and a random row replaces a bad one. Without a seed, prompt n is
+    row n, or None if that row is bad. `source` must provide `example(row)`.
     """
 
     def __init__(
@@ -462,7 +472,7 @@ class Prompts(Dataset):
     ):
         self.source, self.encode, self.rows, self.seed = source, encode, rows, seed
         self.max_tokens, self.keep_media = max_tokens, keep_media
-        self.order = (-1, rows)  # of the epoch asked for last
+        self.order = (-1, rows)  # of the epoch last requested
 
     def row(self, n: int, attempt: int) -> int:
         if self.rows is None:
@@ -491,20 +501,20 @@ class Prompts(Dataset):
             row = self.row(n, attempt)
             try:
                 prompt = self.prompt(row)
-                if n >= self.keep_media:  # they would be sent from process to process
+                if n >= self.keep_media:  # avoid sending them between processes
                     prompt.example = replace(prompt.example, media=[])
                 return prompt, bad
             except BadRow as error:
                 bad[self.source.place(row)] = str(error)
-            except UsageError as error:  # raised here, it would lose its form on the way to main
+            except UsageError as error:  # raised in a worker, it would not arrive as a `UsageError`
                 return error, bad
         return None, bad
 
 
 @dataclass
 class Reader:
-    """Iterates over the prompts `numbers`, which `workers` processes read and encode ahead (0: this
-    process, when asked)."""
+    """Iterates over the prompts `numbers`, which `workers` processes read and encode ahead. With 0
+    workers, this process reads each one on demand."""
 
     prompts: Prompts
     numbers: Sequence[int]
@@ -513,7 +523,7 @@ class Reader:
 
     @property
     def epoch(self) -> int:
-        """Rows there are to train on."""
+        """Number of rows to train on."""
         return len(self.prompts.rows)
 
     def begin(self, number: int) -> Iterator[Prompt]:
@@ -545,10 +555,10 @@ def same(item: Any) -> Any:
 
 
 def guard_reader(worker: int) -> None:
-    """Set up a reader process: a signal does not end it, the end of its parent does.
+    """Set up a reader process: it ignores termination signals and ends with its parent.
 
-    A scheduler sends its signal to all processes of a run; the training loop finishes its step, for
-    which it needs its prompts.
+    A scheduler signals all processes of a run, but the training loop still needs its prompts to
+    finish the step.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -556,10 +566,10 @@ def guard_reader(worker: int) -> None:
 
 
 def end_with_parent(parent: int) -> None:
-    """End this process within a second of its parent, even where the parent was killed.
+    """End this process within a second of its parent, even if the parent was killed.
 
-    PyTorch's workers watch their parent too, but a worker in a decoder does not look, and one that
-    has sent more than a pipe holds waits until somebody receives it.
+    PyTorch's workers watch their parent too. But a worker inside a decoder does not check, and one
+    that has sent more than a pipe holds waits for a receiver.
     """
     while os.getppid() == parent and multiprocessing.parent_process().is_alive():
         time.sleep(1)
@@ -568,11 +578,12 @@ def end_with_parent(parent: int) -> None:
 
 @atexit.register
 def end_readers() -> None:
-    """Kill the readers that are left when the interpreter ends.
+    """Kill the remaining readers when the interpreter exits.
 
     Python would send them SIGTERM, which they ignore, and then wait for them without limit. Usually
-    none are left: PyTorch ends its workers when their iterator is deleted. But an exception keeps
-    the iterators in its traceback, and a worker in a decoder does not answer.
+    no readers remain, because PyTorch ends its workers when their iterator is deleted. But an
+    exception keeps the iterators alive in its traceback, and a worker inside a decoder does not
+    respond.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises if a worker is killed
     for process in multiprocessing.active_children():
@@ -581,7 +592,11 @@ def end_readers() -> None:
 
 
 def check_files(args: Any, is_toy: bool) -> None:
-    """Refuse arguments about data files that make no sense together."""
+    """Refuse inconsistent arguments about data files.
+
+    Raises:
+        UsageError: the message names the arguments.
+    """
     require_not_negative(args, "workers")
     bounded = args.max_pixels is not None or args.frame_pixels is not None
     sizes = "--max-pixels, --frame-pixels: on the toy a cell is a token"
@@ -600,11 +615,11 @@ def check_files(args: Any, is_toy: bool) -> None:
 
 
 def open_data(args: Any, encode: Callable[[Example], Prompt]) -> tuple[Reader, Reader, Skipped]:
-    """Training prompts of `--data` (see `Reader.begin`), this rank's share of those to evaluate on,
-    and the account of bad rows.
+    """Open the training prompts of `--data` (see `Reader.begin`) and this rank's share of the
+    evaluation prompts; returns both with the record of bad rows.
 
-    Without `--eval-data`, up to `eval_examples` rows, but at most a tenth, are kept out of training
-    to evaluate on: the same ones whatever the seed.
+    Without `--eval-data`, up to `eval_examples` rows, but at most a tenth, are held out from
+    training for evaluation. They are the same for every seed.
     """
     frames = args.frames or (None if args.fps else 16)
     train = held_out = DataFile(args.data, args.media_root, frames, args.fps)
@@ -618,7 +633,7 @@ def open_data(args: Any, encode: Callable[[Example], Prompt]) -> tuple[Reader, R
     apart, rows, most = np.sort(apart), np.sort(rows), args.max_prompt_tokens
     skipped = Skipped(args.max_skipped, len(train))
     training = Prompts(train, encode, rows, args.seed, most)
-    # Six are drawn; some of the first may be bad.
+    # Six pictures are drawn; some of the first rows may be bad.
     evaluation = Prompts(held_out, encode, apart, None, most, keep_media=8 * world_size())
     return (
         Reader(training, range(0), args.workers, skipped),
@@ -628,10 +643,11 @@ def open_data(args: Any, encode: Callable[[Example], Prompt]) -> tuple[Reader, R
 
 
 def check_data(args: Any, encode: Callable[[Example], Prompt]) -> dict[str, float]:
-    """Read every row of `--data` and `--eval-data` once, and print what was found.
+    """Read every row of `--data` and `--eval-data` once, and print a summary and all bad rows.
 
     Raises:
-        UsageError: more than `--max-skipped` of the rows are bad.
+        UsageError: the fraction of bad rows exceeds `--max-skipped`, or several processes were
+            started.
     """
     require(
         world_size() == 1, "--check-data: is the work of one process; start it without torchrun"

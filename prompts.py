@@ -1,8 +1,8 @@
-"""From a question about an image or a video to the tensors of a prompt, for Qwen2-VL and
-Qwen2.5-VL. Where the questions come from: toy.py, or data.py for files.
+"""Turn a question about an image or a video into prompt tensors for Qwen2-VL and Qwen2.5-VL. The
+questions come from toy.py or, for data files, from data.py.
 
-Only the tokenizer and the PIL image processor of a checkpoint are used, so everything works, and
-works the same, with and without torchvision.
+This module uses only a checkpoint's tokenizer and PIL image processor, so results are the same with
+and without torchvision.
 """
 
 import json
@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import Module
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-# The family's least pixels of an image, which its checkpoints state, and of a video's frame, which
-# they do not: it is the default of Qwen2VLVideoProcessor and of qwen-vl-utils.
+# The family's minimum pixels of an image, which its checkpoints state, and of a video frame, which
+# they do not: that is the default of Qwen2VLVideoProcessor and of qwen-vl-utils.
 IMAGE_LEAST, FRAME_LEAST = 56 * 56, 128 * 28 * 28
 
 
@@ -27,10 +27,11 @@ IMAGE_LEAST, FRAME_LEAST = 56 * 56, 128 * 28 * 28
 class Example:
     """One question about one image or video.
 
-    `media` is one picture, or the frames of a video; `response` a demonstration for SFT; `target`,
-    on the toy only, the indices of the visual tokens that show what the question asks about;
-    `seconds_per_patch` the time between two temporal patches, which Qwen2.5-VL's positions follow;
-    `problem_type` decides how an answer is judged, "" by exact match; `name` says where it is from.
+    `media` holds one picture or the frames of a video. `response` is a demonstration for SFT.
+    `target`, on the toy only, holds the indices of the visual tokens that show what the question
+    asks about. `seconds_per_patch` is the time between two temporal patches, which determines
+    Qwen2.5-VL's positions. `problem_type` selects the accuracy measure; "" means exact match.
+    `name` identifies the example's row. `source` is its data source.
     """
 
     problem: str
@@ -60,13 +61,13 @@ class Prompt:
 
 @dataclass
 class Processor:
-    """Tokenizer and PIL image processor of a checkpoint: what turns an `Example` into tensors,
+    """Tokenizer and PIL image processor of a checkpoint, which turn an `Example` into tensors
     without torchvision.
 
-    `files` are the checkpoint's own files beside the weights, which go into every checkpoint that
-    is saved. `max_pixels` bounds an image, `frame_pixels` a frame of a video, before it is cut
-    into patches; None leaves the image processor's own bound. `end_ids` are the tokens that end a
-    response, as the tokenizer and the chat template have it.
+    `files` are the checkpoint's own files other than the weights; every saved checkpoint includes
+    them. `max_pixels` limits the size of an image and `frame_pixels` that of a video frame, before
+    it is cut into patches; None keeps the image processor's own limit. `end_ids` are the tokens
+    that end a response according to the tokenizer and the chat template.
     """
 
     tokenizer: Any
@@ -81,14 +82,14 @@ class Processor:
             (directory / name).write_bytes(content)
 
     def set_in_file(self, name: str, **values: str) -> None:
-        """Replace values of a JSON file of the checkpoint, if it has that file."""
+        """Set values in a JSON file of the checkpoint, if it has that file."""
         if name in self.files:
             content = json.loads(self.files[name]) | values
             self.files[name] = json.dumps(content, indent=2, ensure_ascii=False).encode()
 
 
 END_OF_TURN = "<|im_end|>"
-# The turns of both families' instruct models, for checkpoints whose own template has none.
+# The chat template of both families' instruct models, for checkpoints without a usable one.
 CHATML = (
     "{% for message in messages %}{% if loop.first and message.role != 'system' %}"
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
@@ -99,7 +100,8 @@ CHATML = (
     "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# A template is a program. One for text alone adds a list of parts to a string, for example.
+# A template is a program, so it may raise many errors. For example, a text-only template adds a
+# list of parts to a string.
 TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError)
 TEMPLATE_ERRORS += (ValueError,)
 
@@ -107,10 +109,12 @@ TEMPLATE_ERRORS += (ValueError,)
 def render_turn(
     tokenizer: Any, is_video: bool, question_first: bool = False, template: str | None = None
 ) -> tuple[str, str]:
-    """The text before and after the question, where a user asks about one image or video.
+    """Render a user's question about one image or video; returns the text before and after the
+    question.
 
     Raises:
-        ValueError: the chat template does not render the question and the placeholder once each.
+        ValueError: the chat template does not render the question and the placeholder exactly once
+            each.
     """
     kind = "video" if is_video else "image"
     marker = (
@@ -132,7 +136,7 @@ def render_turn(
 
 
 def template_fault(tokenizer: Any, template: str) -> str:
-    """What is wrong with a chat template, "" if nothing."""
+    """The fault of a chat template in words, or "" if it works."""
     try:
         for is_video in (False, True):
             render_turn(tokenizer, is_video, template=template)
@@ -142,12 +146,12 @@ def template_fault(tokenizer: Any, template: str) -> str:
 
 
 def repair_turns(processor: Processor) -> str:
-    """Give a checkpoint whose chat template cannot ask about images and videos one that can, and
-    have the token that ends its turns end a response; returns what changed in words, or "".
+    """Replace a chat template that cannot ask about images and videos, and make the token that ends
+    its turns end a response. Returns the changes in words, or "".
 
-    A base model has a template for text alone, one that renders nothing, or none. It gets the
-    template of its `chat_template.json` if that one works, else `CHATML`. What changes is changed
-    in `files` too, wherever a program that loads the checkpoint may look for it.
+    A base model has a text-only template, one that renders nothing, or none. It gets the template
+    of its `chat_template.json` if that one works, otherwise `CHATML`. Each change is also made in
+    `files`, wherever a program that loads the checkpoint may look for it.
     """
     tokenizer, files, changes = processor.tokenizer, processor.files, []
     own = tokenizer.chat_template
@@ -190,12 +194,12 @@ def encode_prompt(
     text: str | None = None,
     question_first: bool = False,
 ) -> Prompt:
-    """Render the chat template, expand the placeholder to one token per visual token, and lay out
+    """Render the chat template, expand the placeholder to one token per visual token, and compute
     the positions.
 
-    `text`, the problem where it is None, is what the user's turn says beside the image or video. It
-    is tokenised apart from the template, with special tokens split: an `<|image_pad|>` in a data
-    file stays text and never becomes a placeholder.
+    `text` is the text of the user's turn beside the image or video; None stands for the problem. It
+    is tokenised separately from the template, with special tokens split, so an `<|image_pad|>` in a
+    data file remains text and never becomes a placeholder.
     """
     pixels, grid = process_media(processor, example)
     tokenizer = processor.tokenizer
@@ -216,10 +220,10 @@ def encode_prompt(
 
 
 def target_tokens(processor: Processor, example: Example, grid: Tensor) -> tuple[int, ...]:
-    """The visual tokens that show the target.
+    """Indices of the visual tokens that show the target.
 
-    `Example.target` counts a token a cell; a processor that enlarges small pictures gives a cell
-    several.
+    `Example.target` assumes one token per cell. A processor that enlarges small pictures produces
+    several tokens per cell.
     """
     if not example.target:
         return ()
@@ -236,19 +240,19 @@ def target_tokens(processor: Processor, example: Example, grid: Tensor) -> tuple
 def process_media(processor: Processor, example: Example) -> tuple[Tensor, Tensor]:
     """Pixels (patches, channels * 2 * patch * patch) and grid (t, h, w) of one image or one video.
 
-    A temporal patch holds two frames; an odd number of frames is padded by repeating the last, as
-    the family's own video processor does. An image fills both halves with itself. Frames run
-    through the image processor, so resizing and normalisation are those of images.
+    A temporal patch holds two frames. An odd number of frames is padded by repeating the last, as
+    the family's own video processor does. An image fills both halves with itself. Frames pass
+    through the image processor, so they are resized and normalised like images.
 
     A small frame is enlarged to the family's minimum for videos, or to `frame_pixels` if that is
-    less. The family then rounds both sides up to whole tokens, which may exceed the budget: at 128
-    tokens a frame of 320 x 180 gets 9 x 16.
+    smaller. The family then rounds both sides up to whole tokens, which may exceed the budget: with
+    a budget of 128 tokens, a frame of 320 x 180 gets 9 x 16.
     """
     image_processor = processor.image_processor
     budget = processor.frame_pixels if example.is_video else processor.max_pixels
     least, most = (image_processor.size[edge] for edge in ("shortest_edge", "longest_edge"))
     if example.is_video and least == IMAGE_LEAST:
-        least = FRAME_LEAST  # a checkpoint that sets a minimum of its own (the toy) keeps it
+        least = FRAME_LEAST  # a checkpoint with its own minimum (the toy) keeps it
     most = budget or most
     size = {"shortest_edge": min(least, most), "longest_edge": most}
     output = image_processor(images=example.media, size=size, return_tensors="pt")
@@ -269,13 +273,13 @@ def process_media(processor: Processor, example: Example) -> tuple[Tensor, Tenso
 def mrope_positions(
     length: int, start: int, grid: Tensor, config: Any, is_video: bool, seconds_per_patch: float
 ) -> Tensor:
-    """Positions (3, P) of a prompt whose only image or video begins at index `start`: time, height
-    and width axes.
+    """Positions (3, P) on the time, height and width axes for a prompt whose only image or video
+    begins at index `start`.
 
-    Text after the vision block goes on at the block's largest position + 1 on every axis. That is
-    the rule of the models' release and of inference servers; transformers 5.23 starts text after a
-    *video* at max(h, w) / 2 past its start, inside the video's own time axis. Images do not tell
-    the two apart.
+    Text after the vision block continues at the block's largest position + 1 on every axis, as in
+    the models' release and in inference servers. transformers 5.23 instead starts text after a
+    *video* at max(h, w) / 2 past its start, inside the video's own time axis. For images, both
+    rules agree.
     """
     merge = config.vision_config.spatial_merge_size
     t, h, w = int(grid[0]), int(grid[1]) // merge, int(grid[2]) // merge
@@ -292,11 +296,11 @@ def mrope_positions(
 
 @dataclass
 class PromptBatch:
-    """B prompts, left-padded to P: `ids` (B, P), `positions` (3, B, P), `mask` (B, P) or None where
-    nothing is padded.
+    """B prompts, left-padded to P: `ids` (B, P), `positions` (3, B, P), and `mask` (B, P), or None
+    without padding.
 
     `features[b]` are the visual features of prompt b, (visual tokens, hidden), computed once and
-    reused by every pass. Where the vision encoder is trained they are None: `pixels` are kept
+    reused by every pass. If the vision encoder is trained, `features` is None: `pixels` are kept
     instead, and every pass computes the features of its own model. `grids` (B, 3) are t, h, w in
     patches before merging.
     """
@@ -310,7 +314,7 @@ class PromptBatch:
     pixels: list[Tensor] | None = None
 
     def __getitem__(self, rows: slice) -> "PromptBatch":
-        """Some of the prompts, padded no further than these need."""
+        """The chosen prompts, with no more padding than they need."""
         mask, start = None, 0
         if self.mask is not None:
             mask = self.mask[rows]
@@ -328,15 +332,15 @@ class PromptBatch:
 
 
 def visual_features(model: Module, pixels: Sequence[Tensor], grids: Tensor) -> list[Tensor]:
-    """Visual features of each prompt, (visual tokens, hidden): one call of the vision tower for all
-    of them."""
+    """Visual features of each prompt, (visual tokens, hidden), from a single call of the vision
+    encoder."""
     joined = torch.cat(list(pixels)).to(model.device)
     return list(model.get_image_features(joined, grids.to(model.device)).pooler_output)
 
 
 def collate(model: Module, prompts: Sequence[Prompt], pad_id: int) -> PromptBatch:
-    """Left-pad prompts into a batch on the model's device, and compute the visual features of a
-    frozen encoder."""
+    """Left-pad prompts into a batch on the model's device, and compute their visual features if the
+    vision encoder is frozen."""
     pixels = [prompt.pixels for prompt in prompts]
     grids = torch.stack([prompt.grid for prompt in prompts])
     frozen = not any(p.requires_grad for p in model.model.visual.parameters())
@@ -362,7 +366,7 @@ def collate(model: Module, prompts: Sequence[Prompt], pad_id: int) -> PromptBatc
 
 
 def encoder_outputs(model: Module, prompts: PromptBatch) -> dict[str, BaseModelOutputWithPooling]:
-    """The visual features as the model's forward takes them (`mm_encoder_outputs`)."""
+    """The visual features in the form that the model's forward takes (`mm_encoder_outputs`)."""
     features = prompts.features
     if features is None:
         features = visual_features(model, prompts.pixels, prompts.grids)

@@ -40,8 +40,7 @@ def plain(text: str) -> str:
 
 
 def folded(text: str) -> str:
-    """Normalise `text` for comparison: plain, case-folded, with single spaces and no final full
-    stop."""
+    """Normalise `text` for comparison: plain, case-folded, single-spaced, no final full stop."""
     return " ".join(plain(text).casefold().split()).rstrip(" .")
 
 

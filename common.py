@@ -105,7 +105,7 @@ def load_processor(
     template of a chat model (`repair_turns`).
 
     Raises:
-        UsageError: `path` is neither a checkpoint directory nor a hub name, lacks a file, or holds
+        UsageError: `path` is neither a checkpoint directory nor a hub name, is incomplete, or holds
             a model of another family.
     """
     named = f"{field} {path}"
@@ -380,8 +380,7 @@ def load_teacher(path: str, model: Module, processor: Processor) -> Module:
 
 
 def require_layer(field: str, layer: int, config: Any) -> None:
-    """Refuse an index that is not a decoder layer of the model; negative ones count from the
-    end."""
+    """Refuse an index outside the model's decoder layers; negative ones count from the end."""
     layers = config.text_config.num_hidden_layers
     allowed = f"give {-layers} to {layers - 1}"
     known = -layers <= layer < layers
@@ -889,8 +888,7 @@ def token_scores(
 
 
 def response_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x (..., T) over the tokens of each response; 0 for a response without unmasked
-    tokens.
+    """Mean of x (..., T) over the tokens of each response; 0 for a response with an empty mask.
 
     Every loss averages this mean over all responses of an optimiser step. So every response has the
     same weight, whatever its length, and the update does not depend on how the step is split into
@@ -917,8 +915,7 @@ def has_format(text: str, think: bool) -> bool:
     """Whether `text` is `<think>...</think><answer>...</answer>` (paper) or, without `think`, the
     answer alone [ours].
 
-    Each tag must occur exactly once, in order, with only white space before, between and after the
-    pairs.
+    Each tag must occur exactly once, in order, and only white space may surround the pairs.
 
     >>> has_format("<think> the star </think> <answer> red </answer>", think=True)
     True

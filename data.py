@@ -49,10 +49,10 @@ from runs import (
 
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no format that runs a program
-# In bytes, characters and characters. A row that exceeds a limit is bad.
+# MAX_ROW is in bytes, the others are in characters. A row that exceeds a limit is bad.
 MAX_ROW, MAX_SOLUTION, MAX_THOUGHT = 2**20, MAX_ANSWER, 50_000
 MAX_RATIO = 200  # of an image's sides; the image processor's limit
-MAX_FRAMES, MAX_FRAME_BYTES = 768, 2**32  # of a video if only --fps is given; of all its frames
+MAX_FRAMES, MAX_FRAME_BYTES = 768, 2**32  # per video: frames with only --fps, bytes of all frames
 # FFmpeg's names of containers with unusable time stamps: AVI stamps the decoding order, and MPEG-PS
 # leaves frames unstamped.
 UNSTAMPED = ("avi", "mpeg")
@@ -110,8 +110,7 @@ def find_rows(content: mmap.mmap) -> Iterator[tuple[int, int]]:
 
 
 def object_end(content: mmap.mmap, at: int) -> int:
-    """The end of the object that begins at `at`, or 0 if it does not end within a row's maximum
-    length."""
+    """The end of the object that begins at `at`, or 0 if it does not end within MAX_ROW bytes."""
     if flat := ROW.match(content, at, at + MAX_ROW):
         return flat.end()
     depth = 0
@@ -251,8 +250,7 @@ class DataFile:
         )
 
     def find(self, path: str) -> Path:
-        """The file that `path` names under one of the roots. Links are followed, and their targets
-        checked."""
+        """The file that `path` names under one of the roots; targets of links are checked too."""
         outside = False
         for root in self.roots:
             try:

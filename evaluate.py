@@ -1,11 +1,11 @@
 """Evaluate a checkpoint: accuracy by problem type and by data source, sweeps over frames and pixels
-(the paper's Figure 3), and pictures of where it looked.
+(the paper's Figure 3), and pictures of the model's attention.
 
     python evaluate.py --model runs/ral_grpo/checkpoint --overlay 8
     python evaluate.py --model DIR_OR_HUB_NAME --data test.json --frames 16 32 64
 
-`predictions.jsonl` in the run directory gets one line an answer; the same command given again after
-an interruption goes on where it stopped, and its averages cover all rows. The first section is the
+Each answer adds one line to `predictions.jsonl` in the output directory. After an interruption, the
+same command resumes the evaluation, and its averages cover all rows. The first section is the
 evaluation that the training scripts call.
 """
 
@@ -67,10 +67,11 @@ from runs import (
 
 @dataclass
 class Look:
-    """One evaluated example: `record` is its line of predictions.jsonl; `attention` (N, visual
-    tokens) where the model looked in the rows that name the answer, `tokens` what those N rows say.
+    """One evaluated example.
 
-    `grid` counts temporal patches, rows and columns of visual tokens.
+    `record` is its line of predictions.jsonl. `attention` (N, visual tokens) is the attention in
+    the N rows that emit the answer, and `tokens` is the text of their tokens. `grid` is the number
+    of temporal patches, and of rows and columns of visual tokens.
     """
 
     record: dict[str, Any]
@@ -92,11 +93,12 @@ def judge(
     reward: str = "by-type",
     looks: int = 6,
 ) -> Iterator[Look]:
-    """Answer every prompt greedily and judge it; the first `looks` keep their pictures and
-    attention, and those with a known target have the attention mass on it, layer by layer.
+    """Answer every prompt greedily and judge each answer.
 
-    Both are of the rows that emit the answer: the row of the position before each of its tokens,
-    whatever `--attn-row` a run was trained with.
+    The first `looks` examples keep their pictures and attention. Examples with a known target also
+    get the attention mass on it, layer by layer. Both use the rows that emit the answer, which are
+    the rows of the positions before each of its tokens, whatever `--attn-row` the run was trained
+    with.
     """
     config = model.config
     merge, layers = config.vision_config.spatial_merge_size, config.text_config.num_hidden_layers
@@ -134,13 +136,13 @@ def judge(
                 "completion_len": len(ids),
             }
             if has_targets:
-                # In the row that emits the first token of the answer; 0 without an answer.
+                # Mass in the row that emits the first token of the answer; 0 without an answer.
                 target = list(example.target)
                 on_target = [layer[:1, target].sum().item() for layer in mass]
                 record |= {"target_attn": on_target[attn_layer]}
                 record |= {f"target_attn_l{i}": value for i, value in enumerate(on_target)}
                 own_mass = 0.0
-                if tokens:  # in that token's own row, over the mass on others than itself
+                if tokens:  # in that token's own row, relative to the mass on all other tokens
                     own = attentions[attn_layer][row, 0, tokens.start + 1].cpu()
                     own[part.prompts.ids.shape[1] + tokens.start] = 0.0
                     own_mass = (own[visual[target]].sum() / own.sum().clamp_min(1e-9)).item()
@@ -156,7 +158,7 @@ def judge(
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Means of all records, and the accuracy of each problem type, where there are several."""
+    """Means over all records and, if there are several problem types, the accuracy of each."""
     numeric = ("accuracy", "format", "completion_len")
     names = [name for name in records[0] if name in numeric or name.startswith("target_attn")]
     metrics = {f"eval/{name}": mean(records, name) for name in names}
@@ -174,16 +176,17 @@ def mean(records: Sequence[dict[str, Any]], name: str) -> float:
 def evaluate(
     model: Module, processor: Processor, prompts: Iterable[Prompt], **options: Any
 ) -> tuple[dict[str, float], list[Look]]:
-    """Metrics over the prompts of all ranks, and what `judge` says of this one's; options go to
-    `judge`.
+    """Metrics over the prompts of all ranks, and this rank's results of `judge`, which takes
+    `options`.
 
     `eval/target_attn` is the mass on the target's visual tokens in layer `attn_layer`, in the row
-    that emits the first token of the answer where the response first names it (that of the position
-    before), counted as 0 for a response without an answer; `eval/target_attn_l<i>` is the same for
-    every layer. `eval/target_attn_own` is the mass, in layer `attn_layer`, in that token's own row
-    without itself: the row that `--attn-row own` acts on.
+    that emits the first token of the answer where the response first names it (the row of the
+    position before that token). A response without an answer counts as 0. `eval/target_attn_l<i>`
+    is the same for layer i. `eval/target_attn_own` is for layer `attn_layer` and that token's own
+    row, the row that `--attn-row own` uses: the mass on the target as a fraction of the mass on all
+    positions but the token itself.
     """
-    # Of a real model it takes minutes, and the first one comes before anything else is printed.
+    # A real model takes minutes, and nothing is printed before the first evaluation.
     bar = tqdm(prompts, desc="evaluate", delay=10, leave=False, disable=rank() != 0)
     with gathered(model):
         looks = list(judge(model, processor, bar, **options))
@@ -193,11 +196,12 @@ def evaluate(
 
 
 def answer_tokens(tokenizer: Any, ids: list[int], text: str, first_mention: bool) -> range:
-    """Indices of the response tokens that spell the answer; empty if there is none.
+    """Indices of the response tokens that spell the answer; empty if there is no answer.
 
-    Its `first_mention` may be in the thought, which on the toy names its finding: the row that
-    looks is the one that predicts it there. A short answer to another question ("B") is in many
-    words, so there it is what stands inside the tags.
+    With `first_mention`, the answer's first occurrence counts. It may be in the thought, which on
+    the toy names the answer: the row that predicts it there is the one that looks at the picture.
+    Short answers to other questions ("B") occur inside many words, so without `first_mention` only
+    the text inside the tags counts.
     """
     answer = extract_answer(text)
     if not answer:
@@ -218,9 +222,9 @@ def answer_tokens(tokenizer: Any, ids: list[int], text: str, first_mention: bool
 def draw_gaze(axis: Any, look: Look, attention: Tensor) -> None:
     """Draw the picture or video of `look` with one row of attention over visual tokens.
 
-    Bright cells hold attention mass (heads averaged), the rest is dimmed; a frame marks the target.
-    A video is a mosaic of its temporal patches, in reading order, of which the first frame is
-    shown. Without an answer there is nothing to show, and nothing is dimmed.
+    A brighter cell has more attention mass (averaged over heads), and a box marks the target. A
+    video is shown as a mosaic of its temporal patches in reading order, with the first frame of
+    each. Without an answer there is no attention to show, and nothing is dimmed.
     """
     from matplotlib.patches import Rectangle
 
@@ -258,8 +262,8 @@ def verdict(look: Look) -> tuple[str, str]:
 
 
 def draw_looks(path: Path, rows: dict[str, list[Look]], count: int = 6) -> None:
-    """Draw where the model looked when it answered: a row of held-out examples for each entry of
-    `rows`, see `draw_gaze`."""
+    """Draw the attention of the model's answers: one row of held-out examples for each entry of
+    `rows`; see `draw_gaze`."""
     pyplot = load_pyplot()
     rows = {label: [x for x in looks if x.example.media] for label, looks in rows.items()}
     count = min([count, *map(len, rows.values())])
@@ -285,7 +289,7 @@ def draw_looks(path: Path, rows: dict[str, list[Look]], count: int = 6) -> None:
 
 
 def draw_overlay(path: Path, look: Look, most: int = 12) -> None:
-    """Draw where the model looked for each token of its answer, question and response beside it."""
+    """Draw the attention of each token of the model's answer, beside the question and response."""
     pyplot = load_pyplot()
     rows = list(zip(look.tokens, look.attention, strict=True))[:most]
     rows = rows or [("no answer", torch.zeros(math.prod(look.grid)))]
@@ -326,12 +330,12 @@ def draw_curves(path: Path, metrics: Path, names: Sequence[str]) -> None:
 
 
 def load_pyplot() -> Any:
-    """Matplotlib's pyplot, drawing to files; it is slow to import, so not before it is needed."""
+    """Import pyplot, set to draw to files. The import is slow, so callers do it on demand."""
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["text.parse_math"] = False  # a text may have dollars,
-    warnings.filterwarnings("ignore", message="Glyph")  # and any character
+    matplotlib.rcParams["text.parse_math"] = False  # text may contain dollar signs
+    warnings.filterwarnings("ignore", message="Glyph")  # and any other character
     from matplotlib import pyplot
 
     return pyplot
@@ -339,7 +343,7 @@ def load_pyplot() -> Any:
 
 # 3. The command line
 
-# Fields that are None take their value from one of these: the toy's, or a real model's.
+# Fields that are None take their values from one of these tables: the toy's or a real model's.
 TOY = {"examples": 512, "batch_size": 64, "workers": 0}
 TOY |= {"max_pixels": (None,), "frame_pixels": (None,)}
 REAL = {"batch_size": 16, "workers": 4, "max_prompt_tokens": 32768}
@@ -356,44 +360,45 @@ class Args:
     media_root: tuple[str, ...] = ()
     """Folders that the rows' paths are relative to; unset: the data file's own."""
     out: str = f"runs/{Path(__file__).stem}"
-    """Where predictions, table and pictures go. The same command goes on where it stopped."""
+    """Directory of predictions, table and pictures; the same command resumes there."""
     overwrite: bool = False
-    """Begin again, and replace what is at OUT."""
+    """Start over and replace the content of OUT."""
     think: bool | None = None
-    """`--think`: a thought, then the answer; `--no-think`: the answer alone. Unset: as the run that
-    left the model, or with a thought."""
+    """`--think`: a thought, then the answer; `--no-think`: the answer alone. Unset: as in the run
+    that wrote the checkpoint, or with a thought."""
     frames: tuple[int | None, ...] = (None,)
-    """Frames of each video, one setting each; unset: 16, on the toy those of its checkpoint."""
+    """Frames per video, one setting per value; unset: 16, on the toy those of its checkpoint."""
     fps: float | None = None
-    """Frames a second of each video instead, with --frames as the most."""
+    """Frames per second of each video instead, with --frames as the maximum."""
     max_pixels: tuple[int, ...] | None = None
-    """Pixels of an image at most, one setting each; a visual token has 28 x 28. Real: 256
+    """Maximum pixels of an image, one setting per value; a visual token covers 28 x 28. Real: 256
     tokens."""
     frame_pixels: tuple[int, ...] | None = None
-    """Pixels of a frame at most, one setting each; two frames share their tokens. Real: 256
-    tokens."""
+    """Maximum pixels of a video frame, one setting per value; two frames share their tokens. Real:
+    256 tokens."""
     grid: tuple[int | None, ...] = (None,)
-    """Toy: cells along each side of the pictures, one setting each; unset: the checkpoint's."""
+    """Toy: cells along each side of the pictures, one setting per value; unset: the
+    checkpoint's."""
     toy_order: Literal["question-first", "image-first"] | None = None
-    """Toy: what the prompt begins with; unset: the checkpoint's."""
+    """Toy: which part of the prompt comes first; unset: the checkpoint's."""
     max_prompt_tokens: int | None = None
-    """A row whose prompt is longer is skipped. Real: 32768."""
+    """Maximum length of a prompt; rows with a longer one are skipped. Real: 32768."""
     max_skipped: float = 0.01
-    """Stop when more than this fraction of the rows cannot be used."""
+    """Stop if more than this fraction of the rows cannot be used."""
     examples: int | None = None
-    """Rows to evaluate, the first ones; unset: all. Toy: 512."""
+    """Number of rows to evaluate, from the first; unset: all. Toy: 512."""
     max_new_tokens: int | None = None
-    """Longest response in tokens. Toy: 16, thinking 64. Real: 768."""
+    """Maximum length of a response in tokens. Toy: 16, or 64 with a thought. Real: 768."""
     reward: Literal["by-type", "exact"] = "by-type"
-    """Accuracy by the example's problem type, as Video-R1, or by exact match. Paper: exact."""
+    """Accuracy by the example's problem type, as in Video-R1, or by exact match. Paper: exact."""
     attn_layer: int = -1
-    """Decoder layer whose attention is shown, from 0, or from the end if negative."""
+    """Decoder layer whose attention is drawn, counted from 0, or from the end if negative."""
     overlay: int = 0
-    """Pictures to draw of where the model looked, one an example, for each setting."""
+    """Number of examples whose attention is drawn, for each setting."""
     batch_size: int | None = None
     """Prompts decoded together. Toy: 64. Real: 16."""
     workers: int | None = None
-    """Processes that read and encode ahead. Toy: 0. Real: 4."""
+    """Processes that read and encode rows ahead. Toy: 0. Real: 4."""
 
     def __post_init__(self) -> None:
         for name in ("frames", "max_pixels", "frame_pixels", "grid"):
@@ -411,11 +416,11 @@ class Args:
         require_not_negative(self, "max_skipped", "overlay")
 
 
-# How a question is put, as in the training scripts.
+# The wording of a question, as in the training scripts.
 
 DIRECT = "Give the answer alone inside <answer> </answer> tags."
 THINK = f"Think first, inside <think> </think> tags. {DIRECT}"
-ANSWER = {  # what is asked for, by problem type
+ANSWER = {  # the requested answer, by problem type
     "multiple choice": "The answer is the letter of one option.",
     "numerical": "The answer is a number.",
     "regression": "The answer is a number.",
@@ -425,7 +430,7 @@ ANSWER = {  # what is asked for, by problem type
 
 
 def ask(example: Example, think: bool) -> str:
-    """What the user says beside the image or video: question, options, how to answer."""
+    """The user's text beside the image or video: question, options and instructions."""
     options = ["Options:", *example.options] if example.options else []
     request = f"{THINK if think else DIRECT} {ANSWER.get(example.problem_type, '')}"
     return "\n".join([example.problem, *options, request.strip()])
@@ -434,7 +439,7 @@ def ask(example: Example, think: bool) -> str:
 def encode(
     example: Example, processor: Processor, config: Any, think: bool, task: toy.Task, is_toy: bool
 ) -> Prompt:
-    """The prompt of an example; the toy's checkpoints know only their own words."""
+    """The prompt of an example. For a toy it is the bare question: a toy knows only its words."""
     text = example.problem if is_toy else ask(example, think)
     return encode_prompt(processor, config, example, text, task.order == "question-first")
 
@@ -446,14 +451,15 @@ NAMES = ("frames", "max_pixels", "frame_pixels", "grid")
 
 
 def asks_to_think(model: Path) -> bool:
-    """What the run that left this checkpoint asked for; True where none did."""
+    """Whether the run that wrote this checkpoint asked for a thought; True if no run is found."""
     file = model.resolve().parent / "args.json"
     args = json.loads(file.read_text()) if file.is_file() else {}
     return not isinstance(args, dict) or args.get("think") is not False
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
-    """What an interrupted evaluation has left; a line that was cut off is taken out of the file."""
+    """Read the predictions of an interrupted evaluation, and remove an incomplete last line from
+    the file."""
     if not path.exists():
         return []
     lines = path.read_bytes().splitlines(keepends=True)
@@ -464,10 +470,11 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
 
 
 def open_out(args: Args) -> tuple[Path, TextIO]:
-    """The directory of results, new or left by the same command, and its lock.
+    """Open the output directory, new or left by the same command; returns it with its lock.
 
     Raises:
-        UsageError: it is something else's, in use by another process, or cannot be written.
+        UsageError: the directory belongs to something else, is in use by another process, or cannot
+            be written.
     """
     out, file = Path(args.out), Path(args.out) / "args.json"
     trained = (out / "metrics.jsonl").exists() or (out / "checkpoint").exists()
@@ -475,13 +482,13 @@ def open_out(args: Args) -> tuple[Path, TextIO]:
     require(not trained and not holds, f"--out {out}: holds a training run; choose another")
     mathematics = asdict(args)
     for name in ("out", "overwrite", "overlay", "batch_size", "workers", "max_skipped"):
-        del mathematics[name]  # these change no prediction
+        del mathematics[name]  # these affect no prediction
     inputs = [Path(args.data)] if args.data else []
     inputs += sorted(Path(args.model).glob("*.safetensors"))
     stats = {str(path): path.stat() for path in inputs}
     mathematics["inputs"] = {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
     mathematics["definitions"] = DEFINITIONS
-    mathematics = json.loads(json.dumps(mathematics))  # tuples are lists there
+    mathematics = json.loads(json.dumps(mathematics))  # JSON turns tuples into lists
     busy = out.is_file() or (not file.exists() and bool(content_of(out)))
     require(not busy, f"--out {out}: exists and is no evaluation; choose another")
     with writing(out, "the directory"):
@@ -504,7 +511,8 @@ def open_out(args: Args) -> tuple[Path, TextIO]:
 def prompts_of(
     args: Args, setting: Setting, processor: Processor, config: Any, task: toy.Task, is_toy: bool
 ) -> tuple[list[str], Callable[[list[int]], Iterable[Prompt]], Skipped]:
-    """Names of all examples of a setting, and what gives the prompts of the numbers asked for."""
+    """The names of all examples of a setting, a function from example numbers to prompts, and the
+    record of bad rows."""
     frames, max_pixels, frame_pixels, grid = setting
     processor = replace(processor, max_pixels=max_pixels, frame_pixels=frame_pixels)
     turn = partial(encode, processor=processor, config=config, think=args.think)
@@ -524,7 +532,7 @@ def prompts_of(
 
 
 def table(results: dict[Setting, list[dict[str, Any]]], varied: list[int]) -> str:
-    """Accuracy over all rows, by problem type and by data source; format and length."""
+    """Accuracy over all rows, by problem type and by source; format rate and response length."""
     lines = []
     for setting, records in results.items():
         label = ", ".join(f"{NAMES[i]} {setting[i]}" for i in varied)
@@ -546,8 +554,8 @@ def table(results: dict[Setting, list[dict[str, Any]]], varied: list[int]) -> st
 
 
 def draw_sweep(path: Path, results: dict[Setting, list[dict[str, Any]]], varied: list[int]) -> None:
-    """Accuracy with its standard error against the first thing that was varied, a line for each
-    value of the others."""
+    """Plot accuracy with its standard error against the first varied argument, with one line per
+    combination of the others."""
     pyplot = load_pyplot()
     figure, axis = pyplot.subplots(figsize=(5, 3.6))
     lines = defaultdict(list)

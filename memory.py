@@ -1,4 +1,4 @@
-"""What a run will need of a GPU's memory, before anything is loaded."""
+"""Estimate how much GPU memory a run needs, before any weights are loaded."""
 
 import os
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ def numel(module: Module, trained: bool = False) -> int:
 def memory_gb(
     config: Any, args: Any, lora_rank: int, frozen: Sequence[Any] = (), processes: int = 1
 ) -> dict[str, dict[str, float]]:
-    """GB (2**30 bytes) that each of `processes` needs at the peak of each phase of a step, by what
-    it is for, an estimate [ours].
+    """Estimate the GB (2**30 bytes) that each of `processes` ranks needs at the peak of each phase
+    of a step, by purpose [ours].
 
-    `frozen` are the configs of the models beside the trained one (reference, teacher). One
-    attention row a token is counted whether or not the method keeps it, as RAL does.
+    `frozen` are the configs of the frozen models beside the trained one (reference, teacher). One
+    attention row per token is always counted, as RAL keeps them, even if the method does not.
     """
     model, text, width = empty_model(config), config.text_config, compute_dtype().itemsize
     layers, visual = model.model.language_model.layers, model.model.visual
@@ -46,7 +46,7 @@ def memory_gb(
         "frozen models": width * sum(others) / processes,
         "optimizer": 8 * trained / processes,
     }
-    # A single process gathers what it holds in float32 and computes with in bfloat16.
+    # A single rank also gathers weights, if it holds them in float32 and computes in bfloat16.
     gathers = processes > 1 or (width < 4 and not lora_rank)
     prompt = prompt_tokens(config, args)
     group, new = getattr(args, "group_size", 1), args.max_new_tokens
@@ -54,7 +54,8 @@ def memory_gb(
     heads, shared = text.num_attention_heads, text.num_key_value_heads
 
     def decoding(prompts: int, group: int) -> float:
-        """Keys and values of the prompts and their responses, and the last layer of the prefill."""
+        """Bytes of the keys and values of the prompts and their responses, and of the prefill's
+        last layer."""
         cache = 2 * len(layers) * hidden * shared // heads * prompts * (prompt + group * new)
         in_layer = (3 * wide if not lora_rank else 4.5 * wide) + 6 * hidden
         return width * (cache + prompts * prompt * in_layer)
@@ -73,8 +74,8 @@ def memory_gb(
     if not args.gradient_checkpointing:
         checkpoints = width * tokens * (4 * wide + 10 * hidden) * len(layers)
     head = width * text.vocab_size * hidden if trained_root else 0
-    attention = 4 * responses * (prompt + new)  # of a prompt, in float32
-    # Gradients in float32 that are still on their way to the other processes.
+    attention = 4 * responses * (prompt + new)  # per prompt, in float32
+    # Float32 gradients still in transit to the other ranks.
     reduced = (width + 4) * trained_layer + 4 * trained_root / processes if processes > 1 else 0
     update = max(
         checkpoints + 2 * head + 16 * LOGIT_CHUNK,
@@ -93,16 +94,16 @@ def memory_gb(
 
 
 def prompt_tokens(config: Any, args: Any) -> float:
-    """Positions of the longest prompt: its visual tokens, and 64 of text."""
+    """Positions of the longest prompt: its visual tokens and 64 text tokens."""
     merge = config.vision_config.spatial_merge_size * config.vision_config.patch_size
-    if args.data and args.fps and not args.frames:  # as many as fit into a prompt
+    if args.data and args.fps and not args.frames:  # as many frames as fit into a prompt
         return args.max_prompt_tokens
     pixels = max(args.max_pixels or 0, (args.frames or 16) / 2 * (args.frame_pixels or 0))
     return 64 + (pixels or 112**2) / merge**2
 
 
 def available_gb() -> float:
-    """Memory that this process may use: the GPU's, or its share of the machine's."""
+    """GB of memory that this process may use: the GPU's, or its share of the machine's."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory / 2**30
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -110,16 +111,16 @@ def available_gb() -> float:
 
 
 def fit_memory(args: Any, config: Any, reference: bool, teacher: str | None = None) -> Any:
-    """Decide, before anything is loaded, what to train: all weights if they fit, else adapters of
-    rank 64, unless `--lora-rank` or the run that is resumed says. With adapters, the reference is
-    the model without them.
+    """Choose, before any weights are loaded, what to train: all weights if they fit, otherwise
+    adapters of rank 64. `--lora-rank` and the resumed run take precedence. With adapters, the
+    reference is the model without them.
 
     Raises:
         UsageError: nothing fits; the message names two remedies.
     """
     if args.gradient_checkpointing is None:
         args = replace(args, gradient_checkpointing=torch.cuda.is_available())
-    if args.lora_rank is None and (state := read_state(args)):  # what a run trains does not change
+    if args.lora_rank is None and (state := read_state(args)):  # resuming keeps the choice
         args = replace(args, lora_rank=state["args"]["lora_rank"])
     have = available_gb()
     teachers = [load_processor(teacher, field="--teacher")[0]] if teacher else []

@@ -332,8 +332,7 @@ class PromptBatch:
 
 
 def visual_features(model: Module, pixels: Sequence[Tensor], grids: Tensor) -> list[Tensor]:
-    """Visual features of each prompt, (visual tokens, hidden), from a single call of the vision
-    encoder."""
+    """Visual features of each prompt, (visual tokens, hidden), in one call of the encoder."""
     joined = torch.cat(list(pixels)).to(model.device)
     return list(model.get_image_features(joined, grids.to(model.device)).pooler_output)
 

@@ -1,9 +1,9 @@
-"""A run from its command line to its last checkpoint: errors in one line, one process or many, the
-run directory, and going on after whatever stopped it.
+"""The parts of a run that do not depend on a model: command line, one-line errors, ranks, the run
+directory, and resuming.
 
-Nothing here knows about models. What a run writes survives anything: a checkpoint is written aside
-and renamed, a run in the way is moved, and `--resume` cuts every file back to the checkpoint, so
-that nothing is there twice.
+An interrupted run loses nothing that it has saved: states and checkpoints are written aside and
+then renamed, an existing run in the way is moved, and `--resume` cuts every file back to its length
+at the state, so that no line is written twice.
 """
 
 import errno
@@ -47,7 +47,7 @@ from torch.optim import Optimizer
 
 
 class UsageError(Exception):
-    """Something the user can mend: one line that names the field, the value and the remedy."""
+    """An error that the user can fix; its one line names the field, the value and the remedy."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -56,7 +56,7 @@ def require(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
-# What these arguments are where None stands for "unset": with a toy, with a real model.
+# Values of these arguments if they are unset (None): for a toy, for a real model.
 TOY_RUN = {"eval_examples": 512, "workers": 0, "save_every": 0}
 REAL_RUN = {
     "eval_every": 100,
@@ -129,9 +129,9 @@ class RunArgs:
 
 
 def run_script(args_class: type, main: Callable, description: str) -> None:
-    """Parse the command line into `args_class` and run `main`; a `UsageError` becomes one line and
+    """Parse the command line into `args_class` and run `main`. A `UsageError` becomes one line and
     exit status 2, Ctrl-C one line and 130."""
-    # A third value, None, means "as the checkpoint", which a plain flag could not say.
+    # None, the third value, means "as in the checkpoint"; a plain flag could not express it.
     names = ("think", "judge-teacher")
     flags = {f"--{name}": f"--{name}=True" for name in names}
     flags |= {f"--no-{name}": f"--{name}=False" for name in names}
@@ -152,8 +152,8 @@ def run_script(args_class: type, main: Callable, description: str) -> None:
 
 
 def fail(status: int, message: str) -> NoReturn:
-    """End this process with a message. One of several ends at once: the others wait for it, and
-    torchrun ends them when it is gone."""
+    """Print a message and end this process. With several ranks it ends at once, without the
+    interpreter's cleanup: the others wait for it, and torchrun ends them when it is gone."""
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
     if world_size() > 1:
@@ -162,14 +162,14 @@ def fail(status: int, message: str) -> NoReturn:
 
 
 def require_positive(args: Any, *names: str) -> None:
-    """Refuse fields that are not above zero; None means "take the default" and passes."""
+    """Refuse fields that are not above zero. None means "use the default" and passes."""
     for name in names:
         value = getattr(args, name)
         require(value is None or value > 0, f"--{name.replace('_', '-')} {value}: must be above 0")
 
 
 def require_not_negative(args: Any, *names: str) -> None:
-    """Refuse fields below zero; None means "take the default" and passes."""
+    """Refuse fields below zero. None means "use the default" and passes."""
     for name in names:
         value = getattr(args, name)
         require(
@@ -178,22 +178,22 @@ def require_not_negative(args: Any, *names: str) -> None:
 
 
 def require_not_empty(args: Any, *names: str) -> None:
-    """Refuse empty words, as of a shell variable that is not set; they would mean "unset" here."""
+    """Refuse empty strings, as from an unset shell variable; they would mean "unset" here."""
     for name in names:
         empty = f"--{name.replace('_', '-')} '': is empty; give a value or leave it out"
         require(getattr(args, name, None) != "", empty)
 
 
 def fill_defaults(args: Any, table: dict[str, Any]) -> Any:
-    """`args` with every field that is None taken from `table`, if it is there."""
+    """`args` with every field that is None replaced by its value in `table`, if there is one."""
     return replace(
         args, **{name: value for name, value in table.items() if getattr(args, name) is None}
     )
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch. On a CPU with a fixed thread count a run is then reproduced to
-    the bit."""
+    """Seed Python, NumPy and torch. On a CPU with a fixed thread count, a run is then reproducible
+    bit by bit."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -215,10 +215,11 @@ class Stopwatch:
         self.last = now
 
     def stop(self, tokens: int) -> dict[str, float]:
-        """All phases, the whole step, tokens a second, and peak memory (the GPU's, if any)."""
+        """The seconds of every phase and of the whole step, tokens per second, and peak memory (the
+        GPU's, if there is one)."""
         seconds = self.last - self.start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak *= 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes on Linux
+        peak *= 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes on Linux
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated()
         self.metrics |= {"perf/step_s": seconds, "perf/tokens_per_s": tokens / seconds}
@@ -229,8 +230,8 @@ class Stopwatch:
 
 
 def start_ranks() -> None:
-    """Join the other processes, if torchrun started this one; on a GPU a process alone is a group
-    of one, so that there is one code path."""
+    """Join the other ranks if torchrun started this process. On a GPU, a single process forms a
+    group of one, so there is only one code path."""
     if dist.is_initialized() or ("WORLD_SIZE" not in os.environ and not torch.cuda.is_available()):
         return
     if "WORLD_SIZE" not in os.environ:
@@ -239,13 +240,13 @@ def start_ranks() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # While rank 0 writes a state of 85 GB (7B, all weights), the others wait.
+    # The other ranks wait while rank 0 writes a state of 85 GB (7B, all weights).
     dist.init_process_group(backend, timeout=timedelta(hours=2))
 
 
 def leave_ranks() -> None:
-    """End this process together with the others. Several do not run the interpreter's end: once in
-    some sixty starts a process aborted there, its work done."""
+    """End this process together with the other ranks. Several ranks skip the interpreter's cleanup:
+    in about one of sixty launches, a process aborted there after its work was done."""
     if world_size() > 1:
         dist.barrier()
         sys.stdout.flush()
@@ -259,18 +260,18 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """Number of processes."""
+    """Number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def print_on_rank_0(text: str) -> None:
-    """Print `text` on rank 0 alone."""
+    """Print `text` on rank 0 only."""
     if rank() == 0:
         print(text)
 
 
 def gather(items: list) -> list:
-    """The lists of all ranks as one, in the order of the ranks."""
+    """Concatenate the lists of all ranks, in rank order."""
     if world_size() == 1:
         return items
     parts = [None] * world_size()
@@ -279,8 +280,11 @@ def gather(items: list) -> list:
 
 
 def on_rank_0(action: Callable[[], Any]) -> Any:
-    """What `action` returns on rank 0, and None on the others; a `UsageError` that it raises is
-    raised on all ranks, so that none waits for rank 0."""
+    """Run `action` on rank 0 and return its result there, None on the other ranks.
+
+    Raises:
+        UsageError: `action` raised it. It is raised on all ranks, so that none waits for rank 0.
+    """
     result, refusal = None, ""
     if rank() == 0:
         try:
@@ -293,7 +297,7 @@ def on_rank_0(action: Callable[[], Any]) -> Any:
 
 
 def over_ranks(metrics: dict[str, float]) -> dict[str, float]:
-    """Mean over ranks; `perf/*` takes the maximum, tokens per second the sum."""
+    """Average metrics over ranks; `perf/*` takes the maximum, tokens per second the sum."""
     if world_size() == 1:
         return metrics
     parts = gather([metrics])
@@ -304,18 +308,18 @@ def over_ranks(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def step_numbers(args: Any, step: int) -> range:
-    """Which prompts of the run, counted from 0, are this rank's in step `step`, counted from 1."""
+    """This rank's prompt numbers, counted from 0 over the run, in step `step`, counted from 1."""
     all_ranks = args.prompts_per_step * world_size()
     return range((step - 1) * all_ranks + rank(), step * all_ranks, world_size())
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered from all ranks; any other as it is."""
+    """Gather a sharded tensor from all ranks; return any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(tensor: Tensor, other: Tensor) -> Tensor:
-    """`tensor`, sharded and placed as `other` is."""
+    """`tensor` with the sharding and device of `other`."""
     if isinstance(other, DTensor):
         device = other.device_mesh.device_type
         return distribute_tensor(tensor.to(device), other.device_mesh, other.placements)
@@ -324,15 +328,16 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
 
 # 3. The run directory
 
-LOCK = ".lock"  # in a run directory: names the process that uses it, which holds its lock
+LOCK = ".lock"  # in a run directory: names and is locked by the process that uses it
 
 
 def lock_directory(out: Path) -> TextIO:
-    """Lock the directory `out` for this process; returns the file to keep open as long.
+    """Lock the directory `out` for this process; returns the lock file, which the caller must keep
+    open.
 
-    The lock is of the POSIX kind: the system releases it when the process ends, however it ends,
-    and processes forked from it (the readers) do not inherit it. It is also released when the
-    process closes any other handle of the same file, so nothing else opens it.
+    It is a POSIX lock: the system releases it when the process ends in any way, and forked
+    processes (the readers) do not inherit it. It is also released when the process closes any other
+    handle of the same file, so nothing else may open that file.
 
     Raises:
         UsageError: another process holds the lock.
@@ -350,7 +355,7 @@ def lock_directory(out: Path) -> TextIO:
             holder = file.read().strip() or "unknown"
             remedy = "wait until it ends, or choose another"
             raise UsageError(f"--out {out}: in use by process {holder}; {remedy}") from None
-        # Between `open` and `lockf` the holder may have moved the directory and ended.
+        # Between `open` and `lockf`, the holder may have moved the directory and ended.
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
         file.close()
@@ -361,20 +366,20 @@ def lock_directory(out: Path) -> TextIO:
 
 
 def content_of(out: Path) -> list[Path]:
-    """What is in a directory besides its lock; nothing if it does not exist."""
+    """The content of a directory except its lock; empty if the directory does not exist."""
     return [path for path in out.iterdir() if path.name != LOCK] if out.is_dir() else []
 
 
 def clear(out: Path) -> None:
-    """Delete what is in a directory, and keep the directory with its lock."""
+    """Delete the content of a directory, but keep the directory and its lock."""
     for path in content_of(out):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @contextmanager
 def writing(out: Path, name: str) -> Iterator[None]:
-    """Turn a failure to write `name` in the directory `out`, as on a full disk, into a `UsageError`
-    of one line that says what is intact."""
+    """Turn a failure to write `name` in the directory `out`, as on a full disk, into a one-line
+    `UsageError` that says what is intact."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -389,16 +394,16 @@ def writing(out: Path, name: str) -> Iterator[None]:
 
 
 def open_lines(path: Path) -> FileIO:
-    """A file to `append` lines to. It has no buffer, so that an error comes with the line that it
-    is about, and closing the file raises no second one."""
+    """Open a file for `append`. It is unbuffered, so an error is raised for the line that causes
+    it, and closing the file raises no second error."""
     return path.open("ab", buffering=0)
 
 
 def append(file: FileIO, rows: Iterable[dict[str, Any]]) -> None:
-    """Append one line of JSON for each row.
+    """Append one line of JSON per row.
 
     Raises:
-        UsageError: it cannot be written, as on a full disk.
+        UsageError: the file cannot be written, as on a full disk.
     """
     path = Path(file.name)
     with writing(path.parent, path.name):
@@ -409,10 +414,13 @@ def append(file: FileIO, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def check_run(args: Any, *inputs: str) -> None:
-    """Refuse, before any work is done, an `--out` that cannot become this run's directory, and
-    empty names of files.
+    """Refuse, before any work is done, empty file names and an `--out` that cannot become this
+    run's directory.
 
     `inputs` are the checkpoints that the run reads: it must not move or replace them.
+
+    Raises:
+        UsageError: the message names the argument.
     """
     require_not_empty(args, "model", "teacher", "data", "eval_data", "out", "resume")
     out = Path(args.out)
@@ -421,7 +429,7 @@ def check_run(args: Any, *inputs: str) -> None:
     is_run = (out / "args.json").is_file()
     require(not busy or is_run, f"--out {out}: exists and is not a run; choose another")
 
-    def try_lock() -> None:  # `Run` locks it for good
+    def try_lock() -> None:  # `Run` keeps its lock
         if (out / LOCK).exists() and not args.check_data:
             with writing(out, LOCK):
                 lock_directory(out).close()
@@ -433,15 +441,15 @@ def check_run(args: Any, *inputs: str) -> None:
     parent = next(parent for parent in out.resolve().parents if parent.exists())
     writable = parent.is_dir() and os.access(parent, os.W_OK)
     require(writable, f"--out {out}: {parent} cannot be written to; choose another")
-    # A leftover folder `wandb/` is found too, as a package without an origin.
+    # `find_spec` also finds a leftover folder `wandb/`, as a package without an origin.
     if args.track and getattr(find_spec("wandb"), "origin", None) is None:
         raise UsageError("--track: wandb is not installed; `pip install wandb`, or leave it out")
 
 
 @dataclass
 class Skipped:
-    """Counts and names the bad rows. It stops the run when the bad rows are more than the fraction
-    `most` of the rows read so far, or of the file's first 1,000."""
+    """Counts and names the bad rows. It stops the run when there are more than the fraction `most`
+    of the rows read so far, or of the file's first 1,000."""
 
     most: float = 0.0
     rows: int = 0
@@ -452,7 +460,7 @@ class Skipped:
     def add(self, bad: dict[str, str]) -> None:
         self.read += 1 + len(bad)
         self.name(bad)
-        read = self.read * world_size()  # `bad` has those of all ranks
+        read = self.read * world_size()  # `bad` counts all ranks
         if len(self.bad) > self.most * max(read, min(self.rows, 1000)):
             last = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[-2:])
             count = f"{len(self.bad)} bad rows among the first {read}"
@@ -462,15 +470,15 @@ class Skipped:
             raise UsageError(f"--max-skipped {self.most}: {count} ({last}); {remedy}")
 
     def name(self, bad: dict[str, str]) -> None:
-        """Record the bad rows that are not known yet."""
+        """Record bad rows that are not yet recorded."""
         new = {name: reason for name, reason in bad.items() if name not in self.bad}
         self.bad |= new
         if self.file is not None:
             self.write(new)
 
     def attach(self, file: FileIO) -> None:
-        """Append the bad rows that `file` lacks, then each new one. A truncated last line is
-        removed."""
+        """Append the bad rows that `file` lacks, then each new one; drop an incomplete last
+        line."""
         content = Path(file.name).read_bytes()
         content = content[: content.rfind(b"\n") + 1]
         file.truncate(len(content))
@@ -485,25 +493,25 @@ class Skipped:
 
 
 class Run:
-    """A run directory, all there is to know of a run: `args.json`, `metrics.jsonl`,
-    `samples.jsonl`, `skipped.jsonl`, `tensorboard/`, pictures, `state/`, `checkpoint/` and, of
-    adapters alone, `adapter/`.
+    """The directory of a run, with all its files: `args.json`, `metrics.jsonl`, `samples.jsonl`,
+    `skipped.jsonl`, `tensorboard/`, pictures, `state/`, `checkpoint/` and, for a run that trains
+    adapters, `adapter/`.
 
-    A run already at `out` is moved to `<out>.1` and so on, or replaced with `--overwrite`; see
-    `check_run` for what is never touched. With a `state` the run that left it goes on instead: its
-    files are cut back to it. `--track` sends the metrics to Weights & Biases too. Only rank 0
-    writes. The directory is locked until the script's `main` returns.
+    An existing run at `out` is moved to `<out>.1` and so on, or replaced with `--overwrite`;
+    `check_run` says what is never touched. With a `state`, the existing run is resumed instead: its
+    files are cut back to the state. `--track` also sends the metrics to Weights & Biases. Only rank
+    0 writes. The directory stays locked until the script's `main` returns.
     """
 
     def __init__(self, args: Any, skipped: Skipped, state: "State | None" = None):
         self.out, self.args, self.wandb, self.skipped = Path(args.out), args, None, skipped
         self.state, self.signal, self.files = state, None, {}
-        self.data_bytes = data_bytes(args)  # as it was opened
+        self.data_bytes = data_bytes(args)  # at the start of the run
         self.handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         for number in self.handlers:
             signal.signal(number, self.interrupt)
         self.equal, self.noted = [], False  # see `note_equal_rewards`
-        if args.track and rank() == 0:  # before anything is moved: it may fail
+        if args.track and rank() == 0:  # before anything is moved, as it may fail
             import wandb
 
             self.wandb = wandb.init(project="ral", name=self.out.name, config=asdict(args))
@@ -513,7 +521,7 @@ class Run:
         """Lock the directory, make room in it, and open its files; returns the lock."""
         with writing(self.out, "the run directory"):
             lock = self.make_room()
-            for left in list(self.out.glob(".checkpoint-*")):  # by a process that was killed
+            for left in list(self.out.glob(".checkpoint-*")):  # left by a killed process
                 if left.suffix == ".old" and not (self.out / "checkpoint").exists():
                     left.rename(self.out / "checkpoint")
                 else:
@@ -532,10 +540,10 @@ class Run:
         return lock
 
     def make_room(self) -> TextIO:
-        """Lock the directory, and move or delete what is not this run's; returns the lock."""
+        """Lock the directory, and move or delete what is not part of this run; returns the lock."""
         self.out.mkdir(parents=True, exist_ok=True)
         lock = lock_directory(self.out)
-        if self.state is not None:  # states after it are of a branch that is given up
+        if self.state is not None:  # the resumed run replaces later states
             for later in good_states(self.out):
                 if int(later.name.removeprefix("step-")) > self.state.step:
                     shutil.rmtree(later)
@@ -547,12 +555,12 @@ class Run:
             self.out.rename(aside)
             print(f"the run at {self.out} is now at {aside}")
             self.out.mkdir(exist_ok=True)
-            with lock:  # it has moved too; keep it until there is another
+            with lock:  # the lock moved along; hold it until the new one is taken
                 return lock_directory(self.out)
         return lock
 
     def open(self, name: str) -> FileIO:
-        """A file of lines to append to, cut back to what it was at the checkpoint."""
+        """Open a file of lines for appending, cut back to its length at the state."""
         file = open_lines(self.out / name)
         length, there = self.state.lengths.get(name, 0) if self.state else 0, file.tell()
         short = f"--resume {self.args.resume}: {self.out / name} is shorter than at the checkpoint"
@@ -565,7 +573,7 @@ class Run:
         return [json.loads(x) for x in (self.out / "metrics.jsonl").read_text().splitlines()]
 
     def open_tensorboard(self) -> None:
-        """Open a new file of events. TensorBoard's own `SummaryWriter` writes from a thread, which
+        """Open a new event file. TensorBoard's own `SummaryWriter` writes from a thread, which
         prints a traceback when the disk is full."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -589,8 +597,7 @@ class Run:
             self.tensorboard.flush()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write one line of metrics to every sink: the mean over the ranks, and the maximum for
-        `perf/*`."""
+        """Write one line of metrics to every sink: means over ranks, but maxima for `perf/*`."""
         metrics = over_ranks(metrics)
         for bad in gather([dict(self.skipped.bad)]):
             self.skipped.name(bad)
@@ -605,14 +612,14 @@ class Run:
         self.note_equal_rewards(step, metrics)
 
     def sample(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Write sampled responses with their rewards, those of all ranks."""
+        """Write the sampled responses of all ranks with their rewards."""
         rows = gather(rows)
         if rank() == 0:
             append(self.files["samples.jsonl"], [{"step": step, **row} for row in rows])
 
     def note_equal_rewards(self, step: int, metrics: dict[str, float]) -> None:
-        """Print one line, once, when the rewards of every group were equal for `EQUAL_STEPS` steps
-        in a row: the advantages are then 0, and GRPO learns nothing from them."""
+        """Print one line, once, if the rewards in every group were equal for `EQUAL_STEPS` steps in
+        a row. The advantages are then 0, and GRPO learns nothing from them."""
         if metrics.get("rollout/frac_zero_std") != 1.0 or getattr(self.args, "rl_coef", 1.0) == 0:
             self.equal.clear()
             return
@@ -624,7 +631,11 @@ class Run:
             print(f"\nnote: {steps}: {what}; {why_equal(self.equal)}")
 
     def require_finite(self, step: int, metrics: dict[str, float], prompts: Sequence[Any]) -> None:
-        """Stop where the gradient was not finite; `update` took no step with that one."""
+        """Stop if the gradient is not finite; `update` skipped the optimiser step for it.
+
+        Raises:
+            UsageError: the message names the prompts and the last good state.
+        """
         if not math.isfinite(metrics["train/grad_norm"]):
             rows = ", ".join(prompt.example.name or "of the toy" for prompt in prompts[:8])
             saved = good_states(self.out)
@@ -632,8 +643,8 @@ class Run:
             raise UsageError(f"step {step}: the gradient is not finite; prompts: {rows}; {last}")
 
     def interrupt(self, number: int, frame: Any) -> None:
-        """SIGINT or SIGTERM: finish the step. A second signal kills a single-process run at once;
-        multi-process runs ignore it, because the scheduler and torchrun may each send one."""
+        """Handle SIGINT or SIGTERM: finish the step. A second signal kills a single-process run at
+        once. Multi-process runs ignore it, because the scheduler and torchrun may each send one."""
         self.signal = number
         if world_size() == 1:
             signal.signal(number, self.handlers[number])
@@ -650,11 +661,14 @@ class Run:
             self.wandb.finish()
 
     def save_checkpoint(self, save: Callable[[Path | None], None]) -> Path:
-        """Write `checkpoint/` with `save(directory)`, and the `adapter/` that it may put beside it:
-        aside first, then renamed, so never half-written. All ranks call it, the others with None.
+        """Write `checkpoint/` with `save(directory)`, and the `adapter/` that it may create beside
+        it.
+
+        Both are written aside and then renamed, so neither is ever incomplete. All ranks must call
+        it; ranks other than 0 call `save(None)`.
 
         Raises:
-            UsageError: it cannot be written, as on a full disk; an earlier one is as it was.
+            UsageError: it cannot be written, as on a full disk; an earlier checkpoint is unchanged.
         """
         final = self.out / "checkpoint"
         if rank() != 0:
@@ -667,7 +681,7 @@ class Run:
                 new = aside / final.name
                 new.mkdir()
                 save(new)
-                for path in aside.rglob("*.safetensors"):  # safetensors lets nobody else read them
+                for path in aside.rglob("*.safetensors"):  # safetensors makes them owner-only
                     path.chmod(new.stat().st_mode & 0o666)
                 for path in (*aside.rglob("*"), aside):
                     flush(path)
@@ -694,9 +708,9 @@ class Run:
         note: dict[str, Any] | None = None,
         done: bool = False,
     ) -> bool:
-        """Save what `--resume` needs, every `save_every` steps, after the last one (`done`), and
-        when a signal came; returns whether the run must stop now. `note` is whatever else the
-        script wants to find again."""
+        """Save what `--resume` needs every `save_every` steps, after the last step (`done`), and
+        after a signal. Returns whether the run must stop now. `note` holds anything else that the
+        script needs to resume."""
         stop = max(gather([self.signal or 0])) > 0 and not done
         due = self.args.save_every > 0 and (done or step % self.args.save_every == 0)
         if due or stop:
@@ -724,8 +738,8 @@ class Run:
         return stop
 
     def restore(self, model: Module, optimizer: Optimizer) -> dict[str, Any]:
-        """Put the state into model and optimizer, and random numbers to where they were; returns
-        its note."""
+        """Load the state into model and optimizer, and restore the random number generators;
+        returns the state's note."""
         if self.state is None:
             return {}
         with readable(f"--resume {self.args.resume}", self.state.path):
@@ -738,8 +752,8 @@ EQUAL_STEPS = 10
 
 
 def why_equal(steps: Sequence[dict[str, float]]) -> str:
-    """The likely cause of equal rewards in every group, from the metrics of some steps, and what to
-    do about it."""
+    """The likely cause of equal rewards in every group, inferred from the metrics of some steps,
+    and its remedy."""
     names = ("format", "accuracy", "truncated_frac")
     tidy, right, cut = (sum(x[f"rollout/{n}"] for x in steps) / len(steps) for n in names)
     if tidy < 0.01 and cut > 0.5:
@@ -757,13 +771,13 @@ def why_equal(steps: Sequence[dict[str, float]]) -> str:
 # 4. States to resume from
 
 DEFINITIONS = 2  # raise it, with an entry below, when the same arguments compute something else
-CHANGES = {  # by the number that they came with
+CHANGES = {  # by the number that introduced them
     2: "the default attention row of a token is its own (was: the one that predicts it),"
     " attn_distill.py's attention loss is a sum over the response (was: a mean), accuracy by"
     " problem type accepts more notations, and videos have other frames and a minimum size"
 }
 
-# Arguments that do not change what is computed.
+# Arguments that do not affect what is computed.
 FREE = ("out", "overwrite", "track", "workers", "save_every", "keep", "resume", "check_data")
 FREE += ("allow_changed_args", "eval_every", "micro_batch_size", "prompts_per_step")
 FREE += ("max_skipped", "judge_teacher", "gradient_checkpointing", "steps")
@@ -771,8 +785,8 @@ FREE += ("max_skipped", "judge_teacher", "gradient_checkpointing", "steps")
 
 @dataclass
 class State:
-    """A checkpoint to go on from: where it is, how many steps were done, how long each file was,
-    rows read, and the script's own note."""
+    """A state to resume from: its path, the number of steps done, the length of each file, the
+    number of rows read, and the script's own note."""
 
     path: Path
     step: int
@@ -782,13 +796,13 @@ class State:
 
 
 def good_states(out: Path) -> list[Path]:
-    """Complete states of a run, oldest first. One that was being written has another name."""
+    """Complete states of a run, oldest first. A state still being written has another name."""
     return sorted(p for p in (out / "state").glob("step-*") if re.fullmatch(r"step-\d+", p.name))
 
 
 @contextmanager
 def readable(named: str, path: Path) -> Iterator[None]:
-    """Turn what reading a state raises into a `UsageError` of one line."""
+    """Turn an exception raised while reading a state into a one-line `UsageError`."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, UnpicklingError) as error:
@@ -798,7 +812,12 @@ def readable(named: str, path: Path) -> Iterator[None]:
 
 
 def read_state(args: Any) -> dict[str, Any] | None:
-    """What `state.json` says of the state that `--resume` names, and its path."""
+    """Read `state.json` of the state that `--resume` names, and add its path; None if there is no
+    state to resume.
+
+    Raises:
+        UsageError: the state is not one of this run, is unreadable, or has other definitions.
+    """
     if args.resume is None:
         return None
     saved = good_states(Path(args.out))
@@ -818,25 +837,31 @@ def read_state(args: Any) -> dict[str, Any] | None:
         remedy += " flags do not depend on this, --allow-changed-args resumes it"
         same = by == DEFINITIONS or args.allow_changed_args
         require(same, f"{named}: {path} has other definitions: {'; '.join(changes)}; {remedy}")
-        # Arguments that were not there then count as None.
+        # Arguments added since then count as None.
         return state | {"args": dict.fromkeys(asdict(args)) | state["args"]}
 
 
 def find_state(args: Any) -> State | None:
-    """The state that `--resume` names, or with `auto` the newest good one of the run, if any.
+    """The state that `--resume` names, or with `auto` the newest good one of the run, if there is
+    one.
 
     Raises:
-        UsageError: there is none there, or it was made with arguments that compute something else.
+        UsageError: there is no such state, or it was made with arguments that compute something
+            else.
     """
     state, named = read_state(args), f"--resume {args.resume}"
     if state is None:
         return None
-    with readable(named, state["path"]):  # which may lack a part
+    with readable(named, state["path"]):  # it may lack a key
         return check_state(args, state, named)
 
 
 def check_state(args: Any, state: dict[str, Any], named: str) -> State:
-    """`state` as a `State`, if it was made with the same arguments and there are steps left."""
+    """Turn the content of `state.json` into a `State`.
+
+    Raises:
+        UsageError: it was made with other arguments, or no steps are left.
+    """
     before, now = state["args"], json.loads(json.dumps(asdict(args)))
     differ = [f"{k} {before[k]} -> {now[k]}" for k in now if now[k] != before[k]]
     gone = {k: value for k, value in before.items() if k not in now and value is not None}
@@ -851,27 +876,28 @@ def check_state(args: Any, state: dict[str, Any], named: str) -> State:
     remedy = "give them as they were, or --allow-changed-args"
     same = args.allow_changed_args or not differ
     require(same, f"{named}: was made with other arguments ({'; '.join(differ)}); {remedy}")
-    stopped = state["done"] and not differ and before["steps"] == args.steps  # SFT, by accuracy
+    stopped = state["done"] and not differ and before["steps"] == args.steps  # SFT may stop early
     over = stopped or state["step"] >= args.steps
     require(not over, f"{named}: the run is at step {state['step']}, its end")
     return State(state["path"], state["step"], state["lengths"], state["read"], state["note"])
 
 
 def data_bytes(args: Any) -> list[int | None]:
-    """Sizes of the data files: rows are drawn, and kept out of training, by their number."""
+    """Sizes of the data files in bytes. Rows are drawn and held out by number, so a changed file
+    would give other rows."""
     return [Path(path).stat().st_size if path else None for path in (args.data, args.eval_data)]
 
 
 def state_tensors(model: Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Trained weights and the optimizer's moments by name, whole and on the CPU; rank 0 alone gets
-    them."""
+    """Trained weights and the optimizer's moments by name, as full tensors on the CPU; only rank 0
+    receives them."""
     weights, moments = {}, {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             values = {f"{name}/{key}": x for key, x in optimizer.state[parameter].items()}
             for target, source in ((weights, {name: parameter.detach()}), (moments, values)):
                 for key, value in source.items():
-                    value = full_tensor(value)  # every rank has a part in it
+                    value = full_tensor(value)  # all ranks take part
                     if rank() == 0:
                         target[key] = value.cpu().contiguous()
     return {"weights": weights, "moments": moments}
@@ -880,10 +906,11 @@ def state_tensors(model: Module, optimizer: Optimizer) -> dict[str, dict[str, Te
 def write_state(
     out: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]], args: Any
 ) -> None:
-    """Write a state aside, flush it to the disk, rename it, and delete what is older than `keep`.
+    """Write a state aside, flush it to disk, rename it, and delete all but the newest `keep`
+    states.
 
     Raises:
-        UsageError: it cannot be written, as on a full disk; earlier states are as they were.
+        UsageError: it cannot be written, as on a full disk; earlier states are unchanged.
     """
     folder = out / "state"
     aside = folder / f"step-{state['step']:06}.part"
@@ -904,7 +931,7 @@ def write_state(
         except Exception:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-        shutil.rmtree(final, ignore_errors=True)  # from before this run was resumed further back
+        shutil.rmtree(final, ignore_errors=True)  # left from before a resume at an earlier step
         aside.rename(final)
         flush(folder)
     for old in good_states(out)[: -args.keep]:
@@ -912,24 +939,24 @@ def write_state(
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold what was written, or the names in a directory."""
+    """Flush a file, or the names in a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
 def random_state() -> dict[str, Any]:
-    """Python's, NumPy's and torch's random numbers. Nothing in the scripts draws from them after
-    the start; a fork may."""
+    """The states of Python's, NumPy's and torch's random number generators. The scripts draw
+    nothing from them after the start, but a fork may."""
     kind, keys, *rest = np.random.get_state()
     numpy_state = [kind, torch.from_numpy(keys.astype(np.int64)), *rest]
     return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
 
 
 def load_state(path: Path, model: Module, optimizer: Optimizer) -> None:
-    """Weights, moments and random numbers as they were."""
+    """Load weights, moments and random number generators from a state."""
     weights, moments = (load_file(path / f"{x}.safetensors") for x in ("weights", "moments"))
-    fused = optimizer.defaults.get("fused")  # then steps are counted on the parameter's device
+    fused = optimizer.defaults.get("fused")  # it counts steps on the parameter's device
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -950,7 +977,7 @@ def load_state(path: Path, model: Module, optimizer: Optimizer) -> None:
 
 
 def same_inputs(args: Any) -> str:
-    """The model and data of a run as words of a command line."""
+    """The model and data arguments of a run as command-line text."""
     words = []
     for name in ("model", "teacher", "data", "eval_data", "media_root", "frames", "fps"):
         if value := getattr(args, name, None):
@@ -960,8 +987,8 @@ def same_inputs(args: Any) -> str:
 
 
 def print_summary(run: Run, before: dict, after: dict, steps: int, start: float, then: str) -> None:
-    """The short table at the end of a run: what changed, what it took, where it is, what to try
-    next."""
+    """Print a short table at the end of a run: changes in held-out metrics, duration, files, and
+    the next command."""
     print(f"\n{'held-out':<24}{'before':>8}{'after':>8}")
     for name in after:
         if name == "eval/accuracy" or name.startswith("eval/target_attn_l"):
@@ -973,5 +1000,5 @@ def print_summary(run: Run, before: dict, after: dict, steps: int, start: float,
     print(f"pictures: {run.out}/attention.png, {run.out}/curves.png")
     script = re.search(r"\S+\.py", then)[0]
     path = Path(__file__).with_name(script)
-    if path.exists():  # a fork may be without its siblings
+    if path.exists():  # a fork may lack the sibling scripts
         print(f"next: {then.replace(script, shlex.quote(os.path.relpath(path)), 1)}")

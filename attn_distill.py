@@ -216,7 +216,7 @@ ANSWER = {  # the form of the answer, by problem type
     "multiple choice": "The answer is the letter of one option.",
     "numerical": "The answer is a number.",
     "regression": "The answer is a number.",
-    "OCR": "The answer is the text as it stands there.",
+    "OCR": "The answer is the text exactly as shown.",
     "free-form": "The answer is a short text.",
 }
 
@@ -529,14 +529,14 @@ def main(args: Args) -> dict[str, float]:
     start = time.time()
     base = args.model or "runs/sft/checkpoint"
     found = args.model is not None or Path(base).is_dir()
-    require(found, f"--model: none at {base}; run `python sft.py` first")
+    require(found, f"--model: there is no checkpoint at {base}; run `python sft.py` first")
     is_toy = toy.Task.load(Path(base)) is not None
     task = toy.resolve_task(args, base)
     args = fill_defaults(args, (TOY | {"think": task.think}) if is_toy else REAL)
     new_tokens = NEW_TOKENS["toy" if is_toy else "real"][args.think]
     args = fill_defaults(args, {"max_new_tokens": new_tokens})
     unset = args.teacher == Args.teacher and not Path(args.teacher).is_dir()
-    require(not unset, f"--teacher: none at {args.teacher}; {TEACH}")
+    require(not unset, f"--teacher: there is no checkpoint at {args.teacher}; {TEACH}")
     check_run(args, base, args.teacher)
     check_files(args, is_toy)
     seed_everything(args.seed)
@@ -558,7 +558,7 @@ def main(args: Args) -> dict[str, float]:
     require_layer("--teacher-attn-layer", args.teacher_attn_layer, teacher.config)
     teacher_task = toy.Task.load(Path(args.teacher))
     same = teacher_task in (None, task)
-    require(same, f"--teacher {args.teacher}: learned another task; {TEACH}")
+    require(same, f"--teacher {args.teacher}: was trained on another task; {TEACH}")
     reference = None
     if needs_reference:  # with adapters, the same model without them
         reference = model if args.lora_rank else load_model(base, frozen=True)[0]

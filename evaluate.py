@@ -282,6 +282,7 @@ def draw_looks(path: Path, rows: dict[str, list[Look]], count: int = 6) -> None:
             axis.set_title(title, color=colour, fontsize=9)
             axis.set_xlabel(look.example.problem[:32], fontsize=8)
         line[0].set_ylabel(label, fontsize=10)
+    figure.suptitle("attention in the row that emits the answer", fontsize=10)
     figure.tight_layout()
     with writing(path.parent, path.name):
         figure.savefig(path, dpi=80)
@@ -296,7 +297,8 @@ def draw_overlay(path: Path, look: Look, most: int = 12) -> None:
     figure, axes = pyplot.subplots(1, len(rows) + 1, figsize=(3.6 * (len(rows) + 1), 4))
     for (token, attention), axis in zip(rows, axes[1:], strict=True):
         draw_gaze(axis, look, attention)
-        axis.set_title(f"{token!r}: mass on the picture {attention.sum():.2f}", fontsize=9)
+        title = f"row that emits {token!r}: mass on the picture {attention.sum():.2f}"
+        axis.set_title(title, fontsize=9)
     record, (title, colour) = look.record, verdict(look)
     lines = [record["problem"], f"response: {record['response']}"]
     lines = [*lines, f"solution: {record['solution']}"]
@@ -424,7 +426,7 @@ ANSWER = {  # the requested answer, by problem type
     "multiple choice": "The answer is the letter of one option.",
     "numerical": "The answer is a number.",
     "regression": "The answer is a number.",
-    "OCR": "The answer is the text as it stands there.",
+    "OCR": "The answer is the text exactly as shown.",
     "free-form": "The answer is a short text.",
 }
 
@@ -549,7 +551,8 @@ def table(results: dict[Setting, list[dict[str, Any]]], varied: list[int]) -> st
             name = "".join(c if c.isprintable() else "?" for c in name[:34])
             lines.append(f"{name:<36}{len(group):>7}{numbers}")
         if "target_attn" in records[0]:
-            lines.append(f"{'attention on target':<43}{mean(records, 'target_attn'):>10.3f}")
+            for name, row in (("target_attn", "that emits the answer"), ("target_attn_own", "own")):
+                lines.append(f"{f'on target, row {row}':<43}{mean(records, name):>10.3f}")
     return "\n".join(lines)
 
 

@@ -194,7 +194,7 @@ ANSWER = {  # the form of the answer, by problem type
     "multiple choice": "The answer is the letter of one option.",
     "numerical": "The answer is a number.",
     "regression": "The answer is a number.",
-    "OCR": "The answer is the text as it stands there.",
+    "OCR": "The answer is the text exactly as shown.",
     "free-form": "The answer is a short text.",
 }
 
@@ -465,7 +465,7 @@ def main(args: Args) -> dict[str, float]:
     start = time.time()
     base = args.model or "runs/sft/checkpoint"
     found = args.model is not None or Path(base).is_dir()
-    require(found, f"--model: none at {base}; run `python sft.py` first")
+    require(found, f"--model: there is no checkpoint at {base}; run `python sft.py` first")
     is_toy = toy.Task.load(Path(base)) is not None
     task = toy.resolve_task(args, base)
     args = fill_defaults(args, (TOY | {"think": task.think}) if is_toy else REAL)

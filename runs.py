@@ -563,7 +563,7 @@ class Run:
         """Open a file of lines for appending, cut back to its length at the state."""
         file = open_lines(self.out / name)
         length, there = self.state.lengths.get(name, 0) if self.state else 0, file.tell()
-        short = f"--resume {self.args.resume}: {self.out / name} is shorter than at the checkpoint"
+        short = f"--resume {self.args.resume}: {self.out / name} is shorter than at the state"
         require(there >= length, f"{short} ({there} of {length} bytes); give an earlier one")
         file.seek(file.truncate(length))
         return file
@@ -639,7 +639,7 @@ class Run:
         if not math.isfinite(metrics["train/grad_norm"]):
             rows = ", ".join(prompt.example.name or "of the toy" for prompt in prompts[:8])
             saved = good_states(self.out)
-            last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint yet"
+            last = f"the last good state is {saved[-1]}" if saved else "no state yet"
             raise UsageError(f"step {step}: the gradient is not finite; prompts: {rows}; {last}")
 
     def interrupt(self, number: int, frame: Any) -> None:

@@ -149,7 +149,10 @@ class Args(RunArgs):
         require_positive(self, "stop_accuracy", "watch_above")
         require_not_negative(self, "lora_rank")
         known = self.model is None or self.toy_size is None
-        require(known, f"--toy-size {self.toy_size}: of a new toy; leave it out with --model")
+        require(
+            known,
+            f"--toy-size {self.toy_size}: sets the size of a new toy; leave it out with --model",
+        )
 
 
 # 2. Prompt and reward
@@ -160,7 +163,7 @@ ANSWER = {  # the form of the answer, by problem type
     "multiple choice": "The answer is the letter of one option.",
     "numerical": "The answer is a number.",
     "regression": "The answer is a number.",
-    "OCR": "The answer is the text as it stands there.",
+    "OCR": "The answer is the text exactly as shown.",
     "free-form": "The answer is a short text.",
 }
 
@@ -317,7 +320,7 @@ def main(args: Args) -> dict[str, float]:
     judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=2 * args.prompts_per_step)
     before, looks_before = judge(model)
     done = before["eval/accuracy"] >= args.stop_accuracy
-    reached = f"{args.model} is at {before['eval/accuracy']:.3f} already; ask for more"
+    reached = f"{args.model} already has accuracy {before['eval/accuracy']:.3f}; raise it"
     require(not done, f"--stop-accuracy {args.stop_accuracy}: {reached}")
     run = Run(args, skipped, state)
     if state is None:

@@ -220,7 +220,7 @@ def test_a_teacher_that_does_not_fit_is_refused(train, teacher, tmp_path):
     for file in teacher.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
     (copy / "toy_task.json").write_text((copy / "toy_task.json").read_text().replace("4", "5"))
-    with pytest.raises(runs.UsageError, match="learned another task"):
+    with pytest.raises(runs.UsageError, match="was trained on another task"):
         train(kd_baseline, teacher=str(copy))
     tokenizer = json.loads((copy / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["crimson"] = tokenizer["model"]["vocab"].pop("red")

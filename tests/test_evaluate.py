@@ -134,7 +134,7 @@ def test_a_sweep_over_the_toys_grid(cold_start, tmp_path):
     args = evaluate.Args(model=str(cold_start), examples=4, grid=(3, 5), out=str(tmp_path / "out"))
     evaluate.main(args)
     table = (tmp_path / "out" / "table.txt").read_text()
-    assert "grid 3" in table and "grid 5" in table and "attention on target" in table
+    assert "grid 3" in table and "grid 5" in table and "on target, row own" in table
     assert (tmp_path / "out" / "sweep.png").stat().st_size > 1000
 
 

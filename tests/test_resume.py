@@ -318,7 +318,7 @@ def test_what_is_not_finite_stops_the_run(cold_start, teacher, tmp_path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(ral_grpo, "group_advantages", broken)
-        last = "step 4: the gradient is not finite.*the last good checkpoint is .*step-000002"
+        last = "step 4: the gradient is not finite.*the last good state is .*step-000002"
         with pytest.raises(runs.UsageError, match=last):
             ral_grpo.main(ral_grpo.Args(**fields))
     restore_signals()

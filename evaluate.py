@@ -269,7 +269,7 @@ def draw_looks(path: Path, rows: dict[str, list[Look]], count: int = 6) -> None:
     count = min([count, *map(len, rows.values())])
     if count == 0:  # none of this rank's rows could be read
         return
-    size = (2.3 * count, 2.8 * len(rows))
+    size = (2.3 * count, 2.9 * len(rows) + 0.4)  # the last for the title
     figure, axes = pyplot.subplots(len(rows), count, figsize=size, squeeze=False)
     for (label, looks), line in zip(rows.items(), axes, strict=True):
         for look, axis in zip(looks[:count], line, strict=True):

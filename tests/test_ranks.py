@@ -27,6 +27,7 @@ def jobs(real: Path, cold_start: Path, teacher: Path, processes: int) -> list:
     data |= {"model": str(real / "qwen2_5_vl")}
     taught = {"teacher": str(real / "qwen2_5_vl")}
     norms = {"attn_norm_every": 1, "lambda_attn": 10.0}
+    one_prompt = {"micro_batch_size": 1}
     demonstrations = {k: v for k, v in fields.items() if k != "group_size"}
     return [
         ("sft", demonstrations | data, False),
@@ -36,7 +37,8 @@ def jobs(real: Path, cold_start: Path, teacher: Path, processes: int) -> list:
         ("attn_distill", fields | data | taught | {"train_vision": True}, False),
         ("ral_grpo", fields | data | {"lora_rank": 4, "save_every": 1}, False),
         ("ral_grpo", fields | norms | {"model": str(cold_start)}, True),
-        ("ral_grpo", fields | data | norms | {"model": str(real / "tied")}, False),
+        # One prompt a forward: both compute in the same shapes, and round in the same way.
+        ("ral_grpo", fields | data | norms | one_prompt | {"model": str(real / "tied")}, False),
     ]
 
 

@@ -153,7 +153,7 @@ def test_skipped_rows_are_not_named_twice(real, tmp_path, monkeypatch):
     fields = {"model": str(real / "qwen2_vl"), "data": str(real / "rows.json"), "max_skipped": 0.3}
     fields |= {"media_root": (str(real / "media"),), "max_new_tokens": 4, "frames": 4, "workers": 0}
     fields |= SMALL | FIELDS
-    for name in ("full_tensor", "cut"):
+    for name in ("whole", "cut"):
         with monkeypatch.context() as patch:
             if name == "cut":
                 kill(patch, ral_grpo, "update", 4)

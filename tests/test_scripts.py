@@ -309,7 +309,7 @@ BAD = [  # script, command line, what the one line must name
     (grpo_baseline, ["--model", "COLD", "--out", "BUSY/thesis.tex/x"], ["--out", "written to"]),
     (kd_baseline, ["--model", "COLD"], ["--teacher", "python sft.py --toy-size large"]),
     (attn_distill, ["--model", "COLD", "--teacher", "EMPTY"], ["--teacher", "config.json"]),
-    (sft, ["--model", "COLD", "--stop-accuracy", "0.000001"], ["--stop-accuracy", "ask for more"]),
+    (sft, ["--model", "COLD", "--stop-accuracy", "0.000001"], ["--stop-accuracy", "raise it"]),
     (grpo_baseline, ["--model", "nowhere"], ["--model", "nowhere", "directory"]),
     (grpo_baseline, [], ["--model", "python sft.py"]),
     (ral_grpo, [], ["--model", "python sft.py"]),

@@ -289,7 +289,7 @@ def test_adapters_learn_at_a_rate_of_their_own(real, tmp_path, lora_rank, rate):
     [
         (1000, None, 0.04, 0),
         (80, None, 0.04, 64),  # the plain command on one card
-        (80, 0, 0.0, "about 12[56] GB a process .*; --lora-rank 64 or 2 processes would"),
+        (80, 0, 0.0, "about 126 GB a process .*; --lora-rank 64 or 2 processes would"),
         (
             8,
             None,

@@ -61,7 +61,15 @@ from answers import (
     rouge,
     word_accuracy,
 )
-from prompts import Example, Processor, PromptBatch, encoder_outputs, repair_turns
+from prompts import (
+    Example,
+    Processor,
+    PromptBatch,
+    PromptConfig,
+    encoder_outputs,
+    read_prompt_config,
+    repair_turns,
+)
 from runs import (
     UsageError,
     full_tensor,
@@ -80,11 +88,11 @@ transformers_logging.disable_progress_bar()
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 REMEDY = "give a checkpoint directory or a hub name (owner/name)"
-note_once = cache(print_on_rank_0)  # a run loads a processor several times
+print_once = cache(print_on_rank_0)  # a run loads a processor several times
 
 
 @contextmanager
-def one_line(named: str) -> Iterator[None]:
+def loading(named: str) -> Iterator[None]:
     """Turn an exception raised while loading a checkpoint into a one-line `UsageError`."""
     try:
         yield
@@ -98,11 +106,12 @@ def load_processor(
     max_pixels: int | None = None,
     frame_pixels: int | None = None,
     field: str = "--model",
-) -> tuple[Any, Processor]:
+) -> Processor:
     """Load the config and processor of a Qwen2-VL or Qwen2.5-VL checkpoint, without its weights.
 
     `max_pixels` and `frame_pixels` are the pixel budgets of `Processor`. Base models get the chat
-    template of a chat model (`repair_turns`).
+    template of a chat model (`repair_turns`). A checkpoint without a `prompt.json` gets an empty
+    prompt configuration.
 
     Raises:
         UsageError: `path` is neither a checkpoint directory nor a hub name, is incomplete, or holds
@@ -111,7 +120,7 @@ def load_processor(
     named = f"{field} {path}"
     is_name = str(path).count("/") == 1 and not str(path).startswith((".", "/", "runs/"))
     require(Path(path).is_dir() or is_name, f"{named}: no such directory; {REMEDY}")
-    with one_line(named):
+    with loading(named):
         config = AutoConfig.from_pretrained(path)
         family = f"{named}: is a {config.model_type!r} model"
         note = "; Qwen3-VL needs a time stamp for each frame in the prompt and positions to match"
@@ -128,10 +137,13 @@ def load_processor(
         weights = {"generation_config.json", "model.safetensors.index.json"}
         files = {file.name: file for kind in kinds for file in folder.glob(kind)}
         files = {name: file.read_bytes() for name, file in files.items() if name not in weights}
-        processor = Processor(tokenizer, image_processor, files, max_pixels, frame_pixels)
+        asked = read_prompt_config(files) or PromptConfig({})
+        processor = Processor(
+            config, tokenizer, image_processor, asked, files, max_pixels, frame_pixels
+        )
         if changes := repair_turns(processor):
-            note_once(f"{named}: {changes}")
-    return config, processor
+            print_once(f"{named}: {changes}")
+    return processor
 
 
 def compute_dtype() -> torch.dtype:
@@ -150,7 +162,7 @@ def load_model(
     gradient_checkpointing: bool = False,
     frozen: bool = False,
     field: str = "--model",
-) -> tuple[Module, Processor]:
+) -> Module:
     """Load a Qwen2-VL or Qwen2.5-VL checkpoint whose text layers run `grouped_attention`.
 
     The vision encoder and its projector are frozen unless `train_vision` is set [paper: frozen].
@@ -162,7 +174,7 @@ def load_model(
     Raises:
         UsageError: as in `load_processor`, or the weights are missing or unreadable.
     """
-    config, processor = load_processor(path, field=field)
+    processor = load_processor(path, field=field)
     options = {
         "attn_implementation": {"text_config": "grouped_sdpa", "vision_config": "sdpa"},
         "dtype": compute_dtype() if frozen or lora_rank else torch.float32,
@@ -174,7 +186,7 @@ def load_model(
     sharded = dist.is_initialized() and not (frozen and world_size() == 1)
 
     def read() -> Module:
-        with one_line(f"{field} {path}"):
+        with loading(f"{field} {path}"):
             model, info = AutoModelForImageTextToText.from_pretrained(
                 path, use_safetensors=True, output_loading_info=True, **options
             )
@@ -185,7 +197,7 @@ def load_model(
 
     model = on_rank_0(read) if sharded else read()  # rank 0 reads for all ranks
     if model is None:
-        model = empty_model(config, **options)
+        model = empty_model(processor.config, **options)
     if sharded:
         model.generation_config = gather([model.generation_config])[0]
     # SFT teaches the tokenizer's end-of-turn token, but some base models generate another one.
@@ -208,7 +220,7 @@ def load_model(
         shard(model)
     else:
         model.to(device())
-    return model, processor
+    return model
 
 
 def add_adapters(model: Module, rank: int, base: str) -> None:
@@ -360,13 +372,13 @@ def empty_model(config: Any, **options: Any) -> Module:
         return AutoModelForImageTextToText.from_config(config, **options)
 
 
-def load_teacher(path: str, model: Module, processor: Processor) -> Module:
+def load_teacher(path: str, processor: Processor) -> Module:
     """Load a frozen teacher that takes the same token ids, positions and pixels as the student.
 
     Raises:
         UsageError: the teacher does not exist, or its family differs from the student's.
     """
-    teacher, other = load_model(path, frozen=True, field="--teacher")
+    other = load_processor(path, field="--teacher")
     ours, theirs = processor.tokenizer, other.tokenizer
     remedy = "distil within one family of models"
     same = ours.get_vocab() == theirs.get_vocab() and ours.eos_token_id == theirs.eos_token_id
@@ -374,9 +386,9 @@ def load_teacher(path: str, model: Module, processor: Processor) -> Module:
     for name in ("patch_size", "merge_size", "temporal_patch_size", "image_mean", "image_std"):
         same = getattr(processor.image_processor, name) == getattr(other.image_processor, name)
         require(same, f"--teacher {path}: its image processor has another {name}; {remedy}")
-    same = model.config.model_type == teacher.config.model_type  # it determines a video's positions
+    same = processor.config.model_type == other.config.model_type  # it determines positions
     require(same, f"--teacher {path}: its family is not the student's; {remedy}")
-    return teacher
+    return load_model(path, frozen=True, field="--teacher")
 
 
 def require_layer(field: str, layer: int, config: Any) -> None:
@@ -425,15 +437,15 @@ class Layout:
     model's forward.
 
     With `cache`, the pass is a prefill (the cache is empty) or one decoding step. Without it, the
-    pass is packed: `response_mask` (1 or B, 1, R * T, P + T) is the additive mask of a response
-    over prompt keys and its own keys, where R = H / K query heads share a key head. `attn_layers`
-    are the layers whose attention rows are returned.
+    pass is packed: `response_bias` (1 or B, 1, R * T, P + T), 0 or -inf, is added to the scores of
+    a response over prompt keys and its own keys, where R = H / K query heads share a key head.
+    `attn_layers` are the layers whose attention rows are returned.
     """
 
     prompt_len: int
     group_size: int
     prompt_mask: Tensor | None
-    response_mask: Tensor | None = None
+    response_bias: Tensor | None = None
     cache: GroupCache | None = None
     attn_layers: tuple[int, ...] = ()
 
@@ -530,7 +542,7 @@ def response_attention(
         return torch.cat([prompt[:, None].expand(-1, g, -1, -1, -1), own], dim=3).flatten(0, 1)
 
     rows, key, value = split_group(query, layout)[1].flatten(0, 1), keys(key), keys(value)
-    mask = layout.response_mask
+    mask = layout.response_bias
     if mask is None:
         key, value = (x.repeat_interleave(h // k, dim=1) for x in (key, value))
         mask = causal_lower_right(rows.shape[2], key.shape[2])
@@ -620,7 +632,7 @@ def attention_rows(query: Tensor, key: Tensor, scaling: float, layout: Layout) -
 
 @dataclass
 class Rollout:
-    """G responses to each of B prompts: `completion_ids` and `completion_mask` (B, G, T),
+    """G responses to each of B prompts: `response_ids` and `response_mask` (B, G, T),
     `truncated` (B, G).
 
     The mask covers each response up to and including its first EOS. A response without an EOS, cut
@@ -629,17 +641,17 @@ class Rollout:
     """
 
     prompts: PromptBatch
-    completion_ids: Tensor
-    completion_mask: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
     truncated: Tensor
 
     def __getitem__(self, rows: slice) -> "Rollout":
         """The chosen prompts and their responses, with no more padding than they need."""
-        mask = self.completion_mask[rows]
+        mask = self.response_mask[rows]
         longest = int(mask.sum(-1).max())
         return Rollout(
             self.prompts[rows],
-            self.completion_ids[rows, :, :longest],
+            self.response_ids[rows, :, :longest],
             mask[..., :longest],
             self.truncated[rows],
         )
@@ -647,10 +659,10 @@ class Rollout:
     def texts(self, tokenizer: Any) -> list[list[str]]:
         """The responses as text, B lists of G, without their EOS. Other special tokens are kept, so
         that the reward sees them."""
-        lengths = (self.completion_mask.sum(-1) - (~self.truncated).long()).flatten().tolist()
-        rows = self.completion_ids.flatten(0, 1).tolist()
+        lengths = (self.response_mask.sum(-1) - (~self.truncated).long()).flatten().tolist()
+        rows = self.response_ids.flatten(0, 1).tolist()
         texts = tokenizer.batch_decode([r[:n] for r, n in zip(rows, lengths, strict=True)])
-        group = self.completion_ids.shape[1]
+        group = self.response_ids.shape[1]
         return [texts[i : i + group] for i in range(0, len(texts), group)]
 
 
@@ -753,15 +765,15 @@ class Scores:
     (B, G, T).
 
     `logits` (B, G, T, V), if requested, are the model's, before temperature and suppression.
-    `attentions` are the rows of the requested layers, (B, G, T + 1, P + T) each, in the order of
-    the layers; see `attention_rows`. Where the mask is False, `logps` are 0.
+    `attentions` maps each requested layer to its rows, (B, G, T + 1, P + T); see `attention_rows`.
+    Where the mask is False, `logps` are 0.
     """
 
     logps: Tensor
     entropy: Tensor
     mask: Tensor
     logits: Tensor | None
-    attentions: tuple[Tensor, ...]
+    attentions: dict[int, Tensor]
 
 
 def score(
@@ -779,12 +791,12 @@ def score(
     replaced by padding and masked.
     """
     prompts, config = rollout.prompts, model.config
-    b, g, t = rollout.completion_ids.shape
+    b, g, t = rollout.response_ids.shape
     p = prompts.ids.shape[1]
     suppressed = torch.tensor(vision_token_ids(config), device=model.device)
-    mask = rollout.completion_mask & ~torch.isin(rollout.completion_ids, suppressed)
+    mask = rollout.response_mask & ~torch.isin(rollout.response_ids, suppressed)
     pad = config.text_config.pad_token_id or 0
-    ids = torch.where(mask, rollout.completion_ids, pad)
+    ids = torch.where(mask, rollout.response_ids, pad)
     steps = torch.arange(t, device=model.device)
     # Every response continues from the end of the prompt: (3, B, 1, T).
     positions = prompts.positions[:, :, -1:, None] + 1 + steps
@@ -795,7 +807,7 @@ def score(
         p,
         g,
         prompts.mask,
-        response_mask=None if causal else response_mask(prompts, t, text),
+        response_bias=None if causal else response_bias(prompts, t, text),
         attn_layers=tuple(layer % text.num_hidden_layers for layer in attn_layers),
     )
     # Row t of response g predicts its token t; the prompt's last row predicts every first token.
@@ -815,10 +827,12 @@ def score(
     )
     logps = logps.view(b, g, t).masked_fill(~mask, 0.0)
     logits = None if logits is None else logits.view(b, g, t, -1)
+    by_layer = dict(zip(sorted(set(layout.attn_layers)), attentions, strict=True))
+    attentions = {layer: by_layer[layer % text.num_hidden_layers] for layer in attn_layers}
     return Scores(logps, entropy.view(b, g, t), mask, logits, attentions)
 
 
-def response_mask(prompts: PromptBatch, t: int, config: Any) -> Tensor:
+def response_bias(prompts: PromptBatch, t: int, config: Any) -> Tensor:
     """Additive mask of a response over the prompt and itself, repeated for the query heads that
     share a key head; see `Layout`."""
     device, p = prompts.ids.device, prompts.ids.shape[1]

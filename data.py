@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import time
 from array import array
 from bisect import bisect_right
@@ -36,9 +37,9 @@ from tqdm import tqdm
 
 from answers import MAX_ANSWER, option_letter, option_texts, read_number
 from common import extract_answer
-from prompts import Example, Prompt
+from prompts import Example, Media, Prompt
 from runs import (
-    Skipped,
+    BadRows,
     UsageError,
     print_on_rank_0,
     rank,
@@ -195,10 +196,11 @@ class DataFile:
             raise BadRow("is not a JSON object")
         example = self.parse(fields)
         path = self.find(fields["path"])
-        if not example.is_video:
-            return replace(example, media=[read_image(path)], name=self.name(row))
-        media, seconds = read_video(path, self.frames, self.fps)
-        return replace(example, media=media, seconds_per_patch=seconds, name=self.name(row))
+        if fields["data_type"] == "image":
+            media = Media([read_image(path)])
+        else:
+            media = read_video(path, self.frames, self.fps)
+        return replace(example, media=[media], name=self.name(row))
 
     def parse(self, fields: dict[str, Any]) -> Example:
         """The example of a row, without its media.
@@ -242,7 +244,6 @@ class DataFile:
             problem=fields["problem"],
             solution=solution,
             media=[],
-            is_video=fields["data_type"] == "video",
             response=thought.strip() if isinstance(thought, str) and thought.strip() else None,
             problem_type=fields["problem_type"],
             options=tuple(options),
@@ -330,11 +331,9 @@ def frame_indices(
     return np.unique(places.round().astype(int)).tolist()
 
 
-def read_video(
-    path: Path, frames: int | None, fps: float | None
-) -> tuple[list[Image.Image], float]:
-    """The chosen frames of a video, upright, and the seconds between two of its temporal patches
-    (pairs of frames), which are twice the mean time between the chosen frames.
+def read_video(path: Path, frames: int | None, fps: float | None) -> Media:
+    """The chosen frames of a video, upright. Its seconds per temporal patch (a pair of frames) are
+    twice the mean time between the chosen frames.
 
     Raises:
         BadRow: the video is cut off or too large, or a frame cannot be decoded.
@@ -367,7 +366,7 @@ def read_video(
         raise BadRow(f"{path.name}: some of its {len(stamps):,} frames cannot be decoded")
     shown = np.arange(len(stamps)) / rate if times is None else times
     gap = (shown[indices[-1]] - shown[indices[0]]) / max(1, len(indices) - 1)
-    return pictures, 2 * float(gap)
+    return Media(pictures, is_video=True, seconds_per_patch=2 * float(gap))
 
 
 def index_video(
@@ -499,6 +498,7 @@ class Prompts(Dataset):
             row = self.row(n, attempt)
             try:
                 prompt = self.prompt(row)
+                prompt.number = n
                 if n >= self.keep_media:  # avoid sending them between processes
                     prompt.example = replace(prompt.example, media=[])
                 return prompt, bad
@@ -517,7 +517,7 @@ class Reader:
     prompts: Prompts
     numbers: Sequence[int]
     workers: int
-    skipped: Skipped
+    bad_rows: BadRows
 
     @property
     def epoch(self) -> int:
@@ -539,7 +539,7 @@ class Reader:
             prefetch_factor=4 if self.workers else None,
         )
         for prompt, bad in loader:
-            self.skipped.add(bad)
+            self.bad_rows.add(bad)
             if isinstance(prompt, UsageError):
                 raise prompt
             if prompt is not None:
@@ -612,7 +612,9 @@ def check_files(args: Any, is_toy: bool) -> None:
     require(args.grid is None and args.toy_order is None, "--grid, --toy-order: not with --data")
 
 
-def open_data(args: Any, encode: Callable[[Example], Prompt]) -> tuple[Reader, Reader, Skipped]:
+def open_data(
+    args: Any, encode: Callable[[Example], Prompt], keep_media: bool = False
+) -> tuple[Reader, Reader, BadRows]:
     """Open the training prompts of `--data` (see `Reader.begin`) and this rank's share of the
     evaluation prompts; returns both with the record of bad rows.
 
@@ -629,18 +631,21 @@ def open_data(args: Any, encode: Callable[[Example], Prompt]) -> tuple[Reader, R
         require(len(rows) > 1, f"--data {args.data}: has one row; give --eval-data")
         apart, rows = np.split(rows, [min(args.eval_examples, max(1, len(rows) // 10))])
     apart, rows, most = np.sort(apart), np.sort(rows), args.max_prompt_tokens
-    skipped = Skipped(args.max_skipped, len(train))
-    training = Prompts(train, encode, rows, args.seed, most)
+    bad_rows = BadRows(args.max_skipped, len(train))
+    keep = sys.maxsize if keep_media else 0
+    training = Prompts(train, encode, rows, args.seed, most, keep)
     # Six pictures are drawn; some of the first rows may be bad.
     evaluation = Prompts(held_out, encode, apart, None, most, keep_media=8 * world_size())
     return (
-        Reader(training, range(0), args.workers, skipped),
-        Reader(evaluation, range(rank(), len(apart), world_size()), args.workers, skipped),
-        skipped,
+        Reader(training, range(0), args.workers, bad_rows),
+        Reader(evaluation, range(rank(), len(apart), world_size()), args.workers, bad_rows),
+        bad_rows,
     )
 
 
-def check_data(args: Any, encode: Callable[[Example], Prompt]) -> dict[str, float]:
+def check_data(
+    args: Any, encode: Callable[[Example], Prompt], accuracy_rule: str = "by-type"
+) -> dict[str, float]:
     """Read every row of `--data` and `--eval-data` once, and print a summary and all bad rows.
 
     Raises:
@@ -651,27 +656,26 @@ def check_data(args: Any, encode: Callable[[Example], Prompt]) -> dict[str, floa
         world_size() == 1, "--check-data: is the work of one process; start it without torchrun"
     )
     report, frames = {}, args.frames or (None if args.fps else 16)
-    rule = getattr(args, "reward", "by-type")
     for option, path in (("--data", args.data), ("--eval-data", args.eval_data)):
         if path is None:
             continue
         file = DataFile(path, args.media_root, frames, args.fps, option)
         rows = np.arange(len(file))
-        skipped = Skipped(1.0, len(file))
+        bad_rows = BadRows(1.0, len(file))
         reader = Reader(
-            Prompts(file, encode, rows, None, args.max_prompt_tokens), rows, args.workers, skipped
+            Prompts(file, encode, rows, None, args.max_prompt_tokens), rows, args.workers, bad_rows
         )
         kinds, lengths, no_number = Counter(), [], []
         for prompt in tqdm(reader, total=len(rows), desc=f"{option} {path}"):
             example = prompt.example
-            kinds[f"{'video' if example.is_video else 'image'}, {example.problem_type}"] += 1
+            kinds[f"{'video' if prompt.is_video else 'image'}, {example.problem_type}"] += 1
             lengths.append(len(prompt.ids))
             numeric = example.problem_type in ("numerical", "regression")
-            if numeric and rule == "by-type" and read_number(example.solution) is None:
+            if numeric and accuracy_rule == "by-type" and read_number(example.solution) is None:
                 no_number.append(example.name)
-        for name, reason in skipped.bad.items():
+        for name, reason in bad_rows.bad.items():
             print(f"bad: {name}: {reason}")
-        print(f"{option} {path}: {len(rows):,} rows, {len(skipped.bad):,} bad")
+        print(f"{option} {path}: {len(rows):,} rows, {len(bad_rows.bad):,} bad")
         for kind, number in sorted(kinds.items()):
             print(f"  {kind:<28}{number:>10,}")
         if no_number:
@@ -679,7 +683,7 @@ def check_data(args: Any, encode: Callable[[Example], Prompt]) -> dict[str, floa
             print(f"  solution is not one number, {only}: {len(no_number):,}, as {no_number[0]}")
         if lengths:
             print(f"  prompt tokens: median {np.median(lengths):,.0f}, most {max(lengths):,}")
-        report |= {f"{option}/rows": len(rows), f"{option}/bad": len(skipped.bad)}
-        few = len(skipped.bad) <= args.max_skipped * len(rows)
+        report |= {f"{option}/rows": len(rows), f"{option}/bad": len(bad_rows.bad)}
+        few = len(bad_rows.bad) <= args.max_skipped * len(rows)
         require(few, f"{option} {path}: more than --max-skipped {args.max_skipped} are bad")
     return report

@@ -19,7 +19,7 @@ reading [ours]:
   3. mu_gkd and rl_coef are 1. One optimiser step per rollout keeps distillation on policy.
   4. E_t is the mean of grpo_baseline.py: over a response's tokens, then over responses.
 
-    python sft.py --toy-size large --stop-accuracy 0.99 --watch-above 0.8 --out runs/teacher
+    python sft.py --toy-size large --stop-accuracy 0.99 --eval-above 0.8 --out runs/teacher
     python kd_baseline.py --teacher runs/teacher/checkpoint              # from runs/sft
 
 Data: the built-in visual-search task (toy.py), or files in Video-R1's format (data.py). Memory and
@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -45,7 +45,6 @@ import toy
 from common import (
     Rollout,
     accuracy,
-    gathered,
     generate_group,
     has_format,
     in_chunks,
@@ -60,17 +59,15 @@ from common import (
     without_adapters,
 )
 from data import check_data, check_files, open_data
-from evaluate import draw_curves, draw_looks, evaluate
+from evaluate import evaluate
 from memory import fit_memory
-from prompts import Example, Processor, Prompt, PromptBatch, collate, encode_prompt, visual_features
+from pictures import draw_attention, draw_curves
+from prompts import Processor, Prompt, PromptBatch, PromptConfig, collate, encode_prompt
 from runs import (
-    REAL_RUN,
-    TOY_RUN,
     Run,
     RunArgs,
     Stopwatch,
     check_run,
-    fill_defaults,
     find_state,
     full_tensor,
     print_summary,
@@ -86,47 +83,20 @@ from runs import (
 
 # 1. Arguments
 
-# Values of the fields that are None: one set for the toy, one for a real model.
-TOY = TOY_RUN | {
-    "steps": 60,
-    "eval_every": 10,
-    "learning_rate": 6e-4,
-    "prompts_per_step": 16,
-    "micro_batch_size": 16,
-    "num_iterations": 1,
-    "think": False,
-    "judge_teacher": True,
-}
-REAL = REAL_RUN | {
-    "steps": 800,
-    "prompts_per_step": 8,
-    "micro_batch_size": 1,
-    "num_iterations": 1,
-    "think": True,
-    "judge_teacher": False,
-}
-# Learning rate of a real model: for its weights, for adapters (which need a higher one).
-RATE = {False: 1e-6, True: 2e-5}
-TEACH = "train one: `python sft.py --toy-size large --stop-accuracy 0.99 --watch-above 0.8 --out"
-TEACH += " runs/teacher`"
-# Longest response in tokens: without a thought, with one.
-NEW_TOKENS = {"toy": {False: 16, True: 64}, "real": {False: 768, True: 768}}
-
 
 @dataclass
 class Args(RunArgs):
-    model: str | None = None
-    """Checkpoint directory or hub name. Unset: runs/sft/checkpoint, which sft.py writes."""
+    model: str = "runs/sft/checkpoint"
+    """Checkpoint directory or hub name. The default is what sft.py writes."""
     out: str = f"runs/{Path(__file__).stem}"
     """Run directory. A run that is already there is moved to OUT.1, OUT.2 and so on."""
-    think: bool | None = None
-    """`--think`: respond with a thought, then the answer; `--no-think`: with the answer alone
-    (RAL-zero). Paper: think. Toy: no-think."""
-    steps: int | None = None
-    """Training steps, each with its own rollout. Paper: 800. Toy: 60."""
+    think: bool = True
+    """Respond with a thought, then the answer (paper), or with the answer alone (RAL-zero)."""
+    steps: int = 800
+    """Training steps, each with its own rollout. Paper: 800."""
     learning_rate: float | None = None
-    """Constant learning rate of AdamW. Real: 1e-6, as in Video-R1 (a digest of the paper says
-    1e-5), or 2e-5 for adapters [ours]. Toy: 6e-4."""
+    """Constant learning rate of AdamW. Unset: 1e-6, as in Video-R1 (a digest of the paper says
+    1e-5), or 2e-5 for adapters [ours]."""
     train_vision: bool = False
     """Also train the vision encoder; every pass then recomputes its features. Paper: frozen."""
     lora_rank: int | None = None
@@ -136,23 +106,24 @@ class Args(RunArgs):
     """Store one activation per layer and recompute the rest. Unset: only on a GPU."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to this norm."""
-    micro_batch_size: int | None = None
+    micro_batch_size: int = 1
     """Prompts per forward pass, with all their responses. It changes memory and speed, not the
     update."""
-    prompts_per_step: int | None = None
-    """Prompts per rollout on each rank. Toy: 16. Real: 8 [ours]."""
+    prompts_per_step: int = 8
+    """Prompts per rollout on each rank. [ours]"""
     group_size: int = 8
     """G, the responses per prompt (2 or more). Paper: 8."""
-    num_iterations: int | None = None
-    """Optimiser steps per rollout. Toy and real: 1 [ours]."""
-    max_new_tokens: int | None = None
-    """Longest response in tokens. Toy: 16, or 64 with a thought. Real: 768."""
+    num_iterations: int = 1
+    """Optimiser steps per rollout. [ours]"""
+    max_new_tokens: int = 768
+    """Longest response in tokens."""
     temperature: float = 1.0
     """Temperature of the policy, in sampling and in every loss. A digest of the paper says 0.9."""
     top_p: float = 1.0
     """Probability mass for nucleus sampling, in (0, 1]. The losses use the full distribution."""
-    reward: Literal["by-type", "exact"] = "by-type"
-    """How accuracy is judged: by problem type, as in Video-R1, or by exact match. Paper: exact."""
+    accuracy_rule: Literal["by-type", "exact"] = "by-type"
+    """How an answer is compared with the solution: by problem type, as in Video-R1, or by exact
+    match (paper)."""
     clip_eps: float = 0.2
     """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]. [ours]"""
     beta: float = 0.04
@@ -160,15 +131,18 @@ class Args(RunArgs):
 
     teacher: str = "runs/teacher/checkpoint"
     """Checkpoint directory or hub name of the teacher. It must have the student's tokenizer."""
-    judge_teacher: bool | None = None
-    """`--judge-teacher`: evaluate the teacher once, before training. With several ranks, each then
-    holds all of the teacher's weights: 62 GB at 32B. Toy: yes. Real: no."""
+    evaluate_teacher: bool = False
+    """Evaluate the teacher once, before training. With several ranks, each then holds all of the
+    teacher's weights: 62 GB at 32B."""
     gkd_beta: float = 1.0
     """1: KL(student || teacher); 0: KL(teacher || student); between: generalised JSD. [ours]"""
     mu_gkd: float = 1.0
     """Weight of L_GKD, the distillation of the output distribution. [ours]"""
     rl_coef: float = 1.0
     """Weight of the GRPO loss, including its KL penalty; 0: pure distillation. [ours]"""
+
+    def may_change(self) -> set[str]:
+        return super().may_change() | {"evaluate_teacher"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -183,33 +157,33 @@ class Args(RunArgs):
         require(0 <= self.gkd_beta <= 1, f"--gkd-beta {self.gkd_beta}: must be in [0, 1]")
 
 
+# Defaults of a toy checkpoint, in place of those of `Args`.
+TOY = toy.RUN | {
+    "steps": 60,
+    "eval_every": 10,
+    "learning_rate": 6e-4,
+    "prompts_per_step": 16,
+    "micro_batch_size": 16,
+    "num_iterations": 1,
+    "think": False,
+    "max_new_tokens": 16,  # 64 with a thought
+    "evaluate_teacher": True,
+}
+
+
 # 2. Prompt and reward
 
-DIRECT = "Give the answer alone inside <answer> </answer> tags."
-THINK = f"Think first, inside <think> </think> tags. {DIRECT}"
-ANSWER = {  # the form of the answer, by problem type
+# The request after the question: to think (with --think), to answer, and the form of the answer by
+# problem type. It is saved with the weights, and evaluate.py reads it from there.
+PROMPTS = {
+    "think": "Think first, inside <think> </think> tags.",
+    "answer": "Give the answer alone inside <answer> </answer> tags.",
     "multiple choice": "The answer is the letter of one option.",
     "numerical": "The answer is a number.",
     "regression": "The answer is a number.",
     "OCR": "The answer is the text exactly as shown.",
     "free-form": "The answer is a short text.",
 }
-
-
-def ask(example: Example, think: bool) -> str:
-    """The text of the prompt beside the image or video: question, options, how to answer."""
-    options = ["Options:", *example.options] if example.options else []
-    request = f"{THINK if think else DIRECT} {ANSWER.get(example.problem_type, '')}"
-    return "\n".join([example.problem, *options, request.strip()])
-
-
-def encode(
-    example: Example, processor: Processor, config: Any, think: bool, task: toy.Task, is_toy: bool
-) -> Prompt:
-    """The encoded prompt of an example. A toy checkpoint gets the question alone, since it knows
-    only its own words."""
-    text = example.problem if is_toy else ask(example, think)
-    return encode_prompt(processor, config, example, text, task.order == "question-first")
 
 
 def reward(accuracy: Tensor, format: Tensor) -> Tensor:
@@ -236,27 +210,20 @@ class Batch:
 
 
 def roll_out(
-    model: Module,
-    processor: Processor,
-    prompts: list[Prompt],
-    batch: PromptBatch,
-    numbers: range,
-    args: Args,
+    model: Module, processor: Processor, prompts: list[Prompt], batch: PromptBatch, args: Args
 ) -> tuple[Rollout, Tensor, dict[str, float], list[dict]]:
     """Sample G responses to each prompt and reward them. Returns the rollout, the rewards (B, G),
-    the metrics and the rows of samples.jsonl.
-
-    `numbers` are the prompts' numbers within the run. With the seed they determine the noise.
-    """
+    the metrics and the rows of samples.jsonl."""
+    numbers = [prompt.number for prompt in prompts]
     noise = sampling_noise(args.seed, numbers, args.group_size, args.max_new_tokens)
-    with gathered(model):
-        rollout = generate_group(
-            model, batch, args.group_size, args.max_new_tokens, noise, args.temperature, args.top_p
-        )
+    rollout = generate_group(
+        model, batch, args.group_size, args.max_new_tokens, noise, args.temperature, args.top_p
+    )
     texts = rollout.texts(processor.tokenizer)
     examples = [prompt.example for prompt in prompts]
+    rule = args.accuracy_rule
     accuracies = torch.tensor(
-        [[accuracy(t, x, args.reward) for t in g] for g, x in zip(texts, examples, strict=True)]
+        [[accuracy(t, x, rule) for t in group] for group, x in zip(texts, examples, strict=True)]
     )
     formats = torch.tensor([[float(has_format(t, args.think)) for t in group] for group in texts])
     formats = formats.masked_fill(rollout.truncated.cpu(), 0.0)
@@ -267,7 +234,7 @@ def roll_out(
         "rollout/format": formats.mean().item(),
         "rollout/reward_std": rewards.std(dim=1).mean().item(),
         "rollout/frac_zero_std": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
-        "rollout/completion_len": rollout.completion_mask.sum(-1).float().mean().item(),
+        "rollout/completion_len": rollout.response_mask.sum(-1).float().mean().item(),
         "rollout/truncated_frac": rollout.truncated.float().mean().item(),
     }
     samples = [
@@ -358,9 +325,10 @@ def loss_terms(model: Module, teacher: Module, batch: Batch, args: Args) -> dict
     both = partial(score, temperature=args.temperature, keep_logits=True)
     scores = both(model, batch.rollout)
     with torch.no_grad():  # repeated in every iteration: a step's logits are too large to keep
-        taught = both(teacher, batch.teacher_rollout)
+        teacher_scores = both(teacher, batch.teacher_rollout)
     suppressed = torch.tensor(vision_token_ids(model.config), device=model.device)
-    distance = gkd(scores.logits, taught.logits, args.gkd_beta, args.temperature, suppressed)
+    logits = scores.logits, teacher_scores.logits
+    distance = gkd(*logits, args.gkd_beta, args.temperature, suppressed)
     if batch.old_logps is None:  # first inner iteration: the policy is still that of the rollout
         batch.old_logps = scores.logps.detach()
     pg, clipped = clipped_loss(scores.logps, batch.old_logps, batch.advantages, args.clip_eps)
@@ -408,39 +376,43 @@ def main(args: Args) -> dict[str, float]:
     """Train, evaluate and write the run directory. Returns the metrics of the last step and its
     evaluation in one dictionary."""
     start = time.time()
-    base = args.model or "runs/sft/checkpoint"
-    found = args.model is not None or Path(base).is_dir()
-    require(found, f"--model: there is no checkpoint at {base}; run `python sft.py` first")
-    is_toy = toy.Task.load(Path(base)) is not None
-    task = toy.resolve_task(args, base)
-    args = fill_defaults(args, (TOY | {"think": task.think}) if is_toy else REAL)
-    new_tokens = NEW_TOKENS["toy" if is_toy else "real"][args.think]
-    args = fill_defaults(args, {"max_new_tokens": new_tokens})
-    unset = args.teacher == Args.teacher and not Path(args.teacher).is_dir()
-    require(not unset, f"--teacher: there is no checkpoint at {args.teacher}; {TEACH}")
-    check_run(args, base, args.teacher)
+    check_run(args, "model", "teacher")
+    is_toy, task = toy.resolve_task(args, args.model)
     check_files(args, is_toy)
     seed_everything(args.seed)
-    config, processor = load_processor(base, args.max_pixels, args.frame_pixels)
-    turn = partial(encode, processor=processor, config=config, think=args.think)
-    turn = partial(turn, task=task, is_toy=is_toy)
+    processor = load_processor(args.model, args.max_pixels, args.frame_pixels)
+    processor.prompt_config = PromptConfig(
+        prompts={} if is_toy else PROMPTS,  # a toy knows only its own words
+        think=args.think,
+        accuracy_rule=args.accuracy_rule,
+        question_first=task.order == "question-first",
+    )
+    encode = partial(encode_prompt, processor)
     if args.check_data:
-        return check_data(args, turn)
-    open_prompts = open_data if args.data else partial(toy.open_data, task)
-    train, held_out, skipped = open_prompts(args, turn)
+        return check_data(args, encode, args.accuracy_rule)
+    if args.data:
+        train, held_out, bad_rows = open_data(args, encode)
+    else:
+        train, held_out, bad_rows = toy.open_data(args, encode, task)
+    other = load_processor(args.teacher, field="--teacher").config
     needs_reference = args.beta > 0 and args.rl_coef > 0
-    args = fit_memory(args, config, needs_reference, args.teacher)
-    args = fill_defaults(args, {"learning_rate": RATE[args.lora_rank > 0]})
+    config, evaluated = processor.config, args.evaluate_teacher
+    args = fit_memory(args, config, args.group_size, needs_reference, other, evaluated)
+    if args.learning_rate is None:
+        args = replace(args, learning_rate=2e-5 if args.lora_rank else 1e-6)
     state = find_state(args)
-    trained = (args.train_vision, args.lora_rank, args.gradient_checkpointing)
-    model = load_model(base, *trained)[0]
-    teacher = load_teacher(args.teacher, model, processor)
-    teacher_task = toy.Task.load(Path(args.teacher))
-    same = teacher_task in (None, task)
-    require(same, f"--teacher {args.teacher}: was trained on another task; {TEACH}")
+    model = load_model(
+        args.model,
+        train_vision=args.train_vision,
+        lora_rank=args.lora_rank,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+    teacher = load_teacher(args.teacher, processor)
+    same = toy.Task.load(Path(args.teacher)) in (None, task)
+    require(same, f"--teacher {args.teacher}: was trained on another task than the student")
     reference = None
     if needs_reference:  # with adapters, the same model without them
-        reference = model if args.lora_rank else load_model(base, frozen=True)[0]
+        reference = model if args.lora_rank else load_model(args.model, frozen=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters,
@@ -450,41 +422,33 @@ def main(args: Args) -> dict[str, float]:
         fused=parameters[0].is_cuda,
     )
 
-    size = args.micro_batch_size
-    judge = partial(evaluate, processor=processor, prompts=held_out, think=args.think)
-    judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=2 * args.prompts_per_step)
-    judge = partial(judge, reward=args.reward)
-    before, looks_before = judge(model)
-    looks_taught = []
-    if args.judge_teacher:
-        taught, looks_taught = judge(teacher)
-        before = before | {"teacher/accuracy": taught["eval/accuracy"]}
-    run = Run(args, skipped, state)
+    options = {"max_new_tokens": args.max_new_tokens, "batch_size": 2 * args.prompts_per_step}
+    before, shown_before = evaluate(model, processor, held_out, **options)
+    after, shown_after = before, shown_before
+    shown_teacher = []
+    if args.evaluate_teacher:
+        metrics, shown_teacher = evaluate(teacher, processor, held_out, **options)
+        before = before | {"teacher/accuracy": metrics["eval/accuracy"]}
+    run = Run(args, bad_rows, state)
     if state is None:
         run.log(0, before)
-    after, looks_after = before, looks_before
     run.restore(model, optimizer)
     first = 1 if state is None else state.step + 1
     stream = train.begin(step_numbers(args, first).start)
     bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=rank() != 0)
     for step in bar:
         clock = Stopwatch()
-        numbers = step_numbers(args, step)
         prompts = list(islice(stream, args.prompts_per_step))
         clock.lap("data_wait")
         batch = collate(model, prompts, processor.tokenizer.pad_token_id)
         clock.lap("vision")
-        rollout, rewards, metrics, samples = roll_out(
-            model, processor, prompts, batch, numbers, args
-        )
+        rollout, rewards, metrics, samples = roll_out(model, processor, prompts, batch, args)
         clock.lap("rollout")
         advantages = group_advantages(rewards)
+        size = args.micro_batch_size
         cuts = [slice(i, i + size) for i in range(0, len(prompts), size)]
-        with torch.no_grad():
-            pixels = [prompt.pixels for prompt in prompts]
-            features = visual_features(teacher, pixels, rollout.prompts.grids)
-            seen = replace(rollout.prompts, features=features, pixels=None)
-        teacher_rollout = replace(rollout, prompts=seen)
+        taught = collate(teacher, prompts, processor.tokenizer.pad_token_id)
+        teacher_rollout = replace(rollout, prompts=taught)
         batches = [Batch(rollout[cut], advantages[cut], teacher_rollout[cut]) for cut in cuts]
         if reference is not None:
             with without_adapters(reference):
@@ -493,11 +457,11 @@ def main(args: Args) -> dict[str, float]:
         metrics |= update(model, teacher, optimizer, batches, args)
         run.require_finite(step, metrics, prompts)
         clock.lap("update")
-        metrics |= clock.stop(tokens=int(rollout.completion_mask.sum()))
+        metrics |= clock.stop(tokens=int(rollout.response_mask.sum()))
         if step % args.eval_every == 0 or step == args.steps:
-            after, looks_after = judge(model)
+            after, shown_after = evaluate(model, processor, held_out, **options)
             metrics |= after
-        run.log(step, metrics)
+        run.log(step, metrics, learns_from_reward=args.rl_coef > 0)
         run.sample(step, samples)
         bar.set_postfix(
             reward=f"{metrics['rollout/reward']:.2f}", eval=f"{after['eval/accuracy']:.3f}"
@@ -510,9 +474,9 @@ def main(args: Args) -> dict[str, float]:
     run.close()
     if rank() != 0:
         return metrics
-    looks = {"before": looks_before, "after": looks_after}
-    looks |= {"teacher": looks_taught} if looks_taught else {}
-    draw_looks(run.out / "attention.png", looks)
+    shown = {"before": shown_before, "after": shown_after}
+    shown |= {"teacher": shown_teacher} if shown_teacher else {}
+    draw_attention(run.out / "attention.png", shown)
     names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/gkd", "train/grad_norm")
     draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
     then = f"python attn_distill.py{same_inputs(args)}"
@@ -521,4 +485,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run_script(Args, main, __doc__)
+    run_script(Args, main, __doc__, partial(toy.defaults, TOY))

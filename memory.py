@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import Linear, Module
 
-from common import ATTENTION_CHUNK, LOGIT_CHUNK, compute_dtype, empty_model, load_processor
+from common import ATTENTION_CHUNK, LOGIT_CHUNK, compute_dtype, empty_model
 from runs import UsageError, print_on_rank_0, read_state, require, world_size
 
 GIB = 2**30
@@ -19,12 +19,19 @@ def numel(module: Module, trained: bool = False) -> int:
 
 
 def memory_gb(
-    config: Any, args: Any, lora_rank: int, frozen: Sequence[Any] = (), processes: int = 1
+    config: Any,
+    args: Any,
+    lora_rank: int,
+    group_size: int = 1,
+    frozen: Sequence[Any] = (),
+    evaluated: Any = None,
+    processes: int = 1,
 ) -> dict[str, dict[str, float]]:
     """Estimate the GB (2**30 bytes) that each of `processes` ranks needs at the peak of each phase
     of a step, by purpose [ours].
 
-    `frozen` are the configs of the frozen models beside the trained one (reference, teacher). One
+    `frozen` are the configs of the frozen models beside the trained one (reference, teacher);
+    `evaluated` is the config of the one that is evaluated too, if any. One
     attention row per token is always counted, as RAL keeps them, even if the method does not.
     """
     model, text, width = empty_model(config), config.text_config, compute_dtype().itemsize
@@ -49,7 +56,7 @@ def memory_gb(
     # A single rank also gathers weights, if it holds them in float32 and computes in bfloat16.
     gathers = processes > 1 or (width < 4 and not lora_rank)
     prompt = prompt_tokens(config, args)
-    group, new = getattr(args, "group_size", 1), args.max_new_tokens
+    new = args.max_new_tokens
     hidden, wide = text.hidden_size, text.intermediate_size
     heads, shared = text.num_attention_heads, text.num_key_value_heads
 
@@ -60,14 +67,15 @@ def memory_gb(
         in_layer = (3 * wide if not lora_rank else 4.5 * wide) + 6 * hidden
         return width * (cache + prompts * prompt * in_layer)
 
-    judged = others if processes > 1 and getattr(args, "judge_teacher", False) else []
-    gathered = width * max([total, *judged]) if gathers else 0
+    gathered = width * total if gathers else 0
+    if evaluated is not None and processes > 1:
+        gathered = max(gathered, width * numel(empty_model(evaluated)))
     step = args.prompts_per_step
     need = {
-        "rollout": {"gathered": gathered, "activations": decoding(step, group)},
+        "rollout": {"gathered": gathered, "activations": decoding(step, group_size)},
         "evaluation": {"gathered": gathered, "activations": decoding(2 * step, 1)},
     }
-    size, responses = args.micro_batch_size, group * new
+    size, responses = args.micro_batch_size, group_size * new
     tokens = size * (prompt + responses)
     checkpoints = width * tokens * hidden * len(layers)
     in_layer = width * tokens * ((8 if lora_rank else 6) * wide + 12 * hidden)
@@ -110,10 +118,17 @@ def available_gb() -> float:
     return machine / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def fit_memory(args: Any, config: Any, reference: bool, teacher: str | None = None) -> Any:
+def fit_memory(
+    args: Any,
+    config: Any,
+    group_size: int = 1,
+    needs_reference: bool = False,
+    teacher: Any = None,
+    evaluate_teacher: bool = False,
+) -> Any:
     """Choose, before any weights are loaded, what to train: all weights if they fit, otherwise
     adapters of rank 64. `--lora-rank` and the resumed run take precedence. With adapters, the
-    reference is the model without them.
+    reference is the model without them. `config` and `teacher` are model configs.
 
     Raises:
         UsageError: nothing fits; the message names two remedies.
@@ -123,11 +138,13 @@ def fit_memory(args: Any, config: Any, reference: bool, teacher: str | None = No
     if args.lora_rank is None and (state := read_state(args)):  # resuming keeps the choice
         args = replace(args, lora_rank=state["args"]["lora_rank"])
     have = available_gb()
-    teachers = [load_processor(teacher, field="--teacher")[0]] if teacher else []
+    teachers = [teacher] if teacher is not None else []
+    evaluated = teacher if evaluate_teacher else None
 
     def need(lora_rank: int, processes: int = 0) -> float:
-        frozen = teachers + [config] * (reference and not lora_rank)
-        phases = memory_gb(config, args, lora_rank, frozen, processes or world_size())
+        frozen = teachers + [config] * (needs_reference and not lora_rank)
+        processes = processes or world_size()
+        phases = memory_gb(config, args, lora_rank, group_size, frozen, evaluated, processes)
         return max(sum(parts.values()) for parts in phases.values())
 
     both = f"--train-vision, --lora-rank {args.lora_rank}: adapters are the language model's only"

@@ -24,23 +24,29 @@ IMAGE_LEAST, FRAME_LEAST = 56 * 56, 128 * 28 * 28
 
 
 @dataclass
-class Example:
-    """One question about one image or video.
+class Media:
+    """One image, or the frames of one video. `seconds_per_patch` is the time between two temporal
+    patches of a video, which determines Qwen2.5-VL's positions."""
 
-    `media` holds one picture or the frames of a video. `response` is a demonstration for SFT.
-    `target`, on the toy only, holds the indices of the visual tokens that show what the question
-    asks about. `seconds_per_patch` is the time between two temporal patches, which determines
-    Qwen2.5-VL's positions. `problem_type` selects the accuracy measure; "" means exact match.
-    `name` identifies the example's row. `source` is its data source.
+    frames: list[Image.Image]
+    is_video: bool = False
+    seconds_per_patch: float = 1.0
+
+
+@dataclass
+class Example:
+    """One question about images or videos.
+
+    `response` is a demonstration for SFT. `target`, on the toy only, holds the indices of the
+    visual tokens that show what the question asks about. `problem_type` selects the accuracy
+    measure; "" means exact match. `name` identifies the example's row. `source` is its data source.
     """
 
     problem: str
     solution: str
-    media: list[Image.Image]
-    is_video: bool
+    media: list[Media]
     response: str | None = None
     target: tuple[int, ...] = ()
-    seconds_per_patch: float = 1.0
     problem_type: str = ""
     options: tuple[str, ...] = ()
     name: str = ""
@@ -50,13 +56,41 @@ class Example:
 @dataclass
 class Prompt:
     """An `Example` as tensors: `ids` (P,), `positions` (3, P), `pixels` (patches, values), `grid`
-    (3,) = t, h, w."""
+    (3,) = t, h, w. `number` is the prompt's number in the run, counted from 0."""
 
     ids: Tensor
     positions: Tensor
     pixels: Tensor
     grid: Tensor
+    is_video: bool
     example: Example
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """How questions are asked and responses are judged. It is saved with the weights as
+    `prompt.json`, so that `evaluate.py` asks what the training script asked.
+
+    `prompts` holds the request for a thought ("think"), the request for the answer ("answer") and,
+    by problem type, the form of the answer. They follow the question; a toy, which knows only its
+    own words, gets the question alone.
+    """
+
+    prompts: dict[str, str]
+    think: bool = True
+    accuracy_rule: str = "by-type"
+    question_first: bool = False
+
+    def ask(self, example: Example) -> str:
+        """The text of the user's turn: question, options, request."""
+        options = ["Options:", *example.options] if example.options else []
+        names = ("think", "answer", example.problem_type)[0 if self.think else 1 :]
+        request = " ".join(self.prompts[name] for name in names if name in self.prompts)
+        return "\n".join(filter(None, [example.problem, *options, request]))
+
+    def content(self) -> bytes:
+        return json.dumps(vars(self), indent=2, ensure_ascii=False).encode()
 
 
 @dataclass
@@ -64,21 +98,24 @@ class Processor:
     """Tokenizer and PIL image processor of a checkpoint, which turn an `Example` into tensors
     without torchvision.
 
-    `files` are the checkpoint's own files other than the weights; every saved checkpoint includes
-    them. `max_pixels` limits the size of an image and `frame_pixels` that of a video frame, before
-    it is cut into patches; None keeps the image processor's own limit. `end_ids` are the tokens
-    that end a response according to the tokenizer and the chat template.
+    `config` is the model's. `files` are the checkpoint's own files other than the weights; every
+    saved checkpoint includes them. `max_pixels` limits the size of an image and `frame_pixels` that
+    of a video frame, before it is cut into patches; None keeps the image processor's own limit.
+    `end_ids` are the tokens that end a response according to the tokenizer and the chat template.
     """
 
+    config: Any
     tokenizer: Any
     image_processor: Any
+    prompt_config: PromptConfig
     files: dict[str, bytes] = field(default_factory=dict)
     max_pixels: int | None = None
     frame_pixels: int | None = None
     end_ids: set[int] = field(default_factory=set)
 
     def save(self, directory: Path) -> None:
-        for name, content in self.files.items():
+        files = self.files | {"prompt.json": self.prompt_config.content()}
+        for name, content in files.items():
             (directory / name).write_bytes(content)
 
     def set_in_file(self, name: str, **values: str) -> None:
@@ -135,6 +172,23 @@ def render_turn(
     return before, after
 
 
+def read_prompt_config(files: dict[str, bytes]) -> PromptConfig | None:
+    """The prompt configuration among a checkpoint's files, or None if it has none.
+
+    Raises:
+        ValueError: `prompt.json` is not a prompt configuration.
+    """
+    if "prompt.json" not in files:
+        return None
+    try:
+        config = PromptConfig(**json.loads(files["prompt.json"]))
+        if not all(isinstance(text, str) for text in config.prompts.values()):
+            raise TypeError("a prompt is not text")
+        return config
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"its prompt.json cannot be used ({error}); mend or delete it") from None
+
+
 def template_fault(tokenizer: Any, template: str) -> str:
     """The fault of a chat template in words, or "" if it works."""
     try:
@@ -187,36 +241,28 @@ def repair_turns(processor: Processor) -> str:
     return "; ".join(changes)
 
 
-def encode_prompt(
-    processor: Processor,
-    config: Any,
-    example: Example,
-    text: str | None = None,
-    question_first: bool = False,
-) -> Prompt:
+def encode_prompt(processor: Processor, example: Example) -> Prompt:
     """Render the chat template, expand the placeholder to one token per visual token, and compute
     the positions.
 
-    `text` is the text of the user's turn beside the image or video; None stands for the problem. It
-    is tokenised separately from the template, with special tokens split, so an `<|image_pad|>` in a
-    data file remains text and never becomes a placeholder.
+    The text of the user's turn is tokenised separately from the template, with special tokens
+    split, so an `<|image_pad|>` in a data file remains text and never becomes a placeholder.
     """
-    pixels, grid = process_media(processor, example)
-    tokenizer = processor.tokenizer
-    before, after = render_turn(tokenizer, example.is_video, question_first)
+    (media,) = example.media
+    pixels, grid = process_media(processor, media)
+    tokenizer, config, asked = processor.tokenizer, processor.config, processor.prompt_config
+    before, after = render_turn(tokenizer, media.is_video, asked.question_first)
     ids = tokenizer.encode(before, add_special_tokens=False)
-    text = (example.problem if text is None else text).strip()
+    text = asked.ask(example).strip()
     ids += tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     ids += tokenizer.encode(after, add_special_tokens=False)
-    placeholder = config.video_token_id if example.is_video else config.image_token_id
+    placeholder = config.video_token_id if media.is_video else config.image_token_id
     at = ids.index(placeholder)
     visual_tokens = int(grid.prod()) // config.vision_config.spatial_merge_size**2
     ids = ids[:at] + [placeholder] * visual_tokens + ids[at + 1 :]
-    positions = mrope_positions(
-        len(ids), at, grid, config, example.is_video, example.seconds_per_patch
-    )
+    positions = mrope_positions(len(ids), at, grid, config, media.is_video, media.seconds_per_patch)
     example = replace(example, target=target_tokens(processor, example, grid))
-    return Prompt(torch.tensor(ids), positions, pixels, grid, example)
+    return Prompt(torch.tensor(ids), positions, pixels, grid, media.is_video, example)
 
 
 def target_tokens(processor: Processor, example: Example, grid: Tensor) -> tuple[int, ...]:
@@ -229,7 +275,7 @@ def target_tokens(processor: Processor, example: Example, grid: Tensor) -> tuple
         return ()
     merge = processor.image_processor.merge_size
     side = processor.image_processor.patch_size * merge
-    width, height = (edge // side for edge in example.media[0].size)  # in cells
+    width, height = (edge // side for edge in example.media[0].frames[0].size)  # in cells
     frames, rows, columns = grid[0], grid[1] // merge, grid[2] // merge
     token = torch.arange(frames * rows * columns)
     frame, row, column = token // (rows * columns), token // columns % rows, token % columns
@@ -237,7 +283,7 @@ def target_tokens(processor: Processor, example: Example, grid: Tensor) -> tuple
     return tuple(token[torch.isin(cell, torch.tensor(example.target))].tolist())
 
 
-def process_media(processor: Processor, example: Example) -> tuple[Tensor, Tensor]:
+def process_media(processor: Processor, media: Media) -> tuple[Tensor, Tensor]:
     """Pixels (patches, channels * 2 * patch * patch) and grid (t, h, w) of one image or one video.
 
     A temporal patch holds two frames. An odd number of frames is padded by repeating the last, as
@@ -249,18 +295,18 @@ def process_media(processor: Processor, example: Example) -> tuple[Tensor, Tenso
     a budget of 128 tokens, a frame of 320 x 180 gets 9 x 16.
     """
     image_processor = processor.image_processor
-    budget = processor.frame_pixels if example.is_video else processor.max_pixels
+    budget = processor.frame_pixels if media.is_video else processor.max_pixels
     least, most = (image_processor.size[edge] for edge in ("shortest_edge", "longest_edge"))
-    if example.is_video and least == IMAGE_LEAST:
+    if media.is_video and least == IMAGE_LEAST:
         least = FRAME_LEAST  # a checkpoint with its own minimum (the toy) keeps it
     most = budget or most
     size = {"shortest_edge": min(least, most), "longest_edge": most}
-    output = image_processor(images=example.media, size=size, return_tensors="pt")
+    output = image_processor(images=media.frames, size=size, return_tensors="pt")
     pixels, grids = output["pixel_values"], output["image_grid_thw"]
-    if not example.is_video:
+    if not media.is_video:
         return pixels, grids[0]
     depth, side = image_processor.temporal_patch_size, image_processor.patch_size
-    frames = pixels.view(len(example.media), -1, 3, depth, side, side)[:, :, :, 0]
+    frames = pixels.view(len(media.frames), -1, 3, depth, side, side)[:, :, :, 0]
     if pad := -len(frames) % depth:
         frames = torch.cat([frames, frames[-1:].expand(pad, -1, -1, -1, -1)])
     patches = frames.unflatten(0, (-1, depth)).permute(
@@ -359,7 +405,7 @@ def collate(model: Module, prompts: Sequence[Prompt], pad_id: int) -> PromptBatc
         None if mask.all() else mask.to(model.device),
         features,
         grids,
-        [prompt.example.is_video for prompt in prompts],
+        [prompt.is_video for prompt in prompts],
         None if frozen else pixels,
     )
 

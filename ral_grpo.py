@@ -15,7 +15,7 @@ was; a negative one pushes it away. The method is the lines marked `# RAL` and t
 
 At p_theta = p_old the divergence *and its gradient* are zero. With one update per rollout, RAL is
 therefore GRPO; it acts from the second inner iteration on. So `num_iterations` is above 1 here, and
-`train/attn_jsd_<k>` is logged for each iteration. See `divergence` for two more limits [ours].
+`train/attn_jsd_<k>` is logged for each iteration. See `loss_terms` for two more limits [ours].
 
 Differences from the paper, or our reading of it [ours]: the choices of grpo_baseline.py, and
   1. `--attn-row predicting` uses the row of position t - 1, see `attention_policy`.
@@ -31,11 +31,11 @@ time: see "Cost" in the README.
 
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -48,7 +48,6 @@ from common import (
     ATTENTION_CHUNK,
     Rollout,
     accuracy,
-    gathered,
     generate_group,
     has_format,
     in_chunks,
@@ -62,17 +61,15 @@ from common import (
     without_adapters,
 )
 from data import check_data, check_files, open_data
-from evaluate import draw_curves, draw_looks, evaluate
+from evaluate import evaluate
 from memory import fit_memory
-from prompts import Example, Processor, Prompt, PromptBatch, collate, encode_prompt
+from pictures import draw_attention, draw_curves
+from prompts import Processor, Prompt, PromptBatch, PromptConfig, collate, encode_prompt
 from runs import (
-    REAL_RUN,
-    TOY_RUN,
     Run,
     RunArgs,
     Stopwatch,
     check_run,
-    fill_defaults,
     find_state,
     full_tensor,
     print_summary,
@@ -88,43 +85,20 @@ from runs import (
 
 # 1. Arguments
 
-# Values of the fields that are None: one set for the toy, one for a real model.
-TOY = TOY_RUN | {
-    "steps": 160,
-    "eval_every": 20,
-    "learning_rate": 6e-4,
-    "prompts_per_step": 16,
-    "micro_batch_size": 16,
-    "num_iterations": 4,
-    "think": False,
-}
-REAL = REAL_RUN | {
-    "steps": 800,
-    "prompts_per_step": 8,
-    "micro_batch_size": 1,
-    "num_iterations": 2,
-    "think": True,
-}
-# Learning rate of a real model: for its weights, for adapters (which need a higher one).
-RATE = {False: 1e-6, True: 2e-5}
-# Longest response in tokens: without a thought, with one.
-NEW_TOKENS = {"toy": {False: 16, True: 64}, "real": {False: 768, True: 768}}
-
 
 @dataclass
 class Args(RunArgs):
-    model: str | None = None
-    """Checkpoint directory or hub name. Unset: runs/sft/checkpoint, which sft.py writes."""
+    model: str = "runs/sft/checkpoint"
+    """Checkpoint directory or hub name. The default is what sft.py writes."""
     out: str = f"runs/{Path(__file__).stem}"
     """Run directory. A run that is already there is moved to OUT.1, OUT.2 and so on."""
-    think: bool | None = None
-    """`--think`: respond with a thought, then the answer; `--no-think`: with the answer alone
-    (RAL-zero). Paper: think. Toy: no-think."""
-    steps: int | None = None
-    """Training steps, each with its own rollout. Paper: 800. Toy: 160."""
+    think: bool = True
+    """Respond with a thought, then the answer (paper), or with the answer alone (RAL-zero)."""
+    steps: int = 800
+    """Training steps, each with its own rollout. Paper: 800."""
     learning_rate: float | None = None
-    """Constant learning rate of AdamW. Real: 1e-6, as in Video-R1 (a digest of the paper says
-    1e-5), or 2e-5 for adapters [ours]. Toy: 6e-4."""
+    """Constant learning rate of AdamW. Unset: 1e-6, as in Video-R1 (a digest of the paper says
+    1e-5), or 2e-5 for adapters [ours]."""
     train_vision: bool = False
     """Also train the vision encoder; every pass then recomputes its features. Paper: frozen."""
     lora_rank: int | None = None
@@ -134,23 +108,24 @@ class Args(RunArgs):
     """Store one activation per layer and recompute the rest. Unset: only on a GPU."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to this norm."""
-    micro_batch_size: int | None = None
+    micro_batch_size: int = 1
     """Prompts per forward pass, with all their responses. It changes memory and speed, not the
     update."""
-    prompts_per_step: int | None = None
-    """Prompts per rollout on each rank. Toy: 16. Real: 8 [ours]."""
+    prompts_per_step: int = 8
+    """Prompts per rollout on each rank. [ours]"""
     group_size: int = 8
     """G, the responses per prompt (2 or more). Paper: 8."""
-    num_iterations: int | None = None
-    """Optimiser steps per rollout. Toy: 4. Real: 2 [ours]."""
-    max_new_tokens: int | None = None
-    """Longest response in tokens. Toy: 16, or 64 with a thought. Real: 768."""
+    num_iterations: int = 2
+    """Optimiser steps per rollout. [ours]"""
+    max_new_tokens: int = 768
+    """Longest response in tokens."""
     temperature: float = 1.0
     """Temperature of the policy, in sampling and in every loss. A digest of the paper says 0.9."""
     top_p: float = 1.0
     """Probability mass for nucleus sampling, in (0, 1]. The losses use the full distribution."""
-    reward: Literal["by-type", "exact"] = "by-type"
-    """How accuracy is judged: by problem type, as in Video-R1, or by exact match. Paper: exact."""
+    accuracy_rule: Literal["by-type", "exact"] = "by-type"
+    """How an answer is compared with the solution: by problem type, as in Video-R1, or by exact
+    match (paper)."""
     clip_eps: float = 0.2
     """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]. [ours]"""
     beta: float = 0.04
@@ -186,33 +161,32 @@ class Args(RunArgs):
         require_not_negative(self, "lambda_attn", "attn_norm_every")
 
 
+# Defaults of a toy checkpoint, in place of those of `Args`.
+TOY = toy.RUN | {
+    "steps": 160,
+    "eval_every": 20,
+    "learning_rate": 6e-4,
+    "prompts_per_step": 16,
+    "micro_batch_size": 16,
+    "num_iterations": 4,
+    "think": False,
+    "max_new_tokens": 16,  # 64 with a thought
+}
+
+
 # 2. Prompt and reward
 
-DIRECT = "Give the answer alone inside <answer> </answer> tags."
-THINK = f"Think first, inside <think> </think> tags. {DIRECT}"
-ANSWER = {  # the form of the answer, by problem type
+# The request after the question: to think (with --think), to answer, and the form of the answer by
+# problem type. It is saved with the weights, and evaluate.py reads it from there.
+PROMPTS = {
+    "think": "Think first, inside <think> </think> tags.",
+    "answer": "Give the answer alone inside <answer> </answer> tags.",
     "multiple choice": "The answer is the letter of one option.",
     "numerical": "The answer is a number.",
     "regression": "The answer is a number.",
     "OCR": "The answer is the text exactly as shown.",
     "free-form": "The answer is a short text.",
 }
-
-
-def ask(example: Example, think: bool) -> str:
-    """The text of the prompt beside the image or video: question, options, how to answer."""
-    options = ["Options:", *example.options] if example.options else []
-    request = f"{THINK if think else DIRECT} {ANSWER.get(example.problem_type, '')}"
-    return "\n".join([example.problem, *options, request.strip()])
-
-
-def encode(
-    example: Example, processor: Processor, config: Any, think: bool, task: toy.Task, is_toy: bool
-) -> Prompt:
-    """The encoded prompt of an example. A toy checkpoint gets the question alone, since it knows
-    only its own words."""
-    text = example.problem if is_toy else ask(example, think)
-    return encode_prompt(processor, config, example, text, task.order == "question-first")
 
 
 def reward(accuracy: Tensor, format: Tensor) -> Tensor:
@@ -240,27 +214,20 @@ class Batch:
 
 
 def roll_out(
-    model: Module,
-    processor: Processor,
-    prompts: list[Prompt],
-    batch: PromptBatch,
-    numbers: range,
-    args: Args,
+    model: Module, processor: Processor, prompts: list[Prompt], batch: PromptBatch, args: Args
 ) -> tuple[Rollout, Tensor, dict[str, float], list[dict]]:
     """Sample G responses to each prompt and reward them. Returns the rollout, the rewards (B, G),
-    the metrics and the rows of samples.jsonl.
-
-    `numbers` are the prompts' numbers within the run. With the seed they determine the noise.
-    """
+    the metrics and the rows of samples.jsonl."""
+    numbers = [prompt.number for prompt in prompts]
     noise = sampling_noise(args.seed, numbers, args.group_size, args.max_new_tokens)
-    with gathered(model):
-        rollout = generate_group(
-            model, batch, args.group_size, args.max_new_tokens, noise, args.temperature, args.top_p
-        )
+    rollout = generate_group(
+        model, batch, args.group_size, args.max_new_tokens, noise, args.temperature, args.top_p
+    )
     texts = rollout.texts(processor.tokenizer)
     examples = [prompt.example for prompt in prompts]
+    rule = args.accuracy_rule
     accuracies = torch.tensor(
-        [[accuracy(t, x, args.reward) for t in g] for g, x in zip(texts, examples, strict=True)]
+        [[accuracy(t, x, rule) for t in group] for group, x in zip(texts, examples, strict=True)]
     )
     formats = torch.tensor([[float(has_format(t, args.think)) for t in group] for group in texts])
     formats = formats.masked_fill(rollout.truncated.cpu(), 0.0)
@@ -271,7 +238,7 @@ def roll_out(
         "rollout/format": formats.mean().item(),
         "rollout/reward_std": rewards.std(dim=1).mean().item(),
         "rollout/frac_zero_std": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
-        "rollout/completion_len": rollout.completion_mask.sum(-1).float().mean().item(),
+        "rollout/completion_len": rollout.response_mask.sum(-1).float().mean().item(),
         "rollout/truncated_frac": rollout.truncated.float().mean().item(),
     }
     samples = [
@@ -289,8 +256,8 @@ def score_reference(reference: Module, batches: list[Batch], args: Args) -> None
         layers = [args.attn_layer] if args.attn_anchor == "reference" else []  # RAL
         scores = score(reference, batch.rollout, args.temperature, layers)  # RAL
         batch.ref_logps = scores.logps
-        if layers:  # RAL
-            batch.old_attn = attention_policy(scores.attentions[0], args.attn_row)  # RAL
+        for rows in scores.attentions.values():  # RAL
+            batch.old_attn = attention_policy(rows, args.attn_row)  # RAL
 
 
 # 4. Loss
@@ -354,17 +321,8 @@ def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
     """Divergence of distributions along the last axis, in nats: by default Jensen-Shannon, which is
     between 0 and ln 2.
 
-    `p` is the current attention and `q` the anchor. Zeros are safe, in value and in gradient. The
-    rows are computed in chunks, see `in_chunks`.
-
-    Two limits of the attention term [ours; tested, and measured in docs/results.md]:
-      - Near p_old, the gradient of the JSD with respect to p_theta is (p_theta - p_old) / 4 p_old.
-        The term does not know where else to look. It damps the movement of attention that the token
-        policy has just made where the advantage is positive, and amplifies it where negative.
-      - Responses of a group that share their first s tokens also share the own rows of tokens 1 to
-        s, the predicting rows of tokens 1 to s + 1, and so their divergences D_t. The loss contains
-        such a row as D_t * sum_i A_i / T_i, where T_i is the length of response i. This is zero if
-        the responses are equally long, and a remainder is left if they are not.
+    `p` is the current distribution and `q` the anchor. Zeros are safe, in value and in gradient.
+    The rows are computed in chunks, see `in_chunks`.
 
     >>> p, q = torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[0.0, 1.0], [0.5, 0.5]])
     >>> divergence(p, q)
@@ -386,9 +344,19 @@ def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
 
 
 def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """The terms of the loss for each response, (B, G): means over its tokens, in nats per token."""
+    """The terms of the loss for each response, (B, G): means over its tokens, in nats per token.
+
+    Two limits of the attention term [ours; tested, and measured in docs/results.md]:
+      - Near p_old, the gradient of the JSD with respect to p_theta is (p_theta - p_old) / 4 p_old.
+        The term does not know where else to look. It damps the movement of attention that the token
+        policy has just made where the advantage is positive, and amplifies it where negative.
+      - Responses of a group that share their first s tokens also share the own rows of tokens 1 to
+        s, the predicting rows of tokens 1 to s + 1, and so their divergences D_t. The loss contains
+        such a row as D_t * sum_i A_i / T_i, where T_i is the length of response i. This is zero if
+        the responses are equally long, and a remainder is left if they are not.
+    """
     scores = score(model, batch.rollout, args.temperature, [args.attn_layer])  # RAL
-    attn = attention_policy(scores.attentions[0], args.attn_row)  # RAL: (B, G, T, P + T)
+    attn = attention_policy(scores.attentions[args.attn_layer], args.attn_row)  # RAL
     if batch.old_attn is None:  # RAL: as for the log-probabilities below
         batch.old_attn = attn.detach()
     if batch.old_logps is None:  # first inner iteration: the policy is still that of the rollout
@@ -463,34 +431,39 @@ def main(args: Args) -> dict[str, float]:
     """Train, evaluate and write the run directory. Returns the metrics of the last step and its
     evaluation in one dictionary."""
     start = time.time()
-    base = args.model or "runs/sft/checkpoint"
-    found = args.model is not None or Path(base).is_dir()
-    require(found, f"--model: there is no checkpoint at {base}; run `python sft.py` first")
-    is_toy = toy.Task.load(Path(base)) is not None
-    task = toy.resolve_task(args, base)
-    args = fill_defaults(args, (TOY | {"think": task.think}) if is_toy else REAL)
-    new_tokens = NEW_TOKENS["toy" if is_toy else "real"][args.think]
-    args = fill_defaults(args, {"max_new_tokens": new_tokens})
-    check_run(args, base)
+    check_run(args, "model")
+    is_toy, task = toy.resolve_task(args, args.model)
     check_files(args, is_toy)
     seed_everything(args.seed)
-    config, processor = load_processor(base, args.max_pixels, args.frame_pixels)
-    require_layer("--attn-layer", args.attn_layer, config)  # RAL
-    turn = partial(encode, processor=processor, config=config, think=args.think)
-    turn = partial(turn, task=task, is_toy=is_toy)
+    processor = load_processor(args.model, args.max_pixels, args.frame_pixels)
+    require_layer("--attn-layer", args.attn_layer, processor.config)  # RAL
+    processor.prompt_config = PromptConfig(
+        prompts={} if is_toy else PROMPTS,  # a toy knows only its own words
+        think=args.think,
+        accuracy_rule=args.accuracy_rule,
+        question_first=task.order == "question-first",
+    )
+    encode = partial(encode_prompt, processor)
     if args.check_data:
-        return check_data(args, turn)
-    open_prompts = open_data if args.data else partial(toy.open_data, task)
-    train, held_out, skipped = open_prompts(args, turn)
+        return check_data(args, encode, args.accuracy_rule)
+    if args.data:
+        train, held_out, bad_rows = open_data(args, encode)
+    else:
+        train, held_out, bad_rows = toy.open_data(args, encode, task)
     needs_reference = args.beta > 0 or args.attn_anchor == "reference"  # RAL
-    args = fit_memory(args, config, needs_reference)
-    args = fill_defaults(args, {"learning_rate": RATE[args.lora_rank > 0]})
+    args = fit_memory(args, processor.config, args.group_size, needs_reference)
+    if args.learning_rate is None:
+        args = replace(args, learning_rate=2e-5 if args.lora_rank else 1e-6)
     state = find_state(args)
-    trained = (args.train_vision, args.lora_rank, args.gradient_checkpointing)
-    model = load_model(base, *trained)[0]
+    model = load_model(
+        args.model,
+        train_vision=args.train_vision,
+        lora_rank=args.lora_rank,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
     reference = None
     if needs_reference:  # with adapters, the same model without them
-        reference = model if args.lora_rank else load_model(base, frozen=True)[0]
+        reference = model if args.lora_rank else load_model(args.model, frozen=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters,
@@ -500,32 +473,27 @@ def main(args: Args) -> dict[str, float]:
         fused=parameters[0].is_cuda,
     )
 
-    size = args.micro_batch_size
-    judge = partial(evaluate, processor=processor, prompts=held_out, think=args.think)
-    judge = partial(judge, max_new_tokens=args.max_new_tokens, batch_size=2 * args.prompts_per_step)
-    judge = partial(judge, reward=args.reward)
-    judge = partial(judge, attn_layer=args.attn_layer)  # RAL
-    before, looks_before = judge(model)
-    run = Run(args, skipped, state)
+    options = {"max_new_tokens": args.max_new_tokens, "batch_size": 2 * args.prompts_per_step}
+    options["attn_layer"] = args.attn_layer  # RAL
+    before, shown_before = evaluate(model, processor, held_out, **options)
+    after, shown_after = before, shown_before
+    run = Run(args, bad_rows, state)
     if state is None:
         run.log(0, before)
-    after, looks_after = before, looks_before
     run.restore(model, optimizer)
     first = 1 if state is None else state.step + 1
     stream = train.begin(step_numbers(args, first).start)
     bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=rank() != 0)
     for step in bar:
         clock = Stopwatch()
-        numbers = step_numbers(args, step)
         prompts = list(islice(stream, args.prompts_per_step))
         clock.lap("data_wait")
         batch = collate(model, prompts, processor.tokenizer.pad_token_id)
         clock.lap("vision")
-        rollout, rewards, metrics, samples = roll_out(
-            model, processor, prompts, batch, numbers, args
-        )
+        rollout, rewards, metrics, samples = roll_out(model, processor, prompts, batch, args)
         clock.lap("rollout")
         advantages = group_advantages(rewards)
+        size = args.micro_batch_size
         cuts = [slice(i, i + size) for i in range(0, len(prompts), size)]
         batches = [Batch(rollout[cut], advantages[cut]) for cut in cuts]
         if reference is not None:
@@ -537,9 +505,9 @@ def main(args: Args) -> dict[str, float]:
         metrics |= update(model, optimizer, batches, args, measure)
         run.require_finite(step, metrics, prompts)
         clock.lap("update")
-        metrics |= clock.stop(tokens=int(rollout.completion_mask.sum()))
+        metrics |= clock.stop(tokens=int(rollout.response_mask.sum()))
         if step % args.eval_every == 0 or step == args.steps:
-            after, looks_after = judge(model)
+            after, shown_after = evaluate(model, processor, held_out, **options)
             metrics |= after
         run.log(step, metrics)
         run.sample(step, samples)
@@ -554,8 +522,8 @@ def main(args: Args) -> dict[str, float]:
     run.close()
     if rank() != 0:
         return metrics
-    looks = {"before": looks_before, "after": looks_after}
-    draw_looks(run.out / "attention.png", looks)
+    shown = {"before": shown_before, "after": shown_after}
+    draw_attention(run.out / "attention.png", shown)
     names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
     names += ("train/attn_jsd",)  # RAL
     draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
@@ -565,4 +533,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run_script(Args, main, __doc__)
+    run_script(Args, main, __doc__, partial(toy.defaults, TOY))

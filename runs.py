@@ -22,9 +22,10 @@ import sys
 import tempfile
 import time
 import traceback
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from importlib.util import find_spec
 from io import BytesIO, FileIO
@@ -56,19 +57,6 @@ def require(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
-# Values of these arguments if they are unset (None): for a toy, for a real model.
-TOY_RUN = {"eval_examples": 512, "workers": 0, "save_every": 0}
-REAL_RUN = {
-    "eval_every": 100,
-    "eval_examples": 128,
-    "workers": 4,
-    "save_every": 50,
-    "max_prompt_tokens": 16384,
-    "max_pixels": 256 * 28 * 28,
-    "frame_pixels": 128 * 28 * 28,
-}
-
-
 @dataclass
 class RunArgs:
     """The arguments of every training run, whatever its method."""
@@ -85,25 +73,24 @@ class RunArgs:
     """Frames per video, evenly spaced. Unset: 16; on the toy, as its checkpoint."""
     fps: float | None = None
     """Frames per second of video to sample instead; --frames is then the maximum per video."""
-    max_pixels: int | None = None
-    """Maximum pixels per image; a visual token is 28 x 28. Real: 256 tokens, as in Video-R1."""
-    frame_pixels: int | None = None
-    """Maximum pixels per video frame; two frames share a token. Real: 128 tokens, as in
-    Video-R1."""
-    max_prompt_tokens: int | None = None
-    """Skip rows whose prompt has more tokens than this. Real: 16384."""
+    max_pixels: int | None = 256 * 28 * 28
+    """Maximum pixels per image; a visual token is 28 x 28. Video-R1: 256 tokens."""
+    frame_pixels: int | None = 128 * 28 * 28
+    """Maximum pixels per video frame; two frames share a token. Video-R1: 128 tokens."""
+    max_prompt_tokens: int | None = 16384
+    """Skip rows whose prompt has more tokens than this."""
     max_skipped: float = 0.01
     """Stop when more than this fraction of the rows cannot be used."""
-    workers: int | None = None
-    """Worker processes that read and encode prompts ahead. Toy: 0. Real: 4."""
+    workers: int = 4
+    """Worker processes that read and encode prompts ahead; 0: the training process reads them."""
     grid: int | None = None
     """Cells along each side of the toy's images (3 or more). Unset: as the checkpoint, or 4."""
     toy_order: Literal["question-first", "image-first"] | None = None
     """Order of the toy's prompt. Unset: as the checkpoint, or question-first."""
-    eval_every: int | None = None
-    """Steps between evaluations on held-out examples. Real: 100."""
-    eval_examples: int | None = None
-    """Held-out examples per evaluation. Toy: 512. Real: 128."""
+    eval_every: int = 100
+    """Steps between evaluations on held-out examples."""
+    eval_examples: int = 128
+    """Held-out examples per evaluation."""
     seed: int = 1
     """Seed of data, sampling and new weights. It reproduces a run on the same machine."""
     out: str = "runs"
@@ -112,8 +99,8 @@ class RunArgs:
     """Replace a run that is already at OUT instead of moving it."""
     track: bool = False
     """Also send the metrics to Weights & Biases."""
-    save_every: int | None = None
-    """Steps between saved states in OUT/state, for --resume; 0: save none. Toy: 0. Real: 50."""
+    save_every: int = 50
+    """Steps between saved states in OUT/state, for --resume; 0: save none."""
     keep: int = 2
     """Number of states to keep; older ones are deleted."""
     resume: str | None = None
@@ -127,18 +114,29 @@ class RunArgs:
         require_not_negative(self, "save_every", "max_skipped", "seed")
         require(self.grid is None or self.grid >= 3, f"--grid {self.grid}: needs 3 or more")
 
+    def may_change(self) -> set[str]:
+        """Names of the arguments that `--resume` may change: they do not affect what is computed.
+        Some are declared by the scripts."""
+        files = {"out", "overwrite", "track", "save_every", "keep", "resume", "allow_changed_args"}
+        reading = {"workers", "check_data", "max_skipped"}
+        steps = {"steps", "eval_every", "micro_batch_size", "prompts_per_step"}
+        return files | reading | steps | {"gradient_checkpointing"}
 
-def run_script(args_class: type, main: Callable, description: str) -> None:
-    """Parse the command line into `args_class` and run `main`. A `UsageError` becomes one line and
-    exit status 2, Ctrl-C one line and 130."""
-    # None, the third value, means "as in the checkpoint"; a plain flag could not express it.
-    names = ("think", "judge-teacher")
-    flags = {f"--{name}": f"--{name}=True" for name in names}
-    flags |= {f"--no-{name}": f"--{name}=False" for name in names}
-    argv = [flags.get(word, word) for word in sys.argv[1:]]
+
+def run_script(
+    args_class: type,
+    main: Callable,
+    description: str,
+    defaults: Callable[[], dict[str, Any]] = dict,
+) -> None:
+    """Parse the command line into `args_class`, with `defaults()` in place of the class's own
+    defaults, and run `main`. A `UsageError` becomes one line and exit status 2, Ctrl-C one line and
+    130."""
     try:
         start_ranks()
-        main(tyro.cli(args_class, args=argv, description=description))
+        changed = defaults()
+        default = {"default": args_class(**changed)} if changed else {}
+        main(tyro.cli(args_class, description=description, **default))
     except KeyboardInterrupt:
         fail(130, "\nstopped by Ctrl-C; what was saved before is intact")
     except UsageError as error:
@@ -149,6 +147,15 @@ def run_script(args_class: type, main: Callable, description: str) -> None:
         fail(1, traceback.format_exc())
     if dist.is_initialized():
         leave_ranks()
+
+
+def given_options() -> Namespace:
+    """`--model` and `--think` as the command line gives them (None if it does not), before it is
+    parsed: some defaults depend on them."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model")
+    parser.add_argument("--think", action=BooleanOptionalAction)
+    return parser.parse_known_args()[0]
 
 
 def fail(status: int, message: str) -> NoReturn:
@@ -162,14 +169,14 @@ def fail(status: int, message: str) -> NoReturn:
 
 
 def require_positive(args: Any, *names: str) -> None:
-    """Refuse fields that are not above zero. None means "use the default" and passes."""
+    """Refuse fields that are not above zero. None means "unset" and passes."""
     for name in names:
         value = getattr(args, name)
         require(value is None or value > 0, f"--{name.replace('_', '-')} {value}: must be above 0")
 
 
 def require_not_negative(args: Any, *names: str) -> None:
-    """Refuse fields below zero. None means "use the default" and passes."""
+    """Refuse fields below zero. None means "unset" and passes."""
     for name in names:
         value = getattr(args, name)
         require(
@@ -182,13 +189,6 @@ def require_not_empty(args: Any, *names: str) -> None:
     for name in names:
         empty = f"--{name.replace('_', '-')} '': is empty; give a value or leave it out"
         require(getattr(args, name, None) != "", empty)
-
-
-def fill_defaults(args: Any, table: dict[str, Any]) -> Any:
-    """`args` with every field that is None replaced by its value in `table`, if there is one."""
-    return replace(
-        args, **{name: value for name, value in table.items() if getattr(args, name) is None}
-    )
 
 
 def seed_everything(seed: int) -> None:
@@ -413,11 +413,12 @@ def append(file: FileIO, rows: Iterable[dict[str, Any]]) -> None:
                 data = data[file.write(data) :]
 
 
-def check_run(args: Any, *inputs: str) -> None:
-    """Refuse, before any work is done, empty file names and an `--out` that cannot become this
-    run's directory.
+def check_run(args: Any, *models: str) -> None:
+    """Refuse, before any work is done, empty file names, a default checkpoint that is not there,
+    and an `--out` that cannot become this run's directory.
 
-    `inputs` are the checkpoints that the run reads: it must not move or replace them.
+    `models` are the names of the arguments with checkpoints that the run reads: it must not move or
+    replace them.
 
     Raises:
         UsageError: the message names the argument.
@@ -435,7 +436,15 @@ def check_run(args: Any, *inputs: str) -> None:
                 lock_directory(out).close()
 
     on_rank_0(try_lock)
-    for path in inputs:
+    for name in models:
+        path = getattr(args, name)
+        if path is None:
+            continue
+        made = path != getattr(type(args), name) or Path(path).is_dir()
+        command = "python sft.py"
+        if name == "teacher":
+            command += " --toy-size large --stop-accuracy 0.99 --eval-above 0.8 --out runs/teacher"
+        require(made, f"--{name}: there is no checkpoint at {path}; make it with `{command}`")
         holds = out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents)
         require(not holds, f"--out {out}: holds {path}, which this run reads; choose another")
     parent = next(parent for parent in out.resolve().parents if parent.exists())
@@ -447,11 +456,11 @@ def check_run(args: Any, *inputs: str) -> None:
 
 
 @dataclass
-class Skipped:
-    """Counts and names the bad rows. It stops the run when there are more than the fraction `most`
-    of the rows read so far, or of the file's first 1,000."""
+class BadRows:
+    """Counts and names the bad rows. It stops the run when they are more than `max_fraction` of the
+    rows read so far, or of the file's first 1,000."""
 
-    most: float = 0.0
+    max_fraction: float = 0.0
     rows: int = 0
     bad: dict[str, str] = field(default_factory=dict)
     read: int = 0
@@ -461,13 +470,13 @@ class Skipped:
         self.read += 1 + len(bad)
         self.name(bad)
         read = self.read * world_size()  # `bad` counts all ranks
-        if len(self.bad) > self.most * max(read, min(self.rows, 1000)):
+        if len(self.bad) > self.max_fraction * max(read, min(self.rows, 1000)):
             last = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[-2:])
             count = f"{len(self.bad)} bad rows among the first {read}"
             remedy = (
                 "mend them (--check-data of a training script lists all) or raise --max-skipped"
             )
-            raise UsageError(f"--max-skipped {self.most}: {count} ({last}); {remedy}")
+            raise UsageError(f"--max-skipped {self.max_fraction}: {count} ({last}); {remedy}")
 
     def name(self, bad: dict[str, str]) -> None:
         """Record bad rows that are not yet recorded."""
@@ -503,8 +512,8 @@ class Run:
     0 writes. The directory stays locked until the script's `main` returns.
     """
 
-    def __init__(self, args: Any, skipped: Skipped, state: "State | None" = None):
-        self.out, self.args, self.wandb, self.skipped = Path(args.out), args, None, skipped
+    def __init__(self, args: Any, bad_rows: BadRows, state: "State | None" = None):
+        self.out, self.args, self.wandb, self.bad_rows = Path(args.out), args, None, bad_rows
         self.state, self.signal, self.files = state, None, {}
         self.data_bytes = data_bytes(args)  # at the start of the run
         self.handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -532,11 +541,11 @@ class Run:
                 self.files[name] = self.open(name)
             if self.args.data:
                 self.files["skipped.jsonl"] = self.open("skipped.jsonl")
-                self.skipped.attach(self.files["skipped.jsonl"])
+                self.bad_rows.attach(self.files["skipped.jsonl"])
             shutil.rmtree(self.out / "tensorboard", ignore_errors=True)
             self.open_tensorboard()
         for line in self.metrics():
-            self.draw(line)
+            self.log_tensorboard(line)
         return lock
 
     def make_room(self) -> TextIO:
@@ -584,7 +593,7 @@ class Run:
         version = Event(wall_time=time.time(), file_version="brain.Event:2")
         self.tensorboard.write(version.SerializeToString())
 
-    def draw(self, line: dict[str, float]) -> None:
+    def log_tensorboard(self, line: dict[str, float]) -> None:
         """Write one line of metrics to TensorBoard."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -596,20 +605,22 @@ class Run:
             self.tensorboard.write(event.SerializeToString())
             self.tensorboard.flush()
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write one line of metrics to every sink: means over ranks, but maxima for `perf/*`."""
+    def log(self, step: int, metrics: dict[str, float], learns_from_reward: bool = True) -> None:
+        """Write one line of metrics to every sink: means over ranks, but maxima for `perf/*`. A run
+        that `learns_from_reward` prints a note if the rewards can teach it nothing."""
         metrics = over_ranks(metrics)
-        for bad in gather([dict(self.skipped.bad)]):
-            self.skipped.name(bad)
+        for bad in gather([dict(self.bad_rows.bad)]):
+            self.bad_rows.name(bad)
         if rank() != 0:
             return
         if self.args.data:
-            metrics = metrics | {"data/skipped": len(self.skipped.bad)}
+            metrics = metrics | {"data/skipped": len(self.bad_rows.bad)}
         append(self.files["metrics.jsonl"], [{"step": step, **metrics}])
-        self.draw({"step": step, **metrics})
+        self.log_tensorboard({"step": step, **metrics})
         if self.wandb:
             self.wandb.log(metrics, step=step)
-        self.note_equal_rewards(step, metrics)
+        if learns_from_reward:
+            self.note_equal_rewards(step, metrics)
 
     def sample(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Write the sampled responses of all ranks with their rewards."""
@@ -620,7 +631,7 @@ class Run:
     def note_equal_rewards(self, step: int, metrics: dict[str, float]) -> None:
         """Print one line, once, if the rewards in every group were equal for `EQUAL_STEPS` steps in
         a row. The advantages are then 0, and GRPO learns nothing from them."""
-        if metrics.get("rollout/frac_zero_std") != 1.0 or getattr(self.args, "rl_coef", 1.0) == 0:
+        if metrics.get("rollout/frac_zero_std") != 1.0:
             self.equal.clear()
             return
         self.equal = [*self.equal, metrics][-EQUAL_STEPS:]
@@ -724,7 +735,7 @@ class Run:
                     "step": step,
                     "done": done,
                     "lengths": lengths,
-                    "read": self.skipped.read * world_size(),
+                    "read": self.bad_rows.read * world_size(),
                 }
                 state |= {"prompts": self.args.prompts_per_step * world_size(), "note": note or {}}
                 state |= {"data_bytes": self.data_bytes, "definitions": DEFINITIONS}
@@ -744,7 +755,7 @@ class Run:
             return {}
         with readable(f"--resume {self.args.resume}", self.state.path):
             load_state(self.state.path, model, optimizer)
-        self.skipped.read = self.state.read // world_size()
+        self.bad_rows.read = self.state.read // world_size()
         return self.state.note
 
 
@@ -755,14 +766,18 @@ def why_equal(steps: Sequence[dict[str, float]]) -> str:
     """The likely cause of equal rewards in every group, inferred from the metrics of some steps,
     and its remedy."""
     names = ("format", "accuracy", "truncated_frac")
-    tidy, right, cut = (sum(x[f"rollout/{n}"] for x in steps) / len(steps) for n in names)
-    if tidy < 0.01 and cut > 0.5:
-        return f"{cut:.0%} of the responses are cut off before their end: raise --max-new-tokens"
-    if tidy < 0.01:
+    formats, accuracies, truncated = (
+        sum(x[f"rollout/{n}"] for x in steps) / len(steps) for n in names
+    )
+    if formats < 0.01 and truncated > 0.5:
+        return (
+            f"{truncated:.0%} of the responses are cut off before their end: raise --max-new-tokens"
+        )
+    if formats < 0.01:
         return "no response has the format that is asked for: teach it with sft.py first"
-    if right > 0.99:
+    if accuracies > 0.99:
         return "all are right: train on harder data"
-    if right < 0.01:
+    if accuracies < 0.01:
         check = "see in samples.jsonl whether responses and solutions can match"
         return f"all are wrong: {check}, train with sft.py first, or on easier data"
     return "responses to one prompt are all alike: raise --temperature or --group-size"
@@ -776,11 +791,6 @@ CHANGES = {  # by the number that introduced them
     " attn_distill.py's attention loss is a sum over the response (was: a mean), accuracy by"
     " problem type accepts more notations, and videos have other frames and a minimum size"
 }
-
-# Arguments that do not affect what is computed.
-FREE = ("out", "overwrite", "track", "workers", "save_every", "keep", "resume", "check_data")
-FREE += ("allow_changed_args", "eval_every", "micro_batch_size", "prompts_per_step")
-FREE += ("max_skipped", "judge_teacher", "gradient_checkpointing", "steps")
 
 
 @dataclass
@@ -866,8 +876,7 @@ def check_state(args: Any, state: dict[str, Any], named: str) -> State:
     differ = [f"{k} {before[k]} -> {now[k]}" for k in now if now[k] != before[k]]
     gone = {k: value for k, value in before.items() if k not in now and value is not None}
     differ += [f"{k} {value} -> no such argument" for k, value in gone.items()]
-    free = FREE if getattr(args, "schedule", "constant") == "constant" else FREE[:-1]
-    differ = [words for words in differ if words.split()[0] not in free]
+    differ = [words for words in differ if words.split()[0] not in args.may_change()]
     if state["prompts"] != args.prompts_per_step * world_size():
         prompts = f"{state['prompts']} -> {args.prompts_per_step * world_size()}"
         differ.append(f"prompts_per_step times processes {prompts}")
@@ -980,7 +989,8 @@ def same_inputs(args: Any) -> str:
     """The model and data arguments of a run as command-line text."""
     words = []
     for name in ("model", "teacher", "data", "eval_data", "media_root", "frames", "fps"):
-        if value := getattr(args, name, None):
+        value = getattr(args, name, None)
+        if value and value != getattr(type(args), name):
             values = value if isinstance(value, tuple) else (value,)
             words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return "".join(f" {shlex.quote(word)}" for word in words)

@@ -17,6 +17,7 @@ Training and held-out scenes never share an image: a hash of the scene assigns i
 
 import json
 import random
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,8 +32,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForCondi
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import Prompts, Reader
-from prompts import Example, Prompt
-from runs import Skipped, UsageError, rank, require, world_size
+from prompts import Example, Media, Prompt, PromptConfig
+from runs import BadRows, UsageError, given_options, rank, require, world_size
 
 CELL = 28  # pixels; one visual token of Qwen2-VL
 SHAPES = ("star", "circle", "square", "triangle", "cross", "ring", "diamond", "bar")
@@ -48,6 +49,10 @@ COLOURS = {
 }
 BACKGROUND = (235, 235, 235)
 EVAL_SEED = 20_260_204  # the held-out set is the same for every run, whatever its seed
+MAX_NEW_TOKENS = {False: 16, True: 64}  # of a response: without a thought, with one
+# Defaults of every script on the toy. There is no budget for pixels, since a cell is a token.
+RUN = {"eval_examples": 512, "workers": 0, "save_every": 0}
+RUN |= {"max_prompt_tokens": None, "max_pixels": None, "frame_pixels": None}
 
 # 1. The task
 
@@ -60,6 +65,10 @@ class Task:
     frames: int | None = None
     order: str = "question-first"
     think: bool = False
+
+    def prompt_config(self) -> PromptConfig:
+        """How a toy is asked: with the question alone."""
+        return PromptConfig({}, self.think, question_first=self.order == "question-first")
 
     def files(self) -> dict[str, bytes]:
         """The files that store the task in a checkpoint: name to content."""
@@ -75,14 +84,26 @@ class Task:
             raise UsageError(f"{path}: not a toy's task ({error}); train it again") from None
 
 
-def resolve_task(args: Any, model: str, may_differ: bool = False) -> Task:
-    """The task of a run: that of the toy checkpoint `model`, overridden by the arguments that are
-    not None.
+def defaults(table: dict[str, Any], unset: str | None = "runs/sft/checkpoint") -> dict[str, Any]:
+    """The defaults of a script for the checkpoint that the command line names, or `unset`: `table`
+    for a toy and for no checkpoint, nothing for a real model."""
+    given = given_options()
+    model = given.model or unset
+    task = Task.load(Path(model)) if model else Task()
+    if task is None and (given.model or Path(model).is_dir()):
+        return {}
+    think = given.think if given.think is not None else task is not None and task.think
+    return table | {"think": think, "max_new_tokens": MAX_NEW_TOKENS[think]}
+
+
+def resolve_task(args: Any, model: str | None, may_differ: bool = False) -> tuple[bool, Task]:
+    """Whether `model` is a toy (None: a new one), and the task of the run: that of the toy
+    checkpoint, overridden by the arguments that are not None.
 
     `may_differ` is for SFT, which can teach a checkpoint a new task. The other scripts raise
     `UsageError` for a task that the checkpoint was not trained on.
     """
-    known = Task.load(Path(model))
+    known = Task.load(Path(model)) if model else None
     fields = {
         "grid": args.grid,
         "frames": args.frames,
@@ -97,7 +118,8 @@ def resolve_task(args: Any, model: str, may_differ: bool = False) -> Task:
             f" {getattr(known, name, None)}; leave it out, or train that with sft.py first",
         )
     # Chat prompts put the image first, so a model that is not a toy gets this order.
-    return replace(known or Task(order="image-first" if model else "question-first"), **asked)
+    task = replace(known or Task(order="image-first" if model else "question-first"), **asked)
+    return model is None or known is not None, task
 
 
 @dataclass(frozen=True)
@@ -201,18 +223,17 @@ def sample_example(
     pair) that show the shape asked about.
     """
     scene = sample_scene(rng, task, held_out)
-    media = draw_scene(scene, task.grid, task.frames)
+    media = [Media(draw_scene(scene, task.grid, task.frames), task.frames is not None)]
     if caption:
         named = rng.sample(scene.shapes, len(scene.shapes))
         response = " ".join(f"{shape} {colour}" for shape, _, colour, _, _ in named)
-        return Example("list all", "", media, task.frames is not None, response=response)
+        return Example("list all", "", media, response=response)
     shape, cell, colour, first, last = rng.choice(scene.shapes)
     thought = f"<think> {shape} {colour} </think> " if task.think else ""
     return Example(
         problem=f"what colour is the {shape} ?",
         solution=colour,
         media=media,
-        is_video=task.frames is not None,
         response=f"{thought}<answer> {colour} </answer>",
         target=tuple(patch * task.grid**2 + cell for patch in range(first, last + 1)),
     )
@@ -245,13 +266,15 @@ class Stream:
 
 
 def open_data(
-    task: Task, args: Any, encode: Callable[[Example], Prompt]
-) -> tuple[Reader, list[Prompt], Skipped]:
-    """The training prompts, this rank's share of the held-out prompts, and a record of skipped
-    rows, which stays empty."""
-    train = Reader(Prompts(Stream(task, args.seed), encode), range(0), 0, skipped := Skipped())
+    args: Any, encode: Callable[[Example], Prompt], task: Task, keep_media: bool = False
+) -> tuple[Reader, list[Prompt], BadRows]:
+    """The training prompts, this rank's share of the held-out prompts, and a record of bad rows,
+    which stays empty. `keep_media` is as in data.py."""
+    keep = sys.maxsize if keep_media else 0
+    prompts = Prompts(Stream(task, args.seed), encode, keep_media=keep)
+    train = Reader(prompts, range(0), 0, bad_rows := BadRows())
     mine = held_out_examples(task, args.eval_examples)[rank() :: world_size()]
-    return train, [encode(example) for example in mine], skipped
+    return train, [encode(example) for example in mine], bad_rows
 
 
 # 2. The model

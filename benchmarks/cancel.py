@@ -41,27 +41,25 @@ class Args:
 
 def main(args: Args) -> None:
     for path, attn_row in product(args.models, args.attn_rows):
-        model, processor = common.load_model(path)
+        model, processor = common.load_model(path), common.load_processor(path)
         task = toy.Task.load(Path(path))
-        length = ral_grpo.NEW_TOKENS["toy"][task.think]
+        processor.prompt_config = task.prompt_config()
+        length = toy.MAX_NEW_TOKENS[task.think]
         fields = {"attn_layer": args.attn_layer, "max_new_tokens": length, "think": task.think}
-        fields |= {"attn_row": attn_row}
-        options = ral_grpo.Args(learning_rate=6e-4, num_iterations=1, beta=0.0, **fields)
+        fields |= {"attn_row": attn_row, "num_iterations": 1, "beta": 0.0}
+        options = ral_grpo.Args(**ral_grpo.TOY | fields)
         numbers = range(args.prompts)
         examples = [toy.training_example(task, 1, number) for number in numbers]
-        first = task.order == "question-first"
-        prompts = [
-            encode_prompt(processor, model.config, x, question_first=first) for x in examples
-        ]
+        prompts = [replace(encode_prompt(processor, x), number=n) for n, x in enumerate(examples)]
         batch = collate(model, prompts, processor.tokenizer.pad_token_id)
-        rollout, rewards, *_ = ral_grpo.roll_out(model, processor, prompts, batch, numbers, options)
+        rollout, rewards, *_ = ral_grpo.roll_out(model, processor, prompts, batch, options)
         advantages = ral_grpo.group_advantages(rewards)
         part = ral_grpo.Batch(rollout, advantages)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=6e-4)
         ral_grpo.update(model, optimizer, [part], replace(options, lambda_attn=0.0), False)
         with torch.no_grad():
             scores = common.score(model, rollout, attn_layers=[args.attn_layer])
-            policy = ral_grpo.attention_policy(scores.attentions[0], options.attn_row)
+            policy = ral_grpo.attention_policy(scores.attentions[args.attn_layer], attn_row)
             jsd = ral_grpo.divergence(policy, part.old_attn) * scores.mask
         jsd = jsd / scores.mask.sum(-1, keepdim=True)  # as the loss has it
         term = advantages * jsd  # (B, G, T)

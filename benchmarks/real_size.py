@@ -217,8 +217,7 @@ MEMORY = [  # size, rank of adapters (0: all weights), GPUs
 def print_memory() -> None:
     """What `fit_memory` expects of `ral_grpo.py` at 32 frames on a GPU, beside the peak of what is
     alive in the same step on fake tensors: traced, not measured."""
-    fields = ral_grpo.REAL | {"frames": 32, "max_new_tokens": 768, "gradient_checkpointing": True}
-    fields |= {"num_iterations": 1}
+    fields = {"frames": 32, "num_iterations": 1, "gradient_checkpointing": True}
     standing, phases = (
         ("weights", "frozen models", "optimizer"),
         ("evaluation", "rollout", "update"),
@@ -232,7 +231,8 @@ def print_memory() -> None:
         config.text_config.pad_token_id = 0
         with mock.patch.multiple(memory, **gpu):
             frozen = [] if lora_rank else [config]
-            need = memory.memory_gb(config, args, lora_rank, frozen, processes)
+            group = args.group_size
+            need = memory.memory_gb(config, args, lora_rank, group, frozen, processes=processes)
         traced = fake_gpu.step(ral_grpo, config, args, processes)
         line = [f"{size}, {f'LoRA, rank {lora_rank}' if lora_rank else 'all weights'}"]
         line += [str(processes), *(f"{need['rollout'][part]:.1f}" for part in standing)]

@@ -63,8 +63,8 @@ import kd_baseline
 import ral_grpo
 import sft
 import toy
-from evaluate import load_pyplot
-from prompts import collate, encode_prompt, visual_features
+from pictures import load_pyplot
+from prompts import collate, encode_prompt
 
 PULL = attention_advantages(lambda advantages: advantages.clamp_min(0))
 PUSH = attention_advantages(lambda advantages: advantages.clamp_max(0))
@@ -94,7 +94,7 @@ class Task:
     """Held-out examples that judge every cell."""
 
 
-GROW = {"steps": 20, "stop_accuracy": 2.0, "watch_above": 1.0}
+GROW = {"steps": 20, "stop_accuracy": 2.0, "eval_above": 1.0}
 GRIDS = {f"{n} x {n} cells": n for n in (3, 6, 9)}
 FRAMES = {f"{n} frames": n for n in (4, 16, 32)}
 TASKS = {
@@ -246,23 +246,23 @@ def judged(out: Path) -> dict[str, float]:
 def to_teacher(path: Path, teacher_path: Path, examples: int) -> float:
     """Mean divergence (JSD in nats a token, last layer) of a checkpoint's attention to the
     teacher's, on its own greedy responses."""
-    model, processor = common.load_model(str(path))
-    teacher = common.load_teacher(str(teacher_path), model, processor)
-    prompts = [
-        encode_prompt(processor, model.config, example, question_first=True)
-        for example in toy.held_out_examples(toy.Task.load(path), examples)
-    ]
+    model, processor = common.load_model(str(path)), common.load_processor(str(path))
+    teacher = common.load_teacher(str(teacher_path), processor)
+    task = toy.Task.load(path)
+    processor.prompt_config = task.prompt_config()
+    held_out = toy.held_out_examples(task, examples)
+    prompts = [encode_prompt(processor, example) for example in held_out]
     distances = []
     for start in range(0, examples, 64):
         chunk = prompts[start : start + 64]
         batch = collate(model, chunk, processor.tokenizer.pad_token_id)
         rollout = common.generate_group(model, batch, 1, 16)
         scores = common.score(model, rollout, attn_layers=[-1])
-        pixels = [prompt.pixels for prompt in chunk]
-        seen = replace(batch, features=visual_features(teacher, pixels, batch.grids), pixels=None)
+        seen = collate(teacher, chunk, processor.tokenizer.pad_token_id)
         taught = common.score(teacher, replace(rollout, prompts=seen), attn_layers=[-1])
-        rows = scores.attentions[0], taught.attentions[0]
-        jsd = attn_distill.jsd(*(attn_distill.attention_policy(x, "predicting") for x in rows))
+        rows = scores.attentions[-1], taught.attentions[-1]
+        policies = (attn_distill.attention_policy(x, "predicting") for x in rows)
+        jsd = attn_distill.divergence(*policies)
         distances.append(common.response_mean(jsd, scores.mask).flatten())
     return torch.cat(distances).mean().item()
 
@@ -298,10 +298,12 @@ def main(args: Args) -> None:
     def train(task: str, seed: int, out: Path, script, fields, probe=nullcontext) -> float:
         start, fields = time.time(), {"seed": seed, "out": str(out)} | fields
         fields |= {"eval_examples": TASKS[task].examples}
+        think = TASKS[task].setting.get("think", False)
+        thinking = {"think": think, "max_new_tokens": toy.MAX_NEW_TOKENS[think]}
         if args.quick:
             fields |= {"eval_examples": 64, "steps": 10 if "model" in fields else 150}
         with TASKS[task].probe(), probe():
-            script.main(script.Args(**fields))
+            script.main(script.Args(**script.TOY | thinking | fields))
         if not (Path(out) / "checkpoint").is_dir():  # a signal ended it: half a run is no cell
             raise SystemExit("stopped; the same command goes on, from this cell")
         return time.time() - start
@@ -322,7 +324,7 @@ def main(args: Args) -> None:
 
     def make_teacher() -> None:
         if not (teacher / "checkpoint").is_dir():
-            fields = {"toy_size": "large", "stop_accuracy": 0.99, "watch_above": 0.8}
+            fields = {"toy_size": "large", "stop_accuracy": 0.99, "eval_above": 0.8}
             train("distillation", 1, teacher, sft, fields | {"overwrite": True})
         if ("distillation", "teacher", 1) not in done:
             record("distillation", "teacher", 1, teacher, 0.0)

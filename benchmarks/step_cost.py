@@ -79,7 +79,7 @@ def build(directory: Path | None = None):
 
     import common
     import toy
-    from prompts import Processor
+    from prompts import Processor, PromptConfig
 
     words = 4096 - len(toy.SPECIAL)
     vocabulary = {word: i for i, word in enumerate(("<unk>", "user", "assistant"))}
@@ -125,7 +125,8 @@ def build(directory: Path | None = None):
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     # A token that is never sampled ends a response, so that every response has its full length.
     model.generation_config.eos_token_id = ids["<|vision_end|>"]
-    processor = Processor(tokenizer, Qwen2VLImageProcessorPil(max_pixels=1 << 24))
+    image_processor = Qwen2VLImageProcessorPil(max_pixels=1 << 24)
+    processor = Processor(config, tokenizer, image_processor, PromptConfig({}))
     return model, processor, common
 
 
@@ -199,11 +200,11 @@ def update_work(variant: str, p: int, t: int) -> Callable[[], None]:
 
 def prompt_of(processor, model, p: int):
     """The prompt whose image has p visual tokens."""
-    from prompts import Example, encode_prompt
+    from prompts import Example, Media, encode_prompt
 
     question = " ".join(f"w{i}" for i in range(10, 22))
-    example = Example(question, "w7", [picture(p)], False)
-    return encode_prompt(processor, model.config, example)
+    example = Example(question, "w7", [Media([picture(p)])])
+    return encode_prompt(processor, example)
 
 
 def rollout_work(variant: str, p: int, t: int) -> Callable[[], None]:
@@ -220,7 +221,7 @@ def rollout_work(variant: str, p: int, t: int) -> Callable[[], None]:
         def work() -> None:
             with torch.no_grad():
                 batch = collate(model, [prompt], 0)
-            assert common.generate_group(model, batch, GROUP, t, noise).completion_ids.shape[2] == t
+            assert common.generate_group(model, batch, GROUP, t, noise).response_ids.shape[2] == t
 
         return work
     model.set_attn_implementation("sdpa")
@@ -262,8 +263,7 @@ def step_work(variant: str, p: int, t: int) -> Callable[[], None]:
     def work() -> None:
         prompt = prompt_of(processor, model, p)
         batch = collate(model, [prompt], processor.tokenizer.pad_token_id)
-        numbers = range(1)
-        rollout, rewards, _, _ = script.roll_out(model, processor, [prompt], batch, numbers, args)
+        rollout, rewards, _, _ = script.roll_out(model, processor, [prompt], batch, args)
         advantages = torch.linspace(-1, 1, GROUP)[None, :, None] + script.group_advantages(rewards)
         script.update(model, optimizer, [script.Batch(rollout, advantages)], args, *more)
 

@@ -55,17 +55,16 @@ class Args:
 @torch.no_grad()
 def main(args: Args) -> None:
     for path in args.models:
-        model, processor = common.load_model(path, frozen=True)
+        model, processor = common.load_model(path, frozen=True), common.load_processor(path)
         model.model.language_model.config._attn_implementation = "knock_out"
         task, tokenizer = toy.Task.load(Path(path)), processor.tokenizer
+        processor.prompt_config = task.prompt_config()
         layers = model.config.text_config.num_hidden_layers
         examples = toy.held_out_examples(task, args.examples)
         right = {}
         for start in range(0, len(examples), 64):
             chunk = examples[start : start + 64]
-            first = task.order == "question-first"
-            prompts = [encode_prompt(processor, model.config, x, question_first=first)
-                       for x in chunk]  # fmt: skip
+            prompts = [encode_prompt(processor, x) for x in chunk]
             batch = collate(model, prompts, tokenizer.pad_token_id)
             assert batch.mask is None  # every question has the same number of words
             words = [tokenizer.encode(x.response, add_special_tokens=False) for x in chunk]

@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,24 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
 import sft
 import toy
-from prompts import Prompt, collate, encode_prompt
+from prompts import Processor, Prompt, PromptConfig, collate, encode_prompt
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much on a busy machine
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+
+
+def toy_args(script, **fields):
+    """The arguments that the command line would give on a toy."""
+    return script.Args(**script.TOY | fields)
+
+
+def load(path, **options) -> tuple[torch.nn.Module, Processor]:
+    return common.load_model(path, **options), common.load_processor(path)
+
+
+def question_first(processor: Processor) -> Processor:
+    return replace(processor, prompt_config=PromptConfig({}, question_first=True))
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +78,7 @@ def family(request) -> str:
 @pytest.fixture
 def loaded(checkpoints, family):
     """(model, processor) of one family, all weights trainable."""
-    return common.load_model(checkpoints[family], train_vision=True)
+    return load(checkpoints[family], train_vision=True)
 
 
 def make_prompts(
@@ -76,7 +90,7 @@ def make_prompts(
     for kind, grid, count in zip(kinds, grids, frames, strict=False):
         task = toy.Task(grid=grid, frames=count if kind == "video" else None)
         example = toy.sample_example(rng, task)
-        prompts.append(encode_prompt(processor, model.config, example, question_first=True))
+        prompts.append(encode_prompt(question_first(processor), example))
     return prompts
 
 
@@ -101,7 +115,7 @@ def unpacked(model, prompt, response_ids, **kwargs):
     positions = torch.cat([prompt.positions, steps], dim=1)[:, None]
     names = (
         ("pixel_values_videos", "video_grid_thw")
-        if prompt.example.is_video
+        if prompt.is_video
         else ("pixel_values", "image_grid_thw")
     )
     media = dict(zip(names, (prompt.pixels, prompt.grid[None]), strict=True))
@@ -115,7 +129,7 @@ SMALL = {"eval_examples": 8, "prompts_per_step": 2, "group_size": 4, "micro_batc
 def cold_start(tmp_path_factory) -> Path:
     """A toy that has the format and guesses the colour, so that rewards differ within a group."""
     out = tmp_path_factory.mktemp("runs") / "sft"
-    sft.main(sft.Args(out=str(out), steps=60, eval_examples=8, watch_above=1.0))
+    sft.main(toy_args(sft, out=str(out), steps=60, eval_examples=8, eval_above=1.0))
     return out / "checkpoint"
 
 
@@ -128,7 +142,7 @@ def train(cold_start, tmp_path):
         fields = {"model": str(cold_start), "steps": steps, "learning_rate": 1e-3} | SMALL | fields
         if script is sft:
             fields = {k: v for k, v in fields.items() if k != "group_size"} | {"stop_accuracy": 2.0}
-        script.main(script.Args(out=str(out), **fields))
+        script.main(toy_args(script, out=str(out), **fields))
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         lines = [{k: v for k, v in x.items() if not k.startswith("perf/")} for x in lines]
         return lines, load_file(out / "checkpoint" / "model.safetensors")
@@ -144,7 +158,8 @@ def same(a: dict, b: dict) -> bool:
 def teacher(tmp_path_factory) -> Path:
     """A larger toy, with more layers and heads than the student."""
     out = tmp_path_factory.mktemp("runs") / "teacher"
-    sft.main(sft.Args(out=str(out), steps=20, eval_examples=8, watch_above=1.0, toy_size="large"))
+    fields = {"steps": 20, "eval_examples": 8, "eval_above": 1.0, "toy_size": "large"}
+    sft.main(toy_args(sft, out=str(out), **fields))
     return out / "checkpoint"
 
 

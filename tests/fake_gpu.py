@@ -275,7 +275,7 @@ def load(config: Any, **fields: Any) -> torch.nn.Module:
         model.generation_config.eos_token_id = [1]
         return model, {"missing_keys": []}
 
-    processor = types.SimpleNamespace(end_ids={1})
+    processor = types.SimpleNamespace(config=config, end_ids={1})
     add_adapters = common.add_adapters
 
     def add_adapters_without_storage(*args):
@@ -284,10 +284,10 @@ def load(config: Any, **fields: Any) -> torch.nn.Module:
 
     with (
         mock.patch.object(common.AutoModelForImageTextToText, "from_pretrained", from_pretrained),
-        mock.patch.object(common, "load_processor", lambda *_, **__: (config, processor)),
+        mock.patch.object(common, "load_processor", lambda *_, **__: processor),
         mock.patch.object(common, "add_adapters", add_adapters_without_storage),
     ):
-        return common.load_model("checkpoint", **fields)[0]
+        return common.load_model("checkpoint", **fields)
 
 
 def step(

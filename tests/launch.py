@@ -11,11 +11,13 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import runs
+import toy
 
 FRAMES = []
 
@@ -64,12 +66,20 @@ def plant(place: str, do: str, calls: int = sys.maxsize) -> None:
     setattr(owner, name, planted)
 
 
+def defaults_of(script):
+    """What the script gives to `run_script`."""
+    if script.__name__ == "evaluate":
+        return script.defaults
+    unset = {"unset": None} if script.__name__ == "sft" else {}
+    return partial(toy.defaults, script.TOY, **unset)
+
+
 def launch(case: dict) -> None:
     for what in case["plants"]:
         plant(*what)
     script = importlib.import_module(case["script"])
     sys.argv = [script.__file__, *case["argv"]]
-    runs.run_script(script.Args, script.main, script.__doc__)
+    runs.run_script(script.Args, script.main, script.__doc__, defaults_of(script))
 
 
 def fork(case: dict) -> int:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_prompts, make_rollout, unpacked
+from conftest import load, make_prompts, make_rollout, toy_args, unpacked
 from transformers import AutoModelForImageTextToText
 
 import attn_distill
@@ -39,23 +39,23 @@ def test_captured_attention_is_eager_attention(
     layers = [-1, 0] if row == "predicting" else [0]
     generator = torch.Generator().manual_seed(1)
     scores = common.score(model, rollout, attn_layers=layers)
-    policies = [ral_grpo.attention_policy(rows, row) for rows in scores.attentions]
+    assert list(scores.attentions) == layers
+    by_layer = {layer % 2: rows for layer, rows in scores.attentions.items()}
+    policies = [ral_grpo.attention_policy(by_layer[layer], row) for layer in sorted(by_layer)]
     assert all(policy.isfinite().all() for policy in policies)  # behind short responses too
     longest = rollout.prompts.ids.shape[1]
     captured, expected, ours, theirs = [], [], 0.0, 0.0
     for index, layer in enumerate(sorted(layer % 2 for layer in layers)):
         for b, prompt in enumerate(prompts):
             for g in range(3):
-                t = int(rollout.completion_mask[b, g].sum())
+                t = int(rollout.response_mask[b, g].sum())
                 pad = longest - len(prompt.ids)
                 policy = policies[index][b, g, :t]
                 assert policy[:, :pad].abs().max() == 0 if pad else True
                 policy = torch.cat(
                     [policy[:, pad:longest], policy[:, longest : longest + t]], dim=1
                 )
-                reference = eager_policy(
-                    eager, prompt, rollout.completion_ids[b, g, :t], layer, row
-                )
+                reference = eager_policy(eager, prompt, rollout.response_ids[b, g, :t], layer, row)
                 weights = torch.randn(policy.shape, generator=generator)
                 ours, theirs = ours + (policy * weights).sum(), theirs + (reference * weights).sum()
                 captured.append(policy.flatten())
@@ -77,8 +77,8 @@ def test_captured_attention_is_eager_attention(
 def test_rows_sum_to_one_and_see_no_future(loaded):
     model, processor = loaded
     rollout = make_rollout(model, processor, make_prompts(model, processor))
-    rows = common.score(model, rollout, attn_layers=[-1]).attentions[0]
-    b, g, t = rollout.completion_ids.shape
+    rows = common.score(model, rollout, attn_layers=[-1]).attentions[-1]
+    b, g, t = rollout.response_ids.shape
     assert rows.shape == (b, g, t + 1, rollout.prompts.ids.shape[1] + t)
     for seen in (rows, *(ral_grpo.attention_policy(rows, row) for row in ("predicting", "own"))):
         torch.testing.assert_close(seen.sum(-1), torch.ones(seen.shape[:-1]))
@@ -100,8 +100,7 @@ def test_the_policy_by_hand(script):
     own = script.attention_policy(rows[None, None], "own")
     expected = torch.tensor([[[[0.25, 0.75, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]]])
     torch.testing.assert_close(own, expected)
-    compared = getattr(script, "divergence", None) or script.jsd
-    compared(own, torch.full_like(own, 0.25)).sum().backward()
+    script.divergence(own, torch.full_like(own, 0.25)).sum().backward()
     assert rows.grad.isfinite().all()
 
 
@@ -111,12 +110,12 @@ def test_what_is_kept_of_a_rollout_is_its_policy_and_no_more(loaded):
     rollout = make_rollout(model, processor, make_prompts(model, processor))
     for row in ("own", "predicting"):
         for anchor in ("rollout", "reference"):
-            args = ral_grpo.Args(attn_row=row, attn_anchor=anchor)
+            args = toy_args(ral_grpo, attn_row=row, attn_anchor=anchor)
             batch = ral_grpo.Batch(rollout, torch.ones(2, 3, 1))
             ral_grpo.score_reference(model, [batch], args)
             assert (batch.old_attn is None) == (anchor == "rollout")
             ral_grpo.loss_terms(model, batch, args)
-            kept, t = batch.old_attn, rollout.completion_ids.shape[-1]
+            kept, t = batch.old_attn, rollout.response_ids.shape[-1]
             assert kept.shape == (2, 3, t, rollout.prompts.ids.shape[1] + t)
             assert not kept.requires_grad
             assert kept.untyped_storage().nbytes() == 4 * kept.numel()
@@ -134,7 +133,7 @@ def saved_bytes(model, rollout, layers, row="predicting") -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         scores = common.score(model, rollout, attn_layers=layers)
         loss = scores.logps.sum() + sum(
-            ral_grpo.attention_policy(rows, row).pow(2).sum() for rows in scores.attentions
+            ral_grpo.attention_policy(rows, row).pow(2).sum() for rows in scores.attentions.values()
         )
     del loss
     return sum(kept.values())
@@ -143,7 +142,7 @@ def saved_bytes(model, rollout, layers, row="predicting") -> int:
 def test_the_policys_memory_grows_with_t_times_p(checkpoints):
     """Not with P squared: three times the prompt costs about three times, far from nine. `own`
     keeps one more copy, of what it divides."""
-    model, processor = common.load_model(checkpoints["qwen2_vl"])
+    model, processor = load(checkpoints["qwen2_vl"])
     costs = {"predicting": [], "own": []}
     for grid in (8, 14):  # about 80 and 210 prompt positions
         rollout = make_rollout(model, processor, make_prompts(model, processor, grids=(grid, grid)))
@@ -152,6 +151,6 @@ def test_the_policys_memory_grows_with_t_times_p(checkpoints):
             cost.append(saved_bytes(model, rollout, [-1], row) - without)
     for short, long in costs.values():
         assert short > 0 and long / short < 1.2 * 210 / 78
-    b, g, t = rollout.completion_ids.shape
+    b, g, t = rollout.response_ids.shape
     policy = 4 * b * g * t * (rollout.prompts.ids.shape[1] + t)
     assert costs["own"][1] - costs["predicting"][1] < 1.1 * policy

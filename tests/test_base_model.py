@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import load
 from peft import PeftModel
 from PIL import Image
 from real import BASE_TEMPLATES, TEMPLATE, write_base_model
@@ -21,7 +22,7 @@ import kd_baseline
 import ral_grpo
 import runs
 import sft
-from prompts import Example, collate, encode_prompt
+from prompts import Example, Media, collate, encode_prompt
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 SMALL = {"steps": 1, "prompts_per_step": 2, "micro_batch_size": 1, "max_new_tokens": 4}
@@ -51,16 +52,18 @@ def render(checkpoint: Path, kind: str) -> str:
 
 @pytest.mark.parametrize("name", BASE_TEMPLATES)
 def test_a_base_model_is_asked_as_its_instruct_sibling(bases, name, capsys):
-    common.note_once.cache_clear()
-    config, processor = common.load_processor(bases / name)
+    common.print_once.cache_clear()
+    processor = common.load_processor(bases / name)
     common.load_model(bases / name)
     (line,) = capsys.readouterr().out.splitlines()  # read twice, said once
     reasons = ("renders nothing", "concatenate", "does not render the question", "it has none")
     reason = dict(zip(BASE_TEMPLATES, reasons, strict=True))[name]
     assert reason in line and "ChatML" in line and str(bases / name) in line
     for kind, frames in (("image", 1), ("video", 4)):
-        example = Example("What is it?", "", [Image.new("RGB", (56, 56))] * frames, frames > 1)
-        prompt = encode_prompt(processor, config, example)
+        example = Example(
+            "What is it?", "", [Media([Image.new("RGB", (56, 56))] * frames, frames > 1)]
+        )
+        prompt = encode_prompt(processor, example)
         # A frame is enlarged to 12 x 12 tokens, the least that the family gives one of a video.
         pads = f"<|{kind}_pad|>" * (frames // 2 * 12**2 if frames > 1 else 2**2)
         assert processor.tokenizer.decode(prompt.ids) == (
@@ -74,7 +77,7 @@ def test_a_template_that_works_in_another_file_is_used(bases, tmp_path, name, ca
     write_base_model(tmp_path, "qwen2_vl", name)
     other = TEMPLATE.replace("helpful", "terse")
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": other}))
-    _, processor = common.load_processor(tmp_path)
+    processor = common.load_processor(tmp_path)
     assert processor.tokenizer.chat_template == other
     assert "another of its files" in capsys.readouterr().out
     assert processor.files["chat_template.jinja"].decode() == other
@@ -84,14 +87,14 @@ def test_a_client_does_not_get_a_broken_template_beside_a_good_one(tmp_path):
     """AutoProcessor prefers chat_template.json, AutoTokenizer does not read it."""
     write_base_model(tmp_path, "qwen2_vl", "empty")
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
-    _, processor = common.load_processor(tmp_path)
+    processor = common.load_processor(tmp_path)
     written = json.loads(processor.files["chat_template.json"])["chat_template"]
     assert processor.tokenizer.chat_template == written == TEMPLATE
 
 
 def test_a_chat_model_stays_as_it_is(real, capsys):
-    common.note_once.cache_clear()
-    _, processor = common.load_processor(real / "qwen2_vl")
+    common.print_once.cache_clear()
+    processor = common.load_processor(real / "qwen2_vl")
     assert not capsys.readouterr().out and processor.tokenizer.chat_template == TEMPLATE
     for name, content in processor.files.items():
         assert (real / "qwen2_vl" / name).read_bytes() == content
@@ -102,14 +105,13 @@ def test_both_ends_end_a_response(bases, tmp_path):
     write_base_model(tmp_path, "qwen2_vl")
     (tmp_path / "generation_config.json").unlink()
     for path in (bases / "empty", tmp_path):
-        model, processor = common.load_model(path)
+        model, processor = load(path)
         ids = processor.tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
         assert model.generation_config.eos_token_id == sorted(ids)
-    prompt = encode_prompt(
-        processor, model.config, Example("q", "", [Image.new("RGB", (56, 56))], False, "yes")
-    )
+    example = Example("q", "", [Media([Image.new("RGB", (56, 56))])], "yes")
+    prompt = encode_prompt(processor, example)
     rollout = sft.demonstrations(model, processor, [prompt])
-    assert rollout.completion_ids[0, 0, -1] == ids[1]
+    assert rollout.response_ids[0, 0, -1] == ids[1]
     assert processor.tokenizer.pad_token_id == ids[0]
     assert collate(model, [prompt], processor.tokenizer.pad_token_id).mask is None
 
@@ -151,7 +153,7 @@ def test_a_base_model_trains_and_its_checkpoint_is_whole(
     assert metrics["train/grad_norm"] > 0
     capsys.readouterr()
 
-    videos = {prompt.example.is_video for prompt in seen}
+    videos = {prompt.is_video for prompt in seen}
     assert videos == {False, True} if on_data else videos == {"frames" in fields}
     if fields.get("frames") == 32 and not on_data:
         assert {int(prompt.grid[0]) for prompt in seen} == {16}
@@ -168,7 +170,7 @@ def test_a_base_model_trains_and_its_checkpoint_is_whole(
     ends = set(GenerationConfig.from_pretrained(checkpoint).eos_token_id)
     assert ends == set(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
     for prompt in seen[:: len(seen) // 4 or 1]:
-        kind = "video" if prompt.example.is_video else "image"
+        kind = "video" if prompt.is_video else "image"
         before, after = render(checkpoint, kind).split("What is it?")
         pad = f"<|{kind}_pad|>"
         visual = int(prompt.grid.prod()) // 4
@@ -199,7 +201,7 @@ def test_the_command_of_the_readme(bases, tmp_path):
 def test_the_config_keeps_the_layout_of_the_base(bases, tmp_path):
     """transformers 4 does not read that of 5: it has `rope_scaling` where 5 has
     `rope_parameters`."""
-    model, processor = common.load_model(bases / "empty")
+    model, processor = load(bases / "empty")
     common.save_model(tmp_path / "checkpoint", model, processor)
     before, after = (
         json.loads((path / "config.json").read_text())

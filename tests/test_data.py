@@ -17,8 +17,8 @@ import data
 import grpo_baseline
 from answers import option_texts
 from common import accuracy
-from prompts import Prompt
-from runs import Skipped, UsageError
+from prompts import Prompt, PromptConfig
+from runs import BadRows, UsageError
 
 ROW = {
     "problem": "What is it?",
@@ -47,8 +47,8 @@ def test_a_row_reads_as_written(tmp_path):
     assert (example.problem, example.solution) == ("What is it?", "a cat")
     assert (example.problem_type, example.options) == ("free-form", ("A. x", "B. y"))
     assert (example.source, example.response) == ("s", "<think>t</think>")
-    assert example.name == "rows.json row 1" and not example.is_video
-    assert example.media[0].size == (40, 30)
+    assert example.name == "rows.json row 1" and not example.media[0].is_video
+    assert example.media[0].frames[0].size == (40, 30)
 
 
 texts = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -206,7 +206,7 @@ def test_a_solution_is_the_letter_of_an_option_that_the_prompt_shows(
     fields = {"problem_type": "multiple choice", "options": options, "solution": solution}
     example = open_rows(media, json.dumps(ROW | fields)).example(0)
     assert (example.options, example.solution) == (shown, letter)
-    lines = grpo_baseline.ask(example, think=True).splitlines()
+    lines = PromptConfig(grpo_baseline.PROMPTS).ask(example).splitlines()
     assert all(option in lines for option in shown)
 
 
@@ -263,7 +263,7 @@ def test_a_link_into_another_root_is_followed(media):
     path = media / "rows.jsonl"
     path.write_text(json.dumps(ROW | {"path": "link.png"}))
     roots = [str(media), str(media.parent)]
-    assert data.DataFile(str(path), roots).example(0).media[0].size == (40, 30)
+    assert data.DataFile(str(path), roots).example(0).media[0].frames[0].size == (40, 30)
 
 
 def test_transparency_becomes_white(tmp_path):
@@ -338,7 +338,7 @@ class Rows:
     def example(self, row):
         if row % 5 == 0:
             raise data.BadRow("is a multiple of 5")
-        return data.Example(str(row), "", [], False)
+        return data.Example(str(row), "", [])
 
     def place(self, row):
         return f"row {row}"
@@ -351,7 +351,7 @@ def encode(example):
 
 def read(workers=0, seed=1, count=100, most=1.0):
     prompts = data.Prompts(Rows(), encode, np.arange(50), seed)
-    skipped = Skipped(most, 50)
+    skipped = BadRows(most, 50)
     reader = data.Reader(prompts, range(count), workers, skipped)
     return [int(prompt.ids) for prompt in reader], skipped
 
@@ -378,7 +378,7 @@ def test_what_is_read_depends_on_the_seed_and_the_number_alone():
 def test_too_many_bad_rows_stop_the_run(tmp_path):
     with pytest.raises(UsageError, match=r"--max-skipped 0.1: 6 bad rows among the first \d+"):
         read(most=0.1)
-    skipped = Skipped(0.01, 100_000)
+    skipped = BadRows(0.01, 100_000)
     for n in range(10):
         skipped.add({f"row {n}": "x"})  # 1% of the first 1,000 rows
         skipped.add({f"row {n}": "x"})  # met again, counted once
@@ -403,8 +403,8 @@ def test_the_generated_rows_are_what_they_should_be(tmp_path):
     for row in range(len(file)):
         try:
             example = file.example(row)
-            assert example.is_video or len(example.media) == 1
+            assert example.media[0].is_video or len(example.media[0].frames) == 1
         except data.BadRow:
             bad.append(row)
     assert len(file) == 20 and bad == [14, 19]
-    assert [len(file.example(row).media) for row in (15, 16, 17, 18)] == [1, 4, 4, 4]
+    assert [len(file.example(row).media[0].frames) for row in (15, 16, 17, 18)] == [1, 4, 4, 4]

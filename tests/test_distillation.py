@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_prompts, make_rollout, same
+from conftest import load, make_prompts, make_rollout, same, toy_args
 from scipy.stats import entropy
 
 import attn_distill
@@ -74,7 +74,7 @@ def test_a_vocabulary_padded_further_is_cut():
 
 def test_jsd_is_that_of_ral():
     p, q = logits(0).softmax(-1), logits(1).softmax(-1)
-    assert torch.equal(attn_distill.jsd(p, q), ral_grpo.divergence(p, q))
+    assert torch.equal(attn_distill.divergence(p, q), ral_grpo.divergence(p, q))
 
 
 def distilled(model, processor, lengths, **fields):
@@ -82,15 +82,15 @@ def distilled(model, processor, lengths, **fields):
     prompts = make_prompts(model, processor, grids=(4, 4))
     rollout = make_rollout(model, processor, prompts, lengths=lengths)
     batch = attn_distill.Batch(rollout, torch.zeros(*rollout.truncated.shape, 1), rollout)
-    return batch, attn_distill.Args(rl_coef=0.0, mu_gkd=0.0, **fields)
+    return batch, toy_args(attn_distill, rl_coef=0.0, mu_gkd=0.0, **fields)
 
 
 def test_the_sum_is_the_mean_times_the_length(checkpoints, monkeypatch):
     """By hand: divergences 1, 2, 3, ... nats at tokens 1, 2, 3, ...; padding is not counted."""
-    model, processor = common.load_model(checkpoints["qwen2_vl"])
+    model, processor = load(checkpoints["qwen2_vl"])
     lengths = ((5, 3, 6), (1, 4, 2))
     monkeypatch.setattr(
-        attn_distill, "jsd", lambda p, q: 0 * p.sum(-1) + torch.arange(1, p.shape[2] + 1)
+        attn_distill, "divergence", lambda p, q, _: 0 * p.sum(-1) + torch.arange(1, p.shape[2] + 1)
     )
     for reduction, expected in (
         ("sum", [[15.0, 6.0, 21.0], [1.0, 10.0, 3.0]]),
@@ -109,8 +109,8 @@ def test_the_sum_is_the_mean_times_the_length(checkpoints, monkeypatch):
 
 def test_the_gradient_of_long_responses_is_finite_and_logged(checkpoints):
     """768 tokens: the sum's gradient is 768 times the mean's, and the step is bounded."""
-    student, processor = common.load_model(checkpoints["qwen2_vl"])
-    teacher, _ = common.load_model(checkpoints["qwen2_vl"])
+    student, processor = load(checkpoints["qwen2_vl"])
+    teacher, _ = load(checkpoints["qwen2_vl"])
     with torch.no_grad():
         for parameter in teacher.model.language_model.parameters():
             parameter += 0.3 * torch.randn_like(parameter) * parameter.std()
@@ -162,12 +162,12 @@ def test_one_seed_reproduces_a_run_without_rewards(train, teacher, script):
 @pytest.mark.parametrize("bins", ["tokens", "frames"])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_distilling_a_model_from_itself_does_nothing(checkpoints, cold_start, bins, beta):
-    model, processor = common.load_model(cold_start)
-    itself, _ = common.load_model(cold_start)
-    other, _ = common.load_model(checkpoints["qwen2_vl"])
+    model, processor = load(cold_start)
+    itself, _ = load(cold_start)
+    other, _ = load(checkpoints["qwen2_vl"])
     prompts = make_prompts(model, processor, ("video", "image"))
     rollout = make_rollout(model, processor, prompts)
-    args = attn_distill.Args(rl_coef=0.0, gkd_beta=beta, attn_bins=bins)
+    args = toy_args(attn_distill, rl_coef=0.0, gkd_beta=beta, attn_bins=bins)
     norms = []
     for teacher in (itself, other):
         with torch.no_grad():
@@ -192,7 +192,7 @@ def test_frame_bins_are_a_plain_loop(loaded, kinds):
     prompts = make_prompts(model, processor, kinds, frames=(7, 4))
     rollout = make_rollout(model, processor, prompts)
     with torch.no_grad():
-        rows = common.score(model, rollout, attn_layers=[-1]).attentions[0]
+        rows = common.score(model, rollout, attn_layers=[-1]).attentions[-1]
     attention = attn_distill.attention_policy(rows, "own")
     bins = attn_distill.frame_bins(attention, rollout.prompts, model.config)
     longest = rollout.prompts.ids.shape[1]

@@ -3,16 +3,19 @@
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import toy_args
 from PIL import Image
 
 import common
 import evaluate
+import pictures
 import runs
-from prompts import Example, collate
+from prompts import Example, Media, PromptConfig, collate
 
 
 def predictions(out):
@@ -20,7 +23,7 @@ def predictions(out):
 
 
 def test_it_goes_on_where_it_stopped(cold_start, tmp_path):
-    args = evaluate.Args(model=str(cold_start), examples=20, batch_size=8, overlay=2)
+    args = toy_args(evaluate, model=str(cold_start), examples=20, batch_size=8, overlay=2)
     whole = evaluate.main(replace(args, out=str(tmp_path / "whole")))
     assert len(list((tmp_path / "whole").glob("overlay-*.png"))) == 2
     part = tmp_path / "part"
@@ -36,7 +39,7 @@ def test_it_goes_on_where_it_stopped(cold_start, tmp_path):
 
 def test_another_evaluation_is_not_mixed_in(cold_start, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    args = evaluate.Args(model=str(cold_start), examples=4, out=str(out))
+    args = toy_args(evaluate, model=str(cold_start), examples=4, out=str(out))
     evaluate.main(args)
     with pytest.raises(runs.UsageError, match="another examples"):
         evaluate.main(replace(args, examples=5))
@@ -54,7 +57,7 @@ def test_another_evaluation_is_not_mixed_in(cold_start, tmp_path, monkeypatch):
 def test_another_model_at_the_same_place_is_not_taken_for_the_old_one(cold_start, tmp_path):
     model = tmp_path / "run" / "checkpoint"
     shutil.copytree(cold_start, model)
-    args = evaluate.Args(model=str(model), examples=4, out=str(tmp_path / "out"))
+    args = toy_args(evaluate, model=str(model), examples=4, out=str(tmp_path / "out"))
     evaluate.main(args)
     os.utime(model / "model.safetensors", (1, 1))
     with pytest.raises(runs.UsageError, match="another inputs"):
@@ -68,7 +71,7 @@ def test_another_model_at_the_same_place_is_not_taken_for_the_old_one(cold_start
 
 def test_the_tokens_of_an_answer_are_those_in_its_tags(cold_start):
     """A short answer is in many words of a thought; the toy's thought names its finding."""
-    tokenizer = common.load_processor(cold_start)[1].tokenizer
+    tokenizer = common.load_processor(cold_start).tokenizer
     text = "<think> star red </think> <answer> red </answer>"
     ids = tokenizer.encode(text, add_special_tokens=False)
     at = [i for i, x in enumerate(ids) if x == tokenizer.convert_tokens_to_ids("red")]
@@ -79,10 +82,12 @@ def test_the_tokens_of_an_answer_are_those_in_its_tags(cold_start):
 
 
 def test_the_toys_pictures_are_not_resized(cold_start, tmp_path):
-    args = evaluate.Args(model=str(cold_start), out=str(tmp_path / "out"), max_pixels=(6272,))
+    args = toy_args(evaluate, model=str(cold_start), out=str(tmp_path / "out"), max_pixels=(6272,))
     with pytest.raises(runs.UsageError, match=r"--max-pixels.*not for the toy"):
         evaluate.main(args)
-    grid = evaluate.Args(model=str(cold_start), out=str(tmp_path / "out"), grid=(17,), examples=2)
+    grid = toy_args(
+        evaluate, model=str(cold_start), out=str(tmp_path / "out"), grid=(17,), examples=2
+    )
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "collate", lambda *a: seen.append(collate(*a)) or seen[-1])
@@ -90,17 +95,48 @@ def test_the_toys_pictures_are_not_resized(cold_start, tmp_path):
     assert seen[0].grids.tolist() == [[1, 34, 34]] * 2
 
 
-def test_a_model_is_asked_as_it_was_trained(tmp_path):
-    for think in (True, False):
-        (tmp_path / "args.json").write_text(json.dumps({"think": think}))
-        assert evaluate.asks_to_think(tmp_path / "checkpoint") is think
-    (tmp_path / "args.json").write_text("[]")
-    for model in (tmp_path / "checkpoint", tmp_path / "elsewhere" / "checkpoint"):
-        assert evaluate.asks_to_think(model) is True
+def test_a_model_is_asked_as_it_was_trained(real, tmp_path, monkeypatch, capsys):
+    """In the words of a fork, without a thought, by its accuracy rule."""
+    asked = PromptConfig({"answer": "Say it.", "OCR": "In capitals."}, False, "exact")
+    processor = common.load_processor(real / "qwen2_vl")
+    processor.prompt_config = asked
+    shutil.copytree(real / "qwen2_vl", tmp_path / "checkpoint")
+    processor.save(tmp_path / "checkpoint")
+    texts, models = [], (tmp_path / "checkpoint", real / "qwen2_vl")
+    encode = evaluate.encode_prompt
+
+    def keep(processor, example):
+        prompt = encode(processor, example)
+        texts.append(processor.tokenizer.decode(prompt.ids))
+        return prompt
+
+    monkeypatch.setattr(evaluate, "encode_prompt", keep)
+    for model in models:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", str(model)])
+        fields = {"examples": 1, "workers": 0, "max_new_tokens": 4}
+        fields |= {"out": str(tmp_path / f"eval-{model.name}")}
+        fields |= {"data": str(real / "rows.json"), "media_root": (str(real / "media"),)}
+        args = evaluate.Args(
+            **evaluate.defaults() | fields | {"out": str(tmp_path / f"eval-{model.name}")}
+        )
+        own = model.name == "checkpoint"
+        assert (args.think, args.accuracy_rule) == ((False, "exact") if own else (True, "by-type"))
+        evaluate.main(args)
+    assert "Say it." in texts[0] and "<think>" not in texts[0]
+    assert "Think first, inside <think>" in texts[1] and "Say it." not in texts[1]
+    assert "has no prompt.json" in capsys.readouterr().out
+
+
+def test_a_prompt_configuration_that_cannot_be_used_is_one_line(real, tmp_path, monkeypatch):
+    shutil.copytree(real / "qwen2_vl", tmp_path / "checkpoint")
+    for content in ("[", '{"prompts": {"answer": 3}}', '{"prompt": {}}', '{"prompts": []}'):
+        (tmp_path / "checkpoint" / "prompt.json").write_text(content)
+        with pytest.raises(runs.UsageError, match=r"^--model .*: its prompt\.json cannot be used"):
+            common.load_processor(tmp_path / "checkpoint")
 
 
 def test_a_rank_whose_rows_are_all_bad_draws_nothing(tmp_path):
-    evaluate.draw_looks(tmp_path / "a.png", {"before": [], "after": []})
+    pictures.draw_attention(tmp_path / "a.png", {"before": [], "after": []})
     assert not (tmp_path / "a.png").exists()
 
 
@@ -108,11 +144,11 @@ def test_dollars_are_no_formula(cold_start, tmp_path):
     """Rows of geometry have LaTeX in questions and answers."""
     record = {"accuracy": 0.0, "response": r"<answer>$$ \foo$</answer>"}
     record |= {"problem": r"Is $\parallelogram ABCD$ a square?", "solution": "$x"}
-    media = [Image.new("RGB", (56, 56))]
-    example = Example(record["problem"], "$x", media, False)
-    look = evaluate.Look(record, example, torch.ones(1, 4) / 4, ["$$"], (1, 2, 2))
-    evaluate.draw_overlay(tmp_path / "a.png", look)
-    evaluate.draw_looks(tmp_path / "b.png", {"$": [look]})
+    media = [Media([Image.new("RGB", (56, 56))])]
+    example = Example(record["problem"], "$x", media)
+    prediction = pictures.Prediction(record, example, torch.ones(1, 4) / 4, ["$$"], (1, 2, 2))
+    pictures.draw_overlay(tmp_path / "a.png", prediction)
+    pictures.draw_attention(tmp_path / "b.png", {"$": [prediction]})
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("a.png", "b.png"))
 
 
@@ -121,17 +157,19 @@ def test_bad_rows_of_an_interrupted_evaluation_do_not_stop_the_next(real, tmp_pa
     fields = {"data": str(real / "rows.json"), "media_root": (str(real / "media"),)}
     fields |= {"model": str(real / "qwen2_vl"), "max_pixels": (56 * 56,), "max_new_tokens": 4}
     fields |= {"frame_pixels": (56 * 56,), "frames": (2,), "workers": 0, "out": str(out)}
-    evaluate.main(evaluate.Args(**fields, max_skipped=0.2))
+    evaluate.main(toy_args(evaluate, **fields, max_skipped=0.2))
     lines = (out / "predictions.jsonl").read_bytes().splitlines(keepends=True)
     (out / "predictions.jsonl").write_bytes(b"".join(lines[:-1]))
     skipped = (out / "skipped.jsonl").read_bytes()
     (out / "skipped.jsonl").write_bytes(skipped + b'{"row": "cut o')
-    evaluate.main(evaluate.Args(**fields, max_skipped=0.15))
+    evaluate.main(toy_args(evaluate, **fields, max_skipped=0.15))
     assert (out / "skipped.jsonl").read_bytes() == skipped and len(predictions(out)) == 18
 
 
 def test_a_sweep_over_the_toys_grid(cold_start, tmp_path):
-    args = evaluate.Args(model=str(cold_start), examples=4, grid=(3, 5), out=str(tmp_path / "out"))
+    args = toy_args(
+        evaluate, model=str(cold_start), examples=4, grid=(3, 5), out=str(tmp_path / "out")
+    )
     evaluate.main(args)
     table = (tmp_path / "out" / "table.txt").read_text()
     assert "grid 3" in table and "grid 5" in table and "on target, row own" in table
@@ -140,7 +178,8 @@ def test_a_sweep_over_the_toys_grid(cold_start, tmp_path):
 
 def test_a_sweep_over_frames_with_real_data(real, tmp_path):
     out = tmp_path / "out"
-    args = evaluate.Args(
+    args = toy_args(
+        evaluate,
         model=str(real / "qwen2_5_vl"),
         data=str(real / "rows.json"),
         media_root=(str(real / "media"),),

@@ -60,7 +60,7 @@ def config_of(size: str, family=Qwen2VLConfig, layers: int = 4):
 def make_args(script, lora_rank: int, size: int = 1):
     fields = {"frames": 32, "max_new_tokens": 768, "gradient_checkpointing": True}
     fields |= {"lora_rank": lora_rank, "num_iterations": 1, "micro_batch_size": size}
-    return script.Args(**(script.REAL | fields))
+    return script.Args(**fields)
 
 
 STEPS = {
@@ -82,7 +82,7 @@ def test_a_step_runs_in_the_memory_it_was_expected_to_need(size, lora_rank, proc
         memory, compute_dtype=lambda: torch.bfloat16, LOGIT_CHUNK=2**26, ATTENTION_CHUNK=2**26
     ):
         frozen = [] if lora_rank else [config]
-        need = memory.memory_gb(config, args, lora_rank, frozen, processes)
+        need = memory.memory_gb(config, args, lora_rank, 8, frozen, processes=processes)
     for phase, parts in need.items():
         traced = peaks[phase].total() / fake_gpu.GIB
         assert sum(parts.values()) == pytest.approx(traced, rel=0.1), phase
@@ -120,8 +120,8 @@ def test_attention_without_a_mask_is_attention_with_it():
     own = torch.full((t, t), -torch.inf).triu(1)
     mask = F.pad(own, (p, 0))[None, None].repeat(1, 1, h // k, 1)
     weight, results = None, []
-    for response_mask in (mask, None):
-        layout = common.Layout(p, g, None, response_mask=response_mask)
+    for bias in (mask, None):
+        layout = common.Layout(p, g, None, response_bias=bias)
         out = common.response_attention(*inputs, 0.25, layout)
         weight = torch.randn_like(out) if weight is None else weight
         results.append([out, *torch.autograd.grad((out * weight).sum(), inputs)])

@@ -16,7 +16,7 @@ import common
 import data
 import ral_grpo
 import toy
-from prompts import Example, Processor, encode_prompt, process_media
+from prompts import Example, Media, Processor, PromptConfig, encode_prompt, process_media
 
 B_FRAMES = {"bf": "3", "g": "10", "sc_threshold": "0"}
 X265 = {"x265-params": "log-level=none:keyint=10:bframes=3:scenecut=0"}
@@ -227,33 +227,31 @@ SIZES = [
 
 @pytest.mark.parametrize(("size", "tokens", "expected"), SIZES)
 def test_a_frame_gets_the_tokens_of_the_family(size, tokens, expected):
-    assert ral_grpo.REAL["frame_pixels"] == 128 * 28 * 28
+    assert ral_grpo.Args.frame_pixels == 128 * 28 * 28
     processor = Processor(None, Qwen2VLImageProcessorPil(), frame_pixels=tokens * 28 * 28)
-    grid = process_media(processor, Example("", "", [Image.new("RGB", size)] * 2, True))[1]
+    grid = process_media(processor, Media([Image.new("RGB", size)] * 2, True))[1]
     assert grid.tolist() == [1, 2 * expected[0], 2 * expected[1]]
 
 
 def test_a_minimum_of_its_own_and_images_stay():
     frames = [Image.new("RGB", (2 * toy.CELL, 2 * toy.CELL))] * 2
     own = Qwen2VLImageProcessorPil(min_pixels=toy.CELL**2)  # as the toy's
-    assert process_media(Processor(None, own), Example("", "", frames, True))[1].tolist() == [
-        1,
-        4,
-        4,
-    ]
-    family = Processor(None, Qwen2VLImageProcessorPil())
-    assert process_media(family, Example("", "", frames[:1], False))[1].tolist() == [1, 4, 4]
+    small = Processor(None, None, own, PromptConfig({}))
+    assert process_media(small, Media(frames, True))[1].tolist() == [1, 4, 4]
+    family = Processor(None, None, Qwen2VLImageProcessorPil(), PromptConfig({}))
+    assert process_media(family, Media(frames[:1]))[1].tolist() == [1, 4, 4]
 
 
 @pytest.mark.parametrize(("kind", "tokens"), [("image", 1), ("video", 2 * 9)])
 def test_the_target_is_found_again_in_an_enlarged_picture(real, kind, tokens):
     """One red cell of 4 x 4. A frame becomes 12 x 12 tokens, so its cell has 9."""
-    config, processor = common.load_processor(real / "qwen2_vl")
+    processor = common.load_processor(real / "qwen2_vl")
     picture = Image.new("RGB", (112, 112), "white")
     picture.paste("red", (56, 28, 84, 56))  # row 1, column 2
     is_video = kind == "video"
-    media, target = [picture] * (4 if is_video else 1), (6, 16 + 6) if is_video else (6,)
-    prompt = encode_prompt(processor, config, Example("", "", media, is_video, target=target))
+    media = [Media([picture] * (4 if is_video else 1), is_video)]
+    target = (6, 16 + 6) if is_video else (6,)
+    prompt = encode_prompt(processor, Example("", "", media, target=target))
     green = prompt.pixels.view(len(prompt.pixels) // 4, 4, 3, -1)[:, :, 1].mean(dim=(1, 2))
     assert prompt.example.target == tuple((green < 0).nonzero()[:, 0].tolist())
     assert len(prompt.example.target) == tokens

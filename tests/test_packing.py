@@ -20,7 +20,7 @@ def test_packed_logps_are_unpacked_logps(loaded, kinds, temperature, monkeypatch
     ours, theirs = 0.0, 0.0
     for b, prompt in enumerate(prompts):
         for g in range(3):
-            ids = rollout.completion_ids[b, g][rollout.completion_mask[b, g]]
+            ids = rollout.response_ids[b, g][rollout.response_mask[b, g]]
             logits = unpacked(model, prompt, ids).logits[0, len(prompt.ids) - 1 : -1] / temperature
             logits[:, suppressed] = -torch.inf  # the prompt's last row predicts the first token
             distribution = torch.distributions.Categorical(logits=logits)
@@ -46,24 +46,21 @@ def test_padding_has_no_influence(loaded):
     prompts = make_prompts(model, processor)
     rollout = make_rollout(model, processor, prompts)
     together = common.score(model, rollout, attn_layers=[-1])
-    noise = torch.where(rollout.completion_mask, rollout.completion_ids, 3)
-    other = common.Rollout(rollout.prompts, noise, rollout.completion_mask, rollout.truncated)
+    noise = torch.where(rollout.response_mask, rollout.response_ids, 3)
+    other = common.Rollout(rollout.prompts, noise, rollout.response_mask, rollout.truncated)
     assert torch.equal(common.score(model, other).logps, together.logps)
     alone = make_rollout(model, processor, prompts[1:])
-    alone.completion_ids, alone.completion_mask = (
-        rollout.completion_ids[1:],
-        rollout.completion_mask[1:],
-    )
+    alone.response_ids, alone.response_mask = (rollout.response_ids[1:], rollout.response_mask[1:])
     logps = common.score(model, alone).logps
     torch.testing.assert_close(logps, together.logps[1:], atol=1e-5, rtol=0)
-    assert together.logps[~rollout.completion_mask].abs().max() == 0
+    assert together.logps[~rollout.response_mask].abs().max() == 0
 
 
 def test_vision_token_in_a_response_is_masked_and_disturbs_nobody(loaded):
     model, processor = loaded
     rollout = make_rollout(model, processor, make_prompts(model, processor))
     clean = common.score(model, rollout)
-    rollout.completion_ids[0, 1, 1] = model.config.image_token_id
+    rollout.response_ids[0, 1, 1] = model.config.image_token_id
     scores = common.score(model, rollout)
     others = torch.ones(2, 3, dtype=torch.bool)
     others[0, 1] = False
@@ -79,7 +76,7 @@ def test_placeholder_in_a_question_stays_text(loaded):
     model, processor = loaded
     example = make_prompts(model, processor)[0].example
     example.problem = "what <|image_pad|> colour is the star ?"
-    prompt = encode_prompt(processor, model.config, example)
+    prompt = encode_prompt(processor, example)
     assert int((prompt.ids == model.config.image_token_id).sum()) == 16
 
 

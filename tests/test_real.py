@@ -3,6 +3,8 @@ a data file of images and videos, and what a full-size model would get."""
 
 import json
 import re
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,8 +31,7 @@ import memory
 import ral_grpo
 import runs
 import sft
-import toy
-from prompts import Example, Processor, encode_prompt
+from prompts import Example, Media, Processor, PromptConfig, encode_prompt
 
 BUDGET = {"frames": 4, "max_pixels": 84 * 84, "frame_pixels": 56 * 56, "max_skipped": 0.2}
 
@@ -96,7 +97,8 @@ def test_train_save_and_evaluate(real, tmp_path, monkeypatch, script, family):
     args = {"model": str(checkpoint), "data": str(real / "rows.json"), "max_new_tokens": 6}
     args |= {"media_root": (str(real / "media"),), "out": str(tmp_path / "eval"), "workers": 0}
     args |= {"frames": (4,), "frame_pixels": (56 * 56,), "max_skipped": 0.2}
-    metrics = evaluate.main(evaluate.Args(**args))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", str(checkpoint)])
+    metrics = evaluate.main(evaluate.Args(**evaluate.defaults() | args))
     predictions = (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()
     assert len(predictions) == 18 and 0 <= metrics["eval/accuracy"] <= 1
     assert set(evaluated) == {script is not grpo_baseline}  # asked as it was trained
@@ -131,23 +133,25 @@ def test_sft_counts_epochs_and_follows_its_schedule(real, tmp_path):
     args = sft.Args(steps=10, warmup_steps=2, learning_rate=1.0, schedule="cosine")
     rates = [sft.learning_rate(step, args) for step in range(1, 11)]
     assert rates[0] == 0.5 and rates[1] == max(rates) and 0 < rates[-1] < 0.03
-    assert sft.learning_rate(9, sft.Args(steps=10, learning_rate=1.0, warmup_steps=2)) == 1.0
+    constant = replace(args, schedule="constant")
+    assert sft.learning_rate(9, constant) == 1.0
 
 
 def test_a_demonstration_is_thought_and_answer(real):
-    config, processor = common.load_processor(real / "qwen2_vl")
-    task = toy.Task(order="image-first")
-    example = Example("q", "A", [Image.new("RGB", (56, 56))], False, "I see.", problem_type="OCR")
+    processor = common.load_processor(real / "qwen2_vl")
+    media = [Media([Image.new("RGB", (56, 56))])]
+    example = Example("q", "A", media, "I see.", problem_type="OCR")
     for think, text in (
         (True, "<think>I see.</think>\n<answer>A</answer>"),
         (False, "<answer>A</answer>"),
     ):
         example.response = "I see."
-        prompt = sft.encode(example, processor, config, think, task, False)
+        processor.prompt_config = PromptConfig(sft.PROMPTS, think)
+        prompt = sft.encode_demonstration(processor, example)
         assert prompt.example.response == text
-    example.response = None
+    example.response, processor.prompt_config = None, PromptConfig(sft.PROMPTS)
     with pytest.raises(sft.BadRow, match="'process'"):
-        sft.encode(example, processor, config, True, task, False)
+        sft.encode_demonstration(processor, example)
 
 
 def test_check_data_reports_and_stops(real, tmp_path, capsys):
@@ -177,20 +181,19 @@ def test_a_prompt_that_is_too_long_is_skipped(real, tmp_path, capsys):
 
 
 def test_the_prompt_reads_as_the_family_writes_it(real):
-    config, processor = common.load_processor(real / "qwen2_vl")
+    processor = common.load_processor(real / "qwen2_vl")
     assert AutoTokenizer.from_pretrained(real / "qwen2_vl").get_vocab() == (
         processor.tokenizer.get_vocab()
     )
     example = Example(
         "What <|image_pad|> is it?",
         "A",
-        [Image.new("RGB", (112, 84))],
-        False,
+        [Media([Image.new("RGB", (112, 84))])],
         problem_type="multiple choice",
         options=("A. a red car", "B. a blue car"),
     )
-    task = toy.Task(order="image-first")
-    prompt = grpo_baseline.encode(example, processor, config, True, task, False)
+    processor.prompt_config = PromptConfig(grpo_baseline.PROMPTS)
+    prompt = encode_prompt(processor, example)
     text = processor.tokenizer.decode(prompt.ids)
     assert text == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -199,7 +202,8 @@ def test_the_prompt_reads_as_the_family_writes_it(real):
         " alone inside <answer> </answer> tags. The answer is the letter of one option.<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert int((prompt.ids == config.image_token_id).sum()) == 12  # the one in the question is text
+    placeholders = prompt.ids == processor.config.image_token_id
+    assert int(placeholders.sum()) == 12  # the one in the question is text
 
 
 def test_qwen3_vl_is_refused_in_one_line(tmp_path):
@@ -251,10 +255,11 @@ def test_a_7b_model_at_32_frames(tmp_path, config, model, parameters, vision, in
     assert (count, count - trained) == (parameters, vision)
     tokenizer = write_tokenizer(tmp_path)
     config.video_token_id = tokenizer.convert_tokens_to_ids(SPECIAL[-1])
-    budget = ral_grpo.REAL["frame_pixels"]
-    processor = Processor(tokenizer, Qwen2VLImageProcessorPil(), frame_pixels=budget)
+    image_processor, asked = Qwen2VLImageProcessorPil(), PromptConfig(ral_grpo.PROMPTS)
+    processor = Processor(config, tokenizer, image_processor, asked)
+    processor.frame_pixels = ral_grpo.Args.frame_pixels
     frames = [Image.new("RGB", (640, 480))] * 32
-    prompt = encode_prompt(processor, config, Example("What is it?", "", frames, True))
+    prompt = encode_prompt(processor, Example("What is it?", "", [Media(frames, True)]))
     assert prompt.grid.tolist() == [16, 18, 26]  # 252 x 364 pixels of 14, below 128 x 28 x 28
     assert prompt.pixels.shape == (16 * 18 * 26, 3 * 2 * 14 * 14)
     video = prompt.ids == config.video_token_id
@@ -280,7 +285,7 @@ def test_adapters_learn_at_a_rate_of_their_own(real, tmp_path, lora_rank, rate):
     run(kd_baseline, real, out, **fields)
     assert json.loads((out / "args.json").read_text())["learning_rate"] == rate
     assert "teacher/accuracy" not in (out / "metrics.jsonl").read_text()
-    run(kd_baseline, real, out, **fields, overwrite=True, judge_teacher=True)
+    run(kd_baseline, real, out, **fields, overwrite=True, evaluate_teacher=True)
     assert "teacher/accuracy" in (out / "metrics.jsonl").read_text()
 
 
@@ -313,10 +318,10 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(monkeypatch, gb, lora_ra
     )
     monkeypatch.setattr(memory, "available_gb", lambda: gb)
     monkeypatch.setattr(memory, "compute_dtype", lambda: torch.bfloat16)
-    fields = ral_grpo.REAL | {"max_new_tokens": 768, "frames": 32, "gradient_checkpointing": True}
+    fields = {"frames": 32, "gradient_checkpointing": True}
     args = ral_grpo.Args(model="m", beta=beta, lora_rank=lora_rank, **fields)
     if isinstance(outcome, int):
-        assert memory.fit_memory(args, config, beta > 0).lora_rank == outcome
+        assert memory.fit_memory(args, config, 8, beta > 0).lora_rank == outcome
     else:
         with pytest.raises(runs.UsageError, match=outcome):
-            memory.fit_memory(args, config, beta > 0)
+            memory.fit_memory(args, config, 8, beta > 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, same
+from conftest import SMALL, load, same, toy_args
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -87,7 +87,7 @@ def whole_runs(cold_start, teacher, tmp_path_factory) -> dict:
         if key not in made:
             made[key] = tmp_path_factory.mktemp("whole") / "run"
             fields = fields_of(script, cold_start, teacher, **changed)
-            script.main(script.Args(out=str(made[key]), **fields))
+            script.main(toy_args(script, out=str(made[key]), **fields))
         return made[key]
 
     return run
@@ -120,13 +120,13 @@ def test_a_killed_run_goes_on(
     with monkeypatch.context() as patch:
         kill(patch, ral_grpo if owner == "script" else runs, name, call, when)
         with pytest.raises(Killed):
-            ral_grpo.main(ral_grpo.Args(**fields))
+            ral_grpo.main(toy_args(ral_grpo, **fields))
     restore_signals()
     if name == "draw_looks":  # the run was over, all but for its pictures
         with pytest.raises(runs.UsageError, match="is at step 5, its end"):
-            ral_grpo.main(ral_grpo.Args(resume="auto", **fields))
+            ral_grpo.main(toy_args(ral_grpo, resume="auto", **fields))
     else:
-        ral_grpo.main(ral_grpo.Args(resume="auto", **fields))
+        ral_grpo.main(toy_args(ral_grpo, resume="auto", **fields))
     assert_same(tmp_path / "run", whole_runs(ral_grpo))
 
 
@@ -143,9 +143,9 @@ def test_every_script_goes_on(whole_runs, cold_start, teacher, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         kill(patch, script, "update", 4)
         with pytest.raises(Killed):
-            script.main(script.Args(**fields))
+            script.main(toy_args(script, **fields))
     restore_signals()
-    script.main(script.Args(resume=str(tmp_path / "run" / "state" / "step-000002"), **fields))
+    script.main(toy_args(script, resume=str(tmp_path / "run" / "state" / "step-000002"), **fields))
     assert_same(tmp_path / "run", whole_runs(script, **changed))
 
 
@@ -158,8 +158,8 @@ def test_skipped_rows_are_not_named_twice(real, tmp_path, monkeypatch):
             if name == "cut":
                 kill(patch, ral_grpo, "update", 4)
                 with pytest.raises(Killed):
-                    ral_grpo.main(ral_grpo.Args(out=str(tmp_path / name), **fields))
-        ral_grpo.main(ral_grpo.Args(out=str(tmp_path / name), resume="auto", **fields))
+                    ral_grpo.main(toy_args(ral_grpo, out=str(tmp_path / name), **fields))
+        ral_grpo.main(toy_args(ral_grpo, out=str(tmp_path / name), resume="auto", **fields))
     restore_signals()
     assert_same(tmp_path / "cut", tmp_path / "whole")
     assert outcome(tmp_path / "cut")[0][2]
@@ -167,30 +167,30 @@ def test_skipped_rows_are_not_named_twice(real, tmp_path, monkeypatch):
 
 def test_auto_without_a_state_begins(whole_runs, cold_start, teacher, tmp_path):
     fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"), resume="auto")
-    ral_grpo.main(ral_grpo.Args(**fields))
+    ral_grpo.main(toy_args(ral_grpo, **fields))
     assert_same(tmp_path / "run", whole_runs(ral_grpo))
 
 
 def test_an_older_state_gives_up_the_branch_after_it(whole_runs, cold_start, teacher, tmp_path):
     fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"))
-    ral_grpo.main(ral_grpo.Args(**fields))
+    ral_grpo.main(toy_args(ral_grpo, **fields))
     older = str(tmp_path / "run" / "state" / "step-000004")
     with pytest.MonkeyPatch.context() as patch:
         kill(patch, ral_grpo, "update", 1)
         with pytest.raises(Killed):
-            ral_grpo.main(ral_grpo.Args(**fields, resume=older))
+            ral_grpo.main(toy_args(ral_grpo, **fields, resume=older))
     restore_signals()
     assert [p.name for p in (tmp_path / "run" / "state").iterdir()] == ["step-000004"]
-    ral_grpo.main(ral_grpo.Args(**fields, resume="auto"))
+    ral_grpo.main(toy_args(ral_grpo, **fields, resume="auto"))
     assert_same(tmp_path / "run", whole_runs(ral_grpo))
 
 
 def test_a_file_shorter_than_at_the_state_is_one_line(cold_start, teacher, tmp_path):
     fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"))
-    ral_grpo.main(ral_grpo.Args(**fields | {"steps": 2}))
+    ral_grpo.main(toy_args(ral_grpo, **fields | {"steps": 2}))
     os.truncate(tmp_path / "run" / "metrics.jsonl", 20)
     with pytest.raises(runs.UsageError, match=r"metrics.jsonl is shorter .* \(20 of \d+ bytes\)"):
-        ral_grpo.main(ral_grpo.Args(resume="auto", **fields))
+        ral_grpo.main(toy_args(ral_grpo, resume="auto", **fields))
     restore_signals()
 
 
@@ -201,18 +201,18 @@ def test_sft_that_reached_its_accuracy_is_over(cold_start, tmp_path):
         judged = iter([0.1, 0.9])
         patch.setattr(sft, "evaluate", lambda *_, **__: ({"eval/accuracy": next(judged)}, []))
         patch.setattr(sft, "draw_looks", lambda *_: None)
-        sft.main(sft.Args(**fields, stop_accuracy=0.5))
+        sft.main(toy_args(sft, **fields, stop_accuracy=0.5))
     assert runs.good_states(tmp_path / "run")[-1].name == "step-000003"
     with pytest.raises(runs.UsageError, match="is at step 3, its end"):
-        sft.main(sft.Args(**fields, stop_accuracy=0.5, resume="auto"))
-    sft.main(sft.Args(**fields, stop_accuracy=2.0, resume="auto", allow_changed_args=True))
+        sft.main(toy_args(sft, **fields, stop_accuracy=0.5, resume="auto"))
+    sft.main(toy_args(sft, **fields, stop_accuracy=2.0, resume="auto", allow_changed_args=True))
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 10
 
 
 def test_a_finished_run_can_be_made_longer(whole_runs, cold_start, teacher, tmp_path):
     fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"))
-    ral_grpo.main(ral_grpo.Args(**fields | {"steps": 4}))
-    ral_grpo.main(ral_grpo.Args(resume="auto", **fields))
+    ral_grpo.main(toy_args(ral_grpo, **fields | {"steps": 4}))
+    ral_grpo.main(toy_args(ral_grpo, resume="auto", **fields))
     assert_same(tmp_path / "run", whole_runs(ral_grpo))
 
 
@@ -231,7 +231,7 @@ def test_a_signal_finishes_the_step_and_saves(
 
     monkeypatch.setattr(ral_grpo, "update", signalled)
     handlers = [signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)]
-    ral_grpo.main(ral_grpo.Args(**fields))
+    ral_grpo.main(toy_args(ral_grpo, **fields))
     assert [signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert len(calls) == 3 and [p.name for p in (tmp_path / "run" / "state").iterdir()] == [
         "step-000003"
@@ -239,7 +239,7 @@ def test_a_signal_finishes_the_step_and_saves(
     printed = capsys.readouterr().out
     assert "stopped after step 3; go on with: python" in printed and "--resume auto" in printed
     assert not (tmp_path / "run" / "checkpoint").exists()
-    ral_grpo.main(ral_grpo.Args(resume="auto", **fields))
+    ral_grpo.main(toy_args(ral_grpo, resume="auto", **fields))
     assert_same(tmp_path / "run", whole_runs(ral_grpo, save_every=0))
 
 
@@ -261,23 +261,23 @@ def test_a_signal_to_all_processes_does_not_end_the_readers(real, tmp_path, monk
 
     monkeypatch.setattr(ral_grpo, "update", signalled)
     out = tmp_path / "run"
-    ral_grpo.main(ral_grpo.Args(out=str(out), **fields | SMALL | FIELDS | {"save_every": 0}))
+    ral_grpo.main(toy_args(ral_grpo, out=str(out), **fields | SMALL | FIELDS | {"save_every": 0}))
     assert [p.name for p in (out / "state").iterdir()] == ["step-000002"]
 
 
 def test_changed_arguments_are_refused(cold_start, teacher, tmp_path):
     fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"))
-    ral_grpo.main(ral_grpo.Args(**fields | {"steps": 2}))
+    ral_grpo.main(toy_args(ral_grpo, **fields | {"steps": 2}))
     changed = fields | {"resume": "auto", "lambda_attn": 5.0, "seed": 3}
     words = "seed 1 -> 3; lambda_attn 1.0 -> 5.0\\).*--allow-changed-args"
     with pytest.raises(runs.UsageError, match=words):
-        ral_grpo.main(ral_grpo.Args(**changed))
+        ral_grpo.main(toy_args(ral_grpo, **changed))
     with pytest.raises(runs.UsageError, match="prompts_per_step times processes 2 -> 3"):
-        ral_grpo.main(ral_grpo.Args(**fields | {"resume": "auto", "prompts_per_step": 3}))
-    metrics = ral_grpo.main(ral_grpo.Args(**changed, allow_changed_args=True))
+        ral_grpo.main(toy_args(ral_grpo, **fields | {"resume": "auto", "prompts_per_step": 3}))
+    metrics = ral_grpo.main(toy_args(ral_grpo, **changed, allow_changed_args=True))
     assert metrics["train/grad_norm"] > 0
     with pytest.raises(runs.UsageError, match="is no state of --out"):
-        ral_grpo.main(ral_grpo.Args(**fields | {"resume": str(cold_start)}))
+        ral_grpo.main(toy_args(ral_grpo, **fields | {"resume": str(cold_start)}))
 
 
 def test_a_changed_data_file_is_refused_and_a_weaker_limit_is_not(real, tmp_path):
@@ -287,23 +287,23 @@ def test_a_changed_data_file_is_refused_and_a_weaker_limit_is_not(real, tmp_path
     fields = {"model": str(real / "qwen2_vl"), "data": str(rows), "out": str(tmp_path / "run")}
     fields |= {"media_root": (str(real / "media"),), "max_new_tokens": 4, "frames": 4, "workers": 0}
     fields |= SMALL | FIELDS
-    ral_grpo.main(ral_grpo.Args(**fields | {"steps": 2, "max_skipped": 0.3}))
+    ral_grpo.main(toy_args(ral_grpo, **fields | {"steps": 2, "max_skipped": 0.3}))
     best = tmp_path / "run" / "checkpoint.best"  # of the user's own
     best.mkdir()
     content = rows.read_bytes()
     rows.write_bytes(content + content.splitlines(keepends=True)[0])
     with pytest.raises(runs.UsageError, match=r"bytes of data \d+ -> \d+"):
-        ral_grpo.main(ral_grpo.Args(**fields, max_skipped=0.3, resume="auto"))
+        ral_grpo.main(toy_args(ral_grpo, **fields, max_skipped=0.3, resume="auto"))
     rows.write_bytes(content)
-    ral_grpo.main(ral_grpo.Args(**fields, max_skipped=0.4, resume="auto"))
+    ral_grpo.main(toy_args(ral_grpo, **fields, max_skipped=0.4, resume="auto"))
     assert best.is_dir()
 
 
 def test_what_a_run_trains_does_not_change_when_it_goes_on(cold_start, teacher, tmp_path):
     """Adapters that were chosen because of the memory stay, where there is more of it later."""
     fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"))
-    ral_grpo.main(ral_grpo.Args(**fields | {"steps": 2, "lora_rank": 4}))
-    ral_grpo.main(ral_grpo.Args(**fields, resume="auto"))
+    ral_grpo.main(toy_args(ral_grpo, **fields | {"steps": 2, "lora_rank": 4}))
+    ral_grpo.main(toy_args(ral_grpo, **fields, resume="auto"))
     args = json.loads((tmp_path / "run" / "args.json").read_text())
     assert args["lora_rank"] == 4
 
@@ -320,7 +320,7 @@ def test_what_is_not_finite_stops_the_run(cold_start, teacher, tmp_path, monkeyp
         patch.setattr(ral_grpo, "group_advantages", broken)
         last = "step 4: the gradient is not finite.*the last good state is .*step-000002"
         with pytest.raises(runs.UsageError, match=last):
-            ral_grpo.main(ral_grpo.Args(**fields))
+            ral_grpo.main(toy_args(ral_grpo, **fields))
     restore_signals()
     saved = load_file(tmp_path / "run" / "state" / "step-000002" / "weights.safetensors")
     assert all(tensor.isfinite().all() for tensor in saved.values())
@@ -342,10 +342,10 @@ def test_a_full_disk_leaves_the_last_state(whole_runs, cold_start, teacher, tmp_
         patch.setattr(runs, "save_file", full)
         words = "state/step-000004 cannot be written.*No space left.*intact: .*step-000002"
         with pytest.raises(runs.UsageError, match=words):
-            ral_grpo.main(ral_grpo.Args(**fields))
+            ral_grpo.main(toy_args(ral_grpo, **fields))
     restore_signals()
     assert [p.name for p in (tmp_path / "run" / "state").iterdir()] == ["step-000002"]
-    ral_grpo.main(ral_grpo.Args(resume="auto", **fields))
+    ral_grpo.main(toy_args(ral_grpo, resume="auto", **fields))
     assert_same(tmp_path / "run", whole_runs(ral_grpo))
 
 
@@ -357,10 +357,10 @@ class Evil:
 @pytest.mark.parametrize("part", ["weights.safetensors", "random.pt", "state.json"])
 def test_a_broken_state_is_one_line(cold_start, teacher, tmp_path, part):
     fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"))
-    ral_grpo.main(ral_grpo.Args(**fields | {"steps": 2}))
+    ral_grpo.main(toy_args(ral_grpo, **fields | {"steps": 2}))
     torch.save({"python": Evil()}, tmp_path / "run" / "state" / "step-000002" / part)
     with pytest.raises(runs.UsageError, match=r"--resume auto: .*step-000002 .*not readable"):
-        ral_grpo.main(ral_grpo.Args(resume="auto", **fields))
+        ral_grpo.main(toy_args(ral_grpo, resume="auto", **fields))
     restore_signals()
 
 
@@ -372,8 +372,8 @@ def test_adapters_off_are_the_reference_and_merged_they_are_the_policy(cold_star
     assert changed and all("proj.weight" in name for name in changed)
     assert not any("visual" in name for name in changed)
 
-    model, _ = common.load_model(cold_start, lora_rank=4)
-    plain, processor = common.load_model(cold_start)
+    model, _ = load(cold_start, lora_rank=4)
+    plain, processor = load(cold_start)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -385,5 +385,5 @@ def test_adapters_off_are_the_reference_and_merged_they_are_the_policy(cold_star
         torch.testing.assert_close(model(input_ids=ids).logits, reference, atol=0, rtol=0)
     assert (adapted - reference).abs().max() > 0.1
     common.save_model(tmp_path / "merged", model, processor)
-    merged, _ = common.load_model(tmp_path / "merged")
+    merged, _ = load(tmp_path / "merged")
     torch.testing.assert_close(merged(input_ids=ids).logits, adapted, atol=1e-4, rtol=1e-4)

@@ -13,7 +13,7 @@ from common import accuracy, extract_answer, has_format
 from grpo_baseline import reward
 from prompts import Example
 
-RED = Example("what colour?", "red", [], False)
+RED = Example("what colour?", "red", [])
 ANSWERS = [
     ("<answer>red</answer>", "red"),
     ("<answer> red\n</answer>", "red"),
@@ -251,7 +251,7 @@ BY_TYPE = [  # type, answer, solution, accuracy; of multiple choice with and wit
 def test_accuracy_by_type(kind, answer, solution, value):
     text = f"<think>t</think> <answer> {answer} </answer>"
     for options in ((), OPTIONS) if kind == MC and solution != "I" else ((),):
-        example = Example("", solution, [], False, problem_type=kind, options=options)
+        example = Example("", solution, [], problem_type=kind, options=options)
         assert accuracy(text, example) == pytest.approx(value)
         assert accuracy(text, example, "exact") == float(answer == solution)
         assert accuracy(answer, example) == 0  # no tags, no answer
@@ -297,7 +297,7 @@ def test_option_letter(options, answer, letter):
 def test_rouge_by_hand():
     """Of 'the cats sat' and 'the cat sat down': after stemming 3 of 3 and 3 of 4 words, 2 of 2 and
     2 of 3 pairs, and a common subsequence of 3."""
-    example = Example("", "the cat sat down", [], False, problem_type="free-form")
+    example = Example("", "the cat sat down", [], problem_type="free-form")
     f1 = [2 * p * r / (p + r) for p, r in ((1, 3 / 4), (1, 2 / 3), (1, 3 / 4))]
     value = accuracy("<answer>the cats sat</answer>", example)
     assert value == pytest.approx(sum(f1) / 3)
@@ -330,7 +330,7 @@ words = st.lists(st.sampled_from(["stop", "go", "a", "\u00e9t\u00e9"]), min_size
 @settings(deadline=None)
 @given(words, words)
 def test_word_accuracy_is_that_of_a_plain_loop(answer, solution):
-    example = Example("", " ".join(solution), [], False, problem_type="OCR")
+    example = Example("", " ".join(solution), [], problem_type="OCR")
     value = accuracy(f"<answer>{' '.join(answer)}</answer>", example)
     assert value == pytest.approx(1 - min(1, edit_distance(answer, solution) / len(solution)))
 
@@ -360,7 +360,7 @@ anything = anything.map("".join)
 @settings(deadline=None, max_examples=500)
 @given(st.sampled_from(KINDS), anything, anything, st.lists(anything, max_size=3))
 def test_accuracy_is_a_number_from_0_to_1_and_of_the_solution_1(kind, answer, solution, options):
-    example = Example("", solution, [], False, problem_type=kind, options=tuple(options))
+    example = Example("", solution, [], problem_type=kind, options=tuple(options))
     value = accuracy(f"<answer>{answer}</answer>", example)
     assert isinstance(value, float) and 0 <= value <= 1
     if "answer>" not in solution:
@@ -379,7 +379,7 @@ numbers = st.builds(
 @settings(deadline=None)
 @given(st.sampled_from([NUM, REG]), numbers)
 def test_a_number_in_other_markup_is_the_same(kind, solution):
-    example = Example("", solution, [], False, problem_type=kind)
+    example = Example("", solution, [], problem_type=kind)
     for form in ("**{}**", "The answer is {}", "\\boxed{{{}}}", "`{}`"):
         assert accuracy(f"<answer>{form.format(solution.strip())}</answer>", example) == 1
 
@@ -421,7 +421,7 @@ def test_long_answers_take_no_time(kind):
     stands for 18 letters; others take 0.1 s). Answers that are longer still earn 0."""
     for piece in LONG:
         solution = (piece * MAX_ANSWER)[: MAX_ANSWER - 2] + "?"
-        example = Example("", solution, [], False, problem_type=kind, options=OPTIONS)
+        example = Example("", solution, [], problem_type=kind, options=OPTIONS)
         for start, end in (("", "!"), ("x", ""), ("B. ", ""), ("42 ", "!")):
             began = time.process_time()
             long = (start + piece * MAX_ANSWER)[: MAX_ANSWER - 1] + end
@@ -433,7 +433,7 @@ def test_long_answers_take_no_time(kind):
 @given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6).filter(lambda g: abs(g) > 1e-3))
 def test_regression_is_scale_free(p, g):
     def value(p, g):
-        example = Example("", repr(g), [], False, problem_type="regression")
+        example = Example("", repr(g), [], problem_type="regression")
         return accuracy(f"<answer>{p!r}</answer>", example)
 
     assert value(p, g) == pytest.approx(value(-p, -g)) == pytest.approx(value(8 * p, 8 * g))

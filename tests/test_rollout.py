@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_prompts
+from conftest import load, make_prompts
 
 import common
 from prompts import Example, collate, mrope_positions, process_media
@@ -25,7 +25,7 @@ def test_greedy_rollout_is_generate(loaded, kinds):
     rollout = common.generate_group(model, collate(model, prompts, 0), 2, new_tokens)
     model.set_attn_implementation("sdpa")
     for b, prompt in enumerate(prompts):
-        video = prompt.example.is_video
+        video = prompt.is_video
         names = (
             ("pixel_values_videos", "video_grid_thw")
             if video
@@ -44,7 +44,7 @@ def test_greedy_rollout_is_generate(loaded, kinds):
             **media,
         )[0, len(prompt.ids) :]
         for g in range(2):
-            ids = rollout.completion_ids[b, g][rollout.completion_mask[b, g]]
+            ids = rollout.response_ids[b, g][rollout.response_mask[b, g]]
             assert ids.tolist() == generated.tolist()
         said |= set(generated.tolist())
     assert len(said) > 5
@@ -56,10 +56,9 @@ def test_responses_do_not_depend_on_their_batch(loaded):
     noise = common.sampling_noise(3, range(2), 4, 10)
     together = common.generate_group(model, collate(model, prompts, 0), 4, 10, noise)
     alone = common.generate_group(model, collate(model, prompts[1:], 0), 4, 10, noise[4:])
-    ids, mask = together.completion_ids[1], together.completion_mask[1]
+    ids, mask = together.response_ids[1], together.response_mask[1]
     assert [i[m].tolist() for i, m in zip(ids, mask, strict=True)] == [
-        i[m].tolist()
-        for i, m in zip(alone.completion_ids[0], alone.completion_mask[0], strict=True)
+        i[m].tolist() for i, m in zip(alone.response_ids[0], alone.response_mask[0], strict=True)
     ]
 
 
@@ -94,7 +93,7 @@ def test_vision_tokens_are_never_sampled(loaded):
     batch = collate(model, make_prompts(model, processor), 0)
     noise = common.sampling_noise(0, range(2), 8, 20)
     rollout = common.generate_group(model, batch, 8, 20, noise)
-    assert not torch.isin(rollout.completion_ids, torch.tensor(special)).any()
+    assert not torch.isin(rollout.response_ids, torch.tensor(special)).any()
 
 
 def test_a_response_ends_with_its_first_eos(loaded):
@@ -106,8 +105,8 @@ def test_a_response_ends_with_its_first_eos(loaded):
     eos = torch.tensor(model.generation_config.eos_token_id)
     assert rollout.truncated.any() and not rollout.truncated.all()
     for ids, mask, cut in zip(
-        rollout.completion_ids.flatten(0, 1),
-        rollout.completion_mask.flatten(0, 1),
+        rollout.response_ids.flatten(0, 1),
+        rollout.response_mask.flatten(0, 1),
         rollout.truncated.flatten(),
         strict=True,
     ):
@@ -121,7 +120,7 @@ def test_a_turn_ends_as_the_tokenizer_or_the_model_says(checkpoints, tmp_path):
     shutil.copytree(checkpoints["qwen2_vl"], path)
     file = path / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 17}))
-    model, processor = common.load_model(path)
+    model, processor = load(path)
     assert model.generation_config.eos_token_id == sorted([17, processor.tokenizer.eos_token_id])
 
 
@@ -132,25 +131,25 @@ def test_a_part_is_padded_no_further_than_it_needs(loaded):
     noise = common.sampling_noise(0, range(2), 4, 12)
     rollout = common.generate_group(model, batch, 4, 12, noise, temperature=3.0)
     lengths = torch.tensor([[2, 3, 1, 2], [5, 4, 2, 3]], device=model.device)
-    longest = rollout.completion_ids.shape[-1]
+    longest = rollout.response_ids.shape[-1]
     assert longest > 3
-    rollout.completion_mask = torch.arange(longest) < lengths[..., None]
+    rollout.response_mask = torch.arange(longest) < lengths[..., None]
     scores = common.score(model, rollout, attn_layers=[-1])
     length = rollout.prompts.mask.sum(1)
     assert length[0] != length[1]
     for row, wide in ((0, 3), (1, 5)):
         part = rollout[row : row + 1]
         assert part.prompts.ids.shape == (1, length[row]) and part.prompts.mask is None
-        assert part.completion_ids.shape[-1] == wide
+        assert part.response_ids.shape[-1] == wide
         alone = common.score(model, part, attn_layers=[-1])
         torch.testing.assert_close(alone.logps[0], scores.logps[row, :, :wide])
-        rows = scores.attentions[0][row, :, : wide + 1]
+        rows = scores.attentions[-1][row, :, : wide + 1]
         p = batch.ids.shape[1]
         same = torch.cat([rows[..., p - length[row] : p], rows[..., p : p + wide]], dim=-1)
-        seen = part.completion_mask[0]
-        assert alone.attentions[0][0].shape == same.shape
-        torch.testing.assert_close(alone.attentions[0][0][:, :-1][seen], same[:, :-1][seen])
-        torch.testing.assert_close(alone.attentions[0][0][:, 1:][seen], same[:, 1:][seen])
+        seen = part.response_mask[0]
+        assert alone.attentions[-1][0].shape == same.shape
+        torch.testing.assert_close(alone.attentions[-1][0][:, :-1][seen], same[:, :-1][seen])
+        torch.testing.assert_close(alone.attentions[-1][0][:, 1:][seen], same[:, 1:][seen])
 
 
 def test_a_text_ends_before_its_eos_and_hides_nothing(loaded):
@@ -164,7 +163,7 @@ def test_a_text_ends_before_its_eos_and_hides_nothing(loaded):
     mask = torch.arange(5) < torch.tensor([5, 4])[:, None]
     rollout = common.Rollout(None, ids, mask[None], torch.tensor([[False, True]]))
     assert rollout.texts(tokenizer) == [["<answer> <|im_start|> red </answer>"] * 2]
-    example = Example("", "red", [], False)
+    example = Example("", "red", [])
     assert common.accuracy(rollout.texts(tokenizer)[0][0], example) == 0.0
 
 
@@ -199,14 +198,14 @@ def test_text_after_a_long_video_starts_after_its_last_position(loaded, family):
 def test_video_patches_are_two_frames_deep(loaded):
     """Against a plain loop over the documented layout; an odd number of frames repeats the last."""
     _, processor = loaded
-    example = make_prompts(*loaded, kinds=("video",), frames=(5,))[0].example
-    pixels, grid = process_media(processor, example)
+    (video,) = make_prompts(*loaded, kinds=("video",), frames=(5,))[0].example.media
+    pixels, grid = process_media(processor, video)
     assert grid.tolist() == [3, 8, 8]
     mean = torch.tensor(processor.image_processor.image_mean)[:, None, None]
     std = torch.tensor(processor.image_processor.image_std)[:, None, None]
     array = [
         torch.tensor(list(f.convert("RGB").tobytes())).view(112, 112, 3).permute(2, 0, 1) / 255
-        for f in example.media
+        for f in video.frames
     ]
     frames = [(frame - mean) / std for frame in [*array, array[-1]]]
     row = 0

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import SMALL
+from conftest import SMALL, toy_args
+from launch import defaults_of
 
 import attn_distill
 import common
@@ -53,7 +54,7 @@ import sys, time
 from torch.utils.data import DataLoader
 import grpo_baseline, runs
 
-run = runs.Run(grpo_baseline.Args(out=sys.argv[1]), runs.Skipped())
+run = runs.Run(toy_args(grpo_baseline, out=sys.argv[1]), runs.BadRows())
 other = runs.lock_directory(runs.Path(sys.argv[2]))
 readers = iter(DataLoader(range(1000), num_workers=2))
 next(readers)
@@ -65,7 +66,7 @@ time.sleep(600)
 @pytest.fixture
 def holder(cold_start, tmp_path):
     """A process with a run at `run` and an evaluation at `eval`, and the ids of its readers."""
-    args = evaluate.Args(model=str(cold_start), examples=2, out=str(tmp_path / "eval"))
+    args = toy_args(evaluate, model=str(cold_start), examples=2, out=str(tmp_path / "eval"))
     evaluate.main(args)
     command = [sys.executable, "-c", HOLD, str(tmp_path / "run"), str(tmp_path / "eval")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=CHILD_ENV)
@@ -83,8 +84,8 @@ def test_a_directory_in_use_is_refused_until_its_process_is_gone(holder, cold_st
     before = sorted(tmp_path.rglob("*"))
     for changed in ({}, {"overwrite": True}, {"resume": "auto"}):
         with pytest.raises(runs.UsageError, match=in_use):
-            grpo_baseline.main(grpo_baseline.Args(**fields | changed))
-    args = evaluate.Args(model=str(cold_start), examples=2, out=str(tmp_path / "eval"))
+            grpo_baseline.main(toy_args(grpo_baseline, **fields | changed))
+    args = toy_args(evaluate, model=str(cold_start), examples=2, out=str(tmp_path / "eval"))
     for overwrite in (False, True):
         with pytest.raises(runs.UsageError, match=in_use):
             evaluate.main(replace(args, overwrite=overwrite))
@@ -96,20 +97,20 @@ def test_a_directory_in_use_is_refused_until_its_process_is_gone(holder, cold_st
     assert not locked(tmp_path / "run") and not locked(tmp_path / "eval")
     for reader in readers:
         os.kill(reader, signal.SIGKILL)
-    grpo_baseline.main(grpo_baseline.Args(**fields))
+    grpo_baseline.main(toy_args(grpo_baseline, **fields))
     assert (tmp_path / "run" / "checkpoint").is_dir() and (tmp_path / "run.1").is_dir()
     evaluate.main(args)
 
 
 def test_the_lock_stays_with_the_name_when_a_run_is_moved_or_replaced(tmp_path):
-    args = grpo_baseline.Args(out=str(tmp_path / "run"))
-    run = runs.Run(args, runs.Skipped())
+    args = toy_args(grpo_baseline, out=str(tmp_path / "run"))
+    run = runs.Run(args, runs.BadRows())
     run.close()
     assert locked(tmp_path / "run")  # pictures are still to come
     del run
     assert not locked(tmp_path / "run")
     for changed in ({}, {"overwrite": True}):
-        run = runs.Run(replace(args, **changed), runs.Skipped())
+        run = runs.Run(replace(args, **changed), runs.BadRows())
         assert locked(tmp_path / "run") and not locked(tmp_path / "run.1")
         run.close()
         del run
@@ -119,9 +120,9 @@ def test_the_lock_stays_with_the_name_when_a_run_is_moved_or_replaced(tmp_path):
 def test_a_run_killed_after_it_took_the_lock_is_not_in_the_way(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").write_text("1 on a host\n")
-    args = grpo_baseline.Args(out=str(tmp_path / "run"))
+    args = toy_args(grpo_baseline, out=str(tmp_path / "run"))
     runs.check_run(args)
-    runs.Run(args, runs.Skipped()).close()
+    runs.Run(args, runs.BadRows()).close()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -130,7 +131,7 @@ def test_checking_data_needs_no_lock(tmp_path, monkeypatch):
     (tmp_path / "run" / ".lock").touch()
     (tmp_path / "run" / "args.json").write_text("{}")
     monkeypatch.setattr(runs, "lock_directory", lambda out: pytest.fail("locked"))
-    runs.check_run(grpo_baseline.Args(out=str(tmp_path / "run"), check_data=True))
+    runs.check_run(toy_args(grpo_baseline, out=str(tmp_path / "run"), check_data=True))
 
 
 def test_all_ranks_learn_of_a_refusal(cold_start, tmp_path):
@@ -192,7 +193,7 @@ def test_what_cannot_be_written_is_one_line(
     monkeypatch.setattr(grpo_baseline, function, limited)
     words = rf"^--out {out}: ({name}) cannot be written \([^\n]*File too large[^\n]*{intact}$"
     with limits_end(), pytest.raises(runs.UsageError, match=words):
-        grpo_baseline.main(grpo_baseline.Args(**FIELDS, model=str(cold_start), out=str(out)))
+        grpo_baseline.main(toy_args(grpo_baseline, **FIELDS, model=str(cold_start), out=str(out)))
     assert not list(out.glob(".checkpoint-*")) and not list(out.glob("state/*.part"))
 
 
@@ -251,7 +252,7 @@ def test_a_full_disk_is_one_line(tmpfs, cold_start, tmp_path, mode):
 
 def test_an_evaluation_that_cannot_be_written_is_one_line(cold_start, tmp_path, capsys):
     (tmp_path / "file").touch()
-    args = evaluate.Args(model=str(cold_start), examples=20, batch_size=4, max_new_tokens=3)
+    args = toy_args(evaluate, model=str(cold_start), examples=20, batch_size=4, max_new_tokens=3)
     for out, reason in ((tmp_path / "file" / "x", "Not a directory"), (Path("/dev/null/x"), "")):
         with pytest.raises(
             runs.UsageError, match=rf"^--out {out}: [^\n]*written \({reason}[^\n]*$"
@@ -269,7 +270,7 @@ def test_an_evaluation_that_cannot_be_written_is_one_line(cold_start, tmp_path, 
 
 def test_a_failed_checkpoint_leaves_the_old_one(tmp_path, monkeypatch):
     out = tmp_path / "run"
-    run = runs.Run(grpo_baseline.Args(out=str(out)), runs.Skipped())
+    run = runs.Run(toy_args(grpo_baseline, out=str(out)), runs.BadRows())
     run.save_checkpoint(lambda folder: (folder / "weights").write_text("old"))
 
     def broken(folder):
@@ -298,7 +299,7 @@ def test_a_failed_checkpoint_leaves_the_old_one(tmp_path, monkeypatch):
     (out / "checkpoint").rename(out / ".checkpoint-a.old")
     (out / ".checkpoint-a").mkdir()
     state = runs.State(out / "state" / "step-000001", 1, {}, 0, {})
-    runs.Run(grpo_baseline.Args(out=str(out)), runs.Skipped(), state).close()
+    runs.Run(toy_args(grpo_baseline, out=str(out)), runs.BadRows(), state).close()
     assert (out / "checkpoint" / "weights").read_text() == "old"
     assert not list(out.glob(".checkpoint-*"))
 
@@ -315,24 +316,26 @@ def edit(path: Path, **changed) -> None:
 def test_a_state_with_other_definitions_is_refused(cold_start, tmp_path):
     out = tmp_path / "run"
     fields = FIELDS | {"model": str(cold_start), "out": str(out)}
-    ral_grpo.main(ral_grpo.Args(**fields | {"steps": 2}))
+    ral_grpo.main(toy_args(ral_grpo, **fields | {"steps": 2}))
     file = out / "state" / "step-000002" / "state.json"
     kept = file.read_text()
     for number, words in ((None, "attention row.*attn_distill.py"), (99, "of a later version")):
         edit(file, definitions=number)
         line = rf"^--resume auto: [^\n]*step-000002 has other definitions: [^\n]*{words}[^\n]*$"
         with pytest.raises(runs.UsageError, match=line):
-            ral_grpo.main(ral_grpo.Args(**fields, resume="auto"))
+            ral_grpo.main(toy_args(ral_grpo, **fields, resume="auto"))
     edit(file, definitions=None)
     again = {"resume": "auto", "allow_changed_args": True}
-    ral_grpo.main(ral_grpo.Args(**fields | again, attn_row=json.loads(kept)["args"]["attn_row"]))
+    ral_grpo.main(
+        toy_args(ral_grpo, **fields | again, attn_row=json.loads(kept)["args"]["attn_row"])
+    )
     assert (out / "state" / "step-000004").is_dir()
 
 
 def test_a_state_that_lacks_arguments_or_parts_is_one_line(cold_start, tmp_path):
     out = tmp_path / "run"
     fields = FIELDS | {"model": str(cold_start), "out": str(out), "resume": "auto"}
-    ral_grpo.main(ral_grpo.Args(**fields | {"steps": 2}))
+    ral_grpo.main(toy_args(ral_grpo, **fields | {"steps": 2}))
     file = out / "state" / "step-000002" / "state.json"
     kept = file.read_text()
     args = json.loads(kept)["args"]
@@ -340,18 +343,18 @@ def test_a_state_that_lacks_arguments_or_parts_is_one_line(cold_start, tmp_path)
     edit(file, args=older | {"an_old_one": 3})
     words = r"attn_row None -> \w+.*; an_old_one 3 -> no such argument"
     with pytest.raises(runs.UsageError, match=words):
-        ral_grpo.main(ral_grpo.Args(**fields))
+        ral_grpo.main(toy_args(ral_grpo, **fields))
     with pytest.raises(runs.UsageError, match=r"lambda_attn 1.0 -> no such argument"):
         file.write_text(kept)
-        grpo_baseline.main(grpo_baseline.Args(**fields))
+        grpo_baseline.main(toy_args(grpo_baseline, **fields))
     for part in ("args", "note", "lengths", "prompts"):
         file.write_text(kept)
         edit(file, **{part: None})
         with pytest.raises(runs.UsageError, match=rf"^--resume auto: .*not readable .*{part}"):
-            ral_grpo.main(ral_grpo.Args(**fields))
+            ral_grpo.main(toy_args(ral_grpo, **fields))
     file.write_text("[]")
     with pytest.raises(runs.UsageError, match=r"^--resume auto: .*not readable"):
-        ral_grpo.main(ral_grpo.Args(**fields))
+        ral_grpo.main(toy_args(ral_grpo, **fields))
 
 
 # Arguments
@@ -373,7 +376,7 @@ def test_an_empty_name_is_not_the_default(script, name, cold_start, tmp_path, mo
     shutil.copytree(cold_start, tmp_path / "runs" / "teacher" / "checkpoint")
     monkeypatch.setattr(sys, "argv", [script.__file__, f"--{name}", ""])
     with pytest.raises(SystemExit):
-        runs.run_script(script.Args, script.main, script.__doc__)
+        runs.run_script(script.Args, script.main, script.__doc__, defaults_of(script))
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"error: --{name} '': is empty; give a value or leave it out"
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["sft", "teacher"]
@@ -382,11 +385,11 @@ def test_an_empty_name_is_not_the_default(script, name, cold_start, tmp_path, mo
 def test_an_evaluation_takes_no_empty_name():
     for fields in ({"model": ""}, {"model": "x", "data": ""}):
         with pytest.raises(runs.UsageError, match="'': is empty"):
-            evaluate.Args(**fields)
+            toy_args(evaluate, **fields)
 
 
 def test_a_toy_of_images_is_not_asked_about_videos(cold_start, tmp_path):
-    args = evaluate.Args(model=str(cold_start), examples=2, out=str(tmp_path / "out"))
+    args = toy_args(evaluate, model=str(cold_start), examples=2, out=str(tmp_path / "out"))
     with pytest.raises(runs.UsageError, match=r"--frames 8 32: .* has learned images only"):
         evaluate.main(replace(args, frames=(8, 32)))
     with pytest.raises(runs.UsageError, match=r"--grid \(2,\): needs 3 or more"):
@@ -403,7 +406,7 @@ def test_a_leftover_folder_is_not_taken_for_wandb(tmp_path, monkeypatch):
     (tmp_path / "wandb").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    args = grpo_baseline.Args(out=str(tmp_path / "run"), track=True)
+    args = toy_args(grpo_baseline, out=str(tmp_path / "run"), track=True)
     with pytest.raises(runs.UsageError, match="wandb is not installed; `pip install wandb`"):
         runs.check_run(args)
     (tmp_path / "wandb" / "__init__.py").touch()
@@ -439,13 +442,13 @@ CAUSES = [
 @pytest.mark.parametrize(("cause", "words"), CAUSES)
 def test_equal_rewards_are_said_once(tmp_path, capsys, cause, words):
     metrics = {f"rollout/{name}": value for name, value in cause.items()}
-    run = runs.Run(grpo_baseline.Args(out=str(tmp_path / "run")), runs.Skipped())
+    run = runs.Run(toy_args(grpo_baseline, out=str(tmp_path / "run")), runs.BadRows())
     run.log(0, {"eval/accuracy": 0.5})
     for step in range(1, 40):
         run.log(step, metrics | {"rollout/frac_zero_std": 0.99 if step in (9, 30) else 1.0})
         assert ("note: " in capsys.readouterr().out) == (step == 19)
     run.close()
-    run = runs.Run(grpo_baseline.Args(out=str(tmp_path / "run")), runs.Skipped())
+    run = runs.Run(toy_args(grpo_baseline, out=str(tmp_path / "run")), runs.BadRows())
     for step in range(5, 15):
         run.log(step, metrics | {"rollout/frac_zero_std": 1.0})
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("note: ")]
@@ -456,8 +459,8 @@ def test_equal_rewards_are_said_once(tmp_path, capsys, cause, words):
 def test_distillation_without_a_reward_says_nothing_of_it(tmp_path, capsys):
     equal = {"rollout/frac_zero_std": 1.0, "rollout/format": 0.0, "rollout/accuracy": 0.0}
     for rl_coef in (0.0, 0.5):
-        args = kd_baseline.Args(out=str(tmp_path / "run"), rl_coef=rl_coef)
-        run = runs.Run(args, runs.Skipped())
+        args = toy_args(kd_baseline, out=str(tmp_path / "run"), rl_coef=rl_coef)
+        run = runs.Run(args, runs.BadRows())
         for step in range(1, 12):
             run.log(step, equal | {"rollout/truncated_frac": 0.0})
         run.close()

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_prompts, make_rollout, same
+from conftest import load, make_prompts, make_rollout, same, toy_args
+from launch import defaults_of
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -36,7 +37,7 @@ def test_sft_reproduces_a_run(tmp_path):
     runs = []
     for name in ("a", "b"):
         out = tmp_path / name
-        sft.main(sft.Args(out=str(out), steps=2, eval_examples=8, think=True, frames=4))
+        sft.main(toy_args(sft, out=str(out), steps=2, eval_examples=8, think=True, frames=4))
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         runs.append([{k: v for k, v in x.items() if not k.startswith("perf/")} for x in lines])
     assert runs[0] == runs[1] and len(runs[0]) == 3
@@ -84,7 +85,7 @@ def planted_batch(model, processor, sign: float, row: str) -> tuple[ral_grpo.Bat
     rollout = make_rollout(model, processor, prompts)
     with torch.no_grad():
         scores = common.score(model, rollout, attn_layers=[-1])
-    attention = ral_grpo.attention_policy(scores.attentions[0], row)
+    attention = ral_grpo.attention_policy(scores.attentions[-1], row)
     target = torch.zeros(attention.shape)
     target[..., 20] = 1.0
     anchor = (attention + target) / 2
@@ -98,18 +99,18 @@ def planted_batch(model, processor, sign: float, row: str) -> tuple[ral_grpo.Bat
 def test_ral_acts(checkpoints, monkeypatch, sign, kind, row):
     """Token term off, anchor planted: one update of the script moves the gaze to it, or away from
     it."""
-    model, processor = common.load_model(checkpoints["qwen2_vl"])
+    model, processor = load(checkpoints["qwen2_vl"])
     monkeypatch.setattr(ral_grpo, "clipped_loss", lambda logps, *_: (0 * logps, 0 * logps))
-    args = ral_grpo.Args(num_iterations=1, beta=0.0, attn_divergence=kind, attn_row=row)
+    args = toy_args(ral_grpo, num_iterations=1, beta=0.0, attn_divergence=kind, attn_row=row)
     batch, target = planted_batch(model, processor, sign, row)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1e-2)
 
     def measure() -> tuple[float, float]:
         with torch.no_grad():
-            rows = common.score(model, batch.rollout, attn_layers=[-1]).attentions[0]
+            rows = common.score(model, batch.rollout, attn_layers=[-1]).attentions[-1]
         attention = ral_grpo.attention_policy(rows, row)
-        seen = batch.rollout.completion_mask
+        seen = batch.rollout.response_mask
         divergence = ral_grpo.divergence(attention, batch.old_attn, kind)[seen].mean()
         return divergence.item(), (attention * target).sum(-1)[seen].mean().item()
 
@@ -123,10 +124,10 @@ def test_ral_acts(checkpoints, monkeypatch, sign, kind, row):
 @pytest.mark.parametrize("row", ["own", "predicting"])
 def test_first_iteration_has_no_attention_gradient(checkpoints, row):
     """At p_theta = p_old the divergence and its gradient are zero: not small, zero."""
-    model, processor = common.load_model(checkpoints["qwen2_vl"])
+    model, processor = load(checkpoints["qwen2_vl"])
     batch, _ = planted_batch(model, processor, 1.0, row)
     batch.old_attn = batch.old_logps = None
-    terms = ral_grpo.loss_terms(model, batch, ral_grpo.Args(attn_row=row))
+    terms = ral_grpo.loss_terms(model, batch, toy_args(ral_grpo, attn_row=row))
     terms["attn_loss"].sum().backward()
     assert terms["attn_loss"].abs().max() == 0
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in model.parameters())
@@ -140,23 +141,23 @@ def test_on_a_prefix_that_a_group_shares_the_attention_term_cancels(
     """Responses that share their first two tokens share the predicting rows of tokens 1 to 3 and
     the own rows of tokens 1 and 2, and so their divergences D_t. What the loss has of them is
     D_t sum_i A_i / T_i: nothing where the responses are equally long, since the A_i sum to 0."""
-    model, processor = common.load_model(checkpoints["qwen2_vl"])
+    model, processor = load(checkpoints["qwen2_vl"])
     prompts = make_prompts(model, processor, grids=(4, 4))
     rollout = make_rollout(model, processor, prompts, lengths=(lengths, lengths))
-    rollout.completion_ids[:, :, :2] = rollout.completion_ids[:, :1, :2]  # and then they part
-    rollout.completion_ids[:, :, 2] = torch.arange(1, 4)
+    rollout.response_ids[:, :, :2] = rollout.response_ids[:, :1, :2]  # and then they part
+    rollout.response_ids[:, :, 2] = torch.arange(1, 4)
     advantages = torch.linspace(-1, 1, 3).expand(2, -1)[..., None]
     batch = ral_grpo.Batch(rollout, advantages)
-    args = ral_grpo.Args(attn_row=row, beta=0.0)
+    args = toy_args(ral_grpo, attn_row=row, beta=0.0)
     ral_grpo.loss_terms(model, batch, args)  # keeps the anchor
     with torch.no_grad():
         for parameter in model.model.language_model.parameters():
             parameter += 0.05 * torch.randn_like(parameter) * parameter.std()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    mask = rollout.completion_mask
+    mask = rollout.response_mask
 
     def gradient(weights: torch.Tensor) -> torch.Tensor:  # of the sum of weights (B, G, T) x JSD
-        rows = common.score(model, rollout, attn_layers=[-1]).attentions[0]
+        rows = common.score(model, rollout, attn_layers=[-1]).attentions[-1]
         jsd = ral_grpo.divergence(ral_grpo.attention_policy(rows, row), batch.old_attn)
         loss = (weights * jsd).sum()
         grads = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -216,7 +217,9 @@ def test_gradient_checkpointing_changes_nothing(train, teacher, script):
 
 def test_sft_goes_on_from_a_checkpoint(cold_start, tmp_path):
     """It trains until an evaluation of the new weights reaches the accuracy, or says it did not."""
-    args = sft.Args(model=str(cold_start), out=str(tmp_path / "more"), steps=3, eval_examples=8)
+    args = toy_args(
+        sft, model=str(cold_start), out=str(tmp_path / "more"), steps=3, eval_examples=8
+    )
     metrics = sft.main(replace(args, stop_accuracy=0.999))
     lines = (tmp_path / "more" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 4 and metrics == {
@@ -264,7 +267,7 @@ def test_the_run_directory_is_complete(cold_start, train, tmp_path):
     )
     assert json.loads((out / "args.json").read_text())["learning_rate"] == 1e-3
     model = AutoModelForImageTextToText.from_pretrained(out / "checkpoint")
-    ours, _ = common.load_model(out / "checkpoint")
+    ours, _ = load(out / "checkpoint")
     assert same(model.state_dict(), ours.state_dict())
     assert AutoTokenizer.from_pretrained(out / "checkpoint").chat_template == toy.CHAT_TEMPLATE
     files = {path.name for path in (out / "checkpoint").iterdir()}
@@ -272,12 +275,12 @@ def test_the_run_directory_is_complete(cold_start, train, tmp_path):
 
 
 def test_a_run_in_the_way_is_moved_or_replaced_but_other_files_never(tmp_path):
-    args = grpo_baseline.Args(out=str(tmp_path / "run"))
+    args = toy_args(grpo_baseline, out=str(tmp_path / "run"))
     for expected in (["run"], ["run", "run.1"], ["run", "run.1", "run.2"]):
         runs.check_run(args)
-        runs.Run(args, runs.Skipped()).close()
+        runs.Run(args, runs.BadRows()).close()
         assert sorted(path.name for path in tmp_path.iterdir()) == expected
-    runs.Run(replace(args, overwrite=True), runs.Skipped()).close()
+    runs.Run(replace(args, overwrite=True), runs.BadRows()).close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.1", "run.2"]
     thesis = tmp_path / "thesis"
     thesis.mkdir()
@@ -288,11 +291,11 @@ def test_a_run_in_the_way_is_moved_or_replaced_but_other_files_never(tmp_path):
     assert (thesis / "chapter1.tex").exists()
     for inside in ("run/checkpoint", "run"):  # a run that is read is neither moved nor replaced
         with pytest.raises(runs.UsageError, match="which this run reads"):
-            runs.check_run(args, str(tmp_path / inside))
+            runs.check_run(replace(args, model=str(tmp_path / inside)), "model")
 
 
 def test_the_hint_what_to_run_next_names_model_and_data():
-    args = ral_grpo.Args(model="a b", data="rows.json", media_root=("m", "n"), frames=32)
+    args = toy_args(ral_grpo, model="a b", data="rows.json", media_root=("m", "n"), frames=32)
     words = " --model 'a b' --data rows.json --media-root m n --frames 32"
     assert runs.same_inputs(args) == words
     assert runs.same_inputs(ral_grpo.Args()) == ""
@@ -336,7 +339,7 @@ def test_bad_input_is_one_line(script, line, words, cold_start, tmp_path, monkey
     line = [str(cold_start) if word == "COLD" else word for word in line]
     monkeypatch.setattr(sys, "argv", [script.__file__, *line])
     with pytest.raises(SystemExit) as stopped:
-        runs.run_script(script.Args, script.main, script.__doc__)
+        runs.run_script(script.Args, script.main, script.__doc__, defaults_of(script))
     error = capsys.readouterr().err
     message = [part for part in error.splitlines() if part.startswith("error: ")]
     assert stopped.value.code == 2 and len(message) == 1 and "Traceback" not in error

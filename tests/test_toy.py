@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import load
 
 import common
 import evaluate
@@ -17,7 +18,7 @@ def cell_pixels(example, task, token: int) -> np.ndarray:
     """The pixels behind a visual token: its cell, in the first frame of its temporal patch."""
     patch, cell = divmod(token, task.grid**2)
     row, column = divmod(cell, task.grid)
-    picture = np.asarray(example.media[2 * patch if example.is_video else 0])
+    picture = np.asarray(example.media[0].frames[2 * patch if example.media[0].is_video else 0])
     return picture[28 * row : 28 * row + 28, 28 * column : 28 * column + 28]
 
 
@@ -33,7 +34,7 @@ def test_the_target_is_where_the_shape_is_and_nowhere_else(task):
         tokens = range(task.grid**2 * (((task.frames or 1) + 1) // 2))
         found = [t for t in tokens if np.array_equal(cell_pixels(example, task, t), sprite)]
         assert tuple(found) == example.target
-        assert len(example.media) == (task.frames or 1)
+        assert len(example.media[0].frames) == (task.frames or 1)
         assert task.frames is None or len(found) <= len(tokens) // task.grid**2 // 2
 
 
@@ -52,16 +53,18 @@ def test_no_held_out_scene_is_trained_on():
     assert not any(scene.held_out() for scene in training)
     assert all(scene.held_out() for scene in held_out)
     first, again = (toy.held_out_examples(task, 20) for _ in range(2))
-    assert [x.media[0].tobytes() for x in first] == [x.media[0].tobytes() for x in again]
+    first, again = ([x.media[0].frames[0].tobytes() for x in side] for side in (first, again))
+    assert first == again
 
 
 @pytest.mark.parametrize("think", [False, True])
 def test_evaluation_measures_the_mass_on_the_target(checkpoints, monkeypatch, think):
     """Against a computation by hand, on demonstrations put in place of the greedy responses."""
-    model, processor = common.load_model(checkpoints["qwen2_vl"])
+    model, processor = load(checkpoints["qwen2_vl"])
     task = toy.Task(think=think)
     examples = toy.held_out_examples(task, 3)
-    prompts = [encode_prompt(processor, model.config, x, question_first=True) for x in examples]
+    processor.prompt_config = task.prompt_config()
+    prompts = [encode_prompt(processor, x) for x in examples]
     tokenizer = processor.tokenizer
     said = [[*tokenizer.encode(x.response), tokenizer.eos_token_id] for x in examples]
     said[2] = [*tokenizer.encode("red </answer>"), tokenizer.eos_token_id]  # answers nothing
@@ -75,8 +78,8 @@ def test_evaluation_measures_the_mass_on_the_target(checkpoints, monkeypatch, th
         return common.Rollout(batch, ids, mask, torch.zeros(shape, dtype=torch.bool))
 
     monkeypatch.setattr(evaluate, "generate_group", demonstrate)
-    metrics, looks = evaluate.evaluate(
-        model, processor, prompts, think=think, max_new_tokens=16, attn_layer=0
+    metrics, predictions = evaluate.evaluate(
+        model, processor, prompts, max_new_tokens=16, attn_layer=0
     )
     assert metrics["eval/accuracy"] == pytest.approx(2 / 3) == metrics["eval/format"]
     rollout = demonstrate(model, collate(model, prompts, 0))
@@ -87,7 +90,8 @@ def test_evaluation_measures_the_mass_on_the_target(checkpoints, monkeypatch, th
         row = said[b].index(first)  # in the thought, if there is one
         image = prompt.ids.tolist().index(model.config.image_token_id)
         masses.append(sum(attention[b, 0, row, image + t].item() for t in example.target))
-        assert looks[b].attention[0][list(example.target)].sum().item() == pytest.approx(masses[-1])
+        seen = predictions[b].attention[0][list(example.target)].sum().item()
+        assert seen == pytest.approx(masses[-1])
         policy = ral_grpo.attention_policy(attention, "own")  # of the answer's token
         own_masses.append(sum(policy[b, 0, row, image + t].item() for t in example.target))
     assert metrics["eval/target_attn"] == pytest.approx(sum(masses) / 3, abs=1e-6)

@@ -1,0 +1,189 @@
+"""Pictures of a run: where the model looks (`attention.png`, overlays), and curves of metrics."""
+
+import json
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import extract_answer
+from prompts import Example
+from runs import writing
+
+
+@dataclass
+class Prediction:
+    """One evaluated example.
+
+    `record` is its line of predictions.jsonl. `attention` (N, visual tokens) is the attention in
+    the N rows that emit the answer, and `tokens` is the text of their tokens. `grid` is the number
+    of temporal patches, and of rows and columns of visual tokens.
+    """
+
+    record: dict[str, Any]
+    example: Example
+    attention: Tensor
+    tokens: list[str]
+    grid: tuple[int, int, int]
+
+
+def draw_gaze(axis: Any, prediction: Prediction, attention: Tensor) -> None:
+    """Draw the picture or video of `prediction` with one row of attention over visual tokens.
+
+    A brighter cell has more attention mass (averaged over heads), and a box marks the target. A
+    video is shown as a mosaic of its temporal patches in reading order, with the first frame of
+    each. Without an answer there is no attention to show, and nothing is dimmed.
+    """
+    from matplotlib.patches import Rectangle
+
+    t, h, w = prediction.grid
+    (media,) = prediction.example.media
+    frames = media.frames[:: 2 if media.is_video else 1][:t]
+    width, height = frames[0].size
+    columns = math.ceil(math.sqrt(t))
+    heat = attention.view(t, h, w).numpy()
+    for patch, frame in enumerate(frames):
+        left, top = patch % columns * width * 1.05, patch // columns * height * 1.05
+        extent = (left, left + width, top + height, top)
+        axis.imshow(np.asarray(frame.convert("RGB")), extent=extent)
+        if heat.max() > 0:
+            dim = np.zeros((h, w, 4))
+            dim[..., 3] = 0.85 * (1 - heat[patch] / heat.max())
+            axis.imshow(dim, extent=extent, interpolation="nearest")
+        for token in prediction.example.target:
+            if token // (h * w) == patch:
+                row, column = divmod(token % (h * w), w)
+                corner = (left + column * width / w, top + row * height / h)
+                box = (corner, width / w, height / h)
+                axis.add_patch(Rectangle(*box, fill=False, edgecolor="magenta", lw=2))
+    right = (columns * 1.05 - 0.05) * width
+    bottom = (math.ceil(t / columns) * 1.05 - 0.05) * height
+    axis.set(xlim=(0, right), ylim=(bottom, 0), xticks=[], yticks=[])
+
+
+def verdict(prediction: Prediction) -> tuple[str, str]:
+    """Title and colour of a picture."""
+    value = prediction.record["accuracy"]
+    said = (extract_answer(prediction.record["response"]) or "no answer")[:16]
+    if 0 < value < 1:
+        return f"{value:.2f}: {said}", "darkorange"
+    return (f"right: {said}", "green") if value else (f"WRONG: {said}", "red")
+
+
+def draw_attention(path: Path, rows: dict[str, list[Prediction]], count: int = 6) -> None:
+    """Draw the attention of the model's answers: one row of held-out examples for each entry of
+    `rows`; see `draw_gaze`."""
+    pyplot = load_pyplot()
+    rows = {label: [x for x in row if x.example.media] for label, row in rows.items()}
+    count = min([count, *map(len, rows.values())])
+    if count == 0:  # none of this rank's rows could be read
+        return
+    size = (2.3 * count, 2.9 * len(rows) + 0.4)  # the last for the title
+    figure, axes = pyplot.subplots(len(rows), count, figsize=size, squeeze=False)
+    for (label, predictions), line in zip(rows.items(), axes, strict=True):
+        for prediction, axis in zip(predictions[:count], line, strict=True):
+            blank = torch.zeros(math.prod(prediction.grid))
+            attention = prediction.attention[0] if len(prediction.attention) else blank
+            draw_gaze(axis, prediction, attention)
+            title, colour = verdict(prediction)
+            if prediction.example.target:
+                title += f"\nmass on target {attention[list(prediction.example.target)].sum():.2f}"
+            axis.set_title(title, color=colour, fontsize=9)
+            axis.set_xlabel(prediction.example.problem[:32], fontsize=8)
+        line[0].set_ylabel(label, fontsize=10)
+    figure.suptitle("attention in the row that emits the answer", fontsize=10)
+    figure.tight_layout()
+    with writing(path.parent, path.name):
+        figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def draw_overlay(path: Path, prediction: Prediction, max_tokens: int = 12) -> None:
+    """Draw the attention of each token of the model's answer, beside the question and response."""
+    pyplot = load_pyplot()
+    rows = list(zip(prediction.tokens, prediction.attention, strict=True))[:max_tokens]
+    rows = rows or [("no answer", torch.zeros(math.prod(prediction.grid)))]
+    figure, axes = pyplot.subplots(1, len(rows) + 1, figsize=(3.6 * (len(rows) + 1), 4))
+    for (token, attention), axis in zip(rows, axes[1:], strict=True):
+        draw_gaze(axis, prediction, attention)
+        title = f"row that emits {token!r}: mass on the picture {attention.sum():.2f}"
+        axis.set_title(title, fontsize=9)
+    record, (title, colour) = prediction.record, verdict(prediction)
+    lines = [record["problem"], f"response: {record['response']}"]
+    lines = [*lines, f"solution: {record['solution']}"]
+    text = "\n\n".join(fill(line[:600], 44) for line in lines)
+    axes[0].text(0, 1, text, va="top", fontsize=8, transform=axes[0].transAxes)
+    axes[0].set_title(title, color=colour, fontsize=10)
+    axes[0].axis("off")
+    figure.tight_layout()
+    with writing(path.parent, path.name):
+        figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def draw_curves(path: Path, metrics: Path, names: Sequence[str]) -> None:
+    """Draw the named metrics of a run's `metrics.jsonl` against the step, one panel each."""
+    pyplot = load_pyplot()
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    names = [name for name in names if any(name in line for line in lines)]
+    figure, axes = pyplot.subplots(1, len(names), figsize=(3.2 * len(names), 2.8), squeeze=False)
+    for name, axis in zip(names, axes[0], strict=True):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        axis.plot(
+            *zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3
+        )
+        axis.set(title=name, xlabel="step")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    with writing(path.parent, path.name):
+        figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def load_pyplot() -> Any:
+    """Import pyplot, set to draw to files. The import is slow, so callers do it on demand."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # text may contain dollar signs
+    warnings.filterwarnings("ignore", message="Glyph")  # and any other character
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw_sweep(
+    path: Path,
+    results: dict[tuple, list[dict[str, Any]]],
+    names: Sequence[str],
+    varied: Sequence[int],
+) -> None:
+    """Plot accuracy with its standard error against the first varied argument, with one line per
+    combination of the others."""
+    pyplot = load_pyplot()
+    figure, axis = pyplot.subplots(figsize=(5, 3.6))
+    lines = defaultdict(list)
+    for setting, records in results.items():
+        rest = ", ".join(f"{names[i]} {setting[i]}" for i in varied[1:])
+        accuracies = np.array([record["accuracy"] for record in records])
+        error = accuracies.std() / math.sqrt(len(records))
+        lines[rest].append((setting[varied[0]], accuracies.mean(), error))
+    for label, points in lines.items():
+        x, y, error = zip(*sorted(points), strict=True)
+        axis.errorbar(x, y, error, marker="o", capsize=3, label=label)
+    axis.set(xlabel=names[varied[0]], ylabel="accuracy")
+    axis.grid(alpha=0.3)
+    if len(lines) > 1:
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    with writing(path.parent, path.name):
+        figure.savefig(path, dpi=80)
+    pyplot.close(figure)

@@ -86,7 +86,7 @@ transformers_logging.disable_progress_bar()
 # 1. Model
 
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 REMEDY = "give a checkpoint directory or a hub name (owner/name)"
 print_once = cache(print_on_rank_0)  # a run loads a processor several times
 
@@ -103,13 +103,13 @@ def loading(named: str) -> Iterator[None]:
 
 def load_processor(
     path: str | Path,
-    max_pixels: int | None = None,
-    frame_pixels: int | None = None,
+    image_tokens: int | None = None,
+    frame_tokens: int | None = None,
     field: str = "--model",
 ) -> Processor:
-    """Load the config and processor of a Qwen2-VL or Qwen2.5-VL checkpoint, without its weights.
+    """Load the config and processor of a checkpoint of `FAMILIES`, without its weights.
 
-    `max_pixels` and `frame_pixels` are the pixel budgets of `Processor`. Base models get the chat
+    `image_tokens` and `frame_tokens` are the budgets of `Processor`. Base models get the chat
     template of a chat model (`repair_turns`). A checkpoint without a `prompt.json` gets an empty
     prompt configuration.
 
@@ -123,11 +123,14 @@ def load_processor(
     with loading(named):
         config = AutoConfig.from_pretrained(path)
         family = f"{named}: is a {config.model_type!r} model"
-        note = "; Qwen3-VL needs a time stamp for each frame in the prompt and positions to match"
-        note = note if config.model_type.startswith("qwen3_vl") else ""
-        known = config.model_type in FAMILIES
-        require(known, f"{family}; supported are {' and '.join(FAMILIES)}{note}")
-        sliding = "sliding_attention" in config.text_config.layer_types
+        layers = getattr(config.get_text_config(), "layer_types", None) or ()
+        note = "supported are " + ", ".join(FAMILIES)
+        if config.model_type.endswith("_moe"):
+            note = "training its experts needs a loss that balances them, which is not written"
+        elif "linear_attention" in layers:
+            note = "its linear attention would carry a state from one packed response to the next"
+        require(config.model_type in FAMILIES, f"{family}; {note}")
+        sliding = "sliding_attention" in layers
         require(not sliding, f"{family} with sliding-window attention, which is not supported")
         tokenizer = AutoTokenizer.from_pretrained(path)
         image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
@@ -139,7 +142,7 @@ def load_processor(
         files = {name: file.read_bytes() for name, file in files.items() if name not in weights}
         asked = read_prompt_config(files) or PromptConfig({})
         processor = Processor(
-            config, tokenizer, image_processor, asked, files, max_pixels, frame_pixels
+            config, tokenizer, image_processor, asked, files, image_tokens, frame_tokens
         )
         if changes := repair_turns(processor):
             print_once(f"{named}: {changes}")
@@ -163,7 +166,7 @@ def load_model(
     frozen: bool = False,
     field: str = "--model",
 ) -> Module:
-    """Load a Qwen2-VL or Qwen2.5-VL checkpoint whose text layers run `grouped_attention`.
+    """Load a checkpoint of `FAMILIES` whose text layers run `grouped_attention`.
 
     The vision encoder and its projector are frozen unless `train_vision` is set [paper: frozen].
     Trained weights are float32, whatever the compute dtype: in pure bfloat16, an update at learning
@@ -656,12 +659,13 @@ class Rollout:
             self.truncated[rows],
         )
 
-    def texts(self, tokenizer: Any) -> list[list[str]]:
-        """The responses as text, B lists of G, without their EOS. Other special tokens are kept, so
-        that the reward sees them."""
+    def texts(self, processor: Processor) -> list[list[str]]:
+        """The responses as text, B lists of G, without their EOS and behind the prefix that the
+        prompt holds. Other special tokens are kept, so that the reward sees them."""
         lengths = (self.response_mask.sum(-1) - (~self.truncated).long()).flatten().tolist()
         rows = self.response_ids.flatten(0, 1).tolist()
-        texts = tokenizer.batch_decode([r[:n] for r, n in zip(rows, lengths, strict=True)])
+        rows = [r[:n] for r, n in zip(rows, lengths, strict=True)]
+        texts = [processor.response_prefix + x for x in processor.tokenizer.batch_decode(rows)]
         group = self.response_ids.shape[1]
         return [texts[i : i + group] for i in range(0, len(texts), group)]
 

@@ -332,8 +332,7 @@ def frame_indices(
 
 
 def read_video(path: Path, frames: int | None, fps: float | None) -> Media:
-    """The chosen frames of a video, upright. Its seconds per temporal patch (a pair of frames) are
-    twice the mean time between the chosen frames.
+    """The chosen frames of a video, upright, with the times at which it shows them.
 
     Raises:
         BadRow: the video is cut off or too large, or a frame cannot be decoded.
@@ -365,8 +364,7 @@ def read_video(path: Path, frames: int | None, fps: float | None) -> Media:
     if len(pictures) < len(indices):
         raise BadRow(f"{path.name}: some of its {len(stamps):,} frames cannot be decoded")
     shown = np.arange(len(stamps)) / rate if times is None else times
-    gap = (shown[indices[-1]] - shown[indices[0]]) / max(1, len(indices) - 1)
-    return Media(pictures, is_video=True, seconds_per_patch=2 * float(gap))
+    return Media(pictures, is_video=True, times=shown[indices].tolist())
 
 
 def index_video(

@@ -55,15 +55,16 @@ def memory_gb(
     }
     # A single rank also gathers weights, if it holds them in float32 and computes in bfloat16.
     gathers = processes > 1 or (width < 4 and not lora_rank)
-    prompt = prompt_tokens(config, args)
+    prompt = prompt_tokens(args)
     new = args.max_new_tokens
     hidden, wide = text.hidden_size, text.intermediate_size
     heads, shared = text.num_attention_heads, text.num_key_value_heads
+    head_dim = getattr(text, "head_dim", None) or hidden // heads
 
     def decoding(prompts: int, group: int) -> float:
         """Bytes of the keys and values of the prompts and their responses, and of the prefill's
         last layer."""
-        cache = 2 * len(layers) * hidden * shared // heads * prompts * (prompt + group * new)
+        cache = 2 * len(layers) * head_dim * shared * prompts * (prompt + group * new)
         in_layer = (3 * wide if not lora_rank else 4.5 * wide) + 6 * hidden
         return width * (cache + prompts * prompt * in_layer)
 
@@ -101,13 +102,12 @@ def memory_gb(
     return need
 
 
-def prompt_tokens(config: Any, args: Any) -> float:
+def prompt_tokens(args: Any) -> float:
     """Positions of the longest prompt: its visual tokens and 64 text tokens."""
-    merge = config.vision_config.spatial_merge_size * config.vision_config.patch_size
     if args.data and args.fps and not args.frames:  # as many frames as fit into a prompt
         return args.max_prompt_tokens
-    pixels = max(args.max_pixels or 0, (args.frames or 16) / 2 * (args.frame_pixels or 0))
-    return 64 + (pixels or 112**2) / merge**2
+    video = (args.frames or 16) / 2 * (args.frame_tokens or 0)
+    return 64 + (max(args.image_tokens or 0, video) or 16)  # the toy has 16
 
 
 def available_gb() -> float:

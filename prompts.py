@@ -1,13 +1,19 @@
-"""Turn a question about an image or a video into prompt tensors for Qwen2-VL and Qwen2.5-VL. The
-questions come from toy.py or, for data files, from data.py.
+"""Turn a question about images and videos into prompt tensors of Qwen2-VL, Qwen2.5-VL and
+Qwen3-VL. The questions come from toy.py or, for data files, from data.py.
+
+A prompt is a sequence of text and vision blocks (`Block`). What differs between the families is in
+`load_blocks`, but for the deeper features that Qwen3-VL's encoder returns (`visual_features`).
 
 This module uses only a checkpoint's tokenizer and PIL image processor, so results are the same with
 and without torchvision.
 """
 
 import json
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +22,41 @@ from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 from torch.nn import Module
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-# The family's minimum pixels of an image, which its checkpoints state, and of a video frame, which
-# they do not: that is the default of Qwen2VLVideoProcessor and of qwen-vl-utils.
-IMAGE_LEAST, FRAME_LEAST = 56 * 56, 128 * 28 * 28
+# The minimum tokens of a video frame. Checkpoints do not state it; it is that of qwen-vl-utils.
+FRAME_LEAST = 128
+Features = tuple[Tensor, ...]
 
 
 @dataclass
 class Media:
-    """One image, or the frames of one video. `seconds_per_patch` is the time between two temporal
-    patches of a video, which determines Qwen2.5-VL's positions."""
+    """One image, or the frames of one video. `times` are the seconds at which a video shows its
+    frames, by default two a second. Qwen3-VL reads them, and Qwen2.5-VL's positions follow
+    `seconds_per_patch`, the mean time between two pairs of frames."""
 
     frames: list[Image.Image]
     is_video: bool = False
-    seconds_per_patch: float = 1.0
+    times: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        self.times = self.times or [i / 2 for i in range(len(self.frames))]
+
+    @property
+    def kind(self) -> str:
+        return "video" if self.is_video else "image"
+
+    @property
+    def seconds_per_patch(self) -> float:
+        return 2 * ((self.times[-1] - self.times[0]) / max(1, len(self.times) - 1))
 
 
 @dataclass
 class Example:
-    """One question about images or videos.
+    """One question about any number of images and videos.
 
+    `<image>` and `<video>` in `problem` or `options` say where each medium stands. Without them,
+    the media come before the text, or after it if `PromptConfig.question_first` is set.
     `response` is a demonstration for SFT. `target`, on the toy only, holds the indices of the
     visual tokens that show what the question asks about. `problem_type` selects the accuracy
     measure; "" means exact match. `name` identifies the example's row. `source` is its data source.
@@ -54,17 +74,50 @@ class Example:
 
 
 @dataclass
+class Block:
+    """A vision block of a prompt: an image, a video or, for Qwen3-VL, a pair of frames.
+
+    `pixels` is (patches, values). `shape` counts temporal patches, rows and columns of visual
+    tokens, which begin at index `start` of the prompt's ids. `interval` is the distance in position
+    between two temporal patches.
+    """
+
+    pixels: Tensor
+    shape: tuple[int, int, int]
+    is_video: bool = False
+    interval: float = 1
+    start: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass
 class Prompt:
-    """An `Example` as tensors: `ids` (P,), `positions` (3, P), `pixels` (patches, values), `grid`
-    (3,) = t, h, w. `number` is the prompt's number in the run, counted from 0."""
+    """An `Example` as tensors: `ids` (P,), `positions` (3, P), and the vision blocks in order.
+    `number` is the prompt's number in the run, counted from 0."""
 
     ids: Tensor
     positions: Tensor
-    pixels: Tensor
-    grid: Tensor
-    is_video: bool
+    blocks: list[Block]
     example: Example
     number: int = 0
+
+    @property
+    def is_video(self) -> bool:
+        """Whether the prompt shows a video."""
+        return any(block.is_video for block in self.blocks)
+
+    def patches(self) -> Tensor:
+        """The temporal patch that each position shows, (P,), counted over all blocks: an image is
+        one, a video has one for each pair of frames. It is -1 for text."""
+        numbers, count = torch.full_like(self.ids, -1), 0
+        for block in self.blocks:
+            within = torch.arange(block.tokens) // (block.tokens // block.shape[0])
+            numbers[block.start : block.start + block.tokens] = count + within
+            count += block.shape[0]
+        return numbers
 
 
 @dataclass(frozen=True)
@@ -99,9 +152,11 @@ class Processor:
     without torchvision.
 
     `config` is the model's. `files` are the checkpoint's own files other than the weights; every
-    saved checkpoint includes them. `max_pixels` limits the size of an image and `frame_pixels` that
-    of a video frame, before it is cut into patches; None keeps the image processor's own limit.
+    saved checkpoint includes them. `image_tokens` limits the visual tokens of an image and
+    `frame_tokens` those of a pair of video frames; None keeps the image processor's own limit.
     `end_ids` are the tokens that end a response according to the tokenizer and the chat template.
+    `response_prefix` is the `<think>` with which the template of a thinking model opens the
+    response inside the prompt: reward and samples see it as part of the response.
     """
 
     config: Any
@@ -109,14 +164,20 @@ class Processor:
     image_processor: Any
     prompt_config: PromptConfig
     files: dict[str, bytes] = field(default_factory=dict)
-    max_pixels: int | None = None
-    frame_pixels: int | None = None
+    image_tokens: int | None = None
+    frame_tokens: int | None = None
     end_ids: set[int] = field(default_factory=set)
+    response_prefix: str = ""
 
     def save(self, directory: Path) -> None:
         files = self.files | {"prompt.json": self.prompt_config.content()}
         for name, content in files.items():
             (directory / name).write_bytes(content)
+
+    def written(self, response: str) -> str:
+        """The part of a response that the model itself writes, without `response_prefix`."""
+        rest = response.removeprefix(self.response_prefix.strip())
+        return rest if rest == response else rest.lstrip()
 
     def set_in_file(self, name: str, **values: str) -> None:
         """Set values in a JSON file of the checkpoint, if it has that file."""
@@ -126,7 +187,10 @@ class Processor:
 
 
 END_OF_TURN = "<|im_end|>"
-# The chat template of both families' instruct models, for checkpoints without a usable one.
+# What a template renders for each kind of part. The text is a stand-in for the user's.
+SLOTS = {kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video")}
+SLOTS["text"] = "\N{OBJECT REPLACEMENT CHARACTER}"
+# Qwen2-VL's and Qwen2.5-VL's own chat template, for checkpoints without a usable one.
 CHATML = (
     "{% for message in messages %}{% if loop.first and message.role != 'system' %}"
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
@@ -143,33 +207,29 @@ TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, 
 TEMPLATE_ERRORS += (ValueError,)
 
 
-def render_turn(
-    tokenizer: Any, is_video: bool, question_first: bool = False, template: str | None = None
-) -> tuple[str, str]:
-    """Render a user's question about one image or video; returns the text before and after the
-    question.
+def render_turn(tokenizer: Any, kinds: Sequence[str], template: str | None = None) -> list[str]:
+    """Render a user's turn of parts, each an "image", a "video" or a "text"; returns the template's
+    own text before, between and after them.
 
     Raises:
-        ValueError: the chat template does not render the question and the placeholder exactly once
-            each.
+        ValueError: the chat template does not render every part once, in order.
     """
-    kind = "video" if is_video else "image"
-    marker = (
-        "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the question while the template is rendered
-    )
-    content = [{"type": kind}, {"type": "text", "text": marker}]
-    messages = [{"role": "user", "content": content[::-1] if question_first else content}]
+    content = [
+        {"type": kind, **({"text": SLOTS[kind]} if kind == "text" else {})} for kind in kinds
+    ]
     turn = tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        [{"role": "user", "content": content}],
+        chat_template=template,
+        tokenize=False,
+        add_generation_prompt=True,
     )
-    pad = f"<|{kind}_pad|>"
-    wrapped = f"<|vision_start|>{pad}<|vision_end|>"
+    asked = f"the question's {' and '.join(dict.fromkeys(kinds))}"
     if not turn.strip():
-        raise ValueError(f"renders nothing for a question about one {kind}")
-    if not turn.count(marker) == turn.count(pad) == turn.count(wrapped) == 1:
-        raise ValueError(f"does not render the question and {wrapped} once each")
-    before, after = turn.split(marker)
-    return before, after
+        raise ValueError(f"renders nothing for {asked}")
+    pieces = re.split("({})".format("|".join(map(re.escape, SLOTS.values()))), turn)
+    if pieces[1::2] != [SLOTS[kind] for kind in kinds] or "_pad|>" in "".join(pieces[::2]):
+        raise ValueError(f"does not render {asked} once each, in order")
+    return pieces[::2]
 
 
 def read_prompt_config(files: dict[str, bytes]) -> PromptConfig | None:
@@ -192,8 +252,13 @@ def read_prompt_config(files: dict[str, bytes]) -> PromptConfig | None:
 def template_fault(tokenizer: Any, template: str) -> str:
     """The fault of a chat template in words, or "" if it works."""
     try:
-        for is_video in (False, True):
-            render_turn(tokenizer, is_video, template=template)
+        for kinds in (
+            ["image", "text"],
+            ["video", "text"],
+            ["text"],
+            ["text", "video"] * 2 + ["image"],
+        ):
+            render_turn(tokenizer, kinds, template)
     except TEMPLATE_ERRORS as error:
         return next(iter(str(error).splitlines()), type(error).__name__)
     return ""
@@ -231,41 +296,66 @@ def repair_turns(processor: Processor) -> str:
         fault = next(filter(None, faults.values()), "it has none")
         instead = "that of another of its files" if good else "Qwen-VL's ChatML"
         changes.append(f"its chat template cannot be used ({fault}); {instead} takes its place")
-    ends = {tokenizer.eos_token_id}
-    if tokenizer.eos_token != END_OF_TURN and END_OF_TURN in render_turn(tokenizer, False)[1]:
+    ends, after = {tokenizer.eos_token_id}, render_turn(tokenizer, ["text"])[-1]
+    if tokenizer.eos_token != END_OF_TURN and END_OF_TURN in after:
         changes.append(f"{END_OF_TURN} ends a response, as {tokenizer.eos_token} does")
         tokenizer.eos_token = END_OF_TURN
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             processor.set_in_file(name, eos_token=END_OF_TURN)
     processor.end_ids = (ends | {tokenizer.eos_token_id}) - {None}
+    processor.response_prefix = "".join(re.findall(r"<think>\s*$", after))
     return "; ".join(changes)
 
 
 def encode_prompt(processor: Processor, example: Example) -> Prompt:
-    """Render the chat template, expand the placeholder to one token per visual token, and compute
+    """Render the chat template, expand each placeholder to one token per visual token, and compute
     the positions.
 
     The text of the user's turn is tokenised separately from the template, with special tokens
     split, so an `<|image_pad|>` in a data file remains text and never becomes a placeholder.
+
+    Raises:
+        ValueError: the markers in the text are not those of the media.
     """
-    (media,) = example.media
-    pixels, grid = process_media(processor, media)
-    tokenizer, config, asked = processor.tokenizer, processor.config, processor.prompt_config
-    before, after = render_turn(tokenizer, media.is_video, asked.question_first)
-    ids = tokenizer.encode(before, add_special_tokens=False)
-    text = asked.ask(example).strip()
-    ids += tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    ids += tokenizer.encode(after, add_special_tokens=False)
-    placeholder = config.video_token_id if media.is_video else config.image_token_id
-    at = ids.index(placeholder)
-    visual_tokens = int(grid.prod()) // config.vision_config.spatial_merge_size**2
-    ids = ids[:at] + [placeholder] * visual_tokens + ids[at + 1 :]
-    positions = mrope_positions(len(ids), at, grid, config, media.is_video, media.seconds_per_patch)
-    example = replace(example, target=target_tokens(processor, example, grid))
-    return Prompt(torch.tensor(ids), positions, pixels, grid, media.is_video, example)
+    encode = partial(processor.tokenizer.encode, add_special_tokens=False)
+    parts = split_turn(processor.prompt_config, example)
+    kinds = [part.kind if isinstance(part, Media) else "text" for part in parts]
+    ids, blocks, text = [], [], ""  # `text` is not yet encoded: its end and a stamp are one text
+    for around, part in zip(render_turn(processor.tokenizer, kinds), [*parts, ""], strict=True):
+        if around:
+            ids += encode(text, split_special_tokens=True) + encode(around)
+            text = ""
+        if isinstance(part, str):
+            text += part
+            continue
+        opening, placeholder, closing = encode(SLOTS[part.kind])
+        for stamp, block in load_blocks(processor, part):
+            ids += [*encode(text + stamp, split_special_tokens=True), opening]
+            block.start, text = len(ids), ""
+            ids += [placeholder] * block.tokens + [closing]
+            blocks.append(block)
+    ids += encode(text, split_special_tokens=True)
+    positions = mrope_positions(len(ids), blocks)
+    example = replace(example, target=target_tokens(processor, example, blocks))
+    return Prompt(torch.tensor(ids), positions, blocks, example)
 
 
-def target_tokens(processor: Processor, example: Example, grid: Tensor) -> tuple[int, ...]:
+def split_turn(asked: PromptConfig, example: Example) -> list[str | Media]:
+    """The text and media of the user's turn, in order."""
+    text, media = asked.ask(example).strip(), example.media
+    pieces = re.split("(<image>|<video>)", text)
+    if len(pieces) == 1:
+        parts = [text, *media] if asked.question_first else [*media, text]
+        return [part for part in parts if part]
+    given = [f"<{medium.kind}>" for medium in media]
+    if pieces[1::2] != given:
+        found = f"its text places {', '.join(pieces[1::2])}"
+        raise ValueError(f"{found}, but its media are {', '.join(given) or 'none'}")
+    pieces[1::2] = media
+    return [piece for piece in pieces if piece]
+
+
+def target_tokens(processor: Processor, example: Example, blocks: list[Block]) -> tuple[int, ...]:
     """Indices of the visual tokens that show the target.
 
     `Example.target` assumes one token per cell. A processor that enlarges small pictures produces
@@ -273,91 +363,103 @@ def target_tokens(processor: Processor, example: Example, grid: Tensor) -> tuple
     """
     if not example.target:
         return ()
-    merge = processor.image_processor.merge_size
-    side = processor.image_processor.patch_size * merge
+    image_processor = processor.image_processor
+    side = image_processor.patch_size * image_processor.merge_size
     width, height = (edge // side for edge in example.media[0].frames[0].size)  # in cells
-    frames, rows, columns = grid[0], grid[1] // merge, grid[2] // merge
-    token = torch.arange(frames * rows * columns)
+    _, rows, columns = blocks[0].shape
+    token = torch.arange(sum(block.tokens for block in blocks))
     frame, row, column = token // (rows * columns), token // columns % rows, token % columns
     cell = (frame * height + row * height // rows) * width + column * width // columns
     return tuple(token[torch.isin(cell, torch.tensor(example.target))].tolist())
 
 
-def process_media(processor: Processor, media: Media) -> tuple[Tensor, Tensor]:
-    """Pixels (patches, channels * 2 * patch * patch) and grid (t, h, w) of one image or one video.
+def load_blocks(processor: Processor, media: Media) -> list[tuple[str, Block]]:
+    """The vision blocks of one image or video, each with the text that precedes it."""
+    pixels, (t, h, w) = process_media(processor, media)
+    vision, merge = processor.config.vision_config, processor.image_processor.merge_size
+    rows, columns, interval = h // merge, w // merge, 1
+    if media.is_video and processor.config.model_type == "qwen3_vl":
+        # Each pair of frames is a block behind its mean time. The release replaces the template's
+        # <|vision_start|> and <|vision_end|> too; transformers 5 keeps an outer pair of them.
+        times = [*media.times, media.times[-1]]  # an odd number of frames repeats the last
+        stamps = [f"<{(times[2 * i] + times[2 * i + 1]) / 2:.1f} seconds>" for i in range(t)]
+        blocks = [Block(x, (1, rows, columns), is_video=True) for x in pixels.chunk(t)]
+        return list(zip(stamps, blocks, strict=True))
+    if media.is_video and processor.config.model_type == "qwen2_5_vl":  # Qwen2-VL counts patches
+        interval = vision.tokens_per_second * media.seconds_per_patch
+    return [("", Block(pixels, (t, rows, columns), media.is_video, interval))]
+
+
+def process_media(processor: Processor, media: Media) -> tuple[Tensor, tuple[int, int, int]]:
+    """Pixels (patches, channels * 2 * patch * patch) of one image or video, and its grid (t, h, w)
+    in patches.
 
     A temporal patch holds two frames. An odd number of frames is padded by repeating the last, as
     the family's own video processor does. An image fills both halves with itself. Frames pass
     through the image processor, so they are resized and normalised like images.
 
-    A small frame is enlarged to the family's minimum for videos, or to `frame_pixels` if that is
+    A small frame is enlarged to the family's minimum for videos, or to `frame_tokens` if that is
     smaller. The family then rounds both sides up to whole tokens, which may exceed the budget: with
     a budget of 128 tokens, a frame of 320 x 180 gets 9 x 16.
     """
     image_processor = processor.image_processor
-    budget = processor.frame_pixels if media.is_video else processor.max_pixels
+    token = (image_processor.patch_size * image_processor.merge_size) ** 2  # in pixels
     least, most = (image_processor.size[edge] for edge in ("shortest_edge", "longest_edge"))
-    if media.is_video and least == IMAGE_LEAST:
-        least = FRAME_LEAST  # a checkpoint with its own minimum (the toy) keeps it
-    most = budget or most
+    if media.is_video and least > token:  # the toy's minimum is a token
+        least = max(least, FRAME_LEAST * token)
+    budget = processor.frame_tokens if media.is_video else processor.image_tokens
+    most = budget * token if budget else most
     size = {"shortest_edge": min(least, most), "longest_edge": most}
     output = image_processor(images=media.frames, size=size, return_tensors="pt")
-    pixels, grids = output["pixel_values"], output["image_grid_thw"]
+    pixels, grids = output["pixel_values"], output["image_grid_thw"].tolist()
     if not media.is_video:
-        return pixels, grids[0]
+        return pixels, tuple(grids[0])
     depth, side = image_processor.temporal_patch_size, image_processor.patch_size
     frames = pixels.view(len(media.frames), -1, 3, depth, side, side)[:, :, :, 0]
     if pad := -len(frames) % depth:
         frames = torch.cat([frames, frames[-1:].expand(pad, -1, -1, -1, -1)])
-    patches = frames.unflatten(0, (-1, depth)).permute(
-        0, 2, 3, 1, 4, 5
-    )  # (t, h * w, channel, depth, side, side)
-    grid = torch.tensor([len(patches), grids[0, 1], grids[0, 2]])
-    return patches.reshape(-1, pixels.shape[1]), grid
+    # (t, h * w, channel, depth, side, side)
+    patches = frames.unflatten(0, (-1, depth)).permute(0, 2, 3, 1, 4, 5)
+    return patches.reshape(-1, pixels.shape[1]), (len(patches), *grids[0][1:])
 
 
-def mrope_positions(
-    length: int, start: int, grid: Tensor, config: Any, is_video: bool, seconds_per_patch: float
-) -> Tensor:
-    """Positions (3, P) on the time, height and width axes for a prompt whose only image or video
-    begins at index `start`.
+def mrope_positions(length: int, blocks: Sequence[Block]) -> Tensor:
+    """Positions (3, P) on the time, height and width axes for a prompt of `length` ids.
 
-    Text after the vision block continues at the block's largest position + 1 on every axis, as in
-    the models' release and in inference servers. transformers 5.23 instead starts text after a
-    *video* at max(h, w) / 2 past its start, inside the video's own time axis. For images, both
-    rules agree.
+    Text after a vision block continues at the block's largest position + 1 on every axis, as in the
+    models' release and in inference servers. transformers 5.23 instead starts text after a *video*
+    at max(h, w) / 2 past its start, inside the video's own time axis. For images and the frames of
+    Qwen3-VL, both rules agree.
     """
-    merge = config.vision_config.spatial_merge_size
-    t, h, w = int(grid[0]), int(grid[1]) // merge, int(grid[2]) // merge
-    interval = (
-        getattr(config.vision_config, "tokens_per_second", 1) * seconds_per_patch if is_video else 1
-    )
-    if config.model_type == "qwen2_vl":
-        interval = 1  # Qwen2-VL counts temporal patches, Qwen2.5-VL counts time
-    axes = ((torch.arange(t) * interval).long(), torch.arange(h), torch.arange(w))
-    block = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1) + start
-    after = torch.arange(length - start - block.shape[1]) + block.max() + 1
-    return torch.cat([torch.arange(start).expand(3, -1), block, after.expand(3, -1)], dim=1)
+    positions, end, following = [], 0, 0  # the next index, and its position
+    for block in blocks:
+        text = torch.arange(block.start - end) + following
+        t, h, w = block.shape
+        axes = (torch.arange(t) * block.interval).long(), torch.arange(h), torch.arange(w)
+        visual = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+        visual = visual + following + len(text)
+        positions += [text.expand(3, -1), visual]
+        end, following = block.start + block.tokens, int(visual.max()) + 1
+    positions.append((torch.arange(length - end) + following).expand(3, -1))
+    return torch.cat(positions, dim=1)
 
 
 @dataclass
 class PromptBatch:
     """B prompts, left-padded to P: `ids` (B, P), `positions` (3, B, P), and `mask` (B, P), or None
-    without padding.
+    without padding. `patches` (B, P) are those of `Prompt.patches`, on the CPU.
 
-    `features[b]` are the visual features of prompt b, (visual tokens, hidden), computed once and
-    reused by every pass. If the vision encoder is trained, `features` is None: `pixels` are kept
-    instead, and every pass computes the features of its own model. `grids` (B, 3) are t, h, w in
-    patches before merging.
+    `blocks[b]` are the vision blocks of prompt b, and `features[b]` their visual features, computed
+    once and reused by every pass; see `visual_features`. If the vision encoder is trained,
+    `features` is None, and every pass computes the features of its own model.
     """
 
     ids: Tensor
     positions: Tensor
     mask: Tensor | None
-    features: list[Tensor] | None
-    grids: Tensor
-    is_video: list[bool]
-    pixels: list[Tensor] | None = None
+    patches: Tensor
+    blocks: list[list[Block]]
+    features: list[list[Features]] | None
 
     def __getitem__(self, rows: slice) -> "PromptBatch":
         """The chosen prompts, with no more padding than they need."""
@@ -370,56 +472,73 @@ class PromptBatch:
             self.ids[rows, start:],
             self.positions[:, rows, start:],
             mask,
+            self.patches[rows, start:],
+            self.blocks[rows],
             None if self.features is None else self.features[rows],
-            self.grids[rows],
-            self.is_video[rows],
-            None if self.pixels is None else self.pixels[rows],
         )
 
 
-def visual_features(model: Module, pixels: Sequence[Tensor], grids: Tensor) -> list[Tensor]:
-    """Visual features of each prompt, (visual tokens, hidden), in one call of the encoder."""
-    joined = torch.cat(list(pixels)).to(model.device)
-    return list(model.get_image_features(joined, grids.to(model.device)).pooler_output)
+def visual_features(model: Module, blocks: Sequence[Sequence[Block]]) -> list[list[Features]]:
+    """Visual features of the blocks of each prompt, in one call of the encoder: of each block
+    (visual tokens, hidden) and, with Qwen3-VL, those that are added after the first layers.
+
+    Other ranks wait for this call and for its gradient, so a batch of text alone encodes a blank,
+    whose features of no token go to the first prompt.
+    """
+    config = model.config.vision_config
+    merge, values = config.spatial_merge_size, 3 * config.temporal_patch_size * config.patch_size**2
+    flat = [block for row in blocks for block in row]
+    flat = flat or [Block(torch.zeros(merge**2, values), (1, 1, 1))]
+    pixels = torch.cat([block.pixels for block in flat]).to(model.device)
+    grids = [(t, merge * h, merge * w) for t, h, w in (block.shape for block in flat)]
+    output = model.get_image_features(pixels, torch.tensor(grids, device=model.device))
+    levels = [output.pooler_output, *getattr(output, "deepstack_features", ())]
+    features = zip(*levels, strict=True)
+    rows = [[next(features) for _ in row] for row in blocks]
+    rows[0] += [tuple(level[:0] for level in blank) for blank in features]
+    return rows
 
 
 def collate(model: Module, prompts: Sequence[Prompt], pad_id: int) -> PromptBatch:
     """Left-pad prompts into a batch on the model's device, and compute their visual features if the
     vision encoder is frozen."""
-    pixels = [prompt.pixels for prompt in prompts]
-    grids = torch.stack([prompt.grid for prompt in prompts])
     frozen = not any(p.requires_grad for p in model.model.visual.parameters())
     longest = max(len(prompt.ids) for prompt in prompts)
     ids = torch.full((len(prompts), longest), pad_id)
     positions = torch.zeros(3, len(prompts), longest, dtype=torch.long)
     mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
+    patches = torch.full_like(ids, -1)
     for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt.ids) :] = prompt.ids
-        positions[:, row, longest - len(prompt.ids) :] = prompt.positions
-        mask[row, longest - len(prompt.ids) :] = True
+        start = longest - len(prompt.ids)
+        ids[row, start:] = prompt.ids
+        positions[:, row, start:] = prompt.positions
+        mask[row, start:] = True
+        patches[row, start:] = prompt.patches()
+    blocks = [prompt.blocks for prompt in prompts]
     with torch.no_grad():
-        features = visual_features(model, pixels, grids) if frozen else None
+        features = visual_features(model, blocks) if frozen else None
     return PromptBatch(
         ids.to(model.device),
         positions.to(model.device),
         None if mask.all() else mask.to(model.device),
+        patches,
+        blocks,
         features,
-        grids,
-        [prompt.is_video for prompt in prompts],
-        None if frozen else pixels,
     )
 
 
-def encoder_outputs(model: Module, prompts: PromptBatch) -> dict[str, BaseModelOutputWithPooling]:
-    """The visual features in the form that the model's forward takes (`mm_encoder_outputs`)."""
-    features = prompts.features
-    if features is None:
-        features = visual_features(model, prompts.pixels, prompts.grids)
+def encoder_outputs(model: Module, prompts: PromptBatch) -> dict[str, Any]:
+    """The visual features in the form that the model's forward takes (`mm_encoder_outputs`): those
+    of all images in order, and those of all videos."""
+    rows = prompts.features or visual_features(model, prompts.blocks)
+    features = [feature for row in rows for feature in row]
+    kinds = [block.is_video for row in prompts.blocks for block in row] or [False] * len(features)
     outputs = {}
-    for kind, wanted in (("image", False), ("video", True)):
-        chosen = tuple(
-            f for f, is_video in zip(features, prompts.is_video, strict=True) if is_video == wanted
-        )
+    for kind, is_video in (("image", False), ("video", True)):
+        chosen = [f for f, video in zip(features, kinds, strict=True) if video == is_video]
         if chosen:
-            outputs[kind] = BaseModelOutputWithPooling(pooler_output=chosen)
+            first, *deeper = zip(*chosen, strict=True)  # by level
+            outputs[kind] = BaseModelOutputWithDeepstackFeatures(
+                pooler_output=first, deepstack_features=deeper
+            )
     return outputs

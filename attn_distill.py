@@ -35,7 +35,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -246,7 +246,7 @@ def roll_out(
     rollout = generate_group(
         model, batch, args.group_size, args.max_new_tokens, noise, args.temperature, args.top_p
     )
-    texts = rollout.texts(processor.tokenizer)
+    texts = rollout.texts(processor)
     examples = [prompt.example for prompt in prompts]
     rule = args.accuracy_rule
     accuracies = torch.tensor(
@@ -392,19 +392,16 @@ def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
     return in_chunks(chunk, *rows, elements=ATTENTION_CHUNK)[0].view(p.shape[:-1])
 
 
-def frame_bins(attention: Tensor, prompts: PromptBatch, config: Any) -> Tensor:
+def frame_bins(attention: Tensor, prompts: PromptBatch) -> Tensor:
     """Attention (B, G, T, P + T) summed over temporal patches, (B, G, T, F + 2) [successor paper].
+    An image is one temporal patch.
 
     The last two bins hold the rest of the prompt and the earlier response, so rows still sum to 1.
     The visual bins are never renormalised to 1: the total attention to the video is distilled too.
     """
     p = prompts.ids.shape[1]
-    placeholders = torch.tensor([config.image_token_id, config.video_token_id])
-    visual = torch.isin(prompts.ids, placeholders.to(prompts.ids.device))
-    per_patch = visual.sum(1) // prompts.grids[:, 0].to(visual.device)
-    frames = int(prompts.grids[:, 0].max())
-    frame = (visual.cumsum(1) - 1) // per_patch[:, None]
-    bins = F.one_hot(torch.where(visual, frame, frames), frames + 1).to(attention.dtype)
+    patches, frames = prompts.patches, int(prompts.patches.max()) + 1
+    bins = F.one_hot(torch.where(patches < 0, frames, patches), frames + 1).to(attention)
     looked = attention[..., :p] @ bins[:, None]
     return torch.cat([looked, attention[..., p:].sum(-1, keepdim=True)], dim=-1)
 
@@ -423,7 +420,7 @@ def loss_terms(model: Module, teacher: Module, batch: Batch, args: Args) -> dict
     teacher_rows = teacher_scores.attentions[args.teacher_attn_layer]  # Attention
     attn = [attention_policy(x, args.attn_row) for x in (rows, teacher_rows)]  # Attention
     if args.attn_bins == "frames":  # Attention
-        attn = [frame_bins(x, batch.rollout.prompts, model.config) for x in attn]  # Attention
+        attn = [frame_bins(x, batch.rollout.prompts) for x in attn]  # Attention
     suppressed = torch.tensor(vision_token_ids(model.config), device=model.device)
     logits = scores.logits, teacher_scores.logits
     distance = gkd(*logits, args.gkd_beta, args.temperature, suppressed)
@@ -512,7 +509,7 @@ def main(args: Args) -> dict[str, float]:
     is_toy, task = toy.resolve_task(args, args.model)
     check_files(args, is_toy)
     seed_everything(args.seed)
-    processor = load_processor(args.model, args.max_pixels, args.frame_pixels)
+    processor = load_processor(args.model, args.image_tokens, args.frame_tokens)
     require_layer("--attn-layer", args.attn_layer, processor.config)  # Attention
     processor.prompt_config = PromptConfig(
         prompts={} if is_toy else PROMPTS,  # a toy knows only its own words

@@ -594,8 +594,8 @@ def check_files(args: Any, is_toy: bool) -> None:
         UsageError: the message names the arguments.
     """
     require_not_negative(args, "workers")
-    bounded = args.max_pixels is not None or args.frame_pixels is not None
-    sizes = "--max-pixels, --frame-pixels: on the toy a cell is a token"
+    bounded = args.image_tokens is not None or args.frame_tokens is not None
+    sizes = "--image-tokens, --frame-tokens: on the toy a cell is a token"
     require(not (is_toy and bounded), f"{sizes}; use sft.py --grid")
     if args.data is None:
         names = ("eval_data", "media_root", "check_data", "fps")

@@ -80,15 +80,14 @@ def predict(
     the rows of the positions before each of its tokens, whatever `--attn-row` the run was trained
     with.
     """
-    config, tokenizer, asked = model.config, processor.tokenizer, processor.prompt_config
-    merge, layers = config.vision_config.spatial_merge_size, config.text_config.num_hidden_layers
+    tokenizer, asked = processor.tokenizer, processor.prompt_config
+    layers = model.config.text_config.num_hidden_layers
     attn_layer %= layers
-    placeholders = torch.tensor([config.image_token_id, config.video_token_id])
     stream, done = iter(prompts), 0
     while chunk := list(islice(stream, batch_size)):
         batch = collate(model, chunk, tokenizer.pad_token_id)
         rollout = generate_group(model, batch, 1, max_new_tokens)
-        texts = rollout.texts(tokenizer)
+        texts = rollout.texts(processor)
         has_targets = all(prompt.example.target for prompt in chunk)
         # Score only the examples that are measured or drawn; logits are large.
         scored = len(chunk) if has_targets else min(len(chunk), max(0, pictures - done))
@@ -99,7 +98,8 @@ def predict(
         for row, (prompt, (text,)) in enumerate(zip(chunk, texts, strict=True)):
             example = prompt.example
             ids = rollout.response_ids[row, 0][rollout.response_mask[row, 0]].tolist()
-            answer = answer_tokens(tokenizer, ids, text, first_mention=has_targets)
+            said = text.removeprefix(processor.response_prefix)
+            answer = answer_tokens(tokenizer, ids, said, first_mention=has_targets)
             record = {
                 "row": example.name,
                 "problem_type": example.problem_type,
@@ -112,7 +112,7 @@ def predict(
                 "completion_len": len(ids),
             }
             if row < scored:  # row t of a layer emits token t, row t + 1 is that token's own
-                visual = torch.isin(part.prompts.ids[row].cpu(), placeholders).nonzero()[:, 0]
+                visual = (part.prompts.patches[row] >= 0).nonzero()[:, 0]
                 rows = {layer: x[row, 0].cpu() for layer, x in attentions.items()}
                 emitting = slice(answer.start, answer.stop)
             if has_targets:
@@ -128,14 +128,13 @@ def predict(
                     own[part.prompts.ids.shape[1] + answer.start] = 0.0
                     share = own[target].sum() / own.sum().clamp_min(1e-9)
                     record["target_attn_own"] = share.item()
-            t, h, w = prompt.grid.tolist()
             shown, attention = done < pictures and bool(example.media), torch.zeros(0, 0)
             if shown:
                 attention = rows[attn_layer][emitting][:, visual]
             else:
                 example = replace(example, media=[])
             words = [tokenizer.decode([ids[i]]).strip() for i in answer]
-            yield Prediction(record, example, attention, words, (t, h // merge, w // merge))
+            yield Prediction(record, example, attention, words, prompt.shapes())
             done += 1
 
 
@@ -220,10 +219,10 @@ class Args:
     """Frames per video, one setting per value; unset: 16, on the toy those of its checkpoint."""
     fps: float | None = None
     """Frames per second of each video instead, with --frames as the maximum."""
-    max_pixels: tuple[int | None, ...] = (256 * 28 * 28,)
-    """Maximum pixels of an image, one setting per value; a visual token covers 28 x 28."""
-    frame_pixels: tuple[int | None, ...] = (256 * 28 * 28,)
-    """Maximum pixels of a video frame, one setting per value; two frames share their tokens."""
+    image_tokens: tuple[int | None, ...] = (256,)
+    """Maximum visual tokens of an image, one setting per value."""
+    frame_tokens: tuple[int | None, ...] = (256,)
+    """Maximum visual tokens of a pair of video frames, one setting per value."""
     grid: tuple[int | None, ...] = (None,)
     """Toy: cells along each side of the pictures, one setting per value; unset: the
     checkpoint's."""
@@ -250,7 +249,7 @@ class Args:
     """Processes that read and encode rows ahead; 0: the evaluating process reads them."""
 
     def __post_init__(self) -> None:
-        for name in ("frames", "max_pixels", "frame_pixels", "grid"):
+        for name in ("frames", "image_tokens", "frame_tokens", "grid"):
             values = getattr(self, name)
             option = f"--{name.replace('_', '-')}"
             require(len(values) > 0, f"{option}: needs a value")
@@ -265,7 +264,7 @@ class Args:
 
 # Defaults of a toy, in place of those of `Args`.
 TOY = {"examples": 512, "batch_size": 64, "workers": 0, "max_new_tokens": 16, "think": False}
-TOY |= {"max_pixels": (None,), "frame_pixels": (None,), "max_prompt_tokens": None}
+TOY |= {"image_tokens": (None,), "frame_tokens": (None,), "max_prompt_tokens": None}
 
 # The requests to a checkpoint that has no prompt.json: those of the training scripts.
 PROMPTS = {
@@ -280,8 +279,8 @@ PROMPTS = {
 
 Setting = tuple[
     int | None, int | None, int | None, int | None
-]  # frames, max_pixels, frame_pixels, grid
-NAMES = ("frames", "max_pixels", "frame_pixels", "grid")
+]  # frames, image_tokens, frame_tokens, grid
+NAMES = ("frames", "image_tokens", "frame_tokens", "grid")
 
 
 def defaults() -> dict[str, Any]:
@@ -353,8 +352,8 @@ def prompts_of(
 ) -> tuple[list[str], Callable[[list[int]], Iterable[Prompt]], BadRows]:
     """The names of all examples of a setting, a function from example numbers to prompts, and the
     record of bad rows."""
-    frames, max_pixels, frame_pixels, grid = setting
-    processor = replace(processor, max_pixels=max_pixels, frame_pixels=frame_pixels)
+    frames, image_tokens, frame_tokens, grid = setting
+    processor = replace(processor, image_tokens=image_tokens, frame_tokens=frame_tokens)
     encode = partial(encode_prompt, processor)
     if args.data is None:
         task = replace(task, frames=frames or task.frames, grid=grid or task.grid)
@@ -404,8 +403,8 @@ def main(args: Args) -> dict[str, float]:
         require(not getattr(args, name), f"--{name.replace('_', '-')}: needs --data")
     of_toy = args.grid != (None,) or args.toy_order is not None
     require(not (args.data and of_toy), "--grid, --toy-order: not with --data")
-    bounded = args.max_pixels != (None,) or args.frame_pixels != (None,)
-    require(not (is_toy and bounded), "--max-pixels, --frame-pixels: not for the toy; use --grid")
+    bounded = args.image_tokens != (None,) or args.frame_tokens != (None,)
+    require(not (is_toy and bounded), "--image-tokens, --frame-tokens: not for the toy; use --grid")
     task = toy.Task.load(base) or toy.Task(order="image-first")
     images_only = is_toy and task.frames is None and args.frames != (None,)
     asked = f"--frames {' '.join(map(str, args.frames))}: {args.model} has learned images only"
@@ -421,7 +420,7 @@ def main(args: Args) -> dict[str, float]:
     processor.prompt_config = PromptConfig(
         config.prompts, args.think, args.accuracy_rule, order == "question-first"
     )
-    sweep = list(product(args.frames, args.max_pixels, args.frame_pixels, args.grid))
+    sweep = list(product(args.frames, args.image_tokens, args.frame_tokens, args.grid))
     varied = [i for i, values in enumerate(zip(*sweep, strict=True)) if len(set(values)) > 1]
     opened = {setting: prompts_of(args, setting, processor, task) for setting in sweep}
     model = load_model(args.model, frozen=True)

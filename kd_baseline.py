@@ -219,7 +219,7 @@ def roll_out(
     rollout = generate_group(
         model, batch, args.group_size, args.max_new_tokens, noise, args.temperature, args.top_p
     )
-    texts = rollout.texts(processor.tokenizer)
+    texts = rollout.texts(processor)
     examples = [prompt.example for prompt in prompts]
     rule = args.accuracy_rule
     accuracies = torch.tensor(
@@ -380,7 +380,7 @@ def main(args: Args) -> dict[str, float]:
     is_toy, task = toy.resolve_task(args, args.model)
     check_files(args, is_toy)
     seed_everything(args.seed)
-    processor = load_processor(args.model, args.max_pixels, args.frame_pixels)
+    processor = load_processor(args.model, args.image_tokens, args.frame_tokens)
     processor.prompt_config = PromptConfig(
         prompts={} if is_toy else PROMPTS,  # a toy knows only its own words
         think=args.think,

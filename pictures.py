@@ -24,48 +24,48 @@ class Prediction:
     """One evaluated example.
 
     `record` is its line of predictions.jsonl. `attention` (N, visual tokens) is the attention in
-    the N rows that emit the answer, and `tokens` is the text of their tokens. `grid` is the number
-    of temporal patches, and of rows and columns of visual tokens.
+    the N rows that emit the answer, and `tokens` is the text of their tokens. `shapes` are those of
+    `Prompt.shapes`.
     """
 
     record: dict[str, Any]
     example: Example
     attention: Tensor
     tokens: list[str]
-    grid: tuple[int, int, int]
+    shapes: list[tuple[int, int]]
 
 
 def draw_gaze(axis: Any, prediction: Prediction, attention: Tensor) -> None:
-    """Draw the picture or video of `prediction` with one row of attention over visual tokens.
+    """Draw the images and videos of `prediction` with one row of attention over visual tokens.
 
-    A brighter cell has more attention mass (averaged over heads), and a box marks the target. A
-    video is shown as a mosaic of its temporal patches in reading order, with the first frame of
-    each. Without an answer there is no attention to show, and nothing is dimmed.
+    A brighter cell has more attention mass (averaged over heads), and a box marks the target.
+    Images and the temporal patches of a video, with the first frame of each, are shown as a mosaic
+    in reading order. Without an answer there is no attention to show, and nothing is dimmed.
     """
     from matplotlib.patches import Rectangle
 
-    t, h, w = prediction.grid
-    (media,) = prediction.example.media
-    frames = media.frames[:: 2 if media.is_video else 1][:t]
-    width, height = frames[0].size
-    columns = math.ceil(math.sqrt(t))
-    heat = attention.view(t, h, w).numpy()
-    for patch, frame in enumerate(frames):
-        left, top = patch % columns * width * 1.05, patch // columns * height * 1.05
+    media, shapes = prediction.example.media, prediction.shapes
+    frames = [f for medium in media for f in medium.frames[:: 2 if medium.is_video else 1]]
+    wide, high = (max(edges) for edges in zip(*(frame.size for frame in frames), strict=True))
+    columns, first = math.ceil(math.sqrt(len(shapes))), 0
+    for patch, (frame, (h, w)) in enumerate(zip(frames, shapes, strict=True)):
+        (width, height), heat = frame.size, attention[first : first + h * w].view(h, w).numpy()
+        left, top = patch % columns * wide * 1.05, patch // columns * high * 1.05
         extent = (left, left + width, top + height, top)
         axis.imshow(np.asarray(frame.convert("RGB")), extent=extent)
-        if heat.max() > 0:
+        if attention.max() > 0:
             dim = np.zeros((h, w, 4))
-            dim[..., 3] = 0.85 * (1 - heat[patch] / heat.max())
+            dim[..., 3] = 0.85 * (1 - heat / attention.max().item())
             axis.imshow(dim, extent=extent, interpolation="nearest")
         for token in prediction.example.target:
-            if token // (h * w) == patch:
-                row, column = divmod(token % (h * w), w)
+            if first <= token < first + h * w:
+                row, column = divmod(token - first, w)
                 corner = (left + column * width / w, top + row * height / h)
                 box = (corner, width / w, height / h)
                 axis.add_patch(Rectangle(*box, fill=False, edgecolor="magenta", lw=2))
-    right = (columns * 1.05 - 0.05) * width
-    bottom = (math.ceil(t / columns) * 1.05 - 0.05) * height
+        first += h * w
+    right = (columns * 1.05 - 0.05) * wide
+    bottom = (math.ceil(len(shapes) / columns) * 1.05 - 0.05) * high
     axis.set(xlim=(0, right), ylim=(bottom, 0), xticks=[], yticks=[])
 
 
@@ -90,7 +90,7 @@ def draw_attention(path: Path, rows: dict[str, list[Prediction]], count: int = 6
     figure, axes = pyplot.subplots(len(rows), count, figsize=size, squeeze=False)
     for (label, predictions), line in zip(rows.items(), axes, strict=True):
         for prediction, axis in zip(predictions[:count], line, strict=True):
-            blank = torch.zeros(math.prod(prediction.grid))
+            blank = torch.zeros(sum(h * w for h, w in prediction.shapes))
             attention = prediction.attention[0] if len(prediction.attention) else blank
             draw_gaze(axis, prediction, attention)
             title, colour = verdict(prediction)
@@ -110,7 +110,8 @@ def draw_overlay(path: Path, prediction: Prediction, max_tokens: int = 12) -> No
     """Draw the attention of each token of the model's answer, beside the question and response."""
     pyplot = load_pyplot()
     rows = list(zip(prediction.tokens, prediction.attention, strict=True))[:max_tokens]
-    rows = rows or [("no answer", torch.zeros(math.prod(prediction.grid)))]
+    blank = torch.zeros(sum(h * w for h, w in prediction.shapes))
+    rows = rows or [("no answer", blank)]
     figure, axes = pyplot.subplots(1, len(rows) + 1, figsize=(3.6 * (len(rows) + 1), 4))
     for (token, attention), axis in zip(rows, axes[1:], strict=True):
         draw_gaze(axis, prediction, attention)

@@ -109,14 +109,17 @@ class Prompt:
         """Whether the prompt shows a video."""
         return any(block.is_video for block in self.blocks)
 
+    def shapes(self) -> list[tuple[int, int]]:
+        """Rows and columns of visual tokens of each temporal patch."""
+        return [block.shape[1:] for block in self.blocks for _ in range(block.shape[0])]
+
     def patches(self) -> Tensor:
         """The temporal patch that each position shows, (P,), counted over all blocks: an image is
         one, a video has one for each pair of frames. It is -1 for text."""
-        numbers, count = torch.full_like(self.ids, -1), 0
-        for block in self.blocks:
-            within = torch.arange(block.tokens) // (block.tokens // block.shape[0])
-            numbers[block.start : block.start + block.tokens] = count + within
-            count += block.shape[0]
+        numbers = torch.full_like(self.ids, -1)
+        tokens = torch.tensor([h * w for h, w in self.shapes()], dtype=torch.long)
+        visual = [torch.arange(b.tokens) + b.start for b in self.blocks] or [tokens]
+        numbers[torch.cat(visual)] = torch.arange(len(tokens)).repeat_interleave(tokens)
         return numbers
 
 

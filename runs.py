@@ -73,10 +73,10 @@ class RunArgs:
     """Frames per video, evenly spaced. Unset: 16; on the toy, as its checkpoint."""
     fps: float | None = None
     """Frames per second of video to sample instead; --frames is then the maximum per video."""
-    max_pixels: int | None = 256 * 28 * 28
-    """Maximum pixels per image; a visual token is 28 x 28. Video-R1: 256 tokens."""
-    frame_pixels: int | None = 128 * 28 * 28
-    """Maximum pixels per video frame; two frames share a token. Video-R1: 128 tokens."""
+    image_tokens: int | None = 256
+    """Maximum visual tokens of an image. Video-R1: 256."""
+    frame_tokens: int | None = 128
+    """Maximum visual tokens of a pair of video frames, which share them. Video-R1: 128."""
     max_prompt_tokens: int | None = 16384
     """Skip rows whose prompt has more tokens than this."""
     max_skipped: float = 0.01
@@ -109,7 +109,7 @@ class RunArgs:
     """Resume even if arguments that affect the result differ from those of the state."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "frames", "fps", "max_pixels", "frame_pixels", "max_prompt_tokens")
+        require_positive(self, "frames", "fps", "image_tokens", "frame_tokens", "max_prompt_tokens")
         require_positive(self, "eval_every", "eval_examples", "keep")
         require_not_negative(self, "save_every", "max_skipped", "seed")
         require(self.grid is None or self.grid >= 3, f"--grid {self.grid}: needs 3 or more")

@@ -180,7 +180,7 @@ def demonstrations(model: Module, processor: Processor, prompts: list[Prompt]) -
     """A rollout of group size 1: the prompts, with their demonstrations and an EOS as responses."""
     tokenizer = processor.tokenizer
     encode = partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True)
-    ids = [encode(prompt.example.response) for prompt in prompts]
+    ids = [encode(processor.written(prompt.example.response)) for prompt in prompts]
     rows = [torch.tensor([*row, tokenizer.eos_token_id], device=model.device) for row in ids]
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[:, None]
     lengths = torch.tensor([len(row) for row in rows], device=model.device)
@@ -260,7 +260,7 @@ def main(args: Args) -> dict[str, float]:
         base = args.model or scratch
         if args.model is None:
             toy.write_base(Path(base), args.seed, args.toy_size)
-        processor = load_processor(base, args.max_pixels, args.frame_pixels)
+        processor = load_processor(base, args.image_tokens, args.frame_tokens)
         processor.prompt_config = PromptConfig(
             prompts={} if is_toy else PROMPTS,  # a toy knows only its own words
             think=args.think,

@@ -16,7 +16,7 @@ from torch import Tensor
 import evaluate
 import ral_grpo
 import toy
-from prompts import Example
+from prompts import Example, Media
 
 
 @contextmanager
@@ -136,8 +136,7 @@ def three_shapes() -> Iterator[None]:
         return Example(
             problem=f"list {' '.join(shape for shape, *_ in asked)}",
             solution=colours,
-            media=toy.draw_scene(scene, task.grid, task.frames),
-            is_video=False,
+            media=[Media(toy.draw_scene(scene, task.grid, task.frames))],
             response=f"<answer> {colours} </answer>",
             target=(asked[0][1],),
         )

@@ -60,7 +60,7 @@ def command(folder: Path, script: str, family: str, out: Path, processes: int, *
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     fields = {"model": str(folder / family), "data": str(folder / "rows.json")}
-    fields |= {"max_skipped": 0.3, "frames": 4, "max_pixels": 84 * 84, "frame_pixels": 56 * 56}
+    fields |= {"max_skipped": 0.3, "frames": 4, "image_tokens": 9, "frame_tokens": 4}
     fields |= {"max_new_tokens": 6, "workers": 0, "eval_examples": 4, "learning_rate": 3e-4}
     fields |= {"prompts_per_step": 4 // processes, "micro_batch_size": 2, "steps": 12} | more
     if script != "sft":

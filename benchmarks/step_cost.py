@@ -145,7 +145,7 @@ def update_work(variant: str, p: int, t: int) -> Callable[[], None]:
 
     import grpo_baseline
     import ral_grpo
-    from prompts import BaseModelOutputWithPooling, PromptBatch
+    from prompts import BaseModelOutputWithDeepstackFeatures, Block, PromptBatch
 
     model, _, common = build()
     config = model.config
@@ -154,9 +154,10 @@ def update_work(variant: str, p: int, t: int) -> Callable[[], None]:
     ids = torch.randint(3, 4000, (1, p))
     ids[:, 8 : p - 8] = config.image_token_id
     positions = torch.arange(p).expand(3, 1, p)
-    features = [torch.randn(p - 16, 256)]
-    grid = torch.tensor([[1, 2, 2 * (p - 16)]])
-    prompts = PromptBatch(ids, positions, None, features, grid, [False])
+    block = Block(torch.empty(0), shape=(1, 1, p - 16), start=8)
+    patches = (ids == config.image_token_id).long() - 1
+    features = [[(torch.randn(p - 16, 256),)]]
+    prompts = PromptBatch(ids, positions, None, patches, [[block]], features)
     completions = torch.randint(3, 4000, (1, GROUP, t))
     full = torch.ones(1, GROUP, t, dtype=torch.bool)
     rollout = common.Rollout(prompts, completions, full, torch.zeros(1, GROUP, dtype=torch.bool))
@@ -174,7 +175,7 @@ def update_work(variant: str, p: int, t: int) -> Callable[[], None]:
         "input_ids": torch.cat([ids.expand(GROUP, -1), completions[0]], dim=1),
         "position_ids": torch.arange(p + t).expand(3, GROUP, -1),
         "mm_encoder_outputs": {
-            "image": BaseModelOutputWithPooling(pooler_output=tuple(features * GROUP))
+            "image": BaseModelOutputWithDeepstackFeatures(pooler_output=features[0][0] * GROUP)
         },
         "logits_to_keep": torch.arange(p - 1, p + t - 1),
         "output_attentions": variant == "eager",
@@ -225,15 +226,15 @@ def rollout_work(variant: str, p: int, t: int) -> Callable[[], None]:
 
         return work
     model.set_attn_implementation("sdpa")
-    kinds = (prompt.ids == model.config.image_token_id).int()
+    kinds, (block,) = (prompt.ids == model.config.image_token_id).int(), prompt.blocks
 
     def work() -> None:
         ids = model.generate(
             prompt.ids.expand(GROUP, -1),
             attention_mask=torch.ones(GROUP, len(prompt.ids), dtype=torch.long),
             mm_token_type_ids=kinds.expand(GROUP, -1),
-            pixel_values=prompt.pixels.repeat(GROUP, 1),
-            image_grid_thw=prompt.grid.expand(GROUP, -1),
+            pixel_values=block.pixels.repeat(GROUP, 1),
+            image_grid_thw=torch.tensor([[1, 2 * block.shape[1], 2 * block.shape[2]]] * GROUP),
             suppress_tokens=common.vision_token_ids(model.config),
             do_sample=True,
             top_k=0,

@@ -10,7 +10,13 @@ import pytest
 import torch
 from real import write_checkpoint, write_rows
 from safetensors.torch import load_file
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -21,7 +27,7 @@ from prompts import Processor, Prompt, PromptConfig, collate, encode_prompt
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much on a busy machine
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 def toy_args(script, **fields):
@@ -42,8 +48,8 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     """A directory for each family, with the toy's tokenizer and random weights large enough to look
     somewhere."""
     directories = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
-    toy.write_base(directories["qwen2_vl"], seed=0)
-    toy.write_base(directories["qwen2_5_vl"], seed=0)
+    for directory in directories.values():
+        toy.write_base(directory, seed=0)
     config = common.AutoConfig.from_pretrained(directories["qwen2_vl"])
     text = config.text_config.to_dict() | {"model_type": "qwen2_5_vl_text"}
     vision = {
@@ -67,6 +73,23 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     )
     model.generation_config.eos_token_id = config.text_config.eos_token_id
     model.save_pretrained(directories["qwen2_5_vl"])
+    for name in ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers"):
+        text.pop(name, None)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 8, 8]}
+    text |= {"head_dim": 48, "rope_parameters": rope | {"mrope_interleaved": True}}
+    vision = {name: vision[name] for name in ("hidden_size", "out_hidden_size", "num_heads")}
+    vision |= {"intermediate_size": 128, "initializer_range": 0.05, "num_position_embeddings": 36}
+    vision |= {"depth": 3, "deepstack_visual_indexes": [0, 1]}
+    model = Qwen3VLForConditionalGeneration(
+        Qwen3VLConfig(
+            text_config=text | {"model_type": "qwen3_vl_text"}, vision_config=vision, **ids
+        )
+    )
+    model.generation_config.eos_token_id = config.text_config.eos_token_id
+    model.save_pretrained(directories["qwen3_vl"])
+    mean = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    image_processor = Qwen2VLImageProcessorPil(patch_size=16, min_pixels=32 * 32, **mean)
+    image_processor.save_pretrained(directories["qwen3_vl"])
     return directories
 
 
@@ -84,12 +107,20 @@ def loaded(checkpoints, family):
 def make_prompts(
     model, processor, kinds=("image", "image"), grids=(4, 3), frames=(14, 6)
 ) -> list[Prompt]:
-    """Prompts of different lengths: an image or a video of its own grid size each."""
+    """Prompts of different lengths, each with its own grid size: text, an image, a video, or all of
+    them mixed."""
     rng = random.Random(0)
     prompts = []
     for kind, grid, count in zip(kinds, grids, frames, strict=False):
         task = toy.Task(grid=grid, frames=count if kind == "video" else None)
         example = toy.sample_example(rng, task)
+        if kind == "text":
+            example = replace(example, media=[], target=())
+        elif kind == "mixed":
+            video = toy.sample_example(rng, toy.Task(grid=3, frames=count)).media
+            media = [*example.media, *video, *toy.sample_example(rng, toy.Task(grid=3)).media]
+            text = "<image> what colour <video> <image> is the star ?"
+            example = replace(example, problem=text, media=media, target=())
         prompts.append(encode_prompt(question_first(processor), example))
     return prompts
 
@@ -113,13 +144,23 @@ def unpacked(model, prompt, response_ids, **kwargs):
     ids = torch.cat([prompt.ids, response_ids])[None]
     steps = torch.arange(len(response_ids)) + prompt.positions[:, -1:] + 1
     positions = torch.cat([prompt.positions, steps], dim=1)[:, None]
-    names = (
-        ("pixel_values_videos", "video_grid_thw")
-        if prompt.is_video
-        else ("pixel_values", "image_grid_thw")
-    )
-    media = dict(zip(names, (prompt.pixels, prompt.grid[None]), strict=True))
+    media = plain_media(prompt)
     return model(input_ids=ids, position_ids=positions, use_cache=False, **media, **kwargs)
+
+
+def plain_media(prompt) -> dict[str, torch.Tensor]:
+    """The pixels and grids of a prompt as transformers takes them; a video has one grid."""
+    media = {}
+    names = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
+    for is_video, (pixels, grid) in enumerate(names):
+        blocks = [block for block in prompt.blocks if block.is_video == is_video]
+        if not blocks:
+            continue
+        grids = [[t, 2 * h, 2 * w] for t, h, w in (block.shape for block in blocks)]
+        if is_video:  # all of the video's blocks have one size
+            grids = [[sum(t for t, _, _ in grids), *grids[0][1:]]]
+        media |= {pixels: torch.cat([b.pixels for b in blocks]), grid: torch.tensor(grids)}
+    return media
 
 
 SMALL = {"eval_examples": 8, "prompts_per_step": 2, "group_size": 4, "micro_batch_size": 2}
@@ -167,7 +208,7 @@ def teacher(tmp_path_factory) -> Path:
 def real(tmp_path_factory):
     """A checkpoint of each family, and a data file."""
     folder = tmp_path_factory.mktemp("real")
-    for family in ("qwen2_vl", "qwen2_5_vl"):
+    for family in FAMILIES:
         (folder / family).mkdir()
         write_checkpoint(folder / family, family)
     (folder / "tied").mkdir()

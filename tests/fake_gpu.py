@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 import common
-from prompts import PromptBatch
+from prompts import Block, PromptBatch
 
 GIB = 2**30
 
@@ -319,15 +319,19 @@ def step(
             peaks[name] = memory.at
             memory.reset()
 
+        def features(*shape: int, **options: Any) -> tuple[torch.Tensor, ...]:
+            deeper = getattr(config.vision_config, "deepstack_visual_indexes", ())
+            return tuple(torch.empty(*shape, **options) for _ in range(1 + len(deeper)))
+
         def make_prompts(count: int) -> PromptBatch:
             bfloat16 = {"dtype": torch.bfloat16, "device": device}
             return PromptBatch(
                 torch.zeros(count, prompt, dtype=torch.long, device=device),
                 torch.zeros(3, count, prompt, dtype=torch.long, device=device),
                 torch.ones(count, prompt, dtype=torch.bool, device=device) if padded else None,
-                [torch.empty(visual, hidden, **bfloat16) for _ in range(count)],
-                torch.tensor([[16, 16, 32]] * count),
-                [True] * count,
+                torch.full((count, prompt), -1),
+                [[Block(torch.empty(0), (16, 8, 16), is_video=True)]] * count,
+                [[features(visual, hidden, **bfloat16)] for _ in range(count)],
             )
 
         options = {"gradient_checkpointing": True}

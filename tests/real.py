@@ -15,6 +15,8 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -27,6 +29,9 @@ TEMPLATE = (
     "{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Qwen3-VL has no system turn of its own, and a thinking checkpoint opens the thought.
+TEMPLATE_3 = TEMPLATE[: TEMPLATE.index("{% if loop")] + TEMPLATE[TEMPLATE.index("<|im_start|>{{") :]
+THINKING = TEMPLATE_3.replace("assistant\n", "assistant\n<think>\n")
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 SPECIAL += ("<|image_pad|>", "<|video_pad|>")
 CORPUS = [
@@ -36,7 +41,7 @@ CORPUS = [
 ]
 
 
-def write_tokenizer(directory: Path, corpus=CORPUS) -> Qwen2Tokenizer:
+def write_tokenizer(directory: Path, corpus=CORPUS, template=TEMPLATE) -> Qwen2Tokenizer:
     """A byte-level BPE tokenizer of the family's class, trained here."""
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(corpus, vocab_size=400, show_progress=False)
@@ -44,15 +49,20 @@ def write_tokenizer(directory: Path, corpus=CORPUS) -> Qwen2Tokenizer:
     merges = [tuple(pair) for pair in model["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges)
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL[1:])})
-    tokenizer.eos_token, tokenizer.chat_template = "<|im_end|>", TEMPLATE
+    if template != TEMPLATE:
+        tokenizer.add_tokens(["<think>", "</think>"])  # not special, as in Qwen3's
+    tokenizer.eos_token, tokenizer.chat_template = "<|im_end|>", template
     tokenizer.save_pretrained(directory)
     return tokenizer
 
 
-def write_checkpoint(directory: Path, family: str, seed: int = 0, tied: bool = False) -> None:
+def write_checkpoint(
+    directory: Path, family: str, seed: int = 0, tied: bool = False, template: str | None = None
+) -> None:
     """Random weights behind the real configuration classes, with all files of a downloaded one.
     `tied`, as at 2B, the output layer is the embedding."""
-    tokenizer = write_tokenizer(directory)
+    template = template or (TEMPLATE_3 if family == "qwen3_vl" else TEMPLATE)
+    tokenizer = write_tokenizer(directory, template=template)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     text = {
         "vocab_size": len(tokenizer),
@@ -77,6 +87,17 @@ def write_checkpoint(directory: Path, family: str, seed: int = 0, tied: bool = F
             text_config=text, vision_config=vision, tie_word_embeddings=tied, **special
         )
         model = Qwen2VLForConditionalGeneration(config)
+    elif family == "qwen3_vl":
+        text |= {"head_dim": 24, "num_hidden_layers": 3}
+        rope = text["rope_parameters"]
+        rope |= {"mrope_section": [4, 4, 4], "mrope_interleaved": True}
+        vision = {"depth": 3, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2}
+        vision |= {"intermediate_size": 64, "deepstack_visual_indexes": [0, 1, 2]}
+        vision["num_position_embeddings"] = 64
+        config = Qwen3VLConfig(
+            text_config=text, vision_config=vision, tie_word_embeddings=tied, **special
+        )
+        model = Qwen3VLForConditionalGeneration(config)
     else:
         vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 64, "num_heads": 2}
         vision |= {"intermediate_size": 64, "fullatt_block_indexes": [1], "window_size": 56}
@@ -85,12 +106,23 @@ def write_checkpoint(directory: Path, family: str, seed: int = 0, tied: bool = F
         model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config.eos_token_id = [ids["<|im_end|>"], ids["<|endoftext|>"]]
     model.save_pretrained(directory)
-    Qwen2VLImageProcessorPil().save_pretrained(directory)
+    image_processor(family).save_pretrained(directory)
     # Files that these scripts have no use for, and other programs have.
     video = {"size": {"shortest_edge": 3136, "longest_edge": 12845056}, "temporal_patch_size": 2}
     (directory / "video_preprocessor_config.json").write_text(json.dumps(video))
-    (directory / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    if family != "qwen3_vl":
+        (directory / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     (directory / "merges.txt").write_text("#version: 0.2\n")
+
+
+def image_processor(family: str) -> Qwen2VLImageProcessorPil:
+    """With the settings of the released checkpoints."""
+    if family != "qwen3_vl":
+        return Qwen2VLImageProcessorPil()
+    size = {"shortest_edge": 65536, "longest_edge": 16777216}
+    return Qwen2VLImageProcessorPil(
+        size=size, patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
 
 
 # Chat templates of base models, none of which asks about an image or a video.

@@ -135,7 +135,7 @@ def test_a_base_model_trains_and_its_checkpoint_is_whole(
     rows = json.loads((real / "rows.json").read_text())
     (tmp_path / "rows.json").write_text(json.dumps(rows[:4] + rows[15:19]))  # images, videos
     data = {"data": str(tmp_path / "rows.json"), "media_root": (str(real / "media"),)}
-    data |= {"max_pixels": 84 * 84, "frame_pixels": 56 * 56, "prompts_per_step": 4}
+    data |= {"image_tokens": 9, "frame_tokens": 4, "prompts_per_step": 4}
     on_data = fields.get("data")
     args = SMALL | fields | {"model": str(base), "out": str(out)} | (data if on_data else {})
     if on_data:
@@ -156,7 +156,7 @@ def test_a_base_model_trains_and_its_checkpoint_is_whole(
     videos = {prompt.is_video for prompt in seen}
     assert videos == {False, True} if on_data else videos == {"frames" in fields}
     if fields.get("frames") == 32 and not on_data:
-        assert {int(prompt.grid[0]) for prompt in seen} == {16}
+        assert {prompt.blocks[0].shape[0] for prompt in seen} == {16}
     checkpoint = out / "checkpoint"
     settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
     assert settings["eos_token"] == "<|im_end|>" and settings["pad_token"] == "<|endoftext|>"
@@ -173,11 +173,11 @@ def test_a_base_model_trains_and_its_checkpoint_is_whole(
         kind = "video" if prompt.is_video else "image"
         before, after = render(checkpoint, kind).split("What is it?")
         pad = f"<|{kind}_pad|>"
-        visual = int(prompt.grid.prod()) // 4
+        visual = prompt.blocks[0].tokens
         text = tokenizer.decode(prompt.ids)
         assert text.startswith(before.replace(pad, pad * visual)) and text.endswith(after)
 
-    asked = {"frames": (4,), "frame_pixels": (56 * 56,)} if on_data else {}
+    asked = {"frames": (4,), "frame_tokens": (4,)} if on_data else {}
     asked |= {"data": data["data"], "media_root": data["media_root"]} if on_data else {}
     asked |= {"workers": 0, "examples": 2, "max_new_tokens": 4}
     asked |= {"model": str(checkpoint), "out": str(tmp_path / "eval")}

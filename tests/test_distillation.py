@@ -171,9 +171,8 @@ def test_distilling_a_model_from_itself_does_nothing(checkpoints, cold_start, bi
     norms = []
     for teacher in (itself, other):
         with torch.no_grad():
-            pixels = [prompt.pixels for prompt in prompts]
-            features = visual_features(teacher, pixels, rollout.prompts.grids)
-            seen = replace(rollout.prompts, features=features, pixels=None)
+            features = visual_features(teacher, rollout.prompts.blocks)
+            seen = replace(rollout.prompts, features=features)
         batch = attn_distill.Batch(rollout, torch.ones(2, 3, 1), replace(rollout, prompts=seen))
         terms = attn_distill.loss_terms(model, teacher, batch, args)
         model.zero_grad()
@@ -194,15 +193,15 @@ def test_frame_bins_are_a_plain_loop(loaded, kinds):
     with torch.no_grad():
         rows = common.score(model, rollout, attn_layers=[-1]).attentions[-1]
     attention = attn_distill.attention_policy(rows, "own")
-    bins = attn_distill.frame_bins(attention, rollout.prompts, model.config)
+    bins = attn_distill.frame_bins(attention, rollout.prompts)
     longest = rollout.prompts.ids.shape[1]
     assert bins.shape == (2, 3, 6, 4 + 2)
     torch.testing.assert_close(bins.sum(-1), torch.ones(2, 3, 6))
     placeholders = (model.config.image_token_id, model.config.video_token_id)
     for b, prompt in enumerate(prompts):
         expected = torch.zeros(3, 6, 6)
-        per_patch = int(prompt.grid[1] * prompt.grid[2]) // 4
-        seen = 0
+        _, rows, columns = prompt.blocks[0].shape
+        seen, per_patch = 0, rows * columns
         for position, token in enumerate(rollout.prompts.ids[b].tolist()):
             column = 4
             if token in placeholders:

@@ -82,8 +82,8 @@ def test_the_tokens_of_an_answer_are_those_in_its_tags(cold_start):
 
 
 def test_the_toys_pictures_are_not_resized(cold_start, tmp_path):
-    args = toy_args(evaluate, model=str(cold_start), out=str(tmp_path / "out"), max_pixels=(6272,))
-    with pytest.raises(runs.UsageError, match=r"--max-pixels.*not for the toy"):
+    args = toy_args(evaluate, model=str(cold_start), out=str(tmp_path / "out"), image_tokens=(8,))
+    with pytest.raises(runs.UsageError, match=r"--image-tokens.*not for the toy"):
         evaluate.main(args)
     grid = toy_args(
         evaluate, model=str(cold_start), out=str(tmp_path / "out"), grid=(17,), examples=2
@@ -92,7 +92,7 @@ def test_the_toys_pictures_are_not_resized(cold_start, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate, "collate", lambda *a: seen.append(collate(*a)) or seen[-1])
         evaluate.main(grid)
-    assert seen[0].grids.tolist() == [[1, 34, 34]] * 2
+    assert [block.shape for (block,) in seen[0].blocks] == [(1, 17, 17)] * 2
 
 
 def test_a_model_is_asked_as_it_was_trained(real, tmp_path, monkeypatch, capsys):
@@ -155,8 +155,8 @@ def test_dollars_are_no_formula(cold_start, tmp_path):
 def test_bad_rows_of_an_interrupted_evaluation_do_not_stop_the_next(real, tmp_path):
     out = tmp_path / "out"
     fields = {"data": str(real / "rows.json"), "media_root": (str(real / "media"),)}
-    fields |= {"model": str(real / "qwen2_vl"), "max_pixels": (56 * 56,), "max_new_tokens": 4}
-    fields |= {"frame_pixels": (56 * 56,), "frames": (2,), "workers": 0, "out": str(out)}
+    fields |= {"model": str(real / "qwen2_vl"), "image_tokens": (4,), "max_new_tokens": 4}
+    fields |= {"frame_tokens": (4,), "frames": (2,), "workers": 0, "out": str(out)}
     evaluate.main(toy_args(evaluate, **fields, max_skipped=0.2))
     lines = (out / "predictions.jsonl").read_bytes().splitlines(keepends=True)
     (out / "predictions.jsonl").write_bytes(b"".join(lines[:-1]))
@@ -184,8 +184,8 @@ def test_a_sweep_over_frames_with_real_data(real, tmp_path):
         data=str(real / "rows.json"),
         media_root=(str(real / "media"),),
         frames=(2, 6),
-        max_pixels=(56 * 56,),
-        frame_pixels=(56 * 56,),
+        image_tokens=(4,),
+        frame_tokens=(4,),
         max_new_tokens=4,
         max_skipped=0.2,
         overlay=17,

@@ -23,7 +23,7 @@ def argv(real: Path, folder: Path, script: str, family: str = "qwen2_vl", worker
     """The command line of two steps on real data."""
     words = ["--model", real / family, "--data", real / "rows.json", "--media-root", real / "media"]
     words += ["--out", folder / "run", "--workers", workers, "--max-skipped", 0.3, "--frames", 4]
-    words += ["--max-pixels", 84 * 84, "--frame-pixels", 56 * 56, "--max-new-tokens", 4]
+    words += ["--image-tokens", 9, "--frame-tokens", 4, "--max-new-tokens", 4]
     if script != "evaluate":
         words += ["--steps", 2, "--prompts-per-step", 2, "--eval-examples", 2, "--save-every", 0]
         words += [] if script == "sft" else ["--group-size", 2]

@@ -227,19 +227,20 @@ SIZES = [
 
 @pytest.mark.parametrize(("size", "tokens", "expected"), SIZES)
 def test_a_frame_gets_the_tokens_of_the_family(size, tokens, expected):
-    assert ral_grpo.Args.frame_pixels == 128 * 28 * 28
-    processor = Processor(None, Qwen2VLImageProcessorPil(), frame_pixels=tokens * 28 * 28)
+    assert ral_grpo.Args.frame_tokens == 128
+    own, asked = Qwen2VLImageProcessorPil(), PromptConfig({})
+    processor = Processor(None, None, own, asked, frame_tokens=tokens)
     grid = process_media(processor, Media([Image.new("RGB", size)] * 2, True))[1]
-    assert grid.tolist() == [1, 2 * expected[0], 2 * expected[1]]
+    assert grid == (1, 2 * expected[0], 2 * expected[1])
 
 
 def test_a_minimum_of_its_own_and_images_stay():
     frames = [Image.new("RGB", (2 * toy.CELL, 2 * toy.CELL))] * 2
     own = Qwen2VLImageProcessorPil(min_pixels=toy.CELL**2)  # as the toy's
     small = Processor(None, None, own, PromptConfig({}))
-    assert process_media(small, Media(frames, True))[1].tolist() == [1, 4, 4]
+    assert process_media(small, Media(frames, True))[1] == (1, 4, 4)
     family = Processor(None, None, Qwen2VLImageProcessorPil(), PromptConfig({}))
-    assert process_media(family, Media(frames[:1]))[1].tolist() == [1, 4, 4]
+    assert process_media(family, Media(frames[:1]))[1] == (1, 4, 4)
 
 
 @pytest.mark.parametrize(("kind", "tokens"), [("image", 1), ("video", 2 * 9)])
@@ -252,6 +253,6 @@ def test_the_target_is_found_again_in_an_enlarged_picture(real, kind, tokens):
     media = [Media([picture] * (4 if is_video else 1), is_video)]
     target = (6, 16 + 6) if is_video else (6,)
     prompt = encode_prompt(processor, Example("", "", media, target=target))
-    green = prompt.pixels.view(len(prompt.pixels) // 4, 4, 3, -1)[:, :, 1].mean(dim=(1, 2))
+    green = prompt.blocks[0].pixels.view(-1, 4, 3, 2 * 14 * 14)[:, :, 1].mean(dim=(1, 2))
     assert prompt.example.target == tuple((green < 0).nonzero()[:, 0].tolist())
     assert len(prompt.example.target) == tokens

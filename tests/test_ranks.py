@@ -23,7 +23,7 @@ def jobs(real: Path, cold_start: Path, teacher: Path, processes: int) -> list:
     """Four prompts a step, whatever the number of processes."""
     fields = RL | {"prompts_per_step": 4 // processes, "workers": 0}
     data = {"data": str(real / "rows.json"), "media_root": (str(real / "media"),), "frames": 4}
-    data |= {"max_pixels": 84 * 84, "frame_pixels": 56 * 56, "max_skipped": 0.3}
+    data |= {"image_tokens": 9, "frame_tokens": 4, "max_skipped": 0.3}
     data |= {"model": str(real / "qwen2_5_vl")}
     taught = {"teacher": str(real / "qwen2_5_vl")}
     norms = {"attn_norm_every": 1, "lambda_attn": 10.0}

@@ -33,7 +33,7 @@ import runs
 import sft
 from prompts import Example, Media, Processor, PromptConfig, encode_prompt
 
-BUDGET = {"frames": 4, "max_pixels": 84 * 84, "frame_pixels": 56 * 56, "max_skipped": 0.2}
+BUDGET = {"frames": 4, "image_tokens": 9, "frame_tokens": 4, "max_skipped": 0.2}
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +96,7 @@ def test_train_save_and_evaluate(real, tmp_path, monkeypatch, script, family):
     monkeypatch.setattr(evaluate, "has_format", lambda _, think: evaluated.append(think) or True)
     args = {"model": str(checkpoint), "data": str(real / "rows.json"), "max_new_tokens": 6}
     args |= {"media_root": (str(real / "media"),), "out": str(tmp_path / "eval"), "workers": 0}
-    args |= {"frames": (4,), "frame_pixels": (56 * 56,), "max_skipped": 0.2}
+    args |= {"frames": (4,), "frame_tokens": (4,), "max_skipped": 0.2}
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", str(checkpoint)])
     metrics = evaluate.main(evaluate.Args(**evaluate.defaults() | args))
     predictions = (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()
@@ -257,11 +257,12 @@ def test_a_7b_model_at_32_frames(tmp_path, config, model, parameters, vision, in
     config.video_token_id = tokenizer.convert_tokens_to_ids(SPECIAL[-1])
     image_processor, asked = Qwen2VLImageProcessorPil(), PromptConfig(ral_grpo.PROMPTS)
     processor = Processor(config, tokenizer, image_processor, asked)
-    processor.frame_pixels = ral_grpo.Args.frame_pixels
+    processor.frame_tokens = ral_grpo.Args.frame_tokens
     frames = [Image.new("RGB", (640, 480))] * 32
     prompt = encode_prompt(processor, Example("What is it?", "", [Media(frames, True)]))
-    assert prompt.grid.tolist() == [16, 18, 26]  # 252 x 364 pixels of 14, below 128 x 28 x 28
-    assert prompt.pixels.shape == (16 * 18 * 26, 3 * 2 * 14 * 14)
+    (block,) = prompt.blocks
+    assert block.shape == (16, 9, 13)  # 252 x 364 pixels, below 128 x 28 x 28
+    assert block.pixels.shape == (16 * 18 * 26, 3 * 2 * 14 * 14)
     video = prompt.ids == config.video_token_id
     assert int(video.sum()) == 16 * 9 * 13 == 1872
     start = int(video.nonzero()[0])

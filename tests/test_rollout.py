@@ -5,33 +5,27 @@ import shutil
 
 import pytest
 import torch
-from conftest import load, make_prompts
+from conftest import load, make_prompts, plain_media
+from PIL import Image
 
 import common
-from prompts import Example, collate, mrope_positions, process_media
+from prompts import Example, Media, collate, load_blocks, mrope_positions, process_media
 
 
-@pytest.mark.parametrize("kinds", [("image", "image"), ("video", "image"), ("video", "video")])
+@pytest.mark.parametrize("kinds", [("image", "text"), ("video", "video"), ("mixed", "image")])
 def test_greedy_rollout_is_generate(loaded, kinds):
     """Token for token, on prompts of different lengths; a 14-frame video has more temporal patches
     than rows."""
     model, processor = loaded
     with torch.no_grad():  # a model that says one thing over and over would prove little
         for name, parameter in model.model.language_model.layers.named_parameters():
-            parameter.mul_(4.0 if "proj" in name else 1.0)
+            parameter.mul_(4.0 if "proj" in name or "self_attn" in name else 1.0)
     model.generation_config.eos_token_id = [28, 29]
     prompts = make_prompts(model, processor, kinds, frames=(14, 8))
     new_tokens, said = 16, set()
     rollout = common.generate_group(model, collate(model, prompts, 0), 2, new_tokens)
     model.set_attn_implementation("sdpa")
     for b, prompt in enumerate(prompts):
-        video = prompt.is_video
-        names = (
-            ("pixel_values_videos", "video_grid_thw")
-            if video
-            else ("pixel_values", "image_grid_thw")
-        )
-        media = dict(zip(names, (prompt.pixels, prompt.grid[None]), strict=True))
         text_positions = torch.arange(len(prompt.ids))[None, None]
         model.model.rope_deltas = prompt.positions[:, -1:].max()[None, None] + 1 - len(prompt.ids)
         generated = model.generate(
@@ -41,7 +35,7 @@ def test_greedy_rollout_is_generate(loaded, kinds):
             suppress_tokens=common.vision_token_ids(model.config),
             do_sample=False,
             max_new_tokens=new_tokens,
-            **media,
+            **plain_media(prompt),
         )[0, len(prompt.ids) :]
         for g in range(2):
             ids = rollout.response_ids[b, g][rollout.response_mask[b, g]]
@@ -162,9 +156,9 @@ def test_a_text_ends_before_its_eos_and_hides_nothing(loaded):
     ids = torch.tensor([[said, said]])
     mask = torch.arange(5) < torch.tensor([5, 4])[:, None]
     rollout = common.Rollout(None, ids, mask[None], torch.tensor([[False, True]]))
-    assert rollout.texts(tokenizer) == [["<answer> <|im_start|> red </answer>"] * 2]
+    assert rollout.texts(processor) == [["<answer> <|im_start|> red </answer>"] * 2]
     example = Example("", "red", [])
-    assert common.accuracy(rollout.texts(tokenizer)[0][0], example) == 0.0
+    assert common.accuracy(rollout.texts(processor)[0][0], example) == 0.0
 
 
 def test_image_positions_are_those_of_transformers(loaded):
@@ -172,22 +166,24 @@ def test_image_positions_are_those_of_transformers(loaded):
     for prompt in make_prompts(model, processor):
         kinds = (prompt.ids == model.config.image_token_id).int()[None]
         expected, _ = model.model.get_rope_index(
-            prompt.ids[None], kinds, image_grid_thw=prompt.grid[None]
+            prompt.ids[None], kinds, image_grid_thw=plain_media(prompt)["image_grid_thw"]
         )
         assert torch.equal(prompt.positions, expected[:, 0])
 
 
 def test_text_after_a_long_video_starts_after_its_last_position(loaded, family):
     """The release's rule, written out: 3 tokens of text, 7 temporal patches of 2 x 3 tokens, 2
-    tokens of text."""
-    model, _ = loaded
-    grid = torch.tensor([7, 4, 6])
-    positions = mrope_positions(
-        3 + 42 + 2, 3, grid, model.config, is_video=True, seconds_per_patch=1.5
-    )
-    times = (
-        range(7) if family == "qwen2_vl" else [0, 3, 6, 9, 12, 15, 18]
-    )  # 2 positions a second, 1.5 s a patch
+    tokens of text. Each patch of Qwen3-VL is a block of its own."""
+    _, processor = loaded
+    side = 2 * processor.image_processor.patch_size
+    frames = [Image.new("RGB", (3 * side, 2 * side))] * 14
+    video = Media(frames, is_video=True, times=[0.75 * i for i in range(14)])
+    (_, block), *others = load_blocks(processor, video)
+    block.start = 3
+    positions = mrope_positions(3 + block.tokens + 2, [block])
+    times = {"qwen2_vl": range(7), "qwen3_vl": [0]}  # Qwen2.5-VL: 2 a second, 1.5 s a patch
+    times = times.get(family, [0, 3, 6, 9, 12, 15, 18])
+    assert len(others) == (6 if family == "qwen3_vl" else 0)
     table = [[0, 0, 0], [1, 1, 1], [2, 2, 2]]
     table += [[3 + t, 3 + h, 3 + w] for t in times for h in range(2) for w in range(3)]
     last = max(max(row) for row in table)
@@ -199,12 +195,15 @@ def test_video_patches_are_two_frames_deep(loaded):
     """Against a plain loop over the documented layout; an odd number of frames repeats the last."""
     _, processor = loaded
     (video,) = make_prompts(*loaded, kinds=("video",), frames=(5,))[0].example.media
+    side = processor.image_processor.patch_size
+    video.frames = [frame.resize((8 * side, 8 * side)) for frame in video.frames]
     pixels, grid = process_media(processor, video)
-    assert grid.tolist() == [3, 8, 8]
+    assert grid == (3, 8, 8)
     mean = torch.tensor(processor.image_processor.image_mean)[:, None, None]
     std = torch.tensor(processor.image_processor.image_std)[:, None, None]
     array = [
-        torch.tensor(list(f.convert("RGB").tobytes())).view(112, 112, 3).permute(2, 0, 1) / 255
+        torch.tensor(list(f.convert("RGB").tobytes())).view(8 * side, 8 * side, 3).permute(2, 0, 1)
+        / 255
         for f in video.frames
     ]
     frames = [(frame - mean) / std for frame in [*array, array[-1]]]
@@ -215,7 +214,7 @@ def test_video_patches_are_two_frames_deep(loaded):
                 for h in range(2 * block_h, 2 * block_h + 2):
                     for w in range(2 * block_w, 2 * block_w + 2):
                         cut = [
-                            f[:, 14 * h : 14 * h + 14, 14 * w : 14 * w + 14]
+                            f[:, side * h : side * (h + 1), side * w : side * (w + 1)]
                             for f in frames[2 * t : 2 * t + 2]
                         ]
                         expected = torch.stack(

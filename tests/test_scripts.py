@@ -322,7 +322,11 @@ BAD = [  # script, command line, what the one line must name
     (ral_grpo, ["--lambda-attn", "-1"], ["--lambda-attn", "-1"]),
     (sft, ["--model", "EMPTY"], ["--model", "config.json"]),
     (sft, ["--model", "COLD", "--toy-size", "large"], ["--toy-size large", "leave it out"]),
-    (ral_grpo, ["--model", "COLD", "--max-pixels", "9999"], ["--max-pixels", "a cell is a token"]),
+    (
+        ral_grpo,
+        ["--model", "COLD", "--image-tokens", "9999"],
+        ["--image-tokens", "a cell is a token"],
+    ),
     (sft, ["--track"], ["--track", "wandb", "pip install"]),
     (sft, ["--out", "BUSY"], ["--out", "is not a run"]),
 ]

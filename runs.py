@@ -28,9 +28,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from importlib.util import find_spec
-from io import BytesIO, FileIO
+from io import FileIO
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal, NoReturn, TextIO
 
 import numpy as np
@@ -318,7 +317,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(tensor: Tensor, other: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
     """`tensor` with the sharding and device of `other`."""
     if isinstance(other, DTensor):
         device = other.device_mesh.device_type
@@ -716,30 +715,38 @@ class Run:
         step: int,
         model: Module,
         optimizer: Optimizer,
-        note: dict[str, Any] | None = None,
+        extra: dict[str, Any] | None = None,
         done: bool = False,
     ) -> bool:
         """Save what `--resume` needs every `save_every` steps, after the last step (`done`), and
-        after a signal. Returns whether the run must stop now. `note` holds anything else that the
+        after a signal. Returns whether the run must stop now. `extra` holds anything else that the
         script needs to resume."""
         stop = max(gather([self.signal or 0])) > 0 and not done
         due = self.args.save_every > 0 and (done or step % self.args.save_every == 0)
         if due or stop:
-            tensors = state_tensors(model, optimizer)
-            if rank() == 0:
-                for name, file in self.files.items():
-                    with writing(self.out, name):
-                        os.fsync(file.fileno())
-                lengths = {name: file.tell() for name, file in self.files.items()}
-                state = {
-                    "step": step,
-                    "done": done,
-                    "lengths": lengths,
-                    "read": self.bad_rows.read * world_size(),
-                }
-                state |= {"prompts": self.args.prompts_per_step * world_size(), "note": note or {}}
-                state |= {"data_bytes": self.data_bytes, "definitions": DEFINITIONS}
-                write_state(self.out, state, tensors, self.args)
+            tensors, failure = state_tensors(model, optimizer), ""
+            try:
+                if rank() == 0:
+                    for name, file in self.files.items():
+                        with writing(self.out, name):
+                            os.fsync(file.fileno())
+                    state = {
+                        "step": step,
+                        "done": done,
+                        "lengths": {name: file.tell() for name, file in self.files.items()},
+                        "read": self.bad_rows.read * world_size(),
+                        "prompts": self.args.prompts_per_step * world_size(),
+                        "extra": extra or {},
+                        "data_bytes": self.data_bytes,
+                        "definitions": DEFINITIONS,
+                    }
+                    write_state(self.out, state, tensors, self.args)
+            except UsageError as error:
+                failure = str(error)
+            for _ in tensors:  # every rank gathers to the end, even if rank 0 cannot write
+                pass
+            failure = gather([failure])[0]
+            require(not failure, failure)
         if stop and rank() == 0:
             several = f"torchrun --shutdown-timeout 1800 --nproc_per_node={world_size()}"
             launch = "python" if world_size() == 1 else several
@@ -750,13 +757,13 @@ class Run:
 
     def restore(self, model: Module, optimizer: Optimizer) -> dict[str, Any]:
         """Load the state into model and optimizer, and restore the random number generators;
-        returns the state's note."""
+        returns the state's `extra`."""
         if self.state is None:
             return {}
         with readable(f"--resume {self.args.resume}", self.state.path):
             load_state(self.state.path, model, optimizer)
         self.bad_rows.read = self.state.read // world_size()
-        return self.state.note
+        return self.state.extra
 
 
 EQUAL_STEPS = 10
@@ -796,13 +803,13 @@ CHANGES = {  # by the number that introduced them
 @dataclass
 class State:
     """A state to resume from: its path, the number of steps done, the length of each file, the
-    number of rows read, and the script's own note."""
+    number of rows read, and what else the script saved."""
 
     path: Path
     step: int
     lengths: dict[str, int]
     read: int
-    note: dict[str, Any]
+    extra: dict[str, Any]
 
 
 def good_states(out: Path) -> list[Path]:
@@ -815,8 +822,9 @@ def readable(named: str, path: Path) -> Iterator[None]:
     """Turn an exception raised while reading a state into a one-line `UsageError`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, UnpicklingError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = f"lacks {reason}" if isinstance(error, KeyError) else reason
         remedy = "give an earlier one"
         raise UsageError(f"{named}: {path} is not readable ({reason}); {remedy}") from None
 
@@ -888,7 +896,7 @@ def check_state(args: Any, state: dict[str, Any], named: str) -> State:
     stopped = state["done"] and not differ and before["steps"] == args.steps  # SFT may stop early
     over = stopped or state["step"] >= args.steps
     require(not over, f"{named}: the run is at step {state['step']}, its end")
-    return State(state["path"], state["step"], state["lengths"], state["read"], state["note"])
+    return State(state["path"], state["step"], state["lengths"], state["read"], state["extra"])
 
 
 def data_bytes(args: Any) -> list[int | None]:
@@ -897,26 +905,20 @@ def data_bytes(args: Any) -> list[int | None]:
     return [Path(path).stat().st_size if path else None for path in (args.data, args.eval_data)]
 
 
-def state_tensors(model: Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
-    """Trained weights and the optimizer's moments by name, as full tensors on the CPU; only rank 0
-    receives them."""
-    weights, moments = {}, {}
+def state_tensors(model: Module, optimizer: Optimizer) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield the name of each trained parameter, and its weight and optimizer state as full tensors.
+    Gathering them needs all ranks, so each must read to the end."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            values = {f"{name}/{key}": x for key, x in optimizer.state[parameter].items()}
-            for target, source in ((weights, {name: parameter.detach()}), (moments, values)):
-                for key, value in source.items():
-                    value = full_tensor(value)  # all ranks take part
-                    if rank() == 0:
-                        target[key] = value.cpu().contiguous()
-    return {"weights": weights, "moments": moments}
+            tensors = {"weight": parameter.detach(), **optimizer.state[parameter]}
+            yield name, {key: full_tensor(x).contiguous() for key, x in tensors.items()}
 
 
 def write_state(
-    out: Path, state: dict[str, Any], tensors: dict[str, dict[str, Tensor]], args: Any
+    out: Path, state: dict[str, Any], tensors: Iterable[tuple[str, dict[str, Tensor]]], args: Any
 ) -> None:
     """Write a state aside, flush it to disk, rename it, and delete all but the newest `keep`
-    states.
+    states. Each trained parameter has its own file, so that rank 0 holds only one at a time.
 
     Raises:
         UsageError: it cannot be written, as on a full disk; earlier states are unchanged.
@@ -930,10 +932,9 @@ def write_state(
             shutil.rmtree(left)
         aside.mkdir()
         try:
-            for name, content in tensors.items():
+            for name, content in tensors:
                 save_file(content, aside / f"{name}.safetensors")
-            torch.save(random_state(), buffer := BytesIO())
-            (aside / "random.pt").write_bytes(buffer.getvalue())
+            (aside / "random.json").write_text(json.dumps(random_state()))
             (aside / "state.json").write_text(json.dumps(state | {"args": asdict(args)}, indent=1))
             for path in (*aside.iterdir(), aside):
                 flush(path)
@@ -958,31 +959,29 @@ def random_state() -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's random number generators. The scripts draw
     nothing from them after the start, but a fork may."""
     kind, keys, *rest = np.random.get_state()
-    numpy_state = [kind, torch.from_numpy(keys.astype(np.int64)), *rest]
-    return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
+    numpy_state = [kind, keys.tolist(), *rest]
+    torch_state = torch.get_rng_state().tolist()
+    return {"python": random.getstate(), "numpy": numpy_state, "torch": torch_state}
 
 
 def load_state(path: Path, model: Module, optimizer: Optimizer) -> None:
     """Load weights, moments and random number generators from a state."""
-    weights, moments = (load_file(path / f"{x}.safetensors") for x in ("weights", "moments"))
-    fused = optimizer.defaults.get("fused")  # it counts steps on the parameter's device
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(like(weights[name], parameter))
-                keys = [key for key in moments if key.rpartition("/")[0] == name]
-                state = {key.rpartition("/")[2]: moments[key] for key in keys}
-                for key, value in state.items():
-                    if value.ndim:
-                        value = like(value, parameter)
-                    elif fused:
-                        value = value.to(parameter.device)
-                    optimizer.state[parameter][key] = value
-    random_numbers = torch.load(path / "random.pt", weights_only=True)
-    random.setstate(random_numbers["python"])
-    kind, keys, *rest = random_numbers["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(random_numbers["torch"])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            tensors = load_file(path / f"{name}.safetensors")
+            with torch.no_grad():
+                parameter.copy_(shard_like(tensors.pop("weight"), parameter))
+            # A fused optimizer counts its steps on the parameter's device.
+            device = parameter.device if optimizer.defaults.get("fused") else "cpu"
+            optimizer.state[parameter] = {
+                key: shard_like(value, parameter) if value.ndim else value.to(device)
+                for key, value in tensors.items()
+            }
+    random_numbers = json.loads((path / "random.json").read_text())
+    version, keys, gauss = random_numbers["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(random_numbers["numpy"])
+    torch.set_rng_state(torch.tensor(random_numbers["torch"], dtype=torch.uint8))
 
 
 def same_inputs(args: Any) -> str:

@@ -42,6 +42,10 @@ def fail(*_) -> None:
     raise RuntimeError("planted")
 
 
+def full(*_) -> None:
+    raise OSError(28, "No space left on device")
+
+
 def hang(prompts, n: int) -> None:
     """Never read the third step's prompts; called by `Prompts.__getitem__` in a reader."""
     while prompts.seed is not None and n >= 4:

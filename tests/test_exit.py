@@ -181,3 +181,13 @@ def test_two_ranks_are_told_of_a_broken_checkpoint(run, real, tmp_path):
     status, output = run("ral_grpo", words, [], ranks=2)
     assert status == 2 and "Traceback" not in output
     assert f"error: --model {broken}: " in output
+
+
+def test_two_ranks_are_told_of_a_full_disk(run, real, tmp_path):
+    """One of them writes the state; the other takes part in gathering the rest of it."""
+    words = [*argv(real, tmp_path, "ral_grpo"), "--save-every", "1"]
+    status, output = run("ral_grpo", words, [("runs.save_file", "full")], ranks=2)
+    assert status == 2 and "Traceback" not in output, output[-3000:]
+    full = "state/step-000001 cannot be written (No space left on device)"
+    assert output.count(full) == 2, output[-3000:]
+    assert not list((tmp_path / "run" / "state").iterdir())

@@ -347,10 +347,11 @@ def test_a_state_that_lacks_arguments_or_parts_is_one_line(cold_start, tmp_path)
     with pytest.raises(runs.UsageError, match=r"lambda_attn 1.0 -> no such argument"):
         file.write_text(kept)
         grpo_baseline.main(toy_args(grpo_baseline, **fields))
-    for part in ("args", "note", "lengths", "prompts"):
+    for part in ("args", "extra", "lengths", "prompts"):
         file.write_text(kept)
         edit(file, **{part: None})
-        with pytest.raises(runs.UsageError, match=rf"^--resume auto: .*not readable .*{part}"):
+        words = rf"^--resume auto: .*not readable \(lacks '{part}'\)"
+        with pytest.raises(runs.UsageError, match=words):
             ral_grpo.main(toy_args(ral_grpo, **fields))
     file.write_text("[]")
     with pytest.raises(runs.UsageError, match=r"^--resume auto: .*not readable"):

@@ -125,10 +125,8 @@ class Args(RunArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "steps", "learning_rate", "max_grad_norm")
-        require_positive(
-            self, "micro_batch_size", "prompts_per_step", "num_iterations", "max_new_tokens"
-        )
+        require_positive(self, "steps", "learning_rate", "max_grad_norm", "micro_batch_size")
+        require_positive(self, "prompts_per_step", "num_iterations", "max_new_tokens")
         require_positive(self, "temperature", "clip_eps")
         require(self.group_size >= 2, f"--group-size {self.group_size}: needs 2 or more")
         require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be in (0, 1]")
@@ -194,10 +192,8 @@ def roll_out(
     )
     texts = rollout.texts(processor)
     examples = [prompt.example for prompt in prompts]
-    rule = args.accuracy_rule
-    accuracies = torch.tensor(
-        [[accuracy(t, x, rule) for t in group] for group, x in zip(texts, examples, strict=True)]
-    )
+    pairs, rule = list(zip(texts, examples, strict=True)), args.accuracy_rule
+    accuracies = torch.tensor([[accuracy(t, x, rule) for t in group] for group, x in pairs])
     formats = torch.tensor([[float(has_format(t, args.think)) for t in group] for group in texts])
     formats = formats.masked_fill(rollout.truncated.cpu(), 0.0)
     rewards = reward(accuracies, formats)
@@ -293,9 +289,8 @@ def update(
             terms = loss_terms(model, batch, args)
             (terms["loss"].sum() / responses).backward()
             for name, term in terms.items():
-                metrics[f"train/{name}"] += (
-                    term.detach().sum().item() / responses / args.num_iterations
-                )
+                value = term.detach().sum().item() / responses
+                metrics[f"train/{name}"] += value / args.num_iterations
         norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
         metrics["train/grad_norm"] += norm.item() / args.num_iterations
         if not torch.isfinite(norm):
@@ -345,13 +340,8 @@ def main(args: Args) -> dict[str, float]:
     if needs_reference:  # with adapters, the same model without them
         reference = model if args.lora_rank else load_model(args.model, frozen=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=args.learning_rate,
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
-        fused=parameters[0].is_cuda,
-    )
+    settings = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": parameters[0].is_cuda}
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, **settings)
 
     options = {"max_new_tokens": args.max_new_tokens, "batch_size": 2 * args.prompts_per_step}
     before, shown_before = evaluate(model, processor, held_out, **options)

@@ -292,13 +292,8 @@ def main(args: Args) -> dict[str, float]:
     if is_toy:
         processor.files |= task.files()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=args.learning_rate,
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
-        fused=parameters[0].is_cuda,
-    )
+    settings = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": parameters[0].is_cuda}
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, **settings)
 
     options = {"max_new_tokens": args.max_new_tokens, "batch_size": 2 * args.prompts_per_step}
     before, shown_before = evaluate(model, processor, held_out, **options)

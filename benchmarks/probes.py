@@ -1,8 +1,5 @@
-"""Short forks of `ral_grpo.py`, to find out why its attention term does what it does.
-
-Each is a context manager under which `ral_grpo.main` runs with a few lines of it replaced;
-`reproduce.py` runs them as cells of the claim "why".
-"""
+"""Other tasks for the toy, each a context manager under which a script's `main` trains on it.
+`reproduce.py` runs them as tasks of its claims. Other methods are forks, in `forks/`."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -10,11 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 import evaluate
-import ral_grpo
 import toy
 from prompts import Example, Media
 
@@ -29,93 +22,6 @@ def replaced(owner: Any, **functions: Callable) -> Iterator[None]:
     finally:
         for name, function in kept.items():
             setattr(owner, name, function)
-
-
-def attention_advantages(change: Callable[[Tensor], Tensor]):
-    """RAL whose attention term weighs responses by `change(advantages)`; the token term does not:
-    `clamp_min(0)` is the pull alone, `clamp_max(0)` the push alone, `neg` the opposite of the
-    paper."""
-
-    @contextmanager
-    def probe() -> Iterator[None]:
-        plain = ral_grpo.loss_terms
-
-        def loss_terms(model, batch, args):
-            terms = plain(model, batch, args)
-            advantages = batch.advantages[..., 0]
-            attn_loss = change(advantages) * terms["attn_jsd"]
-            difference = attn_loss - terms["attn_loss"]
-            terms["loss"] = terms["loss"] + args.lambda_attn * difference
-            return terms | {"attn_loss": attn_loss}
-
-        with replaced(ral_grpo, loss_terms=loss_terms):
-            yield
-
-    return probe
-
-
-def fixed_fraction(fraction: float):
-    """RAL whose lambda is chosen anew in every inner iteration but the first, so that the gradient
-    of the attention term is `fraction` of the token term's."""
-
-    @contextmanager
-    def probe() -> Iterator[None]:
-        plain = ral_grpo.update
-
-        def update(model, optimizer, batches, args, measure):
-            metrics = {}
-            for iteration in range(args.num_iterations):
-                weight = 0.0
-                if iteration:
-                    model.train()
-                    token, attn = (
-                        ral_grpo.term_norm(model, batches, args, f"{term}_loss")
-                        for term in ("pg", "attn")
-                    )
-                    weight = min(fraction * token / max(attn, 1e-12), 1e6)
-                once = replace(args, num_iterations=1, lambda_attn=weight)
-                part = plain(model, optimizer, batches, once, measure and iteration == 3)
-                for name, value in part.items():
-                    metrics[name] = metrics.get(name, 0.0) + value / args.num_iterations
-                metrics |= {n: v for n, v in part.items() if n.endswith("_grad_norm")}
-            return metrics
-
-        with replaced(ral_grpo, update=update):
-            yield
-
-    return probe
-
-
-@contextmanager
-def told_where_to_look() -> Iterator[None]:
-    """In place of the divergence: -log of the attention mass on the target, in the row that emits
-    the answer's colour, for every response alike. No method could know it; it shows what there is
-    to gain from the attention of this layer."""
-    plain_roll_out, plain_terms, seen = ral_grpo.roll_out, ral_grpo.loss_terms, {}
-
-    def roll_out(model, processor, prompts, *rest):
-        seen["targets"] = []
-        for prompt in prompts:
-            visual = torch.isin(prompt.ids, torch.tensor([model.config.image_token_id])).nonzero()[
-                :, 0
-            ]
-            seen["targets"].append(visual[list(prompt.example.target)])
-        return plain_roll_out(model, processor, prompts, *rest)
-
-    def loss_terms(model, batch, args):
-        terms = plain_terms(model, batch, args)
-        layers = [args.attn_layer]
-        attn = ral_grpo.score(model, batch.rollout, args.temperature, layers)
-        rows = attn.attentions[0][:, :, 1]  # of <answer>, which emits the word after: (B, G, P + T)
-        mass = torch.stack(
-            [row[:, where].sum(-1) for row, where in zip(rows, seen["targets"], strict=True)]
-        )
-        told = -mass.clamp_min(1e-4).log()
-        terms["loss"] = terms["loss"] + args.lambda_attn * (told - terms["attn_loss"])
-        return terms | {"attn_loss": told}
-
-    with replaced(ral_grpo, roll_out=roll_out, loss_terms=loss_terms):
-        yield
 
 
 @contextmanager

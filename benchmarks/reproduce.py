@@ -47,14 +47,8 @@ from scipy.stats import t as student_t
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from probes import (
-    attention_advantages,
-    fixed_fraction,
-    guessable,
-    half_of_the_shapes,
-    three_shapes,
-    told_where_to_look,
-)
+from forks import fixed_fraction, one_sided, oracle
+from probes import guessable, half_of_the_shapes, three_shapes
 
 import attn_distill
 import common
@@ -65,10 +59,6 @@ import sft
 import toy
 from pictures import load_pyplot
 from prompts import collate, encode_prompt
-
-PULL = attention_advantages(lambda advantages: advantages.clamp_min(0))
-PUSH = attention_advantages(lambda advantages: advantages.clamp_max(0))
-REVERSED = attention_advantages(lambda advantages: -advantages)
 
 STEPS = 60  # of every reinforcement-learning cell
 SFT_STEPS = 240  # as many optimiser steps: 60 x 4 inner iterations; SFT has no rollouts to pay for
@@ -124,6 +114,11 @@ def grpo(**fields) -> tuple:
     return grpo_baseline, fields
 
 
+ONE_SIDED = {
+    "pull alone, lambda 300": "pull",
+    "push alone, lambda 300": "push",
+    "sign reversed, lambda 300": "reversed",
+}
 DISTILL = {"prompts_per_step": 8, "micro_batch_size": 8}
 
 # Claim: task -> cells, the first of which is the baseline of the differences.
@@ -183,16 +178,19 @@ CLAIMS = {
     "why": {
         "images": {
             "GRPO": GRPO,
-            "attention term at 0.1 of the token gradient": (*RAL, fixed_fraction(0.1)),
-            "attention term at 0.5 of the token gradient": (*RAL, fixed_fraction(0.5)),
-            "pull alone, lambda 300": (*ral(lambda_attn=300.0), PULL),
-            "push alone, lambda 300": (*ral(lambda_attn=300.0), PUSH),
-            "sign reversed, lambda 300": (*ral(lambda_attn=300.0), REVERSED),
-            "told where to look, lambda 0.1": (*ral(lambda_attn=0.1), told_where_to_look),
-            "told where to look, layer 0": (
-                *ral(lambda_attn=0.1, attn_layer=0),
-                told_where_to_look,
-            ),
+            **{
+                f"attention term at {x} of the token gradient": (
+                    fixed_fraction,
+                    ROW | {"attn_fraction": x},
+                )
+                for x in (0.1, 0.5)
+            },
+            **{
+                name: (one_sided, ROW | {"attn_advantages": which, "lambda_attn": 300.0})
+                for name, which in ONE_SIDED.items()
+            },
+            "told where to look, lambda 0.1": (oracle, ROW | {"lambda_attn": 0.1}),
+            "told where to look, layer 0": (oracle, ROW | {"lambda_attn": 0.1, "attn_layer": 0}),
         }
     },
     "protection": {

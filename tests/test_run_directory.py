@@ -54,7 +54,7 @@ import sys, time
 from torch.utils.data import DataLoader
 import grpo_baseline, runs
 
-run = runs.Run(toy_args(grpo_baseline, out=sys.argv[1]), runs.BadRows())
+run = runs.Run(grpo_baseline.Args(out=sys.argv[1]), runs.BadRows())
 other = runs.lock_directory(runs.Path(sys.argv[2]))
 readers = iter(DataLoader(range(1000), num_workers=2))
 next(readers)
@@ -216,7 +216,7 @@ def fill(*args):
     return update(*args)
 
 grpo_baseline.update = fill
-runs.run_script(grpo_baseline.Args, grpo_baseline.main, "")
+runs.run_script(grpo_baseline.Args, grpo_baseline.main, "", lambda: grpo_baseline.TOY)
 """
 
 

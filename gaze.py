@@ -1,0 +1,151 @@
+"""The gaze page: one HTML file that shows where each row of a response looked.
+
+The page needs no server and sends no request, so it can be mailed or kept beside a run. Questions
+and responses come from data files and models. They reach the page as JSON and become text nodes,
+and the page's Content-Security-Policy runs the one script of `gaze.html` and no other.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import math
+import re
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import pad
+
+from runs import writing
+
+LIMIT = 10_000_000  # bytes of a page
+KEPT = 0.95  # share of a row's mass on vision whose cells are stored
+PIXELS = 1_000_000  # of all pictures of an example together
+LONGEST = 896  # pixels, the longer side of a picture
+
+
+@dataclass
+class Gaze:
+    """One answered example for the page; T response tokens follow P prompt positions.
+
+    `response` holds the text of each token. `media` has a list for each vision block of the prompt:
+    one picture, or the frames of a video, two for each temporal patch. `grids` has the block's
+    temporal patches, and rows and columns of visual tokens; `starts` has the index of its first
+    visual token in the prompt. `rows` maps a layer to its attention (T + 1, P + T), averaged over
+    heads. Its row 0 is that of the prompt's last position, and row t that of response token t;
+    each sums to 1. `target`, on the toy only, counts over all visual tokens of the prompt.
+    `accuracy` is between 0 and 1.
+    """
+
+    question: str
+    solution: str
+    response: list[str]
+    accuracy: float
+    media: list[list[Image.Image]]
+    grids: list[tuple[int, int, int]]
+    starts: list[int]
+    prompt_len: int
+    rows: dict[int, Tensor]
+    target: tuple[int, ...] = ()
+    name: str = ""
+
+
+def write_page(path: Path, gazes: dict[str, list[Gaze]], title: str) -> int:
+    """Write one self-contained HTML page to `path` and return the number of examples that it holds.
+
+    The keys of `gazes` are labels such as "before" and "after". Each has the same examples in the
+    same order, and the page shows them side by side. Examples that would make the page larger than
+    10 MB are left out, and the page says how many it has.
+
+    Raises:
+        UsageError: the file cannot be written, as on a full disk.
+    """
+    template = Path(__file__).with_name("gaze.html").read_text(encoding="utf-8")
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:"
+    for tag in ("script", "style"):
+        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        policy += f"; {tag}-src 'sha256-{digest}'"
+    layers = sorted({layer for side in gazes.values() for gaze in side for layer in gaze.rows})
+    examples = list(zip(*gazes.values(), strict=True))
+    page = {"title": title, "labels": list(gazes), "of": len(examples), "layers": layers}
+    head, texts = as_text(page), []
+    room = LIMIT - len((template + policy + head).encode())
+    for sides in examples:
+        text = as_text(example_data(sides, layers))
+        if len(text) < room:
+            room -= len(text) + 1
+            texts.append(text)
+    data = f'{head[:-1]},"examples":[{",".join(texts)}]}}'
+    html = template.replace("{{policy}}", policy).replace("{{data}}", data)
+    with writing(path.parent, path.name):
+        path.write_bytes(html.encode())
+    return len(texts)
+
+
+def as_text(value: dict) -> str:
+    """Return `value` as JSON in ASCII that holds no markup: a `</script>` would end its element."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def example_data(sides: Iterable[Gaze], layers: list[int]) -> dict:
+    """Return one example as the page reads it. What the sides share comes from the first."""
+    first = next(iter(sides))
+    names = ("name", "question", "solution", "grids", "target")
+    longest = min(LONGEST, math.isqrt(PIXELS // max(sum(map(len, first.media)), 1)))
+    pictures = [[jpeg(picture, longest) for picture in block] for block in first.media]
+    answers = [
+        {
+            "tokens": x.response,
+            "accuracy": x.accuracy,
+            "layers": [pack(x, x.rows[n]) for n in layers],
+        }
+        for x in sides
+    ]
+    shared = {name: getattr(first, name) for name in names}
+    return shared | {"pictures": pictures, "sides": answers}
+
+
+def jpeg(picture: Image.Image, longest: int) -> str:
+    """Return a picture as a JPEG in base64, its longer side at most `longest` pixels."""
+    picture, file = picture.convert("RGB"), io.BytesIO()
+    picture.thumbnail((longest, longest))
+    picture.save(file, "JPEG", quality=90, subsampling=0)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def pack(gaze: Gaze, rows: Tensor) -> str:
+    """Return the T + 1 rows of a layer as the page reads them: deflated, in base64.
+
+    First comes a 32-bit float per row for the mass on vision, on the question, on earlier response
+    tokens, on the row's own column, on the brightest cell and on the target, then one for each
+    temporal patch. Then comes a byte for each row and visual token. Byte b is the mass
+    (b / 255)^2 x brightest cell; 0 is a cell outside the brightest ones that hold 95% of the
+    row's mass on vision.
+    """
+    tokens, prompt = len(gaze.response), gaze.prompt_len
+    rows = rows.detach().float().cpu()
+    if rows.shape != (tokens + 1, prompt + tokens):
+        raise ValueError(f"rows {tuple(rows.shape)} of {tokens} tokens after {prompt} positions")
+    blocks = [rows[:, :0, None]]  # then (T + 1, t, h x w) each
+    for start, (t, h, w) in zip(gaze.starts, gaze.grids, strict=True):
+        blocks.append(rows[:, start : start + t * h * w].unflatten(1, (t, h * w)))
+    seen = torch.cat([block.flatten(1) for block in blocks], dim=1)  # (T + 1, visual tokens)
+    own = pad(rows[1:, prompt:].diagonal(), (1, 0))  # the prompt's last row has its own in P - 1
+    brightest = pad(seen, (1, 0)).amax(1)  # 0 without vision
+    sums = [seen.sum(1), rows[:, :prompt].sum(1) - seen.sum(1), rows[:, prompt:].sum(1) - own]
+    sums += [own, brightest, seen[:, list(gaze.target)].sum(1)]
+    sums = torch.cat([torch.stack(sums, 1), *(block.sum(2) for block in blocks)], dim=1)
+    most, order = seen.sort(descending=True)
+    before = most.cumsum(1) - most  # mass of the brighter cells
+    kept = torch.zeros_like(seen, dtype=torch.bool)
+    kept.scatter_(1, order, before < KEPT * seen.sum(1, keepdim=True))
+    code = (seen / brightest[:, None]).sqrt().mul(255).round().clamp(min=1) * kept
+    content = sums.clamp(min=0).numpy().astype("<f4").tobytes()
+    content += code.nan_to_num().to(torch.uint8).numpy().tobytes()
+    return base64.b64encode(zlib.compress(content)).decode()

@@ -66,7 +66,7 @@ from common import (
 from data import check_data, check_files, open_data
 from evaluate import evaluate
 from memory import fit_memory
-from pictures import draw_attention, draw_curves
+from pictures import draw_attention, draw_curves, draw_page
 from prompts import Processor, Prompt, PromptBatch, PromptConfig, collate, encode_prompt
 from runs import (
     Run,
@@ -600,6 +600,7 @@ def main(args: Args) -> dict[str, float]:
     if rank() != 0:
         return metrics
     shown = {"before": shown_before, "after": shown_after}
+    draw_page(run.out / "gaze.html", shown, str(run.out))
     shown |= {"teacher": shown_teacher} if shown_teacher else {}
     draw_attention(run.out / "attention.png", shown)
     names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/gkd", "train/grad_norm")

@@ -1,7 +1,7 @@
 """Evaluate a checkpoint: accuracy by problem type and by data source, sweeps over frames and pixels
 (the paper's Figure 3), and pictures of the model's attention.
 
-    python evaluate.py --model runs/ral_grpo/checkpoint --overlay 8
+    python evaluate.py --model runs/ral_grpo/checkpoint --gaze 20
     python evaluate.py --model DIR_OR_HUB_NAME --data test.json --frames 16 32 64
 
 Each answer adds one line to `predictions.jsonl` in the output directory. After an interruption, the
@@ -15,12 +15,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice, product
+from itertools import chain, islice, pairwise, product
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import Module
 from tqdm import tqdm
 
@@ -38,7 +39,8 @@ from common import (
     score,
 )
 from data import DataFile, Prompts, Reader
-from pictures import Prediction, draw_overlay, draw_sweep
+from gaze import Gaze
+from pictures import Prediction, draw_page, draw_sweep
 from prompts import Processor, Prompt, PromptConfig, collate, encode_prompt, read_prompt_config
 from runs import (
     DEFINITIONS,
@@ -71,14 +73,13 @@ def predict(
     max_new_tokens: int,
     batch_size: int = 64,
     attn_layer: int = -1,
-    pictures: int = 6,
+    gazes: int = 6,
 ) -> Iterator[Prediction]:
     """Answer every prompt greedily and score each answer.
 
-    The first `pictures` examples keep their media and attention. Examples with a known target also
-    get the attention mass on it, layer by layer. Both use the rows that emit the answer, which are
-    the rows of the positions before each of its tokens, whatever `--attn-row` the run was trained
-    with.
+    The first `gazes` examples keep their media and attention. Examples with a known target also get
+    the attention mass on it, layer by layer, in the row that emits the first token of the answer:
+    that of the position before it, whatever `--attn-row` the run was trained with.
     """
     tokenizer, asked = processor.tokenizer, processor.prompt_config
     layers = model.config.text_config.num_hidden_layers
@@ -90,7 +91,7 @@ def predict(
         texts = rollout.texts(processor)
         has_targets = all(prompt.example.target for prompt in chunk)
         # Score only the examples that are measured or drawn; logits are large.
-        scored = len(chunk) if has_targets else min(len(chunk), max(0, pictures - done))
+        scored = len(chunk) if has_targets else min(len(chunk), max(0, gazes - done))
         if scored:
             part = rollout[:scored]
             wanted = range(layers) if has_targets else [attn_layer]
@@ -111,31 +112,58 @@ def predict(
                 "format": has_format(text, asked.think) and not bool(rollout.truncated[row, 0]),
                 "completion_len": len(ids),
             }
+            gaze = None
             if row < scored:  # row t of a layer emits token t, row t + 1 is that token's own
-                visual = (part.prompts.patches[row] >= 0).nonzero()[:, 0]
                 rows = {layer: x[row, 0].cpu() for layer, x in attentions.items()}
-                emitting = slice(answer.start, answer.stop)
+                longest, n = part.prompts.ids.shape[1], len(ids)
+            if done < gazes:
+                unpadded = slice(longest - len(prompt.ids), longest + n)
+                kept = {layer: x[: n + 1, unpadded].clone() for layer, x in rows.items()}
+                gaze = make_gaze(prompt, record, token_texts(tokenizer, ids), kept)
             if has_targets:
-                target = visual[list(example.target)]
-                # In the row that emits the answer's first token; 0 without an answer.
-                first = slice(answer.start, answer.start + len(answer[:1]))
-                mass = [rows[layer][first, target].sum().item() for layer in range(layers)]
+                visual = (part.prompts.patches[row] >= 0).nonzero()[:, 0]
+                target, start = visual[list(example.target)], answer.start
+                # Without an answer the mass is 0.
+                mass = [x[start, target].sum().item() if answer else 0.0 for x in rows.values()]
                 record["target_attn"] = mass[attn_layer]
                 record |= {f"target_attn_l{layer}": value for layer, value in enumerate(mass)}
                 record["target_attn_own"] = 0.0
                 if answer:  # in that token's own row, relative to the mass on all other tokens
-                    own = rows[attn_layer][answer.start + 1]
-                    own[part.prompts.ids.shape[1] + answer.start] = 0.0
+                    own = rows[attn_layer][start + 1]
+                    own[longest + start] = 0.0
                     share = own[target].sum() / own.sum().clamp_min(1e-9)
                     record["target_attn_own"] = share.item()
-            shown, attention = done < pictures and bool(example.media), torch.zeros(0, 0)
-            if shown:
-                attention = rows[attn_layer][emitting][:, visual]
-            else:
-                example = replace(example, media=[])
-            words = [tokenizer.decode([ids[i]]).strip() for i in answer]
-            yield Prediction(record, example, attention, words, prompt.shapes())
+            yield Prediction(record, gaze, answer, attn_layer)
             done += 1
+
+
+def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The text that each token adds to the response, with the spaces between words."""
+    texts = [tokenizer.decode(ids[:end]) for end in range(len(ids) + 1)]
+    return [after[len(before) :] for before, after in pairwise(texts)]
+
+
+def make_gaze(
+    prompt: Prompt, record: dict[str, Any], tokens: list[str], rows: dict[int, Tensor]
+) -> Gaze:
+    """What the gaze page shows of an example; `rows` are without padding."""
+    media, shapes, grids = prompt.example.media, prompt.shapes(), []
+    for medium in media:
+        t = (len(medium.frames) + 1) // 2 if medium.is_video else 1
+        grids.append((t, *shapes[sum(count for count, _, _ in grids)]))
+    return Gaze(
+        question=prompt.example.problem,
+        solution=prompt.example.solution,
+        response=tokens,
+        accuracy=record["accuracy"],
+        media=media,
+        grids=grids,
+        visual=(prompt.patches() >= 0).nonzero()[:, 0].tolist(),
+        prompt_len=len(prompt.ids),
+        rows=rows,
+        target=prompt.example.target,
+        name=prompt.example.name,
+    )
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -241,8 +269,9 @@ class Args:
     match (paper). The default is that of the checkpoint's training run."""
     attn_layer: int = -1
     """Decoder layer whose attention is drawn, counted from 0, or from the end if negative."""
-    overlay: int = 0
-    """Number of examples whose attention is drawn, for each setting."""
+    gaze: int = 0
+    """Number of examples, from the first, on the page `gaze.html` that shows where the model
+    looked, for each setting."""
     batch_size: int = 16
     """Prompts decoded together."""
     workers: int = 4
@@ -259,7 +288,7 @@ class Args:
         require_not_empty(self, "model", "data", "out")
         require_positive(self, "fps", "max_prompt_tokens", "examples", "max_new_tokens")
         require_positive(self, "batch_size")
-        require_not_negative(self, "max_skipped", "overlay")
+        require_not_negative(self, "max_skipped", "gaze")
 
 
 # Defaults of a toy, in place of those of `Args`.
@@ -320,7 +349,7 @@ def open_out(args: Args) -> tuple[Path, TextIO]:
     holds = out.resolve() in (Path(args.model).resolve(), *Path(args.model).resolve().parents)
     require(not trained and not holds, f"--out {out}: holds a training run; choose another")
     settings = asdict(args)
-    for name in ("out", "overwrite", "overlay", "batch_size", "workers", "max_skipped"):
+    for name in ("out", "overwrite", "gaze", "batch_size", "workers", "max_skipped"):
         del settings[name]  # these affect no prediction
     inputs = [Path(args.data)] if args.data else []
     inputs += sorted(Path(args.model).glob("*.safetensors"))
@@ -363,7 +392,7 @@ def prompts_of(
     frames = frames or (None if args.fps else 16)
     file = DataFile(args.data, args.media_root, frames, args.fps)
     rows = range(len(file))[: args.examples]
-    prompts = Prompts(file, encode, rows, None, args.max_prompt_tokens, 2 * args.overlay)
+    prompts = Prompts(file, encode, rows, None, args.max_prompt_tokens, 2 * args.gaze)
     bad_rows = BadRows(args.max_skipped, len(file))
     names = [file.name(row) for row in rows]
     return names, lambda numbers: Reader(prompts, numbers, args.workers, bad_rows), bad_rows
@@ -435,20 +464,26 @@ def main(args: Args) -> dict[str, float]:
                 bad_rows.attach(open_lines(out / f"skipped{label and f'-{label}'}.jsonl"))
             done = {record["row"] for record in results[setting]}
             bad_rows.read = len(done) + len(bad_rows.bad)
-            todo = [n for n, name in enumerate(names) if name not in done]
             options = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
             options |= {"attn_layer": args.attn_layer}
-            options |= {"pictures": max(0, args.overlay - len(done))}
-            bar = tqdm(total=len(todo), desc=label or "evaluate", dynamic_ncols=True)
-            for prediction in predict(model, processor, prompts(todo), **options):
-                append(file, [{"setting": setting} | prediction.record])
-                results[setting].append(prediction.record)
-                if prediction.example.media and len(results[setting]) <= args.overlay:
-                    number = f"{len(results[setting]):03}"
-                    path = out / f"overlay{label and f'-{label}'}-{number}.png"
-                    draw_overlay(path, prediction)
+            # The examples of the page are answered again after an interruption.
+            first, rest = range(len(names))[: args.gaze], range(len(names))[args.gaze :]
+            rest = [n for n in rest if names[n] not in done]
+            shown = []
+            bar = tqdm(total=len(first) + len(rest), desc=label or "evaluate", dynamic_ncols=True)
+            for prediction in chain(
+                predict(model, processor, prompts(first), gazes=len(first), **options),
+                predict(model, processor, prompts(rest), gazes=0, **options),
+            ):
+                if prediction.record["row"] not in done:
+                    append(file, [{"setting": setting} | prediction.record])
+                    results[setting].append(prediction.record)
+                shown += [prediction] if prediction.gaze else []
                 bar.update()
             bar.close()
+            if shown:
+                page = out / f"gaze{label and f'-{label}'}.html"
+                draw_page(page, {label or base.name: shown}, f"{args.model} {label}")
             require(len(results[setting]) > 0, f"--data {args.data}: no row can be used")
     results = {setting: results[setting] for setting in sweep}
     text = table(results, varied)

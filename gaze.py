@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
+from prompts import Media
 from runs import writing
 
 LIMIT = 10_000_000  # bytes of a page
@@ -33,22 +34,21 @@ LONGEST = 896  # pixels, the longer side of a picture
 class Gaze:
     """One answered example for the page; T response tokens follow P prompt positions.
 
-    `response` holds the text of each token. `media` has a list for each vision block of the prompt:
-    one picture, or the frames of a video, two for each temporal patch. `grids` has the block's
-    temporal patches, and rows and columns of visual tokens; `starts` has the index of its first
-    visual token in the prompt. `rows` maps a layer to its attention (T + 1, P + T), averaged over
-    heads. Its row 0 is that of the prompt's last position, and row t that of response token t;
-    each sums to 1. `target`, on the toy only, counts over all visual tokens of the prompt.
-    `accuracy` is between 0 and 1.
+    `response` holds the text of each token. `grids` has, for each medium, its temporal patches (a
+    video's pairs of frames), and rows and columns of visual tokens; `visual` has the indices of all
+    visual tokens in the prompt. `rows` maps a layer to its attention (T + 1, P + T), averaged over
+    heads. Its row 0 is that of the prompt's last position, and row t that of response token t; each
+    sums to 1. `target`, on the toy only, counts over the visual tokens. `accuracy` is between 0 and
+    1.
     """
 
     question: str
     solution: str
     response: list[str]
     accuracy: float
-    media: list[list[Image.Image]]
+    media: list[Media]
     grids: list[tuple[int, int, int]]
-    starts: list[int]
+    visual: list[int]
     prompt_len: int
     rows: dict[int, Tensor]
     target: tuple[int, ...] = ()
@@ -97,8 +97,9 @@ def example_data(sides: Iterable[Gaze], layers: list[int]) -> dict:
     """Return one example as the page reads it. What the sides share comes from the first."""
     first = next(iter(sides))
     names = ("name", "question", "solution", "grids", "target")
-    longest = min(LONGEST, math.isqrt(PIXELS // max(sum(map(len, first.media)), 1)))
-    pictures = [[jpeg(picture, longest) for picture in block] for block in first.media]
+    count = sum(len(medium.frames) for medium in first.media)
+    longest = min(LONGEST, math.isqrt(PIXELS // max(count, 1)))
+    pictures = [[jpeg(frame, longest) for frame in medium.frames] for medium in first.media]
     answers = [
         {
             "tokens": x.response,
@@ -132,15 +133,13 @@ def pack(gaze: Gaze, rows: Tensor) -> str:
     rows = rows.detach().float().cpu()
     if rows.shape != (tokens + 1, prompt + tokens):
         raise ValueError(f"rows {tuple(rows.shape)} of {tokens} tokens after {prompt} positions")
-    blocks = [rows[:, :0, None]]  # then (T + 1, t, h x w) each
-    for start, (t, h, w) in zip(gaze.starts, gaze.grids, strict=True):
-        blocks.append(rows[:, start : start + t * h * w].unflatten(1, (t, h * w)))
-    seen = torch.cat([block.flatten(1) for block in blocks], dim=1)  # (T + 1, visual tokens)
+    seen = rows[:, gaze.visual]  # (T + 1, visual tokens)
+    patches = seen.split([h * w for t, h, w in gaze.grids for _ in range(t)], dim=1)
     own = pad(rows[1:, prompt:].diagonal(), (1, 0))  # the prompt's last row has its own in P - 1
     brightest = pad(seen, (1, 0)).amax(1)  # 0 without vision
     sums = [seen.sum(1), rows[:, :prompt].sum(1) - seen.sum(1), rows[:, prompt:].sum(1) - own]
     sums += [own, brightest, seen[:, list(gaze.target)].sum(1)]
-    sums = torch.cat([torch.stack(sums, 1), *(block.sum(2) for block in blocks)], dim=1)
+    sums = torch.stack(sums + [patch.sum(1) for patch in patches], dim=1)
     most, order = seen.sort(descending=True)
     before = most.cumsum(1) - most  # mass of the brighter cells
     kept = torch.zeros_like(seen, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Pictures of a run: where the model looks (`attention.png`, overlays), and curves of metrics."""
+"""Pictures of a run: where the model looks (`attention.png`), and curves of its metrics."""
 
 import json
 import math
@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -15,28 +14,33 @@ import torch
 from torch import Tensor
 
 from common import extract_answer
-from prompts import Example
+from gaze import Gaze, write_page
 from runs import writing
 
 
 @dataclass
 class Prediction:
-    """One evaluated example.
+    """One evaluated example. `record` is its line of predictions.jsonl.
 
-    `record` is its line of predictions.jsonl. `attention` (N, visual tokens) is the attention in
-    the N rows that emit the answer, and `tokens` is the text of their tokens. `shapes` are those of
-    `Prompt.shapes`.
+    An example that is shown has a `gaze`. `answer` are the indices of the response tokens that
+    spell the answer, and `layer` is the layer whose attention is drawn.
     """
 
     record: dict[str, Any]
-    example: Example
-    attention: Tensor
-    tokens: list[str]
-    shapes: list[tuple[int, int]]
+    gaze: Gaze | None
+    answer: range
+    layer: int
+
+    def attention(self) -> Tensor:
+        """Attention to the visual tokens in the row that emits the first token of the answer; zeros
+        without an answer."""
+        if not self.answer:
+            return torch.zeros(len(self.gaze.visual))
+        return self.gaze.rows[self.layer][self.answer.start, self.gaze.visual]
 
 
-def draw_gaze(axis: Any, prediction: Prediction, attention: Tensor) -> None:
-    """Draw the images and videos of `prediction` with one row of attention over visual tokens.
+def draw_gaze(axis: Any, gaze: Gaze, attention: Tensor) -> None:
+    """Draw the images and videos of an example with one row of attention over visual tokens.
 
     A brighter cell has more attention mass (averaged over heads), and a box marks the target.
     Images and the temporal patches of a video, with the first frame of each, are shown as a mosaic
@@ -44,8 +48,8 @@ def draw_gaze(axis: Any, prediction: Prediction, attention: Tensor) -> None:
     """
     from matplotlib.patches import Rectangle
 
-    media, shapes = prediction.example.media, prediction.shapes
-    frames = [f for medium in media for f in medium.frames[:: 2 if medium.is_video else 1]]
+    frames = [f for medium in gaze.media for f in medium.frames[:: 2 if medium.is_video else 1]]
+    shapes = [(h, w) for t, h, w in gaze.grids for _ in range(t)]
     wide, high = (max(edges) for edges in zip(*(frame.size for frame in frames), strict=True))
     columns, first = math.ceil(math.sqrt(len(shapes))), 0
     for patch, (frame, (h, w)) in enumerate(zip(frames, shapes, strict=True)):
@@ -57,7 +61,7 @@ def draw_gaze(axis: Any, prediction: Prediction, attention: Tensor) -> None:
             dim = np.zeros((h, w, 4))
             dim[..., 3] = 0.85 * (1 - heat / attention.max().item())
             axis.imshow(dim, extent=extent, interpolation="nearest")
-        for token in prediction.example.target:
+        for token in gaze.target:
             if first <= token < first + h * w:
                 row, column = divmod(token - first, w)
                 corner = (left + column * width / w, top + row * height / h)
@@ -82,7 +86,7 @@ def draw_attention(path: Path, rows: dict[str, list[Prediction]], count: int = 6
     """Draw the attention of the model's answers: one row of held-out examples for each entry of
     `rows`; see `draw_gaze`."""
     pyplot = load_pyplot()
-    rows = {label: [x for x in row if x.example.media] for label, row in rows.items()}
+    rows = {label: [x for x in row if x.gaze and x.gaze.media] for label, row in rows.items()}
     count = min([count, *map(len, rows.values())])
     if count == 0:  # none of this rank's rows could be read
         return
@@ -90,14 +94,13 @@ def draw_attention(path: Path, rows: dict[str, list[Prediction]], count: int = 6
     figure, axes = pyplot.subplots(len(rows), count, figsize=size, squeeze=False)
     for (label, predictions), line in zip(rows.items(), axes, strict=True):
         for prediction, axis in zip(predictions[:count], line, strict=True):
-            blank = torch.zeros(sum(h * w for h, w in prediction.shapes))
-            attention = prediction.attention[0] if len(prediction.attention) else blank
-            draw_gaze(axis, prediction, attention)
+            gaze, attention = prediction.gaze, prediction.attention()
+            draw_gaze(axis, gaze, attention)
             title, colour = verdict(prediction)
-            if prediction.example.target:
-                title += f"\nmass on target {attention[list(prediction.example.target)].sum():.2f}"
+            if gaze.target:
+                title += f"\nmass on target {attention[list(gaze.target)].sum():.2f}"
             axis.set_title(title, color=colour, fontsize=9)
-            axis.set_xlabel(prediction.example.problem[:32], fontsize=8)
+            axis.set_xlabel(gaze.question[:32], fontsize=8)
         line[0].set_ylabel(label, fontsize=10)
     figure.suptitle("attention in the row that emits the answer", fontsize=10)
     figure.tight_layout()
@@ -106,28 +109,12 @@ def draw_attention(path: Path, rows: dict[str, list[Prediction]], count: int = 6
     pyplot.close(figure)
 
 
-def draw_overlay(path: Path, prediction: Prediction, max_tokens: int = 12) -> None:
-    """Draw the attention of each token of the model's answer, beside the question and response."""
-    pyplot = load_pyplot()
-    rows = list(zip(prediction.tokens, prediction.attention, strict=True))[:max_tokens]
-    blank = torch.zeros(sum(h * w for h, w in prediction.shapes))
-    rows = rows or [("no answer", blank)]
-    figure, axes = pyplot.subplots(1, len(rows) + 1, figsize=(3.6 * (len(rows) + 1), 4))
-    for (token, attention), axis in zip(rows, axes[1:], strict=True):
-        draw_gaze(axis, prediction, attention)
-        title = f"row that emits {token!r}: mass on the picture {attention.sum():.2f}"
-        axis.set_title(title, fontsize=9)
-    record, (title, colour) = prediction.record, verdict(prediction)
-    lines = [record["problem"], f"response: {record['response']}"]
-    lines = [*lines, f"solution: {record['solution']}"]
-    text = "\n\n".join(fill(line[:600], 44) for line in lines)
-    axes[0].text(0, 1, text, va="top", fontsize=8, transform=axes[0].transAxes)
-    axes[0].set_title(title, color=colour, fontsize=10)
-    axes[0].axis("off")
-    figure.tight_layout()
-    with writing(path.parent, path.name):
-        figure.savefig(path, dpi=80)
-    pyplot.close(figure)
+def draw_page(path: Path, predictions: dict[str, list[Prediction]], title: str) -> None:
+    """Write the gaze page of the examples that every entry of `predictions` shows."""
+    gazes = {label: [x.gaze for x in row if x.gaze] for label, row in predictions.items()}
+    count = min(map(len, gazes.values()))
+    if count:
+        write_page(path, {label: row[:count] for label, row in gazes.items()}, title)
 
 
 def draw_curves(path: Path, metrics: Path, names: Sequence[str]) -> None:

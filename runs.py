@@ -1006,7 +1006,7 @@ def print_summary(run: Run, before: dict, after: dict, steps: int, start: float,
     seconds = round(time.time() - start)
     for label, value in (("steps", steps), ("seconds", seconds), ("run", run.out)):
         print(f"{label:<24}{value!s:>16}")
-    print(f"pictures: {run.out}/attention.png, {run.out}/curves.png")
+    print(f"pictures: {run.out}/gaze.html, {run.out}/attention.png, {run.out}/curves.png")
     script = re.search(r"\S+\.py", then)[0]
     path = Path(__file__).with_name(script)
     if path.exists():  # a fork may lack the sibling scripts

@@ -43,7 +43,7 @@ from common import Rollout, load_model, load_processor, response_mean, save_mode
 from data import BadRow, check_data, check_files, open_data
 from evaluate import evaluate
 from memory import fit_memory
-from pictures import draw_attention, draw_curves
+from pictures import draw_attention, draw_curves, draw_page
 from prompts import Example, Processor, Prompt, PromptConfig, collate, encode_prompt
 from runs import (
     Run,
@@ -348,7 +348,9 @@ def main(args: Args) -> dict[str, float]:
     run.close()
     if rank() != 0:
         return metrics
-    draw_attention(run.out / "attention.png", {"before": shown_before, "after": shown_after})
+    shown = {"before": shown_before, "after": shown_after}
+    draw_page(run.out / "gaze.html", shown, str(run.out))
+    draw_attention(run.out / "attention.png", shown)
     names = ("train/loss", "train/demo_prob", "eval/accuracy", "eval/target_attn")
     draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
     trained = f"{run.out}/checkpoint"

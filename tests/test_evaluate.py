@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -15,17 +16,28 @@ import common
 import evaluate
 import pictures
 import runs
-from prompts import Example, Media, PromptConfig, collate
+from gaze import Gaze
+from prompts import Media, PromptConfig, collate
 
 
 def predictions(out):
     return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
 
 
+def page(path):
+    """What a gaze page holds."""
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>',
+                         path.read_text(), re.DOTALL)  # fmt: skip
+    return json.loads(text)
+
+
 def test_it_goes_on_where_it_stopped(cold_start, tmp_path):
-    args = toy_args(evaluate, model=str(cold_start), examples=20, batch_size=8, overlay=2)
+    args = toy_args(evaluate, model=str(cold_start), examples=20, batch_size=8, gaze=2)
     whole = evaluate.main(replace(args, out=str(tmp_path / "whole")))
-    assert len(list((tmp_path / "whole").glob("overlay-*.png"))) == 2
+    shown = page(tmp_path / "whole" / "gaze.html")["examples"]
+    assert [x["question"] for x in shown] == [
+        line["problem"] for line in predictions(tmp_path / "whole")[:2]
+    ]
     part = tmp_path / "part"
     evaluate.main(replace(args, out=str(part)))
     file = part / "predictions.jsonl"
@@ -33,6 +45,7 @@ def test_it_goes_on_where_it_stopped(cold_start, tmp_path):
     file.write_bytes(b"".join(lines[:7]) + lines[7][:30])  # killed in the middle of a line
     assert evaluate.main(replace(args, out=str(part), batch_size=5)) == whole
     assert predictions(part) == predictions(tmp_path / "whole")
+    assert page(part / "gaze.html")["examples"] == shown  # answered again for the page alone
     assert evaluate.main(replace(args, out=str(part))) == whole  # nothing left to do
     assert len(predictions(part)) == 20
 
@@ -145,11 +158,12 @@ def test_dollars_are_no_formula(cold_start, tmp_path):
     record = {"accuracy": 0.0, "response": r"<answer>$$ \foo$</answer>"}
     record |= {"problem": r"Is $\parallelogram ABCD$ a square?", "solution": "$x"}
     media = [Media([Image.new("RGB", (56, 56))])]
-    example = Example(record["problem"], "$x", media)
-    prediction = pictures.Prediction(record, example, torch.ones(1, 4) / 4, ["$$"], (1, 2, 2))
-    pictures.draw_overlay(tmp_path / "a.png", prediction)
-    pictures.draw_attention(tmp_path / "b.png", {"$": [prediction]})
-    assert all((tmp_path / name).stat().st_size > 1000 for name in ("a.png", "b.png"))
+    rows = {0: torch.ones(2, 5) / 5}
+    shown = Gaze(record["problem"], "$x", ["$$"], 0.0, media, [(1, 2, 2)], [0, 1, 2, 3], 4, rows)
+    prediction = pictures.Prediction(record, shown, range(0, 1), 0)
+    pictures.draw_attention(tmp_path / "a.png", {"$": [prediction] * 6})
+    width, height = Image.open(tmp_path / "a.png").size
+    assert width > 1000 and 200 < height < 300  # six pictures in a row
 
 
 def test_bad_rows_of_an_interrupted_evaluation_do_not_stop_the_next(real, tmp_path):
@@ -188,13 +202,16 @@ def test_a_sweep_over_frames_with_real_data(real, tmp_path):
         frame_tokens=(4,),
         max_new_tokens=4,
         max_skipped=0.2,
-        overlay=17,
+        gaze=17,
         out=str(out),
     )
     metrics = evaluate.main(args)
     lines = predictions(out)
     assert [line["setting"][0] for line in lines] == [2] * 18 + [6] * 18
-    assert len(list(out.glob("overlay-frames6-*.png"))) == 17
+    for frames in (2, 6):
+        shown = page(out / f"gaze-frames{frames}.html")["examples"]
+        assert len(shown) == 16  # of the first 17 rows, one is bad
+        assert {len(x["pictures"][0]) for x in shown} == {1, frames}
     for frames in (2, 6):
         skipped = (out / f"skipped-frames{frames}.jsonl").read_text().splitlines()
         assert len(skipped) == 2

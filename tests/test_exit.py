@@ -148,7 +148,7 @@ def test_readers_end_with_a_process_that_is_killed(run, real, tmp_path, work, nu
     """In the evaluation they have more to send than a pipe holds, and nobody takes it."""
     script, more, place = AT_WORK[work]
     words = argv(real, tmp_path, script) + more
-    words += ["--overlay", "20"] if script == "evaluate" else []
+    words += ["--gaze", "20"] if script == "evaluate" else []
     plants = [(place, "wait"), ("data.Prompts.__getitem__", "hang")]
     signals = (number,) * (2 if (work, number) == ("training", signal.SIGTERM) else 1)
     status, output = run(script, words, plants, signals)

@@ -72,12 +72,12 @@ def make_gaze(
 ) -> Gaze:
     """An answered toy example, with a vision block for each entry of `frames` and random rows."""
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
-    media, grids, starts, length = [], [], [], 3
+    media, grids, visual, length = [], [], [], 3
     for count in frames:
         example = sample_example(rng, Task(frames=count))
-        media.append(example.media)
+        media += example.media
         grids.append(((count + 1) // 2 if count else 1, 4, 4))
-        starts.append(length)
+        visual += range(length, length + grids[-1][0] * 16)
         length += grids[-1][0] * 16 + 2
     shape = len(tokens) + 1, length + len(tokens)
     rows = {}
@@ -89,7 +89,7 @@ def make_gaze(
         response=list(tokens),
         media=media,
         grids=grids,
-        starts=starts,
+        visual=visual,
         prompt_len=length,
         rows=rows,
         **given,
@@ -104,11 +104,7 @@ def cut(one: Gaze, t: int, kind: str = "predicting", layer: int = 1) -> dict:
         row = one.rows[layer][t + 1].numpy().astype(np.float64)
         row[one.prompt_len + t] = 0
         row /= row.sum()
-    sizes = [np.prod(grid) for grid in one.grids]
-    columns = np.concatenate(
-        [np.arange(start, start + size) for start, size in zip(one.starts, sizes, strict=True)]
-    )
-    cells = row[columns]
+    cells = row[np.array(one.visual)]
     order = np.argsort(-cells)
     enough = np.searchsorted(np.cumsum(cells[order]), 0.95 * cells.sum()) + 1
     kept = np.zeros_like(cells)
@@ -378,7 +374,7 @@ def test_a_page_fits_a_phone_and_a_dark_room(tmp_path, visit):
 def test_an_empty_response_and_a_prompt_without_pictures(tmp_path, browser):
     gazes = [make_gaze(tokens=()), make_gaze()]
     blind = gazes[1]
-    blind.media, blind.grids, blind.starts = [], [], []
+    blind.media, blind.grids, blind.visual = [], [], []
     write_page(tmp_path / "gaze.html", {"toy": gazes}, "A run")
     page, errors = browser.new_page(), []
     page.on("pageerror", lambda error: errors.append(str(error)))

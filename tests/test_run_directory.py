@@ -174,7 +174,7 @@ def limits_end():
         ("update", 1, 3000, "metrics.jsonl", "nothing is saved there yet"),
         ("update", 2, 300_000, "state/step-000002", "nothing is saved there yet"),
         ("save_model", 1, 100_000, "checkpoint", "step-000002"),
-        ("draw_looks", 1, 1000, "attention.png", "step-000004, .*/checkpoint"),
+        ("draw_attention", 1, 1000, "attention.png", "step-000004, .*/checkpoint"),
         ("draw_curves", 1, 1000, "curves.png", "step-000004, .*/checkpoint"),
     ],
 )

@@ -1,19 +1,26 @@
-"""Data files: JSON rows, their images and videos, and prompts read ahead of training.
+"""Questions with their images and videos from data files, and prompts read ahead of training.
 
-A row is an object in a JSON array or on a line of its own, with the fields of Video-R1:
+A data file is a JSON array, JSON lines, Parquet, or what `Dataset.save_to_disk` of Hugging Face
+`datasets` writes. A row is one question with its answer. A row of Video-R1, one of Geometry3K as
+EasyR1 publishes it (Parquet), and one of LLaVA:
 
     {"problem": "What is the man holding?", "data_type": "video", "path": "./clips/17.mp4",
      "problem_type": "multiple choice", "options": ["A. a cup", "B. a book"],
      "solution": "<answer>A</answer>"}
+    {"images": [{"bytes": ..., "path": None}], "problem": "<image>Find x.", "answer": "3"}
+    {"image": "train/33471.jpg", "conversations": [
+        {"from": "human", "value": "<image>\\nWhat colour is the bus?"},
+        {"from": "gpt", "value": "White and red"}]}
 
-`problem_type` is one of PROBLEM_TYPES. `options`, `problem_id`, `data_source` and, for SFT,
-`process` (the thought) are optional. Data files are untrusted: a row that cannot be used is
-reported with its reason and skipped, and no path leads outside the media roots.
+`<image>` and `<video>` in the question or its options say where each medium stands; without them,
+media come first. Data files are untrusted: a row that cannot be used is reported with its reason
+and skipped, and no path leads outside the media roots.
 """
 
 import atexit
+import glob
 import json
-import mmap
+import math
 import multiprocessing
 import os
 import re
@@ -22,25 +29,29 @@ import sys
 import time
 from array import array
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from huggingface_hub import snapshot_download
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from answers import MAX_ANSWER, option_letter, option_texts, read_number
-from common import extract_answer
+from common import extract_answer, print_once
 from prompts import Example, Media, Prompt
 from runs import (
     BadRows,
     UsageError,
+    data_files,
     print_on_rank_0,
     rank,
     require,
@@ -48,17 +59,43 @@ from runs import (
     world_size,
 )
 
+# Columns by the names that people give them. If a file has several of a line, the first is read.
+COLUMNS = {
+    "problem": ("problem", "question", "prompt", "query", "conversations", "messages"),
+    "solution": ("solution", "answer", "ground_truth"),
+    "process": ("process", "thought"),
+    "options": ("options", "choices"),
+    "problem_type": ("problem_type",),
+    "data_type": ("data_type",),
+    "data_source": ("data_source",),
+}
+CHATS = ("conversations", "messages")  # hold the answer, too
+MEDIA_COLUMNS = {"image": ("images", "image"), "video": ("videos", "video"), None: ("path",)}
+ROLES = (["user"], ["human"], ["user", "assistant"], ["human", "gpt"])  # of a chat's turns
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
+EXPECTED = "expected a JSON array of objects, one JSON object a line, or Parquet or Arrow files"
+# What else a file may be, by its first bytes.
+NOT_ROWS = {b"\xff\xfe": "is UTF-16 text", b"\xfe\xff": "is UTF-16 text", b"PK": "is compressed"}
+NOT_ROWS |= {b"\x1f\x8b": "is compressed"} | dict.fromkeys((b"\x80\4", b"\x80\5"), "is a pickle")
+HUB_NAME = re.compile(r"(?!.*\.(?:jsonl?|parquet|arrow|csv)$)[\w-][\w.-]*/[\w-][\w.-]*")
+SHARD = re.compile(r"(^|[-_/])\d+(-of-\d+)?(-[0-9a-f]{16})?$")  # the number in a file's name
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no format that runs a program
-# MAX_ROW is in bytes, the others are in characters. A row that exceeds a limit is bad.
-MAX_ROW, MAX_SOLUTION, MAX_THOUGHT = 2**20, MAX_ANSWER, 50_000
+# A row that exceeds a limit is bad. MAX_ROW is in bytes, MAX_MEDIA in images and videos, the others
+# are in characters.
+MAX_ROW, MAX_PROBLEM, MAX_SOLUTION, MAX_THOUGHT = 2**20, 100_000, MAX_ANSWER, 50_000
+MAX_MEDIA = 64
 MAX_RATIO = 200  # of an image's sides; the image processor's limit
-MAX_FRAMES, MAX_FRAME_BYTES = 768, 2**32  # per video: frames with only --fps, bytes of all frames
+MAX_FRAMES, MAX_FRAME_BYTES = 768, 2**32  # of a video with only --fps; of all frames of a row
 # FFmpeg's names of containers with unusable time stamps: AVI stamps the decoding order, and MPEG-PS
 # leaves frames unstamped.
 UNSTAMPED = ("avi", "mpeg")
 # Options for opening a video: it cannot open network addresses, and its metadata may be any bytes.
 UNTRUSTED = {"options": {"protocol_whitelist": "file"}, "metadata_errors": "replace"}
+# The first bytes of video files: MP4 and QuickTime, Matroska and WebM, AVI, FLV, WMV, MPEG-PS,
+# MPEG-TS, Ogg. A playlist, which could open other files, does not match; nor does a GIF.
+VIDEO = rb"....(?:ftyp|moov|mdat|free|skip|wide|pnot)|\x1aE\xdf\xa3|RIFF....AVI |FLV|0&\xb2u"
+VIDEO += rb"|\x00\x00\x01[\xba\xb3]|(?!GIF8)(?:....)?G.{187}(?:....)?G|OggS"
+VIDEO = re.compile(VIDEO, re.DOTALL)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes run in parallel instead
 
 # 1. Rows
@@ -68,113 +105,200 @@ class BadRow(Exception):
     """A row that cannot be used; the message says why."""
 
 
-# The first bytes of video files: MP4 and QuickTime, Matroska and WebM, AVI, FLV, WMV, MPEG-PS,
-# MPEG-TS, Ogg. A playlist, which could open other files, does not match.
-VIDEO = rb"....(?:ftyp|moov|mdat|free|skip|wide|pnot)|\x1aE\xdf\xa3|RIFF....AVI |FLV|0&\xb2u"
-VIDEO = re.compile(VIDEO + rb"|\x00\x00\x01[\xba\xb3]|(?:....)?G.{187}(?:....)?G|OggS", re.DOTALL)
-TEXT = rb'"(?:[^"\\]++|\\.)*+"'
-FLAT = rb'\{(?:[^{}"]++|' + TEXT + rb")*+\}"
-ROW = re.compile(rb'\{(?:[^{}"]++|' + TEXT + rb"|" + FLAT + rb")*+\}", re.DOTALL)
-TOKEN = re.compile(rb'"(?:[^"\\\n]|\\.)*+"|[{}]')  # no string spans lines
-BETWEEN = re.compile(rb"[\s,]*+")
-NEXT_ROW = re.compile(rb"[\n,]\s*+(?=\{)|\Z")
+class JsonLines:
+    """The rows of a JSON lines file. Only the offset and the number of each line are in memory."""
+
+    def __init__(self, path: Path):
+        self.path, places = path, array("q")
+        at, line, begins = 0, 1, True
+        with path.open("rb") as file:
+            for piece in iter(partial(file.readline, MAX_ROW), b""):  # a long line has several
+                if begins and piece.strip():
+                    places.extend((at, line))
+                at, begins = at + len(piece), piece.endswith(b"\n")
+                line += begins
+        self.places = np.array(places).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, row: int) -> Any:
+        with self.path.open("rb") as file:
+            file.seek(self.places[row, 0])
+            content = file.readline(MAX_ROW + 1)
+        if len(content) > MAX_ROW:
+            raise BadRow(f"is longer than {MAX_ROW:,} bytes")
+        return json.loads(content.decode("utf-8-sig"))
 
 
-def find_rows(content: mmap.mmap) -> Iterator[tuple[int, int]]:
-    """Yield the start and end of each row in bytes. If the first character is a bracket, the rows
-    are the elements of a JSON array; otherwise they are the non-blank lines.
+def find_files(path: str) -> tuple[Path, list[Path]]:
+    """The directory of a data set, and the files of one of its splits.
 
-    Nothing is decoded yet. In an array, content that is not an object counts as a row too, up to
-    the apparent start of the next one. So does the missing end of an array. Both are later reported
-    as unreadable, so nothing is dropped silently.
+    `path` is a file, a directory of Parquet or Arrow files, or a data set's hub name, whose Parquet
+    files are downloaded. `:SPLIT` after a directory or a hub name chooses one of several splits.
     """
-    at = 3 if content[:3] == b"\xef\xbb\xbf" else 0  # a byte order mark
-    at = BETWEEN.match(content, at).end()
-    if content[at : at + 1] != b"[":
-        while at < len(content):
-            end = content.find(b"\n", at)
-            end = len(content) if end < 0 else end
-            if content[at:end].strip():
-                yield at, end
-            at = end + 1
-        return
-    at, end = BETWEEN.match(content, at + 1).end(), 0
-    while at < len(content) and content[at : at + 1] != b"]":
-        end = object_end(content, at)
-        yield at, end or NEXT_ROW.search(content, at).end()
-        at = BETWEEN.match(content, end or NEXT_ROW.search(content, at).end()).end()
-    rest = BETWEEN.match(content, at + 1).end()
-    if at >= len(content) and end != 0:
-        yield at, at  # the missing end
-    elif rest < len(content):
-        yield rest, len(content)  # content after the array
+    place, split = Path(path), ""
+    if ":" in path and not place.exists():
+        place, split = Path(path.rpartition(":")[0]), path.rpartition(":")[2]
+    if not place.exists() and HUB_NAME.fullmatch(str(place)):
+        chosen = f"*{glob.escape(split)}*.parquet"
+        try:
+            place = Path(snapshot_download(str(place), repo_type="dataset", allow_patterns=chosen))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"is neither here nor on the hub ({first_line(error)})") from None
+    require(place.exists(), "no such file or directory")
+    if place.is_file():
+        return place.parent, [place]
+    splits = defaultdict(list)
+    for file in data_files(str(place)):
+        name = SHARD.sub("", file.relative_to(place).with_suffix("").as_posix())
+        if not split or f"/{split}/" in f"/{name}/":
+            splits[name].append(file)
+    of_split = f" of a split {split!r}" if split else ""
+    require(splits, f"has no Parquet or Arrow files{of_split}; {EXPECTED}")
+    several = f"has the splits {', '.join(splits)[:300]}; choose one, as in {path}:{min(splits)}"
+    require(len(splits) == 1, several)
+    return place, splits.popitem()[1]
 
 
-def object_end(content: mmap.mmap, at: int) -> int:
-    """The end of the object that begins at `at`, or 0 if it does not end within MAX_ROW bytes."""
-    if flat := ROW.match(content, at, at + MAX_ROW):
-        return flat.end()
-    depth = 0
-    for token in TOKEN.finditer(content, at, at + MAX_ROW):
-        depth += {b"{": 1, b"}": -1}.get(token[0], 0)
-        if depth <= 0:
-            return token.end() if token[0] == b"}" and content[at : at + 1] == b"{" else 0
-    return 0
+def open_rows(files: list[Path]) -> Any:
+    """The rows of data files, as a sequence of parsed JSON or of Arrow tables of one row."""
+    with files[0].open("rb") as file:
+        start = file.read(2**12).removeprefix(b"\xef\xbb\xbf").lstrip()
+    require(start, "is empty")
+    if start.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
+        return open_arrow(files, start.startswith(b"PAR1"))
+    kind = NOT_ROWS.get(start[:2], f"begins with {start[:40].decode(errors='replace')!r}")
+    require(start[:1] in (b"[", b"{"), f"{kind}; {EXPECTED}")
+    if start[:1] == b"{":
+        return JsonLines(files[0])
+    content = files[0].read_bytes()
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        before = content[: getattr(error, "start", 0)]  # of a byte that is not UTF-8
+        line = getattr(error, "lineno", before.count(b"\n") + 1)
+        reason = getattr(error, "msg", first_line(error))
+        raise UsageError(f"its array is not JSON, line {line}: {reason}") from None
+
+
+def open_arrow(files: list[Path], is_parquet: bool) -> Any:
+    """The rows of Parquet or Arrow files. They stay on disk, and their media stay undecoded."""
+    import datasets  # takes a second
+    from datasets.exceptions import DatasetsError
+    from pyarrow import ArrowException
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised, too
+    try:
+        if is_parquet:
+            names = [glob.escape(str(file)) for file in files]
+            rows = datasets.load_dataset("parquet", data_files=names, split="train")
+        else:
+            parts = [datasets.Dataset.from_file(str(file)) for file in files]
+            rows = datasets.concatenate_datasets(parts)
+    except (DatasetsError, ArrowException, OSError, ValueError, TypeError, LookupError) as error:
+        raise UsageError(f"cannot be read ({first_line(error.__cause__ or error)})") from None
+    known = sum((*COLUMNS.values(), *MEDIA_COLUMNS.values()), ())
+    return rows.with_format("arrow", [name for name in rows.column_names if name in known])
+
+
+@dataclass
+class MediaBytes:
+    """The content of a media file, opened like a `Path`."""
+
+    name: str
+    content: bytes
+
+    def open(self, mode: str) -> BytesIO:
+        return BytesIO(self.content)
 
 
 class DataFile:
-    """The rows of a data file as `Example`s. Rows are read one at a time; only their offsets are in
-    memory.
+    """The rows of a data file as `Example`s, read one at a time.
 
-    `frames` and `fps` are those of `frame_indices`. Media are searched for under `roots`, by
-    default the file's own folder.
+    `path` is that of `find_files`. `frames` and `fps` are those of `frame_indices`; without both, a
+    video gives 16 frames. Media are searched for under `roots`, by default the file's own
+    directory. Rank 0 prints which columns are read.
 
     Raises:
-        UsageError: the file or a root does not exist, or the file has no rows.
+        UsageError: the file or a root does not exist, or the file holds no questions.
     """
 
     def __init__(
         self,
         path: str,
         roots: Sequence[str] = (),
-        frames: int | None = 16,
+        frames: int | None = None,
         fps: float | None = None,
         option: str = "--data",
     ):
-        self.path, self.frames, self.fps = Path(path), frames, fps
-        self.counted = (0, 1)  # an offset, and the line number there
-        require(self.path.is_file(), f"{option} {path}: no such file")
-        require(self.path.stat().st_size > 0, f"{option} {path}: is empty")
-        self.roots = [Path(root).resolve() for root in roots or [self.path.parent]]
-        for root in self.roots:
-            require(root.is_dir(), f"--media-root {root}: no such directory")
-        offsets = array("q")
-        with (
-            self.path.open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-        ):
-            for start, end in find_rows(content):
-                offsets.extend((start, end))
-        self.offsets = np.array(offsets).reshape(-1, 2)
-        require(len(self) > 0, f"{option} {path}: has no rows")
+        self.file, self.fps = Path(path).name, fps
+        self.frames = 16 if frames is None and fps is None else frames
+        for root in roots:
+            require(Path(root).is_dir(), f"--media-root {root}: no such directory")
+        try:
+            folder, files = find_files(path)
+            self.roots = [Path(root).resolve() for root in roots or [folder]]
+            self.rows = open_rows(files)
+            self.columns, note = self.find_columns()
+        except UsageError as error:
+            raise UsageError(f"{option} {path}: {error}") from None
+        print_once(f"{option} {path}: {len(self):,} rows, {note}")
 
     def __len__(self) -> int:
-        return len(self.offsets)
+        return len(self.rows)
+
+    def find_columns(self) -> tuple[dict[str, str], str]:
+        """The file's name for each of `COLUMNS`, and a note that says which are read. JSON rows may
+        differ, so the first 100 are looked at."""
+        require(len(self) > 0, "has no rows")
+        present, reason = set(getattr(self.rows, "column_names", ())), ""
+        for row in range(0 if present else min(100, len(self))):
+            try:
+                present |= self.fields(row).keys()
+            except BadRow as error:
+                reason = reason or f"{self.place(row)} {error}"
+                if row == 1 and not present:  # not JSON lines, perhaps a dictionary around rows
+                    break
+        require(present, f"{reason or 'its rows are empty'}; {EXPECTED}")
+        columns = {
+            field: next((name for name in names if name in present), None)
+            for field, names in COLUMNS.items()
+        }
+        question, answer = columns["problem"], columns["solution"]
+        answer = answer or (question if question in CHATS else None)
+        wanted = [" or ".join(COLUMNS[field]) for field in ("problem", "solution")]
+        expected = f"expected a question in {wanted[0]}, and an answer in {wanted[1]}"
+        found = f"has the columns {', '.join(sorted(present))[:300]}"
+        require(question and answer, f"{found}; {expected}")
+        media = [name for names in MEDIA_COLUMNS.values() for name in names if name in present]
+        media = ", ".join(media) or "no column"
+        note = f"question in {question}, answer in {answer}, media in {media}"
+        if columns["problem_type"] is None:
+            note += "; no problem_type: multiple choice with options, else exact match"
+        return {field: name or field for field, name in columns.items()}, note
 
     def name(self, row: int) -> str:
-        return f"{self.path.name} row {row + 1}"
+        return f"{self.file} row {row + 1}"
 
     def place(self, row: int) -> str:
-        """File, row and line, each counted from 1, for finding the row in an editor."""
-        start = int(self.offsets[row, 0])
-        at, line = self.counted if self.counted[0] <= start else (0, 1)
-        with self.path.open("rb") as file:
-            file.seek(at)
-            while at < start:
-                at += len(chunk := file.read(min(start - at, 2**20)))
-                line += chunk.count(b"\n")
-        self.counted = (start, line)  # a run of bad rows is counted once
-        return f"{self.name(row)} (line {line})"
+        """The name of a row and, in JSON lines, the number of its line, both counted from 1."""
+        is_lines = isinstance(self.rows, JsonLines)
+        return self.name(row) + (f" (line {self.rows.places[row, 1]})" if is_lines else "")
+
+    def fields(self, row: int) -> dict[str, Any]:
+        """The columns of a row as they are in the file."""
+        try:
+            fields = self.rows[row]
+            if hasattr(fields, "to_pylist"):
+                (fields,) = fields.to_pylist()
+        except json.JSONDecodeError as error:
+            raise BadRow(f"is not JSON: {error.msg} at column {error.colno}") from None
+        except (ValueError, RecursionError) as error:
+            raise BadRow(f"cannot be read: {first_line(error)}") from None
+        if not isinstance(fields, dict):
+            raise BadRow("is not a JSON object")
+        return fields
 
     def example(self, row: int) -> Example:
         """Row number `row` (from 0) with its media.
@@ -182,73 +306,61 @@ class DataFile:
         Raises:
             BadRow: the row cannot be used.
         """
-        start, end = map(int, self.offsets[row])
-        if end - start > MAX_ROW:
-            raise BadRow(f"is {end - start:,} bytes long; at most {MAX_ROW:,} are allowed")
-        with self.path.open("rb") as file:
-            file.seek(start)
-            content = file.read(end - start)
-        try:
-            fields = json.loads(content, parse_constant=lambda name: None)  # NaN is not a solution
-        except (ValueError, RecursionError) as error:
-            raise BadRow(f"is not JSON: {error}") from None
-        if not isinstance(fields, dict):
-            raise BadRow("is not a JSON object")
-        example = self.parse(fields)
-        path = self.find(fields["path"])
-        if fields["data_type"] == "image":
-            media = Media([read_image(path)])
-        else:
-            media = read_video(path, self.frames, self.fps)
-        return replace(example, media=[media], name=self.name(row))
+        fields = self.fields(row)
+        fields = fields | {field: fields.get(column) for field, column in self.columns.items()}
+        if isinstance(fields["problem"], list):
+            chat = read_chat(fields["problem"])
+            fields |= {x: y for x, y in chat.items() if x == "problem" or not fields.get(x)}
+        example = read_example(fields)
+        media, size = [], 0
+        for kind, source in self.media_sources(fields, example):
+            if kind == "video":
+                medium = read_video(source, self.frames, self.fps)
+            else:
+                medium = Media([read_image(source)])
+            media.append(medium)
+            size += sum(3 * frame.width * frame.height for frame in medium.frames)
+            if size > MAX_FRAME_BYTES:
+                raise BadRow("its media take more than 4 GB")
+        return replace(example, media=media, name=self.name(row))
 
-    def parse(self, fields: dict[str, Any]) -> Example:
-        """The example of a row, without its media.
-
-        Raises:
-            BadRow: a field is missing or invalid.
-        """
-        for name in ("problem", "solution", "path", "data_type", "problem_type"):
-            value = fields.get(name)
-            if isinstance(value, int | float) and name == "solution":
-                value = fields[name] = str(value)
-            if not isinstance(value, str) or not value.strip():
-                raise BadRow(f"has no text in {name!r}")
-        if fields["data_type"] not in ("image", "video"):
-            raise BadRow(f"data_type is {fields['data_type'][:40]!r}; known are image and video")
-        if fields["problem_type"] not in PROBLEM_TYPES:
-            known = ", ".join(PROBLEM_TYPES)
-            raise BadRow(f"problem_type is {fields['problem_type'][:40]!r}; known are {known}")
-        solution = extract_answer(fields["solution"])
-        solution = fields["solution"].strip() if solution is None else solution
-        if not 0 < len(solution) <= MAX_SOLUTION:
-            raise BadRow(f"solution has {len(solution):,} characters; allowed are 1 to 10,000")
-        if "<answer>" in solution or "</answer>" in solution:
-            raise BadRow("solution has half a pair of answer tags")
-        options = fields.get("options") or []
-        if not isinstance(options, list) or not all(isinstance(x, str) for x in options):
-            raise BadRow("options is not a list of texts")
-        if any(len(option) > MAX_SOLUTION for option in options):
-            raise BadRow("an option has more than 10,000 characters")
-        if fields["problem_type"] == "multiple choice":
-            options, solution = choices(options, solution)
-        try:
-            json.dumps([fields["problem"], solution, options], ensure_ascii=False).encode()
-            str(fields.get("process")).encode()
-        except UnicodeEncodeError:
-            raise BadRow("has half a character (a lone surrogate) in its text") from None
-        thought = fields.get("process")
-        if isinstance(thought, str) and len(thought) > MAX_THOUGHT:
-            raise BadRow(f"process has {len(thought):,} characters; at most {MAX_THOUGHT:,}")
-        return Example(
-            problem=fields["problem"],
-            solution=solution,
-            media=[],
-            response=thought.strip() if isinstance(thought, str) and thought.strip() else None,
-            problem_type=fields["problem_type"],
-            options=tuple(options),
-            source=str(fields.get("data_source") or "").encode(errors="replace").decode()[:200],
-        )
+    def media_sources(
+        self, fields: dict[str, Any], example: Example
+    ) -> list[tuple[str, Path | MediaBytes]]:
+        """For each medium of a row, "image" or "video" and its file or content, in the order of the
+        markers in the text; without markers, images come first."""
+        found, data_type = [], fields["data_type"] or None
+        for kind, names in MEDIA_COLUMNS.items():
+            name = next(filter(fields.get, names), None)
+            if name is None or (name == "path" and found):
+                continue
+            if name == "path" and data_type not in ("image", "video", None):
+                raise BadRow(f"data_type is {str(data_type)[:40]!r}; known are image and video")
+            items = fields[name] if isinstance(fields[name], list) else [fields[name]]
+            if len(items) > MAX_MEDIA:
+                raise BadRow(f"{name!r} has {len(items):,} files; at most {MAX_MEDIA} are allowed")
+            for number, item in enumerate(items, 1):
+                content = item
+                if isinstance(item, dict):
+                    content = item.get("bytes") or item.get("path")
+                if isinstance(content, bytes):
+                    source = MediaBytes(f"{name} {number}", content)
+                elif isinstance(content, str) and content:
+                    source = self.find(content)
+                else:
+                    raise BadRow(f"{name!r} has {str(item)[:40]}, not the path or bytes of a file")
+                medium_kind = kind or data_type or ("video" if is_video(source) else "image")
+                found.append((medium_kind, source))
+        if not found and data_type in ("image", "video"):
+            raise BadRow(f"has no {data_type} in 'path' or another column")
+        markers = re.findall("<(image|video)>", "\n".join([example.problem, *example.options]))
+        if not markers:
+            return found
+        kinds = Counter(kind for kind, _ in found)
+        if Counter(markers) != kinds:
+            placed = f"places {markers.count('image')} images and {markers.count('video')} videos"
+            raise BadRow(f"its text {placed}, but it has {kinds['image']} and {kinds['video']}")
+        return [found.pop([kind for kind, _ in found].index(marker)) for marker in markers]
 
     def find(self, path: str) -> Path:
         """The file that `path` names under one of the roots; targets of links are checked too."""
@@ -264,6 +376,81 @@ class DataFile:
             except (OSError, ValueError, RuntimeError):  # too long, has a NUL, or a loop of links
                 continue
         raise BadRow(f"path {path[:200]!r} {'leaves' if outside else 'is not under'} --media-root")
+
+
+def read_chat(turns: list[Any]) -> dict[str, Any]:
+    """The fields of a row whose question, and perhaps its answer, are the turns of a chat."""
+    fields = {"images": [], "videos": []}
+    try:
+        roles = [turn.get("from") or turn.get("role") for turn in turns]
+        if roles not in ROLES:
+            found = f"has the turns {str(roles)[:100]}"
+            raise BadRow(f"{found}; expected one of user, then one of assistant")
+        for field, turn in zip(("problem", "solution"), turns, strict=False):
+            content, text = turn.get("value") or turn.get("content"), ""
+            for part in content if isinstance(content, list) else [{"text": content}]:
+                if (kind := part.get("type")) in ("image", "video"):
+                    text += f"<{kind}>"
+                    fields[f"{kind}s"] += [part[kind]] if part.get(kind) else []
+                else:
+                    text += part["text"]
+            fields[field] = text
+    except (AttributeError, TypeError, KeyError):
+        raise BadRow("has a turn without a role or a text") from None
+    return fields
+
+
+def read_example(fields: dict[str, Any]) -> Example:
+    """The example of a row without its media.
+
+    Raises:
+        BadRow: a field is missing or invalid.
+    """
+    texts = []
+    for field, name in (("problem", "question"), ("solution", "answer")):
+        text = fields[field]
+        if isinstance(text, int) or (isinstance(text, float) and math.isfinite(text)):
+            text = str(text)
+        if not isinstance(text, str) or not text.strip():
+            raise BadRow(f"has no text for its {name}")
+        texts.append(text)
+    problem, solution = texts
+    thought = fields["process"] if isinstance(fields["process"], str) else ""
+    before, end, after = solution.partition("</think>")
+    if end:
+        thought, solution = thought.strip() or before + end, after
+    answer = extract_answer(solution)
+    solution = solution.strip() if answer is None else answer
+    if not solution or "<answer>" in solution or "</answer>" in solution:
+        raise BadRow("has half a pair of answer tags, or nothing between them")
+    options = fields["options"] or []
+    if not isinstance(options, list) or not all(isinstance(x, str) for x in options):
+        raise BadRow("options is not a list of texts")
+    for name, text, most in (
+        ("question", problem, MAX_PROBLEM),
+        ("answer", solution, MAX_SOLUTION),
+        ("options", "\n".join(options), MAX_SOLUTION),
+        ("thought", thought, MAX_THOUGHT),
+    ):
+        if len(text) > most:
+            raise BadRow(f"{name}: {len(text):,} characters; at most {most:,} are allowed")
+        if re.search("[\ud800-\udfff]", text):
+            raise BadRow(f"{name}: has half a character (a lone surrogate)")
+    problem_type = fields["problem_type"] or ("multiple choice" if options else "")
+    if problem_type not in (*PROBLEM_TYPES, ""):
+        known = ", ".join(PROBLEM_TYPES)
+        raise BadRow(f"problem_type is {str(problem_type)[:40]!r}; known are {known}")
+    if problem_type == "multiple choice":
+        options, solution = choices(options, solution)
+    return Example(
+        problem=problem,
+        solution=solution,
+        media=[],
+        response=thought.strip() or None,
+        problem_type=problem_type,
+        options=tuple(options),
+        source=str(fields["data_source"] or "").encode(errors="replace").decode()[:200],
+    )
 
 
 def choices(options: list[str], solution: str) -> tuple[list[str], str]:
@@ -286,14 +473,23 @@ def choices(options: list[str], solution: str) -> tuple[list[str], str]:
 # 2. Media
 
 
-def read_image(path: Path) -> Image.Image:
+def is_video(path: Path | MediaBytes) -> bool:
+    """Whether a file is a video, by its first bytes."""
+    try:
+        with path.open("rb") as file:
+            return VIDEO.match(file.read(512)) is not None
+    except OSError as error:
+        raise BadRow(f"{path.name}: cannot be read ({error.strerror})") from None
+
+
+def read_image(path: Path | MediaBytes) -> Image.Image:
     """Read an image as upright RGB; transparent areas become white.
 
     Raises:
         BadRow: the image cannot be read, or is too large or too narrow.
     """
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        with path.open("rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
             if max(image.size) > MAX_RATIO * min(image.size):
                 raise BadRow(f"{path.name}: sides of {image.size} are too unequal")
             if image.mode in ("I", "F"):  # their value range is unknown
@@ -306,6 +502,8 @@ def read_image(path: Path) -> Image.Image:
                 white = Image.new("RGBA", image.size, "white")
                 return Image.alpha_composite(white, image).convert("RGB")
             return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise BadRow(f"{path.name}: not a readable image ({', '.join(IMAGE_FORMATS)})") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadRow(f"{path.name}: not a readable image ({first_line(error)})") from None
 
@@ -331,7 +529,7 @@ def frame_indices(
     return np.unique(places.round().astype(int)).tolist()
 
 
-def read_video(path: Path, frames: int | None, fps: float | None) -> Media:
+def read_video(path: Path | MediaBytes, frames: int | None, fps: float | None) -> Media:
     """The chosen frames of a video, upright, with the times at which it shows them.
 
     Raises:
@@ -342,22 +540,21 @@ def read_video(path: Path, frames: int | None, fps: float | None) -> Media:
         import av
     except ImportError:
         why = "videos need PyAV, which is not installed"
-        raise UsageError(f"{path}: {why}; pip install av, or use images only") from None
+        raise UsageError(f"{path.name}: {why}; pip install av, or use images only") from None
     try:
-        with path.open("rb") as file:
-            if not VIDEO.match(file.read(512)):
-                raise BadRow(f"{path.name}: not a video, by its first bytes")
-        with av.open(str(path), **UNTRUSTED) as container:
+        if not is_video(path):
+            raise BadRow(f"{path.name}: not a video, by its first bytes")
+        with open_video(path) as container:
             stamps, keys, rate, times, (width, height) = index_video(container, path.name)
         indices = frame_indices(len(stamps), rate, frames, fps, times)
         if max(height, width) > MAX_RATIO * min(height, width):
             raise BadRow(f"{path.name}: sides of {(width, height)} are too unequal")
         if len(indices) * width * height * 3 > MAX_FRAME_BYTES:
             raise BadRow(f"{path.name}: {len(indices)} of its frames take more than 4 GB")
-        with av.open(str(path), **UNTRUSTED) as container:
+        with open_video(path) as container:
             pictures = seek_frames(container, [stamps[i] for i in indices], keys)
         if not pictures:
-            with av.open(str(path), **UNTRUSTED) as container:
+            with open_video(path) as container:
                 pictures = count_frames(container, indices)
     except (av.FFmpegError, OSError) as error:
         raise BadRow(f"{path.name}: not a readable video ({first_line(error)})") from None
@@ -365,6 +562,12 @@ def read_video(path: Path, frames: int | None, fps: float | None) -> Media:
         raise BadRow(f"{path.name}: some of its {len(stamps):,} frames cannot be decoded")
     shown = np.arange(len(stamps)) / rate if times is None else times
     return Media(pictures, is_video=True, times=shown[indices].tolist())
+
+
+def open_video(path: Path | MediaBytes) -> Any:
+    import av
+
+    return av.open(str(path) if isinstance(path, Path) else path.open("rb"), **UNTRUSTED)
 
 
 def index_video(
@@ -453,7 +656,8 @@ class Prompts(Dataset):
 
     With a seed, the prompt is a function of (seed, n) alone, so a state need not store the order:
     every epoch has its own order, and a random row replaces a bad one. Without a seed, prompt n is
-    row n, or None if that row is bad. `source` must provide `example(row)`.
+    row n, or None if that row is bad. `source` must provide `example(row)`. The media of prompts
+    from number `keep_media` on lose their frames, which only rewards and pictures need.
     """
 
     def __init__(
@@ -497,8 +701,9 @@ class Prompts(Dataset):
             try:
                 prompt = self.prompt(row)
                 prompt.number = n
-                if n >= self.keep_media:  # avoid sending them between processes
-                    prompt.example = replace(prompt.example, media=[])
+                if n >= self.keep_media:  # avoid sending pictures between processes
+                    media = [replace(medium, frames=[]) for medium in prompt.example.media]
+                    prompt.example = replace(prompt.example, media=media)
                 return prompt, bad
             except BadRow as error:
                 bad[self.source.place(row)] = str(error)
@@ -532,7 +737,7 @@ class Reader:
             batch_size=None,
             sampler=self.numbers,
             num_workers=min(self.workers, os.cpu_count()),
-            collate_fn=same,
+            collate_fn=unchanged,
             worker_init_fn=guard_reader,
             prefetch_factor=4 if self.workers else None,
         )
@@ -546,7 +751,7 @@ class Reader:
                 raise UsageError(f"100 bad rows one after another; the last: {bad.popitem()}")
 
 
-def same(item: Any) -> Any:
+def unchanged(item: Any) -> Any:
     return item
 
 
@@ -619,11 +824,10 @@ def open_data(
     Without `--eval-data`, up to `eval_examples` rows, but at most a tenth, are held out from
     training for evaluation. They are the same for every seed.
     """
-    frames = args.frames or (None if args.fps else 16)
-    train = held_out = DataFile(args.data, args.media_root, frames, args.fps)
+    train = held_out = DataFile(args.data, args.media_root, args.frames, args.fps)
     rows = np.random.default_rng(0).permutation(len(train))
     if args.eval_data:
-        held_out = DataFile(args.eval_data, args.media_root, frames, args.fps, "--eval-data")
+        held_out = DataFile(args.eval_data, args.media_root, args.frames, args.fps, "--eval-data")
         apart = np.random.default_rng(0).permutation(len(held_out))[: args.eval_examples]
     else:
         require(len(rows) > 1, f"--data {args.data}: has one row; give --eval-data")
@@ -653,20 +857,20 @@ def check_data(
     require(
         world_size() == 1, "--check-data: is the work of one process; start it without torchrun"
     )
-    report, frames = {}, args.frames or (None if args.fps else 16)
+    report = {}
     for option, path in (("--data", args.data), ("--eval-data", args.eval_data)):
         if path is None:
             continue
-        file = DataFile(path, args.media_root, frames, args.fps, option)
-        rows = np.arange(len(file))
-        bad_rows = BadRows(1.0, len(file))
-        reader = Reader(
-            Prompts(file, encode, rows, None, args.max_prompt_tokens), rows, args.workers, bad_rows
-        )
+        file = DataFile(path, args.media_root, args.frames, args.fps, option)
+        bad_rows, rows = BadRows(1.0, len(file)), np.arange(len(file))
+        prompts = Prompts(file, encode, rows, max_tokens=args.max_prompt_tokens)
         kinds, lengths, no_number = Counter(), [], []
+        reader = Reader(prompts, rows, args.workers, bad_rows)
         for prompt in tqdm(reader, total=len(rows), desc=f"{option} {path}"):
             example = prompt.example
-            kinds[f"{'video' if prompt.is_video else 'image'}, {example.problem_type}"] += 1
+            media = [medium.kind for medium in example.media]
+            kind = "several" if len(media) > 1 else "".join(media) or "text"
+            kinds[f"{kind}, {example.problem_type or 'exact match'}"] += 1
             lengths.append(len(prompt.ids))
             numeric = example.problem_type in ("numerical", "regression")
             if numeric and accuracy_rule == "by-type" and read_number(example.solution) is None:

@@ -48,6 +48,7 @@ from runs import (
     append,
     clear,
     content_of,
+    data_files,
     gather,
     given_options,
     lock_directory,
@@ -116,7 +117,7 @@ def predict(
             if row < scored:  # row t of a layer emits token t, row t + 1 is that token's own
                 rows = {layer: x[row, 0].cpu() for layer, x in attentions.items()}
                 longest, n = part.prompts.ids.shape[1], len(ids)
-            if done < gazes:
+            if done < gazes and all(medium.frames for medium in example.media):
                 unpadded = slice(longest - len(prompt.ids), longest + n)
                 kept = {layer: x[: n + 1, unpadded].clone() for layer, x in rows.items()}
                 gaze = make_gaze(prompt, record, token_texts(tokenizer, ids), kept)
@@ -174,7 +175,8 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     kinds = sorted({record["problem_type"] for record in records})
     for kind in kinds if len(kinds) > 1 else []:
         chosen = [record for record in records if record["problem_type"] == kind]
-        metrics[f"eval/accuracy_{kind.replace(' ', '-')}"] = mean(chosen, "accuracy")
+        name = kind.replace(" ", "-") or "exact-match"
+        metrics[f"eval/accuracy_{name}"] = mean(chosen, "accuracy")
     return metrics
 
 
@@ -351,7 +353,7 @@ def open_out(args: Args) -> tuple[Path, TextIO]:
     settings = asdict(args)
     for name in ("out", "overwrite", "gaze", "batch_size", "workers", "max_skipped"):
         del settings[name]  # these affect no prediction
-    inputs = [Path(args.data)] if args.data else []
+    inputs = data_files(args.data)
     inputs += sorted(Path(args.model).glob("*.safetensors"))
     stats = {str(path): path.stat() for path in inputs}
     settings["inputs"] = {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
@@ -389,7 +391,6 @@ def prompts_of(
         examples = toy.held_out_examples(task, args.examples or 512)
         names = [example.name for example in examples]
         return names, lambda numbers: (encode(examples[n]) for n in numbers), BadRows()
-    frames = frames or (None if args.fps else 16)
     file = DataFile(args.data, args.media_root, frames, args.fps)
     rows = range(len(file))[: args.examples]
     prompts = Prompts(file, encode, rows, None, args.max_prompt_tokens, 2 * args.gaze)

@@ -899,10 +899,22 @@ def check_state(args: Any, state: dict[str, Any], named: str) -> State:
     return State(state["path"], state["step"], state["lengths"], state["read"], state["extra"])
 
 
+def data_files(path: str | None) -> list[Path]:
+    """The local files that `--data` names: a file, or those of a directory's data set."""
+    if not path:
+        return []
+    place = Path(path if Path(path).exists() else path.rpartition(":")[0] or path)
+    kinds = ("*.parquet", "*.arrow")
+    return [place] if place.is_file() else sorted(f for kind in kinds for f in place.rglob(kind))
+
+
 def data_bytes(args: Any) -> list[int | None]:
-    """Sizes of the data files in bytes. Rows are drawn and held out by number, so a changed file
-    would give other rows."""
-    return [Path(path).stat().st_size if path else None for path in (args.data, args.eval_data)]
+    """Sizes of the data in bytes. Rows are drawn and held out by number, so changed files would
+    give other rows."""
+    return [
+        sum(file.stat().st_size for file in data_files(path)) if path else None
+        for path in (args.data, args.eval_data)
+    ]
 
 
 def state_tensors(model: Module, optimizer: Optimizer) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -1,23 +1,32 @@
-"""Data files: every row is found, every bad one is named, and what is read does not depend on who
-reads it."""
+"""Data files: every layout is understood, every bad row is named, and what is read does not depend
+on who reads it."""
 
+import io
 import json
 import os
+import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
+import huggingface_hub
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
+from datasets import Features, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from real import write_rows, write_video
 
 import data
-import grpo_baseline
+import runs
+import sft
 from answers import option_texts
 from common import accuracy
-from prompts import Prompt, PromptConfig
+from prompts import Media, Prompt, PromptConfig, split_turn
 from runs import BadRows, UsageError
 
 ROW = {
@@ -29,27 +38,44 @@ ROW = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """`datasets` keeps its Arrow copies of Parquet files here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        datasets.disable_progress_bars()
+        yield
+
+
 def open_rows(tmp_path, content: str | bytes) -> data.DataFile:
     path = tmp_path / "rows.json"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return data.DataFile(str(path))
 
 
-def contents(file: data.DataFile) -> list[bytes]:
-    whole = file.path.read_bytes()
-    return [whole[start:end] for start, end in file.offsets]
+def png(size=(40, 30), colour="red") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def sizes(example) -> list[tuple[int, int]]:
+    return [medium.frames[0].size for medium in example.media]
 
 
 def test_a_row_reads_as_written(tmp_path):
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(png())
     fields = {"options": ["A. x", "B. y"], "data_source": "s", "process": "<think>t</think>"}
     example = open_rows(tmp_path, json.dumps(ROW | fields)).example(0)
     assert (example.problem, example.solution) == ("What is it?", "a cat")
     assert (example.problem_type, example.options) == ("free-form", ("A. x", "B. y"))
     assert (example.source, example.response) == ("s", "<think>t</think>")
-    assert example.name == "rows.json row 1" and not example.media[0].is_video
-    assert example.media[0].frames[0].size == (40, 30)
+    assert example.name == "rows.json row 1"
+    (medium,) = example.media
+    assert not medium.is_video and medium.frames[0].size == (40, 30)
 
+
+# 1. JSON
 
 texts = st.text(st.characters(codec="utf-8"), max_size=20)
 values = st.one_of(texts, st.integers(), st.none(), st.lists(texts, max_size=3))
@@ -61,74 +87,358 @@ rows = st.lists(st.dictionaries(texts, values, max_size=5), min_size=1, max_size
 @given(rows, st.sampled_from([None, 0, 2]), st.booleans(), st.booleans())
 def test_every_row_is_found_in_every_layout(tmp_path_factory, rows, indent, ascii, mark):
     folder = tmp_path_factory.mktemp("layout")
+    rows = [row | {"problem": "", "solution": ""} for row in rows]
     for text in (
         json.dumps(rows, indent=indent, ensure_ascii=ascii),
         "\n".join(json.dumps(row, ensure_ascii=ascii) for row in rows),
         "\r\n\n".join(json.dumps(row, ensure_ascii=ascii) for row in rows) + "\n",
     ):
         file = open_rows(folder, text.encode("utf-8-sig" if mark else "utf-8"))
-        assert [json.loads(content) for content in contents(file)] == rows
+        assert [file.fields(row) for row in range(len(file))] == rows
 
 
-BROKEN = [
-    ('[{"a": 1}, {"a": 2', ['{"a": 1}', '{"a": 2']),
-    ('[{"a": 1}', ['{"a": 1}', ""]),
-    ('[{"a": 1},\n{"a: 2},\n{"a": 3}]', ['{"a": 1}', '{"a: 2}', '{"a": 3}']),
-    ('[{"a": 1}, 2, {"a": 3}]', ['{"a": 1}', "2, ", '{"a": 3}']),
-    ('{"a": 1}\n{"a"\n{"a": 3}', ['{"a": 1}', '{"a"', '{"a": 3}']),
-    ('[{"a": {"b": {"c": {}}}}, {"a": "}"}]', ['{"a": {"b": {"c": {}}}}', '{"a": "}"}']),
-    ('[{"a": 1}]\n{"b": 2}\n', ['{"a": 1}', '{"b": 2}\n']),
-    ('[{"a": 1}]\n\n', ['{"a": 1}']),
+def test_a_broken_line_is_a_row_with_its_line(tmp_path):
+    good = '{"problem": "p", "solution": "s"}'
+    long = json.dumps({"problem": "p" * 3 * 2**20, "solution": "s"})
+    file = open_rows(tmp_path, "\n\n".join([good, '{"a": }', good, "[1]", good, long, good]))
+    reasons = {}
+    for row in range(len(file)):
+        try:
+            file.example(row)
+        except data.BadRow as error:
+            reasons[file.place(row)] = str(error)
+    assert list(reasons) == [f"rows.json row {n} (line {2 * n - 1})" for n in (2, 4, 6)]
+    assert [
+        words in reason
+        for words, reason in zip(
+            (
+                "is not JSON: Expecting value at column 7",
+                "is not a JSON object",
+                "is longer than 1,048,576 bytes",
+            ),
+            reasons.values(),
+            strict=True,
+        )
+    ] == [True] * 3
+
+
+def test_only_offsets_of_json_lines_are_in_memory(tmp_path):
+    good = json.dumps({"problem": "p", "solution": "s"})
+    content = f"{good}\n{'a' * 20 * 2**20}\n{good}".encode()
+    tracemalloc.start()
+    file = open_rows(tmp_path, content)
+    with pytest.raises(data.BadRow, match="is longer than"):
+        file.example(1)
+    assert file.example(2).problem == "p"
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5 * 2**20 and list(vars(file.rows)) == ["path", "places"]
+    assert file.rows.places.nbytes == 3 * 2 * 8  # the offset and the number of each line
+
+
+ANYTHING_ELSE = [  # what a file is; what its one line says
+    (b"", "is empty"),
+    (b" \n", "is empty"),
+    (b"question,answer\nWhat?,3\n", "begins with 'question,answer"),
+    ('{"problem": "p"}'.encode("utf-16"), "is UTF-16 text"),
+    (b"\x80\x04\x95rows", "is a pickle"),
+    (b"\x1f\x8b\x08rows", "is compressed"),
+    (
+        b'{"data": [{"problem": "p", "solution": "s"}]}',
+        "has the columns data; expected a question in",
+    ),
+    (
+        b'{\n"data": [\n{"problem": "p"},\n{"problem": "q"}\n]\n}',
+        "row 1 (line 1) is not JSON: Expect",
+    ),
+    (b'[{"problem": "p", "answer": 1},\n{"problem": "q",\n}]', "not JSON, line 3: "),
+    (b'[{"problem": "p", "answer": 1}', "not JSON, line 1: "),
+    (b'[{"problem": "p", "answer": 1}]\n\n{"problem": "p"}', "not JSON, line 3: Extra data"),
+    (b'[{"problem": "p"},\n"\xff"]', "not JSON, line 2: 'utf-8' codec"),
+    (b"[" * 100_000, "not JSON, line 1: maximum recursion"),
+    (b"[]", "has no rows"),
+    (b"[1, 2]", "row 1 is not a JSON object"),
+    (b"[{}]", "its rows are empty"),
+    (b'[{"problem": "p"}]', "has the columns problem; expected a question in problem or question"),
+    (b'[{"caption": "p", "answer": 1}]', "has the columns answer, caption; expected"),
+    (b"PAR1" * 100, "cannot be read ("),
+    (b"ARROW1\0\0" * 100, "cannot be read ("),
+    (b"\xff\xff\xff\xff\xff\xff\0\0", "cannot be read ("),
 ]
 
 
-@pytest.mark.parametrize(("text", "found"), BROKEN)
-def test_what_is_broken_is_a_row_too(tmp_path, text, found):
-    assert [x.decode() for x in contents(open_rows(tmp_path, text))] == found
+@pytest.mark.parametrize(("content", "words"), ANYTHING_ELSE)
+def test_anything_else_is_one_line(tmp_path, content, words):
+    with pytest.raises(UsageError) as error:
+        open_rows(tmp_path, content)
+    message = str(error.value)
+    assert message.startswith(f"--data {tmp_path}/rows.json: ") and words in message
+    assert "\n" not in message and len(message) < 600
 
 
-def test_a_bad_row_is_named_with_its_line(tmp_path):
-    file = open_rows(tmp_path, '[\n  {"a": 1},\n\n  {"a": }\n]')
-    assert file.place(1) == "rows.json row 2 (line 4)"
-    with pytest.raises(data.BadRow, match="is not JSON"):
-        file.example(1)
+# 2. The layouts of people's data
+
+GEOMETRY = Features(
+    {"images": List(datasets.Image()), "problem": Value("string"), "answer": Value("string")}
+)
+
+
+def geometry(count=3) -> datasets.Dataset:
+    """Geometry3K as EasyR1 publishes it."""
+    row = {"problem": "<image>Find x.", "answer": "2 \\sqrt { 221 }"}
+    images = [[{"bytes": png((40 + i, 30)), "path": None}] for i in range(count)]
+    return datasets.Dataset.from_list([row | {"images": x} for x in images], features=GEOMETRY)
+
+
+def write_hub(folder: Path) -> None:
+    """The files of a data set as they lie in a repository of the hub."""
+    (folder / "data").mkdir(parents=True)
+    (folder / "README.md").write_text("---\n---\n")
+    for split, count in (("train", 3), ("test", 2)):
+        geometry(count).to_parquet(folder / f"data/{split}-00000-of-00001.parquet")
+
+
+@pytest.mark.parametrize("layout", ["file", "parts", "split", "saved", "saved split", "arrow"])
+def test_geometry3k(tmp_path, layout, capsys):
+    name = str(tmp_path / "it[s]")
+    (tmp_path / "it[s]").mkdir()
+    if layout == "file":
+        geometry().to_parquet(name := name + "/train.parquet")
+    elif layout == "parts":
+        for i in range(3):
+            geometry().select([i]).to_parquet(f"{name}/train-{i:05}-of-00003.parquet")
+    elif layout == "split":
+        write_hub(Path(name) / "x")
+        name += ":train"
+    elif layout == "saved":
+        geometry().save_to_disk(name, num_shards=2)
+    elif layout == "saved split":
+        datasets.DatasetDict(train=geometry(), test=geometry(1)).save_to_disk(name)
+        name += ":train"
+    elif layout == "arrow":
+        geometry().save_to_disk(name)
+        name += "/data-00000-of-00001.arrow"
+    capsys.readouterr()
+    file = data.DataFile(name)
+    noted = f"--data {name}: 3 rows, question in problem, answer in answer, media in images; "
+    assert capsys.readouterr().out.startswith(noted + "no problem_type: multiple choice with")
+    examples = [file.example(row) for row in range(3)]
+    assert [sizes(example) for example in examples] == [[(40, 30)], [(41, 30)], [(42, 30)]]
+    assert {(x.problem, x.solution, x.problem_type, x.response) for x in examples} == {
+        ("<image>Find x.", "2 \\sqrt { 221 }", "", None)
+    }
+    assert file.place(2) == f"{Path(name).name} row 3"
+    assert file.rows.cache_files, "the rows are not on disk"
+
+
+def test_one_split_is_asked_for(tmp_path):
+    write_hub(tmp_path / "geometry3k")
+    with pytest.raises(UsageError, match="has the splits data/test, data/train; choose one, as in"):
+        data.DataFile(str(tmp_path / "geometry3k"))
+    with pytest.raises(UsageError, match="has no Parquet or Arrow files of a split 'dev'"):
+        data.DataFile(f"{tmp_path}/geometry3k:dev")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="has no Parquet or Arrow files; expected a JSON array"):
+        data.DataFile(str(tmp_path / "empty"))
+    for name in ("missing", "missing:train", "missing/rows.json"):
+        with pytest.raises(UsageError, match=f"--data .*{name}: no such file or directory"):
+            data.DataFile(str(tmp_path / name))
+
+
+def test_a_hub_name_reads_the_downloaded_files(tmp_path, monkeypatch):
+    cached = tmp_path / "datasets--hiyouga--geometry3k"
+    write_hub(cached / "snapshots" / "1234")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("1234")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    file = data.DataFile("hiyouga/geometry3k:test")
+    assert len(file) == 2 and file.name(1) == "geometry3k:test row 2"
+    assert sizes(file.example(1)) == [(41, 30)]
+    with pytest.raises(UsageError, match="--data hiyouga/missing: is neither here nor on the hub"):
+        data.DataFile("hiyouga/missing")
+
+
+def test_multimodal_open_r1(tmp_path):
+    problem = "In triangle ABC, what is x?\nOptions: A. 3 B. 4\nAnswer with the letter."
+    solution = "<think>3 + 1 = 4.</think>\n\n<answer> B </answer>"
+    row = {
+        "problem": problem,
+        "solution": solution,
+        "original_answer": "B",
+        "original_question": "x",
+    }
+    features = {name: Value("string") for name in row} | {"image": datasets.Image()}
+    rows = [row | {"image": {"bytes": png(), "path": None}}]
+    rows = datasets.Dataset.from_list(rows, features=Features(features))
+    rows.to_parquet(tmp_path / "r1.parquet")
+    example = data.DataFile(str(tmp_path / "r1.parquet")).example(0)
+    assert (example.problem, example.solution, example.problem_type) == (problem, "B", "")
+    assert example.response == "<think>3 + 1 = 4.</think>" and sizes(example) == [(40, 30)]
+
+
+def test_llava_and_messages(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    asked, told = "<image>\nWhat colour is the bus?", "White and red"
+    turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": told}]
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
+    parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": asked[7:]}]
+    parts = [{"role": "user", "content": parts}]
+    parts += [{"role": "assistant", "content": [{"type": "text", "text": told}]}]
+    no_image = [{"type": "image"}, {"type": "text", "text": asked[7:]}]
+    for row in (
+        {"id": "1", "image": "a.png", "conversations": turns},
+        {"messages": messages, "images": ["a.png"]},
+        {"messages": parts},
+        {"prompt": [{"role": "user", "content": no_image}], "image": "a.png", "answer": told},
+    ):
+        example = open_rows(tmp_path, json.dumps([row])).example(0)
+        assert (example.problem, example.solution) == (asked, told) and sizes(example) == [(40, 30)]
+    for wrong, words in (
+        (turns * 2, "has the turns \\['human', 'gpt', 'human', 'gpt'\\]; expected one of user"),
+        (
+            [{"role": "system", "content": "Be brief."}, *messages],
+            "has the turns \\['system', 'user',",
+        ),
+        (turns[1:], "has the turns \\['gpt'\\]"),
+        ([], "has the turns \\[\\];"),
+        ([None], "a turn without a role or a text"),
+        ([{"from": ["human"]}], "has the turns"),
+        ([{"from": "\ud83d"}], "has the turns"),
+        ([{"from": "human", "value": {"a": "b"}}], "without a role or a text"),
+        ([{"from": "human", "value": [{"type": "audio"}]}], "without a role or a text"),
+        ([{"from": "human", "value": ["a"]}], "without a role or a text"),
+    ):
+        file = open_rows(tmp_path, json.dumps([{"image": "a.png", "conversations": wrong}]))
+        with pytest.raises(data.BadRow, match=words) as reason:
+            file.example(0)
+        assert str(reason.value).encode()  # can be printed
+
+
+def test_video_r1_mixed_with_columns_that_others_have(tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(png())
+    write_video(tmp_path / "v.mp4", 4)
+    rows = [
+        ROW | {"data_type": "video", "path": "./v.mp4"},
+        {"question": "q", "choices": ["red", "blue"], "ground_truth": "blue", "path": "v.mp4"},
+        {"question": "q", "ground_truth": 3, "path": ["a.png", "v.mp4"]},
+        {"question": "q", "ground_truth": 0.5, "videos": ["v.mp4"], "image": "a.png"},
+        {"question": "q", "ground_truth": "3", "image": None, "videos": [], "path": ""},
+    ]
+    lines = "\n".join(map(json.dumps, rows[1:]))
+    file = open_rows(tmp_path, lines)
+    assert (
+        "question in question, answer in ground_truth, media in image, videos, path"
+        in capsys.readouterr().out
+    )
+    examples = [open_rows(tmp_path, json.dumps(rows[0])).example(0)]
+    whole = open_rows(tmp_path, json.dumps(rows[1:]))
+    assert whole.example(0).solution == "B" and whole.rows == rows[1:]  # reading changes nothing
+    file = open_rows(tmp_path, lines)
+    examples += [file.example(row) for row in range(4)]
+    kinds = [["video" if x.is_video else "image" for x in example.media] for example in examples]
+    assert kinds == [["video"], ["video"], ["image", "video"], ["image", "video"], []]
+    types = [(example.problem_type, example.solution) for example in examples]
+    assert types[1:] == [("multiple choice", "B"), ("", "3"), ("", "0.5"), ("", "3")]
+
+
+def test_markers_place_the_media(tmp_path):
+    (tmp_path / "a.png").write_bytes(png((10, 20)))
+    (tmp_path / "b.png").write_bytes(png((30, 20)))
+    write_video(tmp_path / "v.mp4", 4)
+    row = {"answer": "1", "images": ["a.png", "b.png"], "video": "v.mp4"}
+
+    def read(problem, **fields):
+        file = open_rows(tmp_path, json.dumps([row | {"problem": problem} | fields]))
+        example = file.example(0)
+        parts = split_turn(PromptConfig({}), example)
+        assert [part for part in parts if isinstance(part, Media)] == example.media
+        return sizes(example)
+
+    assert read("Compare.") == [(10, 20), (30, 20), (64, 48)]
+    assert read("<image><video> or <image>?") == [(10, 20), (64, 48), (30, 20)]
+    options = ["A. <image>", "B. <image>"]
+    assert read("Is <video> in", options=options, answer="B") == [(64, 48), (10, 20), (30, 20)]
+    for problem in ("<image>?", "<image><image>?", "<image><video>?", "<image><image><image>?"):
+        with pytest.raises(
+            data.BadRow, match=r"its text places \d images and \d videos, but it has"
+        ):
+            read(problem)
+    with pytest.raises(data.BadRow, match="places 1 images and 0 videos, but it has 0 and 0"):
+        read("<image>?", images=[], video=None)
+
+
+# 3. Bad rows
+
+
+@pytest.mark.parametrize(
+    ("answer", "solution", "thought"),
+    [
+        ("<think>So B.</think>\n<answer>B</answer>", "B", "<think>So B.</think>"),
+        (
+            "<think><answer>A</answer>? No.</think> 42",
+            "42",
+            "<think><answer>A</answer>? No.</think>",
+        ),
+        ("<answer>B</answer>", "B", None),
+    ],
+)
+def test_an_answer_may_hold_its_thought(tmp_path, answer, solution, thought):
+    for fields in ({}, {"process": " "}):
+        row = {"problem": "p", "answer": answer} | fields
+        example = open_rows(tmp_path, json.dumps([row])).example(0)
+        assert (example.solution, example.response) == (solution, thought)
+    example = open_rows(tmp_path, json.dumps([row | {"process": "Mine."}])).example(0)
+    assert (example.solution, example.response) == (solution, "Mine.")
 
 
 CHOICE = {"problem_type": "multiple choice", "options": ["A. red", "B. blue"]}
+IMAGES = {"path": None, "data_type": None, "images": [{"bytes": b"", "path": "a.png"}]}
 BAD_ROWS = [
-    ({"problem": None}, "'problem'"),
-    ({"problem": " "}, "'problem'"),
-    ({"solution": ["a"]}, "'solution'"),
-    ({"solution": "<answer> </answer>"}, "solution has 0 characters"),
-    ({"solution": "a" * 20_000}, "solution has 20,000 characters"),
-    ({"solution": "a" * 10_000_000}, "bytes long"),
-    ({"process": "a" * 60_000}, "process has 60,000"),
-    ({"path": ""}, "'path'"),
+    ({"problem": None}, "no text for its question"),
+    ({"problem": " "}, "no text for its question"),
+    ({"problem": {"a": {"b": "c"}}}, "no text for its question"),
+    ({"problem": "a" * 200_000}, "question: 200,000 characters; at most 100,000"),
+    ({"solution": ["a"]}, "no text for its answer"),
+    ({"solution": "<answer> </answer>"}, "or nothing between them"),
+    ({"solution": "a" * 20_000}, "answer: 20,000 characters"),
+    ({"process": "a" * 60_000}, "thought: 60,000 characters"),
+    ({"path": ""}, "has no image in 'path'"),
+    ({"path": []}, "has no image in 'path'"),
+    ({"path": 3}, "'path' has 3, not the path or bytes"),
+    ({"path": [None]}, "'path' has None, not the path or bytes"),
+    ({"path": ["a.png"] * 65}, "'path' has 65 files; at most 64"),
+    ({"path": [["a.png"]]}, "not the path or bytes"),
     ({"data_type": "audio"}, "'audio'"),
+    ({"data_type": ["image"]}, "known are image and video"),
     ({"problem_type": "essay"}, "'essay'"),
+    ({"problem_type": {"a": 1}}, "known are multiple choice"),
     ({"options": "A"}, "options"),
     ({"options": [1]}, "options"),
-    ({"options": ["a" * 10_001]}, "an option has more than"),
+    ({"options": ["a" * 10_001]}, "options: 10,001 characters"),
     ({"solution": "a</answer>"}, "half a pair"),
     ({"solution": "<answer>a"}, "half a pair"),
-    ({"solution": float("nan")}, "'solution'"),
+    ({"solution": float("nan")}, "no text for its answer"),
+    ({"solution": float("inf")}, "no text for its answer"),
     (CHOICE | {"solution": "green"}, "'green' is not one of the options A, B"),
     (CHOICE | {"solution": "0"}, "'0' is not one of the options A, B"),
     (CHOICE | {"solution": "C"}, "'C' is not one of the options A, B"),
     (CHOICE | {"solution": "A or B"}, "'A or B' is not one of"),
     (CHOICE | {"solution": "B. red"}, "'B. red' is not one of"),
-    (CHOICE | {"solution": "\ud800" * 9}, "is not one of"),
+    (CHOICE | {"solution": "C", "problem_type": None}, "'C' is not one of the options"),
     (CHOICE | {"options": ["red", "red"], "solution": "red"}, "'red' is not one of"),
     (CHOICE | {"options": ["A. red", "A. blue"]}, "share a letter"),
     (CHOICE | {"options": [str(i) for i in range(27)]}, "more than 26"),
     ({"path": "missing.png"}, "missing.png"),
     ({"path": "../outside.png"}, "leaves --media-root"),
+    ({"path": ["a.png", "../outside.png"]}, "leaves --media-root"),
     ({"path": "/etc/passwd"}, "leaves --media-root"),
     ({"path": "link.png"}, "leaves --media-root"),
     ({"path": "a\0.png"}, "is not under"),
     ({"path": "a" * 5000}, "is not under"),
     ({"path": "."}, "is not under"),
     ({"path": "pipe"}, "is not under"),
+    ({"path": "http://localhost/a.png"}, "is not under"),
     ({"path": "empty.png"}, "not a readable image"),
     ({"path": "cut.png"}, "not a readable image"),
     ({"path": "code.eps"}, "not a readable image"),
@@ -138,11 +448,16 @@ BAD_ROWS = [
     ({"path": "empty.png", "data_type": "video"}, "not a video"),
     ({"path": "list.m3u8", "data_type": "video"}, "not a video"),
     ({"path": "list.mp4", "data_type": "video"}, "not a video"),
+    ({"path": "list.mp4", "data_type": None}, "not a readable image"),
     ({"path": "cut.mp4", "data_type": "video"}, "not a readable video"),
+    ({"path": "whole.mp4"}, "not a readable image"),
     ({"path": "loop"}, "is not under"),
     ({"path": "float.tiff"}, "mode F"),
-    ({"problem": "a\ud83d"}, "surrogate"),
-    ({"process": "a\ud83d"}, "surrogate"),
+    (IMAGES | {"images": [{"bytes": None, "path": "../outside.png"}]}, "leaves --media-root"),
+    (IMAGES | {"images": [{"bytes": None, "path": None}]}, "not the path or bytes"),
+    (IMAGES | {"images": {"a": "b"}}, "not the path or bytes"),
+    (IMAGES | {"images": [3]}, "'images' has 3, not"),
+    (IMAGES | {"images": None, "video": "a.png"}, "a.png: not a video"),
 ]
 
 
@@ -170,11 +485,128 @@ def media(tmp_path_factory):
     return root
 
 
+def open_arrow(folder, *rows) -> data.DataFile:
+    """The rows in an Arrow file, which `datasets` reads as it reads Parquet."""
+    table = pyarrow.Table.from_pylist(list(rows))
+    with pyarrow.ipc.new_stream(str(folder / "rows.arrow"), table.schema) as file:
+        file.write_table(table)
+    return data.DataFile(str(folder / "rows.arrow"))
+
+
+@pytest.mark.parametrize("layout", ["json", "arrow"])
 @pytest.mark.parametrize(("fields", "words"), BAD_ROWS)
-def test_a_bad_row_says_why(media, fields, words):
+def test_a_bad_row_says_why(media, layout, fields, words):
+    row = ROW | fields
     with pytest.raises(data.BadRow) as reason:
-        open_rows(media, json.dumps(ROW | fields)).example(0)
-    assert words in str(reason.value) and len(str(reason.value)) < 400
+        if layout == "arrow":
+            open_arrow(media, row).example(0)
+        else:
+            for item in row.get("images") or () if isinstance(row.get("images"), list) else ():
+                isinstance(item, dict) and item.pop("bytes")
+            open_rows(media, json.dumps(row)).example(0)
+    assert words in str(reason.value) and len(str(reason.value).encode()) < 400
+
+
+@pytest.mark.parametrize("field", ["problem", "solution", "process", "options"])
+def test_a_lone_surrogate_is_named(media, field):
+    value = ["a\ud83d"] if field == "options" else "a\ud83d"
+    for name in ("rows.json", "rows.jsonl"):
+        (media / name).write_text(json.dumps(ROW | {field: value}))
+        with pytest.raises(data.BadRow, match="a lone surrogate"):
+            data.DataFile(str(media / name)).example(0)
+
+
+def test_bytes_pass_the_checks_of_files(media):
+    """Media inside Parquet columns: the same formats, sizes and first bytes as files."""
+    reasons = {
+        "empty.png": "not the path or bytes",
+        "cut.png": "images 1: not a readable image",
+        "code.eps": "images 1: not a readable image",
+        "thin.png": "images 1: sides of",
+        "bomb.png": "images 1: not a readable image",
+        "float.tiff": "images 1: pixels of mode F",
+        "whole.mp4": "images 1: not a readable image",
+        "list.mp4": "images 1: not a readable image",
+    }
+    for name, words in reasons.items():
+        images = [{"bytes": (media / name).read_bytes(), "path": None}]
+        with pytest.raises(data.BadRow, match=words) as reason:
+            open_arrow(media, {"problem": "p", "answer": "s", "images": images}).example(0)
+        assert "0x" not in str(reason.value)  # the same in every process
+    videos = {"cut.mp4": "not a readable video", "list.mp4": "not a video", "a.png": "not a video"}
+    for name, words in videos.items():
+        row = {"problem": "p", "answer": "s", "video": (media / name).read_bytes()}
+        with pytest.raises(data.BadRow, match=f"video 1: {words}"):
+            open_arrow(media, row).example(0)
+
+
+STRINGS = [pyarrow.py_buffer(x) for x in (b"\0\0\0\0\2\0\0\0", b"\xff\xfe")]
+STRINGS = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, *STRINGS])  # not UTF-8
+FEATURES = {"problem": {"_type": "Image"}, "answer": {"_type": "Audio"}}
+HOSTILE = [  # columns; features in the file's metadata; what is said, "" if the row is good
+    ({"problem": STRINGS}, None, "'utf-8' codec can't decode"),
+    ({"problem": pyarrow.nulls(1)}, None, "has no text for its question"),
+    ({"problem": pyarrow.array([b"p"])}, None, "has no text for its question"),
+    ({"answer": pyarrow.array([{"a": {"b": 1}}])}, None, "has no text for its answer"),
+    ({"images": pyarrow.array([[1, 2]])}, None, "'images' has 1, not the path or bytes"),
+    ({"options": pyarrow.array([[[1]]])}, None, "options is not a list of texts"),
+    ({"x": pyarrow.array([[("a", 1)]], pyarrow.map_("string", "int8"))}, None, "cannot be read ("),
+    ({}, {"problem": {"_type": "os.system"}}, "cannot be read (Feature type 'os.system' not found"),
+    ({}, FEATURES, ""),  # nothing is decoded as the file asks
+]
+
+
+@pytest.mark.parametrize(("columns", "features", "words"), HOSTILE)
+def test_a_hostile_parquet_file_is_one_line(tmp_path, columns, features, words):
+    table = pyarrow.table({"problem": ["p"], "answer": ["s"]} | columns)
+    if features is not None:
+        asked = json.dumps({"info": {"features": features}})
+        table = table.replace_schema_metadata({"huggingface": asked})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    try:
+        assert data.DataFile(str(tmp_path / "rows.parquet")).example(0).problem == "p" and not words
+    except (UsageError, data.BadRow) as error:
+        assert words and words in str(error) and "\n" not in str(error)
+
+
+def test_a_changed_data_set_is_noticed(tmp_path):
+    """A run is not resumed on other data: the sizes of its files are compared."""
+    write_hub(tmp_path / "hub")
+    (tmp_path / "rows.json").write_text("[]")
+    args = SimpleNamespace(data=str(tmp_path / "rows.json"), eval_data=f"{tmp_path}/hub:test")
+    parquet = sum(file.stat().st_size for file in (tmp_path / "hub" / "data").iterdir())
+    assert runs.data_bytes(args) == [2, parquet]
+    args = SimpleNamespace(data="owner/name:train", eval_data=None)
+    assert runs.data_bytes(args) == [0, None]
+
+
+def test_a_video_in_a_column_reads_like_its_file(media):
+    rows = [{"problem": "p", "answer": "s", "video": media / "whole.mp4"}]
+    inside = open_arrow(media, rows[0] | {"video": (media / "whole.mp4").read_bytes()})
+    inside = inside.example(0).media[0]
+    (media / "rows.json").write_text(json.dumps(rows, default=str))
+    outside = data.DataFile(str(media / "rows.json")).example(0).media[0]
+    assert inside.is_video and len(inside.frames) == 16
+    assert all(map(np.array_equal, inside.frames, outside.frames))
+    assert inside.seconds_per_patch == outside.seconds_per_patch
+
+
+def test_a_rows_media_are_bounded_together(media, monkeypatch):
+    file = open_rows(media, json.dumps(ROW | {"path": ["a.png"] * 3}))
+    assert len(file.example(0).media) == 3
+    monkeypatch.setattr(data, "MAX_FRAME_BYTES", 3 * 40 * 30 * 3 - 1)
+    with pytest.raises(data.BadRow, match="its media take more than 4 GB"):
+        file.example(0)
+
+
+def test_a_gif_is_no_video(tmp_path):
+    """The byte at 188 of a GIF may be that of MPEG-TS packets."""
+    Image.effect_noise((64, 64), 50).save(tmp_path / "a.gif")
+    content = bytearray((tmp_path / "a.gif").read_bytes())
+    content[188] = ord("G")
+    (tmp_path / "a.gif").write_bytes(content)
+    example = open_rows(tmp_path, json.dumps([{"problem": "p", "answer": "s", "path": "a.gif"}]))
+    assert not example.example(0).media[0].is_video
 
 
 LETTERED = ("A. red", "B. blue")
@@ -206,7 +638,7 @@ def test_a_solution_is_the_letter_of_an_option_that_the_prompt_shows(
     fields = {"problem_type": "multiple choice", "options": options, "solution": solution}
     example = open_rows(media, json.dumps(ROW | fields)).example(0)
     assert (example.options, example.solution) == (shown, letter)
-    lines = PromptConfig(grpo_baseline.PROMPTS).ask(example).splitlines()
+    lines = PromptConfig(sft.PROMPTS).ask(example).splitlines()
     assert all(option in lines for option in shown)
 
 
@@ -222,14 +654,12 @@ def test_check_data_names_rows_whose_numbers_are_judged_as_text(media, capsys):
     path = media / "numbers.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
     args = SimpleNamespace(data=str(path), eval_data=None, media_root=(), frames=None, fps=None)
-    vars(args).update(max_prompt_tokens=None, workers=0, max_skipped=1.0, reward="by-type")
-    no_tensors = [torch.zeros(1)] * 4
-    data.check_data(args, lambda example: Prompt(*no_tensors, example))
+    vars(args).update(max_prompt_tokens=None, workers=0, max_skipped=1.0)
+    data.check_data(args, encode)
     report = capsys.readouterr().out
     assert "only the same text is right: 2, as numbers.jsonl row 2\n" in report
     assert "bad: numbers.jsonl row 4 (line 4): solution 'green' is not one of the" in report
-    args.reward = "exact"
-    data.check_data(args, lambda example: Prompt(*no_tensors, example))
+    data.check_data(args, encode, accuracy_rule="exact")
     assert "only the same text" not in capsys.readouterr().out
 
 
@@ -246,9 +676,9 @@ field_texts = field_texts.map("".join)
 )
 def test_a_row_earns_its_own_reward_or_is_bad(tmp_path_factory, kind, solution, options):
     fields = ROW | {"problem_type": kind, "solution": solution, "options": options}
-    file = data.DataFile.__new__(data.DataFile)
+    fields = dict.fromkeys(data.COLUMNS) | fields
     try:
-        example = file.parse(fields)
+        example = data.read_example(fields)
     except data.BadRow:
         return
     assert accuracy(f"<answer>{example.solution}</answer>", example) == 1
@@ -263,7 +693,7 @@ def test_a_link_into_another_root_is_followed(media):
     path = media / "rows.jsonl"
     path.write_text(json.dumps(ROW | {"path": "link.png"}))
     roots = [str(media), str(media.parent)]
-    assert data.DataFile(str(path), roots).example(0).media[0].frames[0].size == (40, 30)
+    assert sizes(data.DataFile(str(path), roots).example(0)) == [(40, 30)]
 
 
 def test_transparency_becomes_white(tmp_path):
@@ -310,23 +740,26 @@ def test_frame_indices(total, rate, frames, fps):
 )
 def test_a_video_gives_the_frames_asked_for(tmp_path, frames, fps, expected):
     write_video(tmp_path / "v.mp4", 25, rate=10)
-    pictures, seconds = data.read_video(tmp_path / "v.mp4", frames, fps)
-    levels = [np.asarray(picture).mean() for picture in pictures]
+    video = data.read_video(tmp_path / "v.mp4", frames, fps)
+    levels = [np.asarray(picture).mean() for picture in video.frames]
     assert np.abs(np.array(levels) - [4 + 8 * i for i in expected]).max() < 4
     gap = (expected[-1] - expected[0]) / 10 / (len(expected) - 1)
-    assert seconds == pytest.approx(2 * gap)  # a temporal patch has two frames
+    assert video.seconds_per_patch == pytest.approx(2 * gap)  # a temporal patch has two frames
 
 
 def test_fps_alone_takes_frames_at_that_rate(tmp_path):
     write_video(tmp_path / "v.mp4", 25, rate=10)
-    pictures, seconds = data.read_video(tmp_path / "v.mp4", None, 4.0)
-    assert len(pictures) == 10 and seconds == pytest.approx(2 * 2.4 / 9)
+    video = data.read_video(tmp_path / "v.mp4", None, 4.0)
+    assert len(video.frames) == 10 and video.seconds_per_patch == pytest.approx(2 * 2.4 / 9)
 
 
 def test_without_pyav_a_video_is_one_line(media, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(UsageError, match="pip install av"):
         data.read_video(media / "whole.mp4", 2, None)
+
+
+# 4. Order
 
 
 class Rows:
@@ -338,37 +771,37 @@ class Rows:
     def example(self, row):
         if row % 5 == 0:
             raise data.BadRow("is a multiple of 5")
-        return data.Example(str(row), "", [])
+        return data.Example(str(row), "", [Media([Image.new("RGB", (4, 4))])])
 
     def place(self, row):
         return f"row {row}"
 
 
 def encode(example):
-    ids = torch.tensor([int(example.problem)])
-    return Prompt(ids, torch.zeros(3, 1), torch.zeros(1), torch.ones(3), example)
+    ids = torch.tensor([int(example.problem) if example.problem.isdigit() else 0])
+    return Prompt(ids, torch.zeros(3, 1), [], example)
 
 
 def read(workers=0, seed=1, count=100, most=1.0):
     prompts = data.Prompts(Rows(), encode, np.arange(50), seed)
-    skipped = BadRows(most, 50)
-    reader = data.Reader(prompts, range(count), workers, skipped)
-    return [int(prompt.ids) for prompt in reader], skipped
+    bad_rows = BadRows(most, 50)
+    reader = data.Reader(prompts, range(count), workers, bad_rows)
+    return [int(prompt.ids) for prompt in reader], bad_rows
 
 
 def test_an_epoch_has_every_good_row_and_others_for_the_bad_ones():
-    numbers, skipped = read()
+    numbers, bad_rows = read()
     good = {n for n in range(50) if n % 5}
     for epoch in (numbers[:50], numbers[50:]):
         assert set(epoch) == good and len(epoch) == 50
     assert numbers[:50] != numbers[50:]
-    assert set(skipped.bad) == {f"row {n}" for n in range(0, 50, 5)}
+    assert set(bad_rows.bad) == {f"row {n}" for n in range(0, 50, 5)}
 
 
 def test_what_is_read_depends_on_the_seed_and_the_number_alone():
-    numbers, skipped = read()
+    numbers, bad_rows = read()
     others, same = read(workers=2)
-    assert numbers == others and skipped.bad == same.bad
+    assert numbers == others and bad_rows.bad == same.bad
     assert read(seed=2)[0] != numbers
     prompts = data.Prompts(Rows(), encode, np.arange(50), 1)
     for n in (99, 3, 50, 17):  # in any order
@@ -378,12 +811,12 @@ def test_what_is_read_depends_on_the_seed_and_the_number_alone():
 def test_too_many_bad_rows_stop_the_run(tmp_path):
     with pytest.raises(UsageError, match=r"--max-skipped 0.1: 6 bad rows among the first \d+"):
         read(most=0.1)
-    skipped = BadRows(0.01, 100_000)
+    bad_rows = BadRows(0.01, 100_000)
     for n in range(10):
-        skipped.add({f"row {n}": "x"})  # 1% of the first 1,000 rows
-        skipped.add({f"row {n}": "x"})  # met again, counted once
+        bad_rows.add({f"row {n}": "x"})  # 1% of the first 1,000 rows
+        bad_rows.add({f"row {n}": "x"})  # met again, counted once
     with pytest.raises(UsageError):
-        skipped.add({"row 10": "x"})
+        bad_rows.add({"row 10": "x"})
 
 
 def test_a_missing_library_is_told_from_a_worker_too(monkeypatch):
@@ -403,8 +836,57 @@ def test_the_generated_rows_are_what_they_should_be(tmp_path):
     for row in range(len(file)):
         try:
             example = file.example(row)
-            assert example.media[0].is_video or len(example.media[0].frames) == 1
+            assert len(example.media) == 1
         except data.BadRow:
             bad.append(row)
     assert len(file) == 20 and bad == [14, 19]
     assert [len(file.example(row).media[0].frames) for row in (15, 16, 17, 18)] == [1, 4, 4, 4]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_media_travel_only_where_they_are_asked_for(tmp_path, workers):
+    rows = [
+        {"problem": str(n), "answer": "s", "images": [{"bytes": png(), "path": None}]}
+        for n in range(20)
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    args = SimpleNamespace(
+        data=str(tmp_path / "rows.parquet"), eval_data=None, media_root=(), frames=None
+    )
+    vars(args).update(fps=None, max_prompt_tokens=None, workers=workers, max_skipped=0.0, seed=1)
+    args.eval_examples = 2
+    seen = {}
+    for keep_media in (False, True):
+        train, held_out, _ = data.open_data(args, encode, keep_media=keep_media)
+        stream = train.begin(0)
+        prompts = [next(stream) for _ in range(18)]
+        del stream
+        seen[keep_media] = [prompt.example.problem for prompt in prompts]
+        assert {len(prompt.example.media[0].frames) for prompt in prompts} == {int(keep_media)}
+        assert [len(prompt.example.media[0].frames) for prompt in held_out] == [1, 1]
+    assert seen[False] == seen[True]
+    order = np.random.default_rng([1, 0]).permutation(train.prompts.rows)
+    assert seen[True] == [str(row) for row in order]
+
+
+def test_check_data_counts_media_and_problem_types(tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(png())
+    write_video(tmp_path / "v.mp4", 4)
+    row = {"question": "1", "answer": "2"}
+    rows = [row | {"image": "a.png"}] * 2 + [row | {"video": "v.mp4"}, row, row]
+    rows += [row | {"path": ["a.png", "v.mp4"]}, row | {"choices": ["1", "2"], "image": "a.png"}]
+    (tmp_path / "rows.json").write_text(json.dumps([*rows, row | {"image": "b.png"}]))
+    args = SimpleNamespace(
+        data=str(tmp_path / "rows.json"), eval_data=None, media_root=(), frames=2
+    )
+    vars(args).update(fps=None, max_prompt_tokens=None, workers=1, max_skipped=0.2)
+    data.check_data(args, encode)
+    lines = capsys.readouterr().out.splitlines()[-7:]
+    assert [line.rsplit(maxsplit=1) for line in lines[1:6]] == [
+        ["  image, exact match", "2"],
+        ["  image, multiple choice", "1"],
+        ["  several, exact match", "1"],
+        ["  text, exact match", "2"],
+        ["  video, exact match", "1"],
+    ]
+    assert lines[0] == f"--data {args.data}: 8 rows, 1 bad"

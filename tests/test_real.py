@@ -158,7 +158,7 @@ def test_check_data_reports_and_stops(real, tmp_path, capsys):
     with pytest.raises(runs.UsageError, match="--max-skipped"):
         run(ral_grpo, real, tmp_path / "x", check_data=True, max_skipped=0.01)
     report = capsys.readouterr().out
-    assert "20 rows, 2 bad" in report and "rows.json row 15 (line " in report
+    assert "20 rows, 2 bad" in report and "rows.json row 15: " in report
     args = ral_grpo.Args(
         model=str(real / "qwen2_vl"),
         data=str(real / "rows.jsonl"),

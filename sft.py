@@ -159,16 +159,14 @@ PROMPTS = {
 
 
 def encode_demonstration(processor: Processor, example: Example) -> Prompt:
-    """The prompt of an example with the demonstration to learn: that of the toy, or a row's thought
-    and answer, or its answer alone."""
-    think = processor.prompt_config.think
-    if example.problem_type:
-        if think and not example.response:
-            raise BadRow("has no text in 'process', the thought to learn")
-        thought = example.response or ""
-        thought = thought if "<think>" in thought else f"<think>{thought}</think>"
-        answer = f"<answer>{example.solution}</answer>"
-        example.response = f"{thought}\n{answer}" if think else answer
+    """The prompt of a data file's row with the demonstration to learn: its thought and its answer,
+    or its answer alone."""
+    think, thought = processor.prompt_config.think, example.response or ""
+    if think and not thought:
+        raise BadRow("has no thought to learn: no text in 'process', no <think> in its answer")
+    thought = thought if "<think>" in thought else f"<think>{thought}</think>"
+    answer = f"<answer>{example.solution}</answer>"
+    example.response = f"{thought}\n{answer}" if think else answer
     return encode_prompt(processor, example)
 
 
@@ -266,7 +264,7 @@ def main(args: Args) -> dict[str, float]:
             think=args.think,
             question_first=task.order == "question-first",
         )
-        encode = partial(encode_demonstration, processor)
+        encode = partial(encode_demonstration if args.data else encode_prompt, processor)
         if args.check_data:
             return check_data(args, encode)
         if args.data:

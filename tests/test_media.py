@@ -60,6 +60,19 @@ def seen(pictures: list[Image.Image]) -> list[int]:
     return [round((x - 3) / 4) for x in levels]  # ten bits come out a level or two darker
 
 
+def read_video(path: Path, frames: int | None, fps: float | None) -> tuple[list, float]:
+    """The frames of a video and its seconds per temporal patch. It is read twice, from the file and
+    from its bytes, as a column of Parquet holds them."""
+    video, inside = (
+        data.read_video(source, frames, fps)
+        for source in (path, data.MediaBytes(path.name, path.read_bytes()))
+    )
+    assert inside.is_video and len(inside.frames) == len(video.frames)
+    assert all(map(np.array_equal, video.frames, inside.frames))
+    assert inside.seconds_per_patch == video.seconds_per_patch
+    return video.frames, video.seconds_per_patch
+
+
 FORMATS = [
     ("h264.mp4", "libx264", {"options": B_FRAMES}),
     ("opengop.mp4", "libx264", {"options": B_FRAMES | {"x264-params": "open-gop=1"}}),
@@ -87,18 +100,18 @@ def test_the_frames_asked_for(tmp_path, name, codec, fields):
     write(tmp_path / name, codec, **fields)
     rate = fields.get("rate", 10)
     for frames, expected in ((4, [0, 20, 39, 59]), (7, [0, 10, 20, 30, 39, 49, 59])):
-        pictures, seconds = data.read_video(tmp_path / name, frames, None)
+        pictures, seconds = read_video(tmp_path / name, frames, None)
         assert seen(pictures) == expected
         assert seconds == pytest.approx(2 * 59 / rate / (frames - 1))
-    assert seen(data.read_video(tmp_path / name, None, None)[0]) == list(range(60))
-    assert len(data.read_video(tmp_path / name, None, 2.0)[0]) == round(60 / rate * 2)
+    assert seen(read_video(tmp_path / name, None, None)[0]) == list(range(60))
+    assert len(read_video(tmp_path / name, None, 2.0)[0]) == round(60 / rate * 2)
 
 
 @pytest.mark.parametrize("options", [B_FRAMES, {"bf": "3", "g": "250"}])
 def test_a_video_reads_alike_every_time(tmp_path, options):
     write(tmp_path / "v.mp4", "libx264", options=options)
     for _ in range(20):
-        assert seen(data.read_video(tmp_path / "v.mp4", 5, None)[0]) == [0, 15, 30, 44, 59]
+        assert seen(read_video(tmp_path / "v.mp4", 5, None)[0]) == [0, 15, 30, 44, 59]
 
 
 # A screen recording: bursts of frames, and seconds in which nothing changes.
@@ -109,21 +122,21 @@ STAMPS += [10_000 + 40 * i for i in range(12)]
 @pytest.mark.parametrize("name", ["v.mp4", "v.mkv", "v.ts"])
 def test_fps_follows_the_time_stamps(tmp_path, name):
     write(tmp_path / name, "libx264", 25, stamps=STAMPS, options=B_FRAMES)
-    pictures, seconds = data.read_video(tmp_path / name, None, 1.0)
+    pictures, seconds = read_video(tmp_path / name, None, 1.0)
     numbers = seen(pictures)
     count = round(25 / 24 * 10.44)  # of the mean frame, the last one has no end
     times = np.linspace(0, 10_440, count)
     nearest = {int(np.abs(np.array(STAMPS) - time).argmin()) for time in times}
     assert numbers == sorted(nearest) == [0, 4, 5, 7, 8, 12, 24]
     assert seconds == pytest.approx(2 * 10.44 / (len(numbers) - 1))
-    pictures, seconds = data.read_video(tmp_path / name, 4, 1.0)
+    pictures, seconds = read_video(tmp_path / name, 4, 1.0)
     assert seen(pictures) == [0, 5, 7, 24]  # 0, 3.48, 6.96 and 10.44 seconds
     assert seconds == pytest.approx(2 * 10.44 / 3)
 
 
 def test_a_number_of_frames_counts_frames_at_any_rate(tmp_path):
     write(tmp_path / "v.mp4", "libx264", 25, stamps=STAMPS)
-    pictures, seconds = data.read_video(tmp_path / "v.mp4", 4, None)
+    pictures, seconds = read_video(tmp_path / "v.mp4", 4, None)
     assert seen(pictures) == [0, 8, 16, 24] and seconds == pytest.approx(2 * 10.44 / 3)
 
 
@@ -161,8 +174,8 @@ def test_a_turned_video_is_upright(tmp_path, turn):
             if packet.size:
                 packet.stream = stream
                 target.mux(packet)
-    picture = data.read_video(tmp_path / "turned.mp4", 1, None)[0][0]
-    flat = data.read_video(tmp_path / "flat.mp4", 1, None)[0][0]
+    picture = read_video(tmp_path / "turned.mp4", 1, None)[0][0]
+    flat = read_video(tmp_path / "flat.mp4", 1, None)[0][0]
     assert np.array_equal(np.asarray(picture), np.rot90(np.asarray(flat), turn // 90))
 
 
@@ -199,7 +212,7 @@ def test_a_title_may_be_anything(tmp_path):
     content = (tmp_path / "v.mp4").read_bytes()
     assert b"a title" in content
     (tmp_path / "v.mp4").write_bytes(content.replace(b"a title", b"\xff\xfe\xfd\xfc\xfb\xfa\xf9"))
-    assert len(data.read_video(tmp_path / "v.mp4", 4, None)[0]) == 4
+    assert len(read_video(tmp_path / "v.mp4", 4, None)[0]) == 4
 
 
 def test_memory_is_bounded_before_it_is_taken(tmp_path, monkeypatch):

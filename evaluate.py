@@ -38,7 +38,8 @@ from common import (
     require_layer,
     score,
 )
-from data import DataFile, Prompts, Reader
+from data import Prompts, Reader
+from datafiles import DataFile
 from gaze import Gaze
 from pictures import Prediction, draw_page, draw_sweep
 from prompts import Processor, Prompt, PromptConfig, collate, encode_prompt, read_prompt_config

@@ -40,8 +40,9 @@ from tqdm import tqdm
 
 import toy
 from common import Rollout, load_model, load_processor, response_mean, save_model, score
-from data import BadRow, check_data, check_files, open_data
+from data import check_data, check_files, open_data
 from evaluate import evaluate
+from media import BadRow
 from memory import fit_memory
 from pictures import draw_attention, draw_curves, draw_page
 from prompts import Example, Processor, Prompt, PromptConfig, collate, encode_prompt

@@ -22,6 +22,8 @@ from PIL import Image
 from real import write_rows, write_video
 
 import data
+import datafiles
+import media
 import runs
 import sft
 from answers import option_texts
@@ -47,10 +49,10 @@ def cache(tmp_path_factory):
         yield
 
 
-def open_rows(tmp_path, content: str | bytes) -> data.DataFile:
+def open_rows(tmp_path, content: str | bytes) -> datafiles.DataFile:
     path = tmp_path / "rows.json"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return data.DataFile(str(path))
+    return datafiles.DataFile(str(path))
 
 
 def png(size=(40, 30), colour="red") -> bytes:
@@ -105,7 +107,7 @@ def test_a_broken_line_is_a_row_with_its_line(tmp_path):
     for row in range(len(file)):
         try:
             file.example(row)
-        except data.BadRow as error:
+        except media.BadRow as error:
             reasons[file.place(row)] = str(error)
     assert list(reasons) == [f"rows.json row {n} (line {2 * n - 1})" for n in (2, 4, 6)]
     assert [
@@ -127,7 +129,7 @@ def test_only_offsets_of_json_lines_are_in_memory(tmp_path):
     content = f"{good}\n{'a' * 20 * 2**20}\n{good}".encode()
     tracemalloc.start()
     file = open_rows(tmp_path, content)
-    with pytest.raises(data.BadRow, match="is longer than"):
+    with pytest.raises(media.BadRow, match="is longer than"):
         file.example(1)
     assert file.example(2).problem == "p"
     peak = tracemalloc.get_traced_memory()[1]
@@ -219,7 +221,7 @@ def test_geometry3k(tmp_path, layout, capsys):
         geometry().save_to_disk(name)
         name += "/data-00000-of-00001.arrow"
     capsys.readouterr()
-    file = data.DataFile(name)
+    file = datafiles.DataFile(name)
     noted = f"--data {name}: 3 rows, question in problem, answer in answer, media in images; "
     assert capsys.readouterr().out.startswith(noted + "no problem_type: multiple choice with")
     examples = [file.example(row) for row in range(3)]
@@ -234,15 +236,15 @@ def test_geometry3k(tmp_path, layout, capsys):
 def test_one_split_is_asked_for(tmp_path):
     write_hub(tmp_path / "geometry3k")
     with pytest.raises(UsageError, match="has the splits data/test, data/train; choose one, as in"):
-        data.DataFile(str(tmp_path / "geometry3k"))
+        datafiles.DataFile(str(tmp_path / "geometry3k"))
     with pytest.raises(UsageError, match="has no Parquet or Arrow files of a split 'dev'"):
-        data.DataFile(f"{tmp_path}/geometry3k:dev")
+        datafiles.DataFile(f"{tmp_path}/geometry3k:dev")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="has no Parquet or Arrow files; expected a JSON array"):
-        data.DataFile(str(tmp_path / "empty"))
+        datafiles.DataFile(str(tmp_path / "empty"))
     for name in ("missing", "missing:train", "missing/rows.json"):
         with pytest.raises(UsageError, match=f"--data .*{name}: no such file or directory"):
-            data.DataFile(str(tmp_path / name))
+            datafiles.DataFile(str(tmp_path / name))
 
 
 def test_a_hub_name_reads_the_downloaded_files(tmp_path, monkeypatch):
@@ -252,11 +254,11 @@ def test_a_hub_name_reads_the_downloaded_files(tmp_path, monkeypatch):
     (cached / "refs" / "main").write_text("1234")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    file = data.DataFile("hiyouga/geometry3k:test")
+    file = datafiles.DataFile("hiyouga/geometry3k:test")
     assert len(file) == 2 and file.name(1) == "geometry3k:test row 2"
     assert sizes(file.example(1)) == [(41, 30)]
     with pytest.raises(UsageError, match="--data hiyouga/missing: is neither here nor on the hub"):
-        data.DataFile("hiyouga/missing")
+        datafiles.DataFile("hiyouga/missing")
 
 
 def test_multimodal_open_r1(tmp_path):
@@ -272,7 +274,7 @@ def test_multimodal_open_r1(tmp_path):
     rows = [row | {"image": {"bytes": png(), "path": None}}]
     rows = datasets.Dataset.from_list(rows, features=Features(features))
     rows.to_parquet(tmp_path / "r1.parquet")
-    example = data.DataFile(str(tmp_path / "r1.parquet")).example(0)
+    example = datafiles.DataFile(str(tmp_path / "r1.parquet")).example(0)
     assert (example.problem, example.solution, example.problem_type) == (problem, "B", "")
     assert example.response == "<think>3 + 1 = 4.</think>" and sizes(example) == [(40, 30)]
 
@@ -310,7 +312,7 @@ def test_llava_and_messages(tmp_path):
         ([{"from": "human", "value": ["a"]}], "without a role or a text"),
     ):
         file = open_rows(tmp_path, json.dumps([{"image": "a.png", "conversations": wrong}]))
-        with pytest.raises(data.BadRow, match=words) as reason:
+        with pytest.raises(media.BadRow, match=words) as reason:
             file.example(0)
         assert str(reason.value).encode()  # can be printed
 
@@ -361,10 +363,10 @@ def test_markers_place_the_media(tmp_path):
     assert read("Is <video> in", options=options, answer="B") == [(64, 48), (10, 20), (30, 20)]
     for problem in ("<image>?", "<image><image>?", "<image><video>?", "<image><image><image>?"):
         with pytest.raises(
-            data.BadRow, match=r"its text places \d images and \d videos, but it has"
+            media.BadRow, match=r"its text places \d images and \d videos, but it has"
         ):
             read(problem)
-    with pytest.raises(data.BadRow, match="places 1 images and 0 videos, but it has 0 and 0"):
+    with pytest.raises(media.BadRow, match="places 1 images and 0 videos, but it has 0 and 0"):
         read("<image>?", images=[], video=None)
 
 
@@ -462,7 +464,7 @@ BAD_ROWS = [
 
 
 @pytest.fixture(scope="module")
-def media(tmp_path_factory):
+def media_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("outer")
     Image.new("RGB", (40, 30)).save(folder / "outside.png")
     root = folder / "root"
@@ -485,38 +487,38 @@ def media(tmp_path_factory):
     return root
 
 
-def open_arrow(folder, *rows) -> data.DataFile:
+def open_arrow(folder, *rows) -> datafiles.DataFile:
     """The rows in an Arrow file, which `datasets` reads as it reads Parquet."""
     table = pyarrow.Table.from_pylist(list(rows))
     with pyarrow.ipc.new_stream(str(folder / "rows.arrow"), table.schema) as file:
         file.write_table(table)
-    return data.DataFile(str(folder / "rows.arrow"))
+    return datafiles.DataFile(str(folder / "rows.arrow"))
 
 
 @pytest.mark.parametrize("layout", ["json", "arrow"])
 @pytest.mark.parametrize(("fields", "words"), BAD_ROWS)
-def test_a_bad_row_says_why(media, layout, fields, words):
+def test_a_bad_row_says_why(media_dir, layout, fields, words):
     row = ROW | fields
-    with pytest.raises(data.BadRow) as reason:
+    with pytest.raises(media.BadRow) as reason:
         if layout == "arrow":
-            open_arrow(media, row).example(0)
+            open_arrow(media_dir, row).example(0)
         else:
             for item in row.get("images") or () if isinstance(row.get("images"), list) else ():
                 isinstance(item, dict) and item.pop("bytes")
-            open_rows(media, json.dumps(row)).example(0)
+            open_rows(media_dir, json.dumps(row)).example(0)
     assert words in str(reason.value) and len(str(reason.value).encode()) < 400
 
 
 @pytest.mark.parametrize("field", ["problem", "solution", "process", "options"])
-def test_a_lone_surrogate_is_named(media, field):
+def test_a_lone_surrogate_is_named(media_dir, field):
     value = ["a\ud83d"] if field == "options" else "a\ud83d"
     for name in ("rows.json", "rows.jsonl"):
-        (media / name).write_text(json.dumps(ROW | {field: value}))
-        with pytest.raises(data.BadRow, match="a lone surrogate"):
-            data.DataFile(str(media / name)).example(0)
+        (media_dir / name).write_text(json.dumps(ROW | {field: value}))
+        with pytest.raises(media.BadRow, match="a lone surrogate"):
+            datafiles.DataFile(str(media_dir / name)).example(0)
 
 
-def test_bytes_pass_the_checks_of_files(media):
+def test_bytes_pass_the_checks_of_files(media_dir):
     """Media inside Parquet columns: the same formats, sizes and first bytes as files."""
     reasons = {
         "empty.png": "not the path or bytes",
@@ -529,15 +531,15 @@ def test_bytes_pass_the_checks_of_files(media):
         "list.mp4": "images 1: not a readable image",
     }
     for name, words in reasons.items():
-        images = [{"bytes": (media / name).read_bytes(), "path": None}]
-        with pytest.raises(data.BadRow, match=words) as reason:
-            open_arrow(media, {"problem": "p", "answer": "s", "images": images}).example(0)
+        images = [{"bytes": (media_dir / name).read_bytes(), "path": None}]
+        with pytest.raises(media.BadRow, match=words) as reason:
+            open_arrow(media_dir, {"problem": "p", "answer": "s", "images": images}).example(0)
         assert "0x" not in str(reason.value)  # the same in every process
     videos = {"cut.mp4": "not a readable video", "list.mp4": "not a video", "a.png": "not a video"}
     for name, words in videos.items():
-        row = {"problem": "p", "answer": "s", "video": (media / name).read_bytes()}
-        with pytest.raises(data.BadRow, match=f"video 1: {words}"):
-            open_arrow(media, row).example(0)
+        row = {"problem": "p", "answer": "s", "video": (media_dir / name).read_bytes()}
+        with pytest.raises(media.BadRow, match=f"video 1: {words}"):
+            open_arrow(media_dir, row).example(0)
 
 
 STRINGS = [pyarrow.py_buffer(x) for x in (b"\0\0\0\0\2\0\0\0", b"\xff\xfe")]
@@ -564,8 +566,11 @@ def test_a_hostile_parquet_file_is_one_line(tmp_path, columns, features, words):
         table = table.replace_schema_metadata({"huggingface": asked})
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     try:
-        assert data.DataFile(str(tmp_path / "rows.parquet")).example(0).problem == "p" and not words
-    except (UsageError, data.BadRow) as error:
+        assert (
+            datafiles.DataFile(str(tmp_path / "rows.parquet")).example(0).problem == "p"
+            and not words
+        )
+    except (UsageError, media.BadRow) as error:
         assert words and words in str(error) and "\n" not in str(error)
 
 
@@ -580,22 +585,22 @@ def test_a_changed_data_set_is_noticed(tmp_path):
     assert runs.data_bytes(args) == [0, None]
 
 
-def test_a_video_in_a_column_reads_like_its_file(media):
-    rows = [{"problem": "p", "answer": "s", "video": media / "whole.mp4"}]
-    inside = open_arrow(media, rows[0] | {"video": (media / "whole.mp4").read_bytes()})
+def test_a_video_in_a_column_reads_like_its_file(media_dir):
+    rows = [{"problem": "p", "answer": "s", "video": media_dir / "whole.mp4"}]
+    inside = open_arrow(media_dir, rows[0] | {"video": (media_dir / "whole.mp4").read_bytes()})
     inside = inside.example(0).media[0]
-    (media / "rows.json").write_text(json.dumps(rows, default=str))
-    outside = data.DataFile(str(media / "rows.json")).example(0).media[0]
+    (media_dir / "rows.json").write_text(json.dumps(rows, default=str))
+    outside = datafiles.DataFile(str(media_dir / "rows.json")).example(0).media[0]
     assert inside.is_video and len(inside.frames) == 16
     assert all(map(np.array_equal, inside.frames, outside.frames))
     assert inside.seconds_per_patch == outside.seconds_per_patch
 
 
-def test_a_rows_media_are_bounded_together(media, monkeypatch):
-    file = open_rows(media, json.dumps(ROW | {"path": ["a.png"] * 3}))
+def test_a_rows_media_are_bounded_together(media_dir, monkeypatch):
+    file = open_rows(media_dir, json.dumps(ROW | {"path": ["a.png"] * 3}))
     assert len(file.example(0).media) == 3
-    monkeypatch.setattr(data, "MAX_FRAME_BYTES", 3 * 40 * 30 * 3 - 1)
-    with pytest.raises(data.BadRow, match="its media take more than 4 GB"):
+    monkeypatch.setattr(datafiles, "MAX_FRAME_BYTES", 3 * 40 * 30 * 3 - 1)
+    with pytest.raises(media.BadRow, match="its media take more than 4 GB"):
         file.example(0)
 
 
@@ -633,25 +638,25 @@ CHOICES = [  # options, solution; options and solution of the example
 
 @pytest.mark.parametrize(("options", "solution", "shown", "letter"), CHOICES)
 def test_a_solution_is_the_letter_of_an_option_that_the_prompt_shows(
-    media, options, solution, shown, letter
+    media_dir, options, solution, shown, letter
 ):
     fields = {"problem_type": "multiple choice", "options": options, "solution": solution}
-    example = open_rows(media, json.dumps(ROW | fields)).example(0)
+    example = open_rows(media_dir, json.dumps(ROW | fields)).example(0)
     assert (example.options, example.solution) == (shown, letter)
     lines = PromptConfig(sft.PROMPTS).ask(example).splitlines()
     assert all(option in lines for option in shown)
 
 
-def test_options_of_other_types_stay_as_they_are(media):
+def test_options_of_other_types_stay_as_they_are(media_dir):
     fields = {"options": ["3", "4"], "solution": "4", "problem_type": "numerical"}
-    example = open_rows(media, json.dumps(ROW | fields)).example(0)
+    example = open_rows(media_dir, json.dumps(ROW | fields)).example(0)
     assert (example.options, example.solution) == (("3", "4"), "4")
 
 
-def test_check_data_names_rows_whose_numbers_are_judged_as_text(media, capsys):
+def test_check_data_names_rows_whose_numbers_are_judged_as_text(media_dir, capsys):
     rows = [ROW | {"problem_type": "numerical", "solution": x} for x in ("50%", "2:30", "4,2")]
     rows.append(ROW | CHOICE | {"solution": "green"})
-    path = media / "numbers.jsonl"
+    path = media_dir / "numbers.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
     args = SimpleNamespace(data=str(path), eval_data=None, media_root=(), frames=None, fps=None)
     vars(args).update(max_prompt_tokens=None, workers=0, max_skipped=1.0)
@@ -670,16 +675,16 @@ field_texts = field_texts.map("".join)
 
 @settings(deadline=None, max_examples=400)
 @given(
-    st.sampled_from(data.PROBLEM_TYPES),
+    st.sampled_from(datafiles.PROBLEM_TYPES),
     st.one_of(field_texts, st.integers(), st.floats()),
     st.lists(field_texts, max_size=4),
 )
 def test_a_row_earns_its_own_reward_or_is_bad(tmp_path_factory, kind, solution, options):
     fields = ROW | {"problem_type": kind, "solution": solution, "options": options}
-    fields = dict.fromkeys(data.COLUMNS) | fields
+    fields = dict.fromkeys(datafiles.COLUMNS) | fields
     try:
-        example = data.read_example(fields)
-    except data.BadRow:
+        example = datafiles.read_example(fields)
+    except media.BadRow:
         return
     assert accuracy(f"<answer>{example.solution}</answer>", example) == 1
     assert accuracy(f"<answer>{example.solution}</answer>", example, "exact") == 1
@@ -689,27 +694,27 @@ def test_a_row_earns_its_own_reward_or_is_bad(tmp_path_factory, kind, solution, 
     assert accuracy("<answer></answer>", example) == 0
 
 
-def test_a_link_into_another_root_is_followed(media):
-    path = media / "rows.jsonl"
+def test_a_link_into_another_root_is_followed(media_dir):
+    path = media_dir / "rows.jsonl"
     path.write_text(json.dumps(ROW | {"path": "link.png"}))
-    roots = [str(media), str(media.parent)]
-    assert sizes(data.DataFile(str(path), roots).example(0)) == [(40, 30)]
+    roots = [str(media_dir), str(media_dir.parent)]
+    assert sizes(datafiles.DataFile(str(path), roots).example(0)) == [(40, 30)]
 
 
 def test_transparency_becomes_white(tmp_path):
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "a.png")
-    assert data.read_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 255, 255)
+    assert media.read_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_sixteen_bits_and_a_turned_camera(tmp_path):
     ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
     Image.fromarray(ramp).save(tmp_path / "a.png")
-    grey = np.asarray(data.read_image(tmp_path / "a.png"))[..., 0].astype(int)
+    grey = np.asarray(media.read_image(tmp_path / "a.png"))[..., 0].astype(int)
     assert np.abs(grey - ramp // 257).max() <= 1
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     Image.new("RGB", (80, 40)).save(tmp_path / "b.jpg", exif=exif)
-    assert data.read_image(tmp_path / "b.jpg").size == (40, 80)
+    assert media.read_image(tmp_path / "b.jpg").size == (40, 80)
 
 
 @settings(deadline=None)
@@ -720,9 +725,9 @@ def test_sixteen_bits_and_a_turned_camera(tmp_path):
     st.one_of(st.none(), st.floats(0.1, 60)),
 )
 def test_frame_indices(total, rate, frames, fps):
-    indices = data.frame_indices(total, rate, frames, fps)
+    indices = media.frame_indices(total, rate, frames, fps)
     assert indices == sorted(set(indices)) and 0 == indices[0] <= indices[-1] < total
-    most = min(total, frames or data.MAX_FRAMES)
+    most = min(total, frames or media.MAX_FRAMES)
     assert len(indices) <= most
     if fps is None:
         assert len(indices) == most
@@ -740,7 +745,7 @@ def test_frame_indices(total, rate, frames, fps):
 )
 def test_a_video_gives_the_frames_asked_for(tmp_path, frames, fps, expected):
     write_video(tmp_path / "v.mp4", 25, rate=10)
-    video = data.read_video(tmp_path / "v.mp4", frames, fps)
+    video = media.read_video(tmp_path / "v.mp4", frames, fps)
     levels = [np.asarray(picture).mean() for picture in video.frames]
     assert np.abs(np.array(levels) - [4 + 8 * i for i in expected]).max() < 4
     gap = (expected[-1] - expected[0]) / 10 / (len(expected) - 1)
@@ -749,14 +754,14 @@ def test_a_video_gives_the_frames_asked_for(tmp_path, frames, fps, expected):
 
 def test_fps_alone_takes_frames_at_that_rate(tmp_path):
     write_video(tmp_path / "v.mp4", 25, rate=10)
-    video = data.read_video(tmp_path / "v.mp4", None, 4.0)
+    video = media.read_video(tmp_path / "v.mp4", None, 4.0)
     assert len(video.frames) == 10 and video.seconds_per_patch == pytest.approx(2 * 2.4 / 9)
 
 
-def test_without_pyav_a_video_is_one_line(media, monkeypatch):
+def test_without_pyav_a_video_is_one_line(media_dir, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(UsageError, match="pip install av"):
-        data.read_video(media / "whole.mp4", 2, None)
+        media.read_video(media_dir / "whole.mp4", 2, None)
 
 
 # 4. Order
@@ -770,7 +775,7 @@ class Rows:
 
     def example(self, row):
         if row % 5 == 0:
-            raise data.BadRow("is a multiple of 5")
+            raise media.BadRow("is a multiple of 5")
         return data.Example(str(row), "", [Media([Image.new("RGB", (4, 4))])])
 
     def place(self, row):
@@ -831,13 +836,13 @@ def test_a_missing_library_is_told_from_a_worker_too(monkeypatch):
 
 def test_the_generated_rows_are_what_they_should_be(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(write_rows(tmp_path), indent=1))
-    file = data.DataFile(str(tmp_path / "rows.json"), frames=4)
+    file = datafiles.DataFile(str(tmp_path / "rows.json"), frames=4)
     bad = []
     for row in range(len(file)):
         try:
             example = file.example(row)
             assert len(example.media) == 1
-        except data.BadRow:
+        except media.BadRow:
             bad.append(row)
     assert len(file) == 20 and bad == [14, 19]
     assert [len(file.example(row).media[0].frames) for row in (15, 16, 17, 18)] == [1, 4, 4, 4]

@@ -13,6 +13,7 @@ from playwright.sync_api import sync_playwright
 
 import gaze
 from gaze import Gaze, write_page
+from prompts import Media
 from runs import UsageError
 from toy import Task, sample_example
 
@@ -279,7 +280,7 @@ def test_the_keyboard_is_enough(tmp_path, visit):
 
 def test_a_video_has_a_line_over_time_and_plays(tmp_path, visit):
     one = make_gaze(frames=(5,), target=(17, 33))
-    one.media = [[Image.new("RGB", (112, 112), (50 * i, 0, 0)) for i in range(5)]]
+    one.media = [Media([Image.new("RGB", (112, 112), (50 * i, 0, 0)) for i in range(5)], True)]
     write_page(tmp_path / "gaze.html", {"toy": [one]}, "A run")
     page = visit(tmp_path / "gaze.html")
     cells = cut(one, 1)["cells"].reshape(3, 16).sum(1)

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import common
-import data
+import media
 import ral_grpo
 import toy
 from prompts import Example, Media, Processor, PromptConfig, encode_prompt, process_media
@@ -64,8 +64,8 @@ def read_video(path: Path, frames: int | None, fps: float | None) -> tuple[list,
     """The frames of a video and its seconds per temporal patch. It is read twice, from the file and
     from its bytes, as a column of Parquet holds them."""
     video, inside = (
-        data.read_video(source, frames, fps)
-        for source in (path, data.MediaBytes(path.name, path.read_bytes()))
+        media.read_video(source, frames, fps)
+        for source in (path, media.MediaBytes(path.name, path.read_bytes()))
     )
     assert inside.is_video and len(inside.frames) == len(video.frames)
     assert all(map(np.array_equal, video.frames, inside.frames))
@@ -143,7 +143,7 @@ def test_a_number_of_frames_counts_frames_at_any_rate(tmp_path):
 def test_rounded_time_stamps_are_a_constant_rate(tmp_path):
     write(tmp_path / "v.mkv", "libx264", rate=Fraction(30_000, 1001))  # stamps of milliseconds
     with av.open(str(tmp_path / "v.mkv")) as container:
-        stamps, _, rate, times, _ = data.index_video(container, "v.mkv")
+        stamps, _, rate, times, _ = media.index_video(container, "v.mkv")
     assert len(set(np.diff(stamps))) == 2 and times is None
     assert rate == pytest.approx(29.97, abs=0.01)
 
@@ -154,7 +154,7 @@ def test_rounded_time_stamps_are_a_constant_rate(tmp_path):
 def test_no_frame_twice_at_any_time_stamps(gaps, frames, fps):
     times = np.cumsum([0.0, *gaps])
     rate = len(gaps) / times[-1]
-    indices = data.frame_indices(len(times), rate, frames, fps, times)
+    indices = media.frame_indices(len(times), rate, frames, fps, times)
     assert indices == sorted(set(indices)) and len(indices) <= frames
     assert 0 <= indices[0] <= indices[-1] < len(times)
     if frames > 1:
@@ -184,16 +184,16 @@ def test_half_of_a_file_is_named(tmp_path, name):
     write(tmp_path / name, "mpeg4")
     whole = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(data.BadRow, match=r"is cut off, \d+ of 60 frames"):
-        data.read_video(tmp_path / name, 4, None)
+    with pytest.raises(media.BadRow, match=r"is cut off, \d+ of 60 frames"):
+        media.read_video(tmp_path / name, 4, None)
 
 
 def test_an_unknown_codec_says_what_to_do(tmp_path):
     write(tmp_path / "v.mkv", "libx264")
     content = (tmp_path / "v.mkv").read_bytes()
     (tmp_path / "v.mkv").write_bytes(content.replace(b"V_MPEG4/ISO/AVC", b"V_MPEG9/ISO/XYZ"))
-    with pytest.raises(data.BadRow, match=r"no decoder for its codec; convert it with ffmpeg"):
-        data.read_video(tmp_path / "v.mkv", 4, None)
+    with pytest.raises(media.BadRow, match=r"no decoder for its codec; convert it with ffmpeg"):
+        media.read_video(tmp_path / "v.mkv", 4, None)
 
 
 def test_a_file_without_pictures_is_named(tmp_path):
@@ -203,8 +203,8 @@ def test_a_file_without_pictures_is_named(tmp_path):
         samples.sample_rate = 48000
         file.mux(sound.encode(samples))
         file.mux(sound.encode())
-    with pytest.raises(data.BadRow, match="has no frames"):
-        data.read_video(tmp_path / "v.mp4", 4, None)
+    with pytest.raises(media.BadRow, match="has no frames"):
+        media.read_video(tmp_path / "v.mp4", 4, None)
 
 
 def test_a_title_may_be_anything(tmp_path):
@@ -218,11 +218,11 @@ def test_a_title_may_be_anything(tmp_path):
 def test_memory_is_bounded_before_it_is_taken(tmp_path, monkeypatch):
     write(tmp_path / "v.mp4", "libx264")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 48 // 2)  # of one frame
-    with pytest.raises(data.BadRow, match="not a readable video"):
-        data.read_video(tmp_path / "v.mp4", 4, None)
-    monkeypatch.setattr(data, "MAX_FRAME_BYTES", 64 * 48 * 3 * 4 - 1)  # of all four
-    with pytest.raises(data.BadRow, match="4 of its frames take more than"):
-        data.read_video(tmp_path / "v.mp4", 4, None)
+    with pytest.raises(media.BadRow, match="not a readable video"):
+        media.read_video(tmp_path / "v.mp4", 4, None)
+    monkeypatch.setattr(media, "MAX_FRAME_BYTES", 64 * 48 * 3 * 4 - 1)  # of all four
+    with pytest.raises(media.BadRow, match="4 of its frames take more than"):
+        media.read_video(tmp_path / "v.mp4", 4, None)
 
 
 # Rows and columns of tokens, computed with Qwen2VLVideoProcessor of transformers 5.23 at its own

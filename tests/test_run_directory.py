@@ -463,6 +463,7 @@ def test_distillation_without_a_reward_says_nothing_of_it(tmp_path, capsys):
         args = toy_args(kd_baseline, out=str(tmp_path / "run"), rl_coef=rl_coef)
         run = runs.Run(args, runs.BadRows())
         for step in range(1, 12):
-            run.log(step, equal | {"rollout/truncated_frac": 0.0})
+            metrics = equal | {"rollout/truncated_frac": 0.0}
+            run.log(step, metrics, learns_from_reward=rl_coef > 0)
         run.close()
         assert ("note: " in capsys.readouterr().out) == (rl_coef > 0)

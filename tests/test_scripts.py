@@ -259,7 +259,7 @@ def test_the_run_directory_is_complete(cold_start, train, tmp_path):
     names = {path.name for path in out.iterdir()}
     assert names == {
         *(".lock", "args.json", "metrics.jsonl", "samples.jsonl", "tensorboard"),
-        *("attention.png", "curves.png", "checkpoint"),
+        *("gaze.html", "attention.png", "curves.png", "checkpoint"),
     }
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert (

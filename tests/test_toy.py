@@ -90,7 +90,7 @@ def test_evaluation_measures_the_mass_on_the_target(checkpoints, monkeypatch, th
         row = said[b].index(first)  # in the thought, if there is one
         image = prompt.ids.tolist().index(model.config.image_token_id)
         masses.append(sum(attention[b, 0, row, image + t].item() for t in example.target))
-        seen = predictions[b].attention[0][list(example.target)].sum().item()
+        seen = predictions[b].attention()[list(example.target)].sum().item()
         assert seen == pytest.approx(masses[-1])
         policy = ral_grpo.attention_policy(attention, "own")  # of the answer's token
         own_masses.append(sum(policy[b, 0, row, image + t].item() for t in example.target))

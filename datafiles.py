@@ -1,0 +1,418 @@
+"""Rows of data files: questions with their images and videos.
+
+A data file is a JSON array, JSON lines, Parquet, or what `Dataset.save_to_disk` of Hugging Face
+`datasets` writes. A row is one question with its answer. A row of Video-R1, one of Geometry3K as
+EasyR1 publishes it (Parquet), and one of LLaVA:
+
+    {"problem": "What is the man holding?", "data_type": "video", "path": "./clips/17.mp4",
+     "problem_type": "multiple choice", "options": ["A. a cup", "B. a book"],
+     "solution": "<answer>A</answer>"}
+    {"images": [{"bytes": ..., "path": None}], "problem": "<image>Find x.", "answer": "3"}
+    {"image": "train/33471.jpg", "conversations": [
+        {"from": "human", "value": "<image>\\nWhat colour is the bus?"},
+        {"from": "gpt", "value": "White and red"}]}
+
+`<image>` and `<video>` in the question or its options say where each medium stands; without them,
+media come first. Data files are untrusted: a row that cannot be used is reported with its reason
+and skipped, and no path leads outside the media roots.
+"""
+
+import glob
+import json
+import math
+import re
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import snapshot_download
+
+from answers import MAX_ANSWER, option_letter, option_texts
+from common import extract_answer, print_once
+from media import MAX_FRAME_BYTES, BadRow, MediaBytes, first_line, is_video, read_image, read_video
+from prompts import Example, Media
+from runs import UsageError, data_files, require
+
+# Columns by the names that people give them. If a file has several of a line, the first is read.
+COLUMNS = {
+    "problem": ("problem", "question", "prompt", "query", "conversations", "messages"),
+    "solution": ("solution", "answer", "ground_truth"),
+    "process": ("process", "thought"),
+    "options": ("options", "choices"),
+    "problem_type": ("problem_type",),
+    "data_type": ("data_type",),
+    "data_source": ("data_source",),
+}
+CHATS = ("conversations", "messages")  # hold the answer, too
+MEDIA_COLUMNS = {"image": ("images", "image"), "video": ("videos", "video"), None: ("path",)}
+ROLES = (["user"], ["human"], ["user", "assistant"], ["human", "gpt"])  # of a chat's turns
+PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
+EXPECTED = "expected a JSON array of objects, one JSON object a line, or Parquet or Arrow files"
+# What else a file may be, by its first bytes.
+NOT_ROWS = {b"\xff\xfe": "is UTF-16 text", b"\xfe\xff": "is UTF-16 text", b"PK": "is compressed"}
+NOT_ROWS |= {b"\x1f\x8b": "is compressed"} | dict.fromkeys((b"\x80\4", b"\x80\5"), "is a pickle")
+HUB_NAME = re.compile(r"(?!.*\.(?:jsonl?|parquet|arrow|csv)$)[\w-][\w.-]*/[\w-][\w.-]*")
+SHARD = re.compile(r"(^|[-_/])\d+(-of-\d+)?(-[0-9a-f]{16})?$")  # the number in a file's name
+# A row that exceeds a limit is bad. MAX_ROW is in bytes, MAX_MEDIA in images and videos, the others
+# are in characters.
+MAX_ROW, MAX_PROBLEM, MAX_SOLUTION, MAX_THOUGHT = 2**20, 100_000, MAX_ANSWER, 50_000
+MAX_MEDIA = 64
+
+
+class JsonLines:
+    """The rows of a JSON lines file. Only the offset and the number of each line are in memory."""
+
+    def __init__(self, path: Path):
+        self.path, places = path, array("q")
+        at, line, begins = 0, 1, True
+        with path.open("rb") as file:
+            for piece in iter(partial(file.readline, MAX_ROW), b""):  # a long line has several
+                if begins and piece.strip():
+                    places.extend((at, line))
+                at, begins = at + len(piece), piece.endswith(b"\n")
+                line += begins
+        self.places = np.array(places).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, row: int) -> Any:
+        with self.path.open("rb") as file:
+            file.seek(self.places[row, 0])
+            content = file.readline(MAX_ROW + 1)
+        if len(content) > MAX_ROW:
+            raise BadRow(f"is longer than {MAX_ROW:,} bytes")
+        return json.loads(content.decode("utf-8-sig"))
+
+
+def find_files(path: str) -> tuple[Path, list[Path]]:
+    """The directory of a data set, and the files of one of its splits.
+
+    `path` is a file, a directory of Parquet or Arrow files, or a data set's hub name, whose Parquet
+    files are downloaded. `:SPLIT` after a directory or a hub name chooses one of several splits.
+    """
+    place, split = Path(path), ""
+    if ":" in path and not place.exists():
+        place, split = Path(path.rpartition(":")[0]), path.rpartition(":")[2]
+    if not place.exists() and HUB_NAME.fullmatch(str(place)):
+        chosen = f"*{glob.escape(split)}*.parquet"
+        try:
+            place = Path(snapshot_download(str(place), repo_type="dataset", allow_patterns=chosen))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"is neither here nor on the hub ({first_line(error)})") from None
+    require(place.exists(), "no such file or directory")
+    if place.is_file():
+        return place.parent, [place]
+    splits = defaultdict(list)
+    for file in data_files(str(place)):
+        name = SHARD.sub("", file.relative_to(place).with_suffix("").as_posix())
+        if not split or f"/{split}/" in f"/{name}/":
+            splits[name].append(file)
+    of_split = f" of a split {split!r}" if split else ""
+    require(splits, f"has no Parquet or Arrow files{of_split}; {EXPECTED}")
+    several = f"has the splits {', '.join(splits)[:300]}; choose one, as in {path}:{min(splits)}"
+    require(len(splits) == 1, several)
+    return place, splits.popitem()[1]
+
+
+def open_rows(files: list[Path]) -> Any:
+    """The rows of data files, as a sequence of parsed JSON or of Arrow tables of one row."""
+    with files[0].open("rb") as file:
+        start = file.read(2**12).removeprefix(b"\xef\xbb\xbf").lstrip()
+    require(start, "is empty")
+    if start.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
+        return open_arrow(files, start.startswith(b"PAR1"))
+    kind = NOT_ROWS.get(start[:2], f"begins with {start[:40].decode(errors='replace')!r}")
+    require(start[:1] in (b"[", b"{"), f"{kind}; {EXPECTED}")
+    if start[:1] == b"{":
+        return JsonLines(files[0])
+    content = files[0].read_bytes()
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        before = content[: getattr(error, "start", 0)]  # of a byte that is not UTF-8
+        line = getattr(error, "lineno", before.count(b"\n") + 1)
+        reason = getattr(error, "msg", first_line(error))
+        raise UsageError(f"its array is not JSON, line {line}: {reason}") from None
+
+
+def open_arrow(files: list[Path], is_parquet: bool) -> Any:
+    """The rows of Parquet or Arrow files. They stay on disk, and their media stay undecoded."""
+    import datasets  # takes a second
+    from datasets.exceptions import DatasetsError
+    from pyarrow import ArrowException
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised, too
+    try:
+        if is_parquet:
+            names = [glob.escape(str(file)) for file in files]
+            rows = datasets.load_dataset("parquet", data_files=names, split="train")
+        else:
+            parts = [datasets.Dataset.from_file(str(file)) for file in files]
+            rows = datasets.concatenate_datasets(parts)
+    except (DatasetsError, ArrowException, OSError, ValueError, TypeError, LookupError) as error:
+        raise UsageError(f"cannot be read ({first_line(error.__cause__ or error)})") from None
+    known = sum((*COLUMNS.values(), *MEDIA_COLUMNS.values()), ())
+    return rows.with_format("arrow", [name for name in rows.column_names if name in known])
+
+
+class DataFile:
+    """The rows of a data file as `Example`s, read one at a time.
+
+    `path` is that of `find_files`. `frames` and `fps` are those of `frame_indices`; without both, a
+    video gives 16 frames. Media are searched for under `roots`, by default the file's own
+    directory. Rank 0 prints which columns are read.
+
+    Raises:
+        UsageError: the file or a root does not exist, or the file holds no questions.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        roots: Sequence[str] = (),
+        frames: int | None = None,
+        fps: float | None = None,
+        option: str = "--data",
+    ):
+        self.file, self.fps = Path(path).name, fps
+        self.frames = 16 if frames is None and fps is None else frames
+        for root in roots:
+            require(Path(root).is_dir(), f"--media-root {root}: no such directory")
+        try:
+            folder, files = find_files(path)
+            self.roots = [Path(root).resolve() for root in roots or [folder]]
+            self.rows = open_rows(files)
+            self.columns, note = self.find_columns()
+        except UsageError as error:
+            raise UsageError(f"{option} {path}: {error}") from None
+        print_once(f"{option} {path}: {len(self):,} rows, {note}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def find_columns(self) -> tuple[dict[str, str], str]:
+        """The file's name for each of `COLUMNS`, and a note that says which are read. JSON rows may
+        differ, so the first 100 are looked at."""
+        require(len(self) > 0, "has no rows")
+        present, reason = set(getattr(self.rows, "column_names", ())), ""
+        for row in range(0 if present else min(100, len(self))):
+            try:
+                present |= self.fields(row).keys()
+            except BadRow as error:
+                reason = reason or f"{self.place(row)} {error}"
+                if row == 1 and not present:  # not JSON lines, perhaps a dictionary around rows
+                    break
+        require(present, f"{reason or 'its rows are empty'}; {EXPECTED}")
+        columns = {
+            field: next((name for name in names if name in present), None)
+            for field, names in COLUMNS.items()
+        }
+        question, answer = columns["problem"], columns["solution"]
+        answer = answer or (question if question in CHATS else None)
+        wanted = [" or ".join(COLUMNS[field]) for field in ("problem", "solution")]
+        expected = f"expected a question in {wanted[0]}, and an answer in {wanted[1]}"
+        found = f"has the columns {', '.join(sorted(present))[:300]}"
+        require(question and answer, f"{found}; {expected}")
+        media = [name for names in MEDIA_COLUMNS.values() for name in names if name in present]
+        media = ", ".join(media) or "no column"
+        note = f"question in {question}, answer in {answer}, media in {media}"
+        if columns["problem_type"] is None:
+            note += "; no problem_type: multiple choice with options, else exact match"
+        return {field: name or field for field, name in columns.items()}, note
+
+    def name(self, row: int) -> str:
+        return f"{self.file} row {row + 1}"
+
+    def place(self, row: int) -> str:
+        """The name of a row and, in JSON lines, the number of its line, both counted from 1."""
+        is_lines = isinstance(self.rows, JsonLines)
+        return self.name(row) + (f" (line {self.rows.places[row, 1]})" if is_lines else "")
+
+    def fields(self, row: int) -> dict[str, Any]:
+        """The columns of a row as they are in the file."""
+        try:
+            fields = self.rows[row]
+            if hasattr(fields, "to_pylist"):
+                (fields,) = fields.to_pylist()
+        except json.JSONDecodeError as error:
+            raise BadRow(f"is not JSON: {error.msg} at column {error.colno}") from None
+        except (ValueError, RecursionError) as error:
+            raise BadRow(f"cannot be read: {first_line(error)}") from None
+        if not isinstance(fields, dict):
+            raise BadRow("is not a JSON object")
+        return fields
+
+    def example(self, row: int) -> Example:
+        """Row number `row` (from 0) with its media.
+
+        Raises:
+            BadRow: the row cannot be used.
+        """
+        fields = self.fields(row)
+        fields = fields | {field: fields.get(column) for field, column in self.columns.items()}
+        if isinstance(fields["problem"], list):
+            chat = read_chat(fields["problem"])
+            fields |= {x: y for x, y in chat.items() if x == "problem" or not fields.get(x)}
+        example = read_example(fields)
+        media, size = [], 0
+        for kind, source in self.media_sources(fields, example):
+            if kind == "video":
+                medium = read_video(source, self.frames, self.fps)
+            else:
+                medium = Media([read_image(source)])
+            media.append(medium)
+            size += sum(3 * frame.width * frame.height for frame in medium.frames)
+            if size > MAX_FRAME_BYTES:
+                raise BadRow("its media take more than 4 GB")
+        return replace(example, media=media, name=self.name(row))
+
+    def media_sources(
+        self, fields: dict[str, Any], example: Example
+    ) -> list[tuple[str, Path | MediaBytes]]:
+        """For each medium of a row, "image" or "video" and its file or content, in the order of the
+        markers in the text; without markers, images come first."""
+        found, data_type = [], fields["data_type"] or None
+        for kind, names in MEDIA_COLUMNS.items():
+            name = next(filter(fields.get, names), None)
+            if name is None or (name == "path" and found):
+                continue
+            if name == "path" and data_type not in ("image", "video", None):
+                raise BadRow(f"data_type is {str(data_type)[:40]!r}; known are image and video")
+            items = fields[name] if isinstance(fields[name], list) else [fields[name]]
+            if len(items) > MAX_MEDIA:
+                raise BadRow(f"{name!r} has {len(items):,} files; at most {MAX_MEDIA} are allowed")
+            for number, item in enumerate(items, 1):
+                content = item
+                if isinstance(item, dict):
+                    content = item.get("bytes") or item.get("path")
+                if isinstance(content, bytes):
+                    source = MediaBytes(f"{name} {number}", content)
+                elif isinstance(content, str) and content:
+                    source = self.find(content)
+                else:
+                    raise BadRow(f"{name!r} has {str(item)[:40]}, not the path or bytes of a file")
+                medium_kind = kind or data_type or ("video" if is_video(source) else "image")
+                found.append((medium_kind, source))
+        if not found and data_type in ("image", "video"):
+            raise BadRow(f"has no {data_type} in 'path' or another column")
+        markers = re.findall("<(image|video)>", "\n".join([example.problem, *example.options]))
+        if not markers:
+            return found
+        kinds = Counter(kind for kind, _ in found)
+        if Counter(markers) != kinds:
+            placed = f"places {markers.count('image')} images and {markers.count('video')} videos"
+            raise BadRow(f"its text {placed}, but it has {kinds['image']} and {kinds['video']}")
+        return [found.pop([kind for kind, _ in found].index(marker)) for marker in markers]
+
+    def find(self, path: str) -> Path:
+        """The file that `path` names under one of the roots; targets of links are checked too."""
+        outside = False
+        for root in self.roots:
+            try:
+                target = (root / path).resolve()
+                if any(target.is_relative_to(allowed) for allowed in self.roots):
+                    if target.is_file():
+                        return target
+                else:
+                    outside = True
+            except (OSError, ValueError, RuntimeError):  # too long, has a NUL, or a loop of links
+                continue
+        raise BadRow(f"path {path[:200]!r} {'leaves' if outside else 'is not under'} --media-root")
+
+
+def read_chat(turns: list[Any]) -> dict[str, Any]:
+    """The fields of a row whose question, and perhaps its answer, are the turns of a chat."""
+    fields = {"images": [], "videos": []}
+    try:
+        roles = [turn.get("from") or turn.get("role") for turn in turns]
+        if roles not in ROLES:
+            found = f"has the turns {str(roles)[:100]}"
+            raise BadRow(f"{found}; expected one of user, then one of assistant")
+        for field, turn in zip(("problem", "solution"), turns, strict=False):
+            content, text = turn.get("value") or turn.get("content"), ""
+            for part in content if isinstance(content, list) else [{"text": content}]:
+                if (kind := part.get("type")) in ("image", "video"):
+                    text += f"<{kind}>"
+                    fields[f"{kind}s"] += [part[kind]] if part.get(kind) else []
+                else:
+                    text += part["text"]
+            fields[field] = text
+    except (AttributeError, TypeError, KeyError):
+        raise BadRow("has a turn without a role or a text") from None
+    return fields
+
+
+def read_example(fields: dict[str, Any]) -> Example:
+    """The example of a row without its media.
+
+    Raises:
+        BadRow: a field is missing or invalid.
+    """
+    texts = []
+    for field, name in (("problem", "question"), ("solution", "answer")):
+        text = fields[field]
+        if isinstance(text, int) or (isinstance(text, float) and math.isfinite(text)):
+            text = str(text)
+        if not isinstance(text, str) or not text.strip():
+            raise BadRow(f"has no text for its {name}")
+        texts.append(text)
+    problem, solution = texts
+    thought = fields["process"] if isinstance(fields["process"], str) else ""
+    before, end, after = solution.partition("</think>")
+    if end:
+        thought, solution = thought.strip() or before + end, after
+    answer = extract_answer(solution)
+    solution = solution.strip() if answer is None else answer
+    if not solution or "<answer>" in solution or "</answer>" in solution:
+        raise BadRow("has half a pair of answer tags, or nothing between them")
+    options = fields["options"] or []
+    if not isinstance(options, list) or not all(isinstance(x, str) for x in options):
+        raise BadRow("options is not a list of texts")
+    for name, text, most in (
+        ("question", problem, MAX_PROBLEM),
+        ("answer", solution, MAX_SOLUTION),
+        ("options", "\n".join(options), MAX_SOLUTION),
+        ("thought", thought, MAX_THOUGHT),
+    ):
+        if len(text) > most:
+            raise BadRow(f"{name}: {len(text):,} characters; at most {most:,} are allowed")
+        if re.search("[\ud800-\udfff]", text):
+            raise BadRow(f"{name}: has half a character (a lone surrogate)")
+    problem_type = fields["problem_type"] or ("multiple choice" if options else "")
+    if problem_type not in (*PROBLEM_TYPES, ""):
+        known = ", ".join(PROBLEM_TYPES)
+        raise BadRow(f"problem_type is {str(problem_type)[:40]!r}; known are {known}")
+    if problem_type == "multiple choice":
+        options, solution = choices(options, solution)
+    return Example(
+        problem=problem,
+        solution=solution,
+        media=[],
+        response=thought.strip() or None,
+        problem_type=problem_type,
+        options=tuple(options),
+        source=str(fields["data_source"] or "").encode(errors="replace").decode()[:200],
+    )
+
+
+def choices(options: list[str], solution: str) -> tuple[list[str], str]:
+    """The options with their letters, which the prompt asks for, and the letter of the solution.
+
+    Options without letters get the letters of their positions. If no options are listed (the
+    problem may contain them), a solution that is not a letter remains unchanged.
+    """
+    texts = option_texts(options)
+    if len(texts) < len(options):
+        raise BadRow("options share a letter, or are more than 26")
+    letter = option_letter(solution, options)
+    if options and not letter:
+        raise BadRow(f"solution {solution[:40]!r} is not one of the options {', '.join(texts)}")
+    if list(texts.values()) == options:
+        options = [f"{name}. {text}" for name, text in texts.items()]
+    return options, letter or solution

@@ -1,0 +1,219 @@
+"""Images and videos from untrusted files, or from their bytes in a data file."""
+
+import re
+from bisect import bisect_right
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from prompts import Media
+from runs import UsageError
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no format that runs a program
+MAX_RATIO = 200  # of an image's sides; the image processor's limit
+MAX_FRAMES, MAX_FRAME_BYTES = 768, 2**32  # of a video with only --fps; of all frames of a row
+# FFmpeg's names of containers with unusable time stamps: AVI stamps the decoding order, and MPEG-PS
+# leaves frames unstamped.
+UNSTAMPED = ("avi", "mpeg")
+# Options for opening a video: it cannot open network addresses, and its metadata may be any bytes.
+UNTRUSTED = {"options": {"protocol_whitelist": "file"}, "metadata_errors": "replace"}
+# The first bytes of video files: MP4 and QuickTime, Matroska and WebM, AVI, FLV, WMV, MPEG-PS,
+# MPEG-TS, Ogg. A playlist, which could open other files, does not match; nor does a GIF.
+VIDEO = rb"....(?:ftyp|moov|mdat|free|skip|wide|pnot)|\x1aE\xdf\xa3|RIFF....AVI |FLV|0&\xb2u"
+VIDEO += rb"|\x00\x00\x01[\xba\xb3]|(?!GIF8)(?:....)?G.{187}(?:....)?G|OggS"
+VIDEO = re.compile(VIDEO, re.DOTALL)
+
+
+class BadRow(Exception):
+    """A row that cannot be used; the message says why."""
+
+
+@dataclass
+class MediaBytes:
+    """The content of a media file, opened like a `Path`."""
+
+    name: str
+    content: bytes
+
+    def open(self, mode: str) -> BytesIO:
+        return BytesIO(self.content)
+
+
+def is_video(path: Path | MediaBytes) -> bool:
+    """Whether a file is a video, by its first bytes."""
+    try:
+        with path.open("rb") as file:
+            return VIDEO.match(file.read(512)) is not None
+    except OSError as error:
+        raise BadRow(f"{path.name}: cannot be read ({error.strerror})") from None
+
+
+def read_image(path: Path | MediaBytes) -> Image.Image:
+    """Read an image as upright RGB; transparent areas become white.
+
+    Raises:
+        BadRow: the image cannot be read, or is too large or too narrow.
+    """
+    try:
+        with path.open("rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
+            if max(image.size) > MAX_RATIO * min(image.size):
+                raise BadRow(f"{path.name}: sides of {image.size} are too unequal")
+            if image.mode in ("I", "F"):  # their value range is unknown
+                raise BadRow(f"{path.name}: pixels of mode {image.mode} are not supported")
+            if image.mode.startswith("I;16"):  # Pillow would clip at 255, not scale
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                return Image.alpha_composite(white, image).convert("RGB")
+            return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise BadRow(f"{path.name}: not a readable image ({', '.join(IMAGE_FORMATS)})") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadRow(f"{path.name}: not a readable image ({first_line(error)})") from None
+
+
+def frame_indices(
+    total: int, rate: float, frames: int | None, fps: float | None, times: np.ndarray | None = None
+) -> list[int]:
+    """Choose from `total` frames, shown at `rate` per second: `frames` of them, evenly spaced from
+    first to last, or `fps` per second, but at most `frames` (768 if None).
+
+    `times` (total,) are the seconds at which the frames of a variable-rate video are shown. With
+    `times`, `fps` takes the frames nearest to evenly spaced times. `frames` alone still spaces
+    indices evenly, as Video-R1 and the models' release do, which gives exactly the requested
+    number. No frame is taken twice: a shorter video gives all its frames.
+    """
+    count = MAX_FRAMES if frames is None else frames
+    if fps is not None:
+        count = min(count, max(2, round(total / rate * fps)))
+    if fps is None or times is None:
+        places = np.linspace(0, total - 1, min(count, total))
+    else:  # fractional frame index of each time; rounding gives the nearest frame
+        places = np.interp(np.linspace(times[0], times[-1], count), times, np.arange(total))
+    return np.unique(places.round().astype(int)).tolist()
+
+
+def read_video(path: Path | MediaBytes, frames: int | None, fps: float | None) -> Media:
+    """The chosen frames of a video, upright, with the times at which it shows them.
+
+    Raises:
+        BadRow: the video is cut off or too large, or a frame cannot be decoded.
+        UsageError: PyAV is not installed.
+    """
+    try:
+        import av
+    except ImportError:
+        why = "videos need PyAV, which is not installed"
+        raise UsageError(f"{path.name}: {why}; pip install av, or use images only") from None
+    try:
+        if not is_video(path):
+            raise BadRow(f"{path.name}: not a video, by its first bytes")
+        with open_video(path) as container:
+            stamps, keys, rate, times, (width, height) = index_video(container, path.name)
+        indices = frame_indices(len(stamps), rate, frames, fps, times)
+        if max(height, width) > MAX_RATIO * min(height, width):
+            raise BadRow(f"{path.name}: sides of {(width, height)} are too unequal")
+        if len(indices) * width * height * 3 > MAX_FRAME_BYTES:
+            raise BadRow(f"{path.name}: {len(indices)} of its frames take more than 4 GB")
+        with open_video(path) as container:
+            pictures = seek_frames(container, [stamps[i] for i in indices], keys)
+        if not pictures:
+            with open_video(path) as container:
+                pictures = count_frames(container, indices)
+    except (av.FFmpegError, OSError) as error:
+        raise BadRow(f"{path.name}: not a readable video ({first_line(error)})") from None
+    if len(pictures) < len(indices):
+        raise BadRow(f"{path.name}: some of its {len(stamps):,} frames cannot be decoded")
+    shown = np.arange(len(stamps)) / rate if times is None else times
+    return Media(pictures, is_video=True, times=shown[indices].tolist())
+
+
+def open_video(path: Path | MediaBytes) -> Any:
+    import av
+
+    return av.open(str(path) if isinstance(path, Path) else path.open("rb"), **UNTRUSTED)
+
+
+def index_video(
+    container: Any, name: str
+) -> tuple[list[int], list[int], float, np.ndarray | None, tuple[int, int]]:
+    """Index the frames of an open video from its packets, without decoding them.
+
+    Returns time stamps in display order, those of keyframes (none if stamps are unreliable), frames
+    per second, the seconds at which frames are shown (None at a constant rate), and width and
+    height.
+
+    Raises:
+        BadRow: the video has no frames or fewer than it announces, or there is no decoder for it.
+    """
+    video = container.streams.best("video")
+    if video is not None and video.codec_context is None:
+        mend = "convert it with ffmpeg -i OLD -c:v libx264 -pix_fmt yuv420p NEW.mp4"
+        raise BadRow(f"{name}: there is no decoder for its codec; {mend}")
+    # Keeping the packets themselves would hold the whole file in memory.
+    demuxed = container.demux(video) if video is not None else ()
+    packets = [(p.pts, p.is_keyframe, p.is_discard) for p in demuxed if p.size]
+    cut = sum(is_discard for _, _, is_discard in packets)  # decoded but not shown
+    if len(packets) == cut or not video.width or not video.height:
+        raise BadRow(f"{name}: has no frames")
+    if len(packets) < 0.9 * video.frames:  # some containers also count dropped frames
+        raise BadRow(f"{name}: is cut off, {len(packets):,} of {video.frames:,} frames are there")
+    rate, size = float(video.average_rate or video.guessed_rate or 1), (video.width, video.height)
+    if container.format.name in UNSTAMPED or any(pts is None for pts, _, _ in packets):
+        return list(range(len(packets) - cut)), [], rate, None, size
+    stamps = sorted({pts for pts, _, is_discard in packets if not is_discard})
+    keys = sorted({pts for pts, is_key, _ in packets if is_key})
+    times = (np.array(stamps) - stamps[0]) * float(video.time_base)
+    if np.abs(times - np.arange(len(times)) / rate).max() < 0.5 / rate:
+        return stamps, keys, rate, None, size
+    return stamps, keys, (len(times) - 1) / times[-1], times, size
+
+
+def seek_frames(container: Any, wanted: list[int], keys: list[int]) -> list[Image.Image]:
+    """Decode the frames with the time stamps `wanted` (ascending), each from the keyframe before
+    it. Returns no frames if any of them is not found."""
+    video, pictures, key = first_video(container), [], None
+    for stamp in wanted if keys else ():
+        before = keys[max(0, bisect_right(keys, stamp) - 1)]
+        if before != key:
+            key = before
+            container.seek(key, stream=video)
+            decoded = container.decode(video)
+        frame = next((f for f in decoded if f.pts is not None and f.pts >= stamp), None)
+        if frame is None or frame.pts != stamp:
+            return []
+        pictures.append(upright(frame, video))
+    return pictures
+
+
+def count_frames(container: Any, indices: list[int]) -> list[Image.Image]:
+    """Decode the frames with these numbers, counted from the beginning: slower, but correct even if
+    time stamps or seeking are not."""
+    video, chosen = first_video(container), set(indices)
+    decoded = enumerate(islice(container.decode(video), indices[-1] + 1))
+    return [upright(frame, video) for number, frame in decoded if number in chosen]
+
+
+def first_video(container: Any) -> Any:
+    video = container.streams.best("video")
+    video.codec_context.thread_count = 1  # worker processes run in parallel instead
+    # A frame may announce a larger size than the file does. Limit it to 89 MP, as for images.
+    video.codec_context.options = {"max_pixels": str(Image.MAX_IMAGE_PIXELS)}
+    return video
+
+
+def upright(frame: Any, video: Any) -> Image.Image:
+    """Convert a decoded frame to RGB in the video's initial size, rotated as the file specifies."""
+    picture = frame.to_image(width=video.width, height=video.height)
+    return picture.rotate(frame.rotation, expand=True)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -5,11 +5,13 @@ import os
 import re
 import shutil
 import sys
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import toy_args
+from matplotlib.axes import Axes
 from PIL import Image
 
 import common
@@ -180,14 +182,26 @@ def test_bad_rows_of_an_interrupted_evaluation_do_not_stop_the_next(real, tmp_pa
     assert (out / "skipped.jsonl").read_bytes() == skipped and len(predictions(out)) == 18
 
 
-def test_a_sweep_over_the_toys_grid(cold_start, tmp_path):
+def test_a_sweep_over_the_toys_grid(cold_start, tmp_path, monkeypatch):
     args = toy_args(
         evaluate, model=str(cold_start), examples=4, grid=(3, 5), out=str(tmp_path / "out")
     )
+    drawn, errorbar = [], Axes.errorbar
+
+    def keep(axis, *values, **options):
+        drawn.append(values)
+        return errorbar(axis, *values, **options)
+
+    monkeypatch.setattr(Axes, "errorbar", keep)
     evaluate.main(args)
     table = (tmp_path / "out" / "table.txt").read_text()
     assert "grid 3" in table and "grid 5" in table and "on target, row own" in table
-    assert (tmp_path / "out" / "sweep.png").stat().st_size > 1000
+    by_grid = defaultdict(list)
+    for line in predictions(tmp_path / "out"):
+        by_grid[line["setting"][-1]].append(line["accuracy"])
+    ((grids, means, _),) = drawn
+    assert grids == (3, 5) and list(means) == [sum(by_grid[n]) / 4 for n in grids]
+    assert Image.open(tmp_path / "out" / "sweep.png").size == (400, 288)
 
 
 def test_a_sweep_over_frames_with_real_data(real, tmp_path):

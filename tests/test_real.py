@@ -28,6 +28,7 @@ import evaluate
 import grpo_baseline
 import kd_baseline
 import memory
+import pictures
 import ral_grpo
 import runs
 import sft
@@ -78,9 +79,16 @@ CASES += [(ral_grpo, "qwen2_5_vl"), (ral_grpo, "qwen2_vl"), (sft, "qwen2_vl")]
 def test_train_save_and_evaluate(real, tmp_path, monkeypatch, script, family):
     fields = {"data": str(real / "rows.jsonl")} if script is ral_grpo else {}
     fields |= {"think": False} if script is grpo_baseline else {}
+    drawn, draw = [], pictures.draw_gaze
+    keep = lambda axis, gaze, row: drawn.append((gaze.question, len(row))) or draw(axis, gaze, row)  # noqa: E731
+    monkeypatch.setattr(pictures, "draw_gaze", keep)
     lines, checkpoint = run(script, real, tmp_path / "run", family, steps=7, **fields)
     assert len(lines) == 8 and 0 < lines[-1]["data/skipped"] <= 3
-    assert (tmp_path / "run" / "attention.png").stat().st_size > 1000
+    half = len(drawn) // 2  # the same examples before and after
+    assert half > 0 and drawn[:half] == drawn[half:] and all(tokens > 0 for _, tokens in drawn)
+    wide, high = Image.open(tmp_path / "run" / "attention.png").size
+    assert (wide, high) == (int(184 * half), 496)
+    assert "<canvas" in (tmp_path / "run" / "gaze.html").read_text()
     bad = [json.loads(x) for x in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert len(bad) == lines[-1]["data/skipped"]
     assert all(" row " in row["row"] and row["reason"] for row in bad)

@@ -60,13 +60,15 @@ def memory_gb(
     hidden, wide = text.hidden_size, text.intermediate_size
     heads, shared = text.num_attention_heads, text.num_key_value_heads
     head_dim = getattr(text, "head_dim", None) or hidden // heads
+    # Qwen3-VL's deeper visual features: bytes a token. Each pass makes a second copy.
+    deeper = width * hidden * len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
 
     def decoding(prompts: int, group: int) -> float:
         """Bytes of the keys and values of the prompts and their responses, and of the prefill's
         last layer."""
         cache = 2 * len(layers) * head_dim * shared * prompts * (prompt + group * new)
         in_layer = (3 * wide if not lora_rank else 4.5 * wide) + 6 * hidden
-        return width * (cache + prompts * prompt * in_layer)
+        return width * (cache + prompts * prompt * in_layer) + prompts * prompt * 2 * deeper
 
     gathered = width * total if gathers else 0
     if evaluated is not None and processes > 1:
@@ -95,7 +97,7 @@ def memory_gb(
     need["update"] = {
         "gathered": width * (root + 2 * layer) if gathers else 0,
         "gradients": 4 * trained / processes,
-        "activations": update + step * attention,
+        "activations": update + step * attention + (step + size) * prompt * deeper,
     }
     for phase, parts in need.items():
         need[phase] = {name: value / GIB for name, value in (standing | parts).items()}

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen3VLTextModel
 
 import common
 from prompts import Block, PromptBatch
@@ -248,6 +248,8 @@ def fake_gpu(device: str, processes: int, answers: dict[str, Any], length: int) 
         patch(common, "causal_lower_right", LowerRight)
         patch(common, "fill", lambda *_: None)
         patch(PreTrainedModel, "to", lambda self, device: self)
+        # Indexing by a mask needs its values. The original, too, keeps one clone.
+        patch(Qwen3VLTextModel, "_deepstack_process", lambda self, hidden, *_: hidden.clone())
         patch(common, "gather", lambda items: items)
         patch(common, "on_rank_0", lambda action: action())
         patch(common, "ATTENTION_CHUNK", 2**26)

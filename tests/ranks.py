@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import runs
+import toy
 
 
 def by_length(group_size: int, idle: bool):
@@ -31,7 +32,10 @@ def run_all(jobs: list[tuple[str, dict, bool]], out: Path, names=("0123456789"))
         kept = getattr(script, "accuracy", None)
         if kept is not None:
             script.accuracy = by_length(fields["group_size"], idle)
-        script.main(script.Args(**fields, out=str(out / number)))
+        model = fields.get("model")
+        is_toy = model is None or toy.Task.load(Path(model)) is not None
+        defaults = script.TOY if is_toy else {}
+        script.main(script.Args(**defaults | fields, out=str(out / number)))
         if kept is not None:
             script.accuracy = kept
 

@@ -7,7 +7,7 @@ import fake_gpu
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
+from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 
 import attn_distill
 import common
@@ -32,6 +32,14 @@ SIZES = {
         "num_attention_heads": 12,
         "num_key_value_heads": 2,
     },
+    "8B": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
 }
 IDS = {"image_token_id": 151655, "video_token_id": 151656}
 IDS |= {"vision_start_token_id": 151652, "vision_end_token_id": 151653}
@@ -49,6 +57,12 @@ def config_of(size: str, family=Qwen2VLConfig, layers: int = 4):
     }
     if family is Qwen2_5_VLConfig:
         vision = {"depth": layers, "hidden_size": 1280, "out_hidden_size": text["hidden_size"]}
+    if family is Qwen3VLConfig:
+        rope |= {"mrope_section": [24, 20, 20], "mrope_interleaved": True}
+        levels = [min(i, layers - 1) for i in range(3)]
+        vision |= {"hidden_size": 1152, "deepstack_visual_indexes": levels}
+        vision["out_hidden_size"] = text["hidden_size"]
+        del vision["embed_dim"]
     return family(
         text_config=text | {"rope_parameters": rope},
         vision_config=vision,
@@ -68,12 +82,14 @@ STEPS = {
     "7B, adapters, 1 process": ("7B", 64, 1),
     "7B, adapters, 8 processes": ("7B", 64, 8),
     "2B, all weights, 1 process": ("2B", 0, 1),
+    "Qwen3-VL-8B, all weights, 8 processes": ("8B", 0, 8),
 }
 
 
 @pytest.mark.parametrize(("size", "lora_rank", "processes"), STEPS.values(), ids=STEPS)
 def test_a_step_runs_in_the_memory_it_was_expected_to_need(size, lora_rank, processes):
-    config, args = config_of(size), make_args(ral_grpo, lora_rank)
+    family = Qwen3VLConfig if size == "8B" else Qwen2VLConfig
+    config, args = config_of(size, family), make_args(ral_grpo, lora_rank)
     fake_gpu.KERNELS.clear()
     peaks = fake_gpu.step(ral_grpo, config, args, processes)
     # One prompt a microbatch: nothing is padded, and no mask keeps flash attention away.

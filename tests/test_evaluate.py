@@ -8,9 +8,10 @@ import sys
 from collections import defaultdict
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from conftest import toy_args
+from conftest import make_prompts, toy_args
 from matplotlib.axes import Axes
 from PIL import Image
 
@@ -236,3 +237,17 @@ def test_a_sweep_over_frames_with_real_data(real, tmp_path):
     kinds = [line for line in lines if line["setting"][0] == 6 and line["problem_type"] == "OCR"]
     expected = sum(line["accuracy"] for line in kinds) / len(kinds)
     assert metrics["eval/accuracy_OCR"] == pytest.approx(expected)
+
+
+def test_a_picture_shows_every_image_and_pair_of_frames(loaded):
+    """An image of 4 x 4 tokens, a video of three pairs of frames and an image, of 3 x 3 each."""
+    (prompt,) = make_prompts(*loaded, kinds=("mixed",), grids=(4,), frames=(6,))
+    attention = torch.arange(16.0 + 4 * 9)
+    media, grids = prompt.example.media, [block.shape for block in prompt.blocks]
+    shown = Gaze("", "", [], 0.0, media, grids, list(range(52)), 52, {})
+    axis = pictures.load_pyplot().figure().add_subplot()
+    pictures.draw_gaze(axis, shown, attention)
+    drawn, dimmed = axis.images[::2], axis.images[1::2]
+    assert [image.get_array().shape[0] for image in drawn] == [112, 84, 84, 84, 84]
+    bright = [(1 - image.get_array()[..., 3] / 0.85).flatten() for image in dimmed]
+    np.testing.assert_allclose(np.concatenate(bright), attention / 51, atol=1e-6)

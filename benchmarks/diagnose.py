@@ -1,0 +1,333 @@
+"""What to know before training with RAL: where a model looks, and what is left for the attention
+term to act on.
+
+    python benchmarks/diagnose.py                                   # the toy's cold start
+    python benchmarks/diagnose.py --model DIR_OR_HUB_NAME --data FILE
+
+It takes the arguments of `ral_grpo.py`, so a planned run can be diagnosed as it stands. It responds
+to the run's first prompts, takes one optimiser step of plain GRPO on them, and undoes the step.
+Arguments about steps, evaluation and saved states have no effect.
+
+The table has a line for the policy of each layer and row kind (means over tokens, then responses):
+  vision, question, response  mass on visual tokens, the rest of the prompt, and earlier tokens
+  entropy     in nats
+  moved       divergence D of the policy after the step from that at rollout time, in nats
+  left_group  share of sum |A D / T| that is left if a group's responses and tokens are summed first
+  left_row    the same if only responses that share a row are summed first. Those with a common
+              prefix share it, and their advantages A nearly cancel: no gradient has more than this
+  gradient    gradient norm of the term at lambda 1, over that of the token term, at the second
+              inner iteration
+  lambda      the weight that makes this ratio 0.1
+"""
+
+import json
+import math
+import statistics
+import sys
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Module
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import ral_grpo
+import runs
+import toy
+from common import Rollout, load_model, load_processor, require_layer, response_mean, score
+from data import check_files, open_data
+from memory import GIB, fit_memory, memory_gb
+from pictures import load_pyplot
+from prompts import Processor, Prompt, PromptConfig, collate, encode_prompt
+from ral_grpo import Batch, attention_policy, divergence, term_norm
+from runs import require
+
+ROWS = ("own", "predicting")
+MASSES = {"vision": "tab:orange", "question": "tab:blue", "response": "lightgrey"}
+AFTER = {"moved": ".1e", "left_group": ".4f", "left_row": ".4f", "gradient": ".1e", "lambda": ".2g"}
+COLUMNS = dict.fromkeys((*MASSES, "entropy"), ".3f") | AFTER  # of the table, with their formats
+
+
+@dataclass
+class Args(ral_grpo.Args):
+    out: str = "runs/diagnose"
+    """Directory of diagnosis.txt, .png and .json, and of samples.jsonl."""
+    prompts: int = 32
+    """Prompts that are answered together, at most one epoch."""
+    layers: tuple[int, ...] = ()
+    """Layers to measure beside --attn-layer; unset: all. Each costs two passes with gradients."""
+
+
+def shares_prefix(rollout: Rollout) -> Tensor:
+    """Whether responses i and j of a group have the same first t tokens, (B, G, G, T), t = 1 to T.
+    The end of a response counts as a token."""
+    ids = rollout.response_ids.masked_fill(~rollout.response_mask, -1)
+    return (ids[:, :, None] == ids[:, None]).int().cumprod(-1).bool()
+
+
+def look(batch: Batch, rows: Tensor, row: str) -> dict[str, Tensor]:
+    """Where each response token looks: the three masses and the entropy, (B, G, T) each. `rows` are
+    those of `common.score`."""
+    policy = attention_policy(rows, row)
+    visual = (batch.rollout.prompts.patches >= 0).to(policy.device)[:, None, None]
+    prompt, response = policy.split([visual.shape[-1], policy.shape[-2]], dim=-1)
+    vision, entropy = (prompt * visual).sum(-1), torch.special.entr(policy).sum(-1)
+    masses = (vision, prompt.sum(-1) - vision, response.sum(-1))
+    return dict(zip(MASSES, masses, strict=True)) | {"entropy": entropy}
+
+
+def remainders(batches: list[Batch], moved: list[Tensor], row: str) -> dict[str, Any]:
+    """The two shares that are left, and by token the share of the sum and what the group leaves of
+    it. `moved` are the divergences (B, G, T) of each batch."""
+    terms, left_row, longest = [], 0.0, max(x.shape[-1] for x in moved)
+    for batch, x in zip(batches, moved, strict=True):
+        mask = batch.rollout.response_mask
+        term = batch.advantages * torch.where(mask, x, 0.0) / mask.sum(-1, keepdim=True)
+        shared = shares_prefix(batch.rollout).to(term.dtype)
+        if row == "predicting":  # the row of token t follows from the tokens before it
+            shared = F.pad(shared, (1, -1), value=1.0)
+        sums = torch.einsum("bijt,bjt->bit", shared, term).abs() / shared.sum(2)
+        left_row += torch.where(mask, sums, 0.0).sum()
+        terms.append(F.pad(term, (0, longest - x.shape[-1])))
+    term = torch.cat(terms)
+    by_response, by_group = term.abs().sum((0, 1)), term.sum(1).abs().sum(0)  # (T,)
+    least = torch.finfo(term.dtype).tiny  # nothing of nothing is left
+    total = by_response.sum().clamp_min(least)
+    return {
+        "left_group": (term.sum((1, 2)).abs().sum() / total).item(),
+        "left_row": (left_row / total).item(),
+        "share_by_token": (by_response / total).tolist(),
+        "left_by_token": (by_group / by_response.clamp_min(least)).tolist(),
+    }
+
+
+def diagnose(
+    model: Module, processor: Processor, prompts: list[Prompt], args: Args, layers: list[int]
+) -> tuple[dict[str, Any], list[dict]]:
+    """Measure the groups and all policies of `layers`; returns the report and the samples. Every
+    weight is afterwards what it was before, to the bit."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    kept = [runs.full_tensor(p.detach()).to("cpu", copy=True) for p in parameters]
+    inputs = collate(model, prompts, processor.tokenizer.pad_token_id)
+    rollout, rewards, metrics, samples = ral_grpo.roll_out(model, processor, prompts, inputs, args)
+    advantages, size = ral_grpo.group_advantages(rewards), args.micro_batch_size
+    cuts = [slice(i, i + size) for i in range(0, len(prompts), size)]
+    batches = [Batch(rollout[cut], advantages[cut]) for cut in cuts]
+    masks = [batch.rollout.response_mask for batch in batches]
+    alike = shares_prefix(rollout)[:, 0].all(1)  # (B, T)
+    report = {"metrics": metrics, "lengths": rollout.response_mask.sum(-1).flatten().tolist()}
+    report["parting"] = [int(x.sum()) + 1 for x in alike if not x[-1]]
+    report |= {"never_part": alike[:, -1].float().mean().item(), "notes": [], "rows": []}
+    if not (inputs.patches >= 0).any():
+        report["notes"].append("vision: no prompt has an image or a video")
+    if not (learns := bool(advantages.any())):
+        why = f"the rewards of every group are equal ({runs.why_equal([metrics])})"
+        report["notes"].append(f"movement, remainders, gradients: {why}")
+
+    @torch.no_grad()
+    def attention(batch: Batch) -> dict[int, Tensor]:
+        return score(model.eval(), batch.rollout, args.temperature, layers).attentions
+
+    def mean(values: list[Tensor]) -> float:
+        means = [response_mean(x, mask) for x, mask in zip(values, masks, strict=True)]
+        return torch.cat(means).mean().item()
+
+    before = [{layer: x.cpu() for layer, x in attention(batch).items()} for batch in batches]
+    pairs = list(zip(batches, before, strict=True))
+    for layer, row in product(layers, ROWS):
+        looks = [look(batch, old[layer].to(model.device), row) for batch, old in pairs]
+        line = {"layer": layer, "row": row} | {k: mean([x[k] for x in looks]) for k in looks[0]}
+        report["rows"].append(line | dict.fromkeys(AFTER))
+    if not learns:
+        return report, samples
+    try:
+        optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
+        grpo = replace(args, lambda_attn=0.0, beta=0.0, num_iterations=1)
+        norm = ral_grpo.update(model, optimizer, batches, grpo, measure=False)["train/grad_norm"]
+        require(math.isfinite(norm), f"--model {args.model}: the gradient of GRPO is {norm}")
+        del optimizer
+        moved = {key: [] for key in product(layers, ROWS)}
+        for batch, old in pairs:
+            new = attention(batch)
+            for layer, row in moved:
+                # Float32 would round away what moves at a learning rate of 1e-6.
+                both = (x[layer].to(model.device).double() for x in (new, old))
+                policies = [attention_policy(x, row) for x in both]
+                moved[layer, row].append(divergence(*policies, args.attn_divergence))
+        model.train()  # gradient checkpointing needs it
+        tokens = term_norm(model, batches, args, "pg_loss")
+        for line in tqdm(report["rows"], desc="gradients"):
+            layer, row = line["layer"], line["row"]
+            for batch, old in pairs:
+                batch.old_attn = attention_policy(old[layer].to(model.device), row)
+            options = replace(args, attn_layer=layer, attn_row=row)
+            ratio = term_norm(model, batches, options, "attn_loss") / tokens
+            line |= {"moved": mean(moved[layer, row]), "gradient": ratio}
+            line["lambda"] = 0.1 / ratio if ratio else None
+            line |= remainders(batches, moved[layer, row], row)
+    finally:
+        with torch.no_grad():
+            for parameter, weight in zip(parameters, kept, strict=True):
+                parameter.copy_(runs.shard_like(weight, parameter))
+        model.zero_grad()
+        model.eval()
+    return report, samples
+
+
+def conclude(report: dict[str, Any], args: Args) -> list[str]:
+    """Three sentences about the layer and row of `args`."""
+    ours, best = report["planned"], max(report["rows"], key=lambda x: x["vision"])
+    named, other = (f"the {x['row']} rows of layer {x['layer']}" for x in (ours, best))
+    looks = f"T{other[1:]} look at vision most ({best['vision']:.0%} of their mass)"
+    looks += ", and RAL would reward" + (
+        " them." if ours is best else f" {named} ({ours['vision']:.0%})."
+    )
+    if best["vision"] < 0.05:
+        looks = f"No rows look at vision: at most {best['vision']:.1%} of their mass is there."
+    if ours["moved"] is None:
+        equal = "Groups do not differ in reward: RAL and GRPO learn nothing here."
+        return [looks, equal, "So no lambda can be given."]
+    left, weight, token = ours["left_row"], args.lambda_attn or 1.0, report["parting"]
+    much = "next to nothing" if left < 0.05 else "little" if left < 0.3 else "enough"
+    acts = (
+        f"Groups part at token {statistics.median(token):.0f} (median), and {left:.0%} of the term"
+    )
+    acts += f" is left in {named} once responses that share a row are summed: {much} to act on."
+    ratio = weight * ours["gradient"]
+    felt = f"At lambda {weight:g} the term's gradient is {ratio:.1g} of the token term's"
+    felt += f"; lambda {ours['lambda']:.2g} would make it a tenth." if ours["lambda"] else "."
+    return [looks, acts, felt]
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text."""
+    metrics, parting, lengths = report["metrics"], report["parting"], report["lengths"]
+    first = f"part at token {statistics.median(parting):.0f} (median)" if parting else "do not part"
+    differ, cut = 1 - metrics["rollout/frac_zero_std"], metrics["rollout/truncated_frac"]
+    lines = [
+        f"groups: {first}, {report['never_part']:.0%} never; rewards differ in {differ:.0%}",
+        f"rewards: mean {metrics['rollout/reward']:.3f}",
+        f"responses: {min(lengths)} to {max(lengths)} tokens, {cut:.0%} truncated",
+        f"\nlayer {'row':<10}{''.join(f'{name:>11}' for name in COLUMNS)}",
+    ]
+    for line in report["rows"]:
+        cells = ["-" if line[x] is None else f"{line[x]:{form}}" for x, form in COLUMNS.items()]
+        lines.append(f"{line['layer']:>5} {line['row']:<10}{''.join(f'{x:>11}' for x in cells)}")
+    notes = [f"not measured: {note}" for note in report["notes"]]
+    return "\n".join([*lines, "", *notes, *report["conclusion"]])
+
+
+def draw(path: Path, report: dict[str, Any]) -> None:
+    """Draw the columns of the table by layer, and the term of the planned policy by token."""
+    pyplot = load_pyplot()
+    figure, axes = pyplot.subplots(2, 3, figsize=(13, 7.5))
+    ours, layers = report["planned"], [x["layer"] for x in report["rows"][::2]]
+    lines = {row: [x for x in report["rows"] if x["row"] == row] for row in ROWS}
+    place, skip = range(len(layers)), math.ceil(len(layers) / 14)
+    for axis, row in zip(axes[0], ROWS, strict=False):
+        bottom = torch.zeros(len(layers))
+        for name, colour in MASSES.items():
+            values = torch.tensor([x[name] for x in lines[row]])
+            axis.bar(place, values, bottom=bottom, label=name, color=colour)
+            bottom += values
+        axis.set(title=f"attention mass of the {row} rows", ylim=(0, 1.15))
+    titles = {
+        "moved": "moved in one step of GRPO (nats)",
+        "left_row": "share of the term that is left",
+    }
+    titles |= {"lambda": "lambda for a tenth of the token gradient"}
+    for axis, (name, title) in zip(axes[1], titles.items(), strict=True):
+        for row, colour in zip(ROWS, ("tab:green", "tab:purple"), strict=True):
+            for key, style in ((name, "o-"), (name.replace("row", "group"), "o:")):
+                values = [math.nan if x[key] is None else x[key] for x in lines[row]]
+                label = f"{row}, group" if "group" in key else row if style == "o-" else None
+                axis.plot(place, values, style, label=label, color=colour)
+        axis.set(title=title, ylim=(0, 1))
+        axis.grid(alpha=0.3)
+        if "left" not in name:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:.0e}")
+            low, high = (math.log10(x) for x in axis.get_ylim())
+            axis.set_ylim(10 ** math.floor(low), 10 ** math.ceil(high))  # two labels or more
+    for axis in (*axes[0, :2], *axes[1]):
+        axis.set(xlabel="layer", xticks=place[::skip], xticklabels=layers[::skip])
+    shares = ours.get("share_by_token", [])
+    left = [a * b for a, b in zip(shares, ours.get("left_by_token", []), strict=True)]
+    for values, label in ((shares, "in all responses"), (left, "left in the group")):
+        axes[0, 2].bar(range(1, len(values) + 1), values, 1 - 0.2 * (len(values) < 40), label=label)
+    title = f"term by token, layer {ours['layer']}, {ours['row']} rows"
+    axes[0, 2].set(title=title, xlabel="token")
+    for axis in axes.flat:
+        axis.legend(fontsize=8, ncols=3 if axis in axes[0, :2] else 1, handlelength=1.5)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Print and write the diagnosis; returns the report."""
+    require(runs.world_size() == 1, "a diagnosis is made by one process; start it without torchrun")
+    runs.require_positive(args, "prompts")
+    runs.check_run(args, "model")
+    out = Path(args.out)
+    is_run = (out / "metrics.jsonl").exists()
+    require(not is_run, f"--out {out}: holds a training run; choose another")
+    is_toy, task = toy.resolve_task(args, args.model)
+    check_files(args, is_toy)
+    runs.seed_everything(args.seed)
+    processor = load_processor(args.model, args.image_tokens, args.frame_tokens)
+    depth = processor.config.text_config.num_hidden_layers
+    for layer in (*args.layers, args.attn_layer):
+        require_layer("--layers, --attn-layer", layer, processor.config)
+    layers = sorted({x % depth for x in (*(args.layers or range(depth)), args.attn_layer)})
+    processor.prompt_config = PromptConfig(
+        {} if is_toy else ral_grpo.PROMPTS, args.think, args.accuracy_rule, task.order[:1] == "q"
+    )
+    encode = partial(encode_prompt, processor)
+    if args.data:
+        train, *_ = open_data(args, encode)
+        args = replace(args, prompts=min(args.prompts, train.epoch))
+    else:
+        train, *_ = toy.open_data(replace(args, eval_examples=1), encode, task)
+    prompts = list(islice(train.begin(0), args.prompts))
+    args = replace(args, prompts_per_step=args.prompts)
+    args = fit_memory(args, processor.config, args.group_size)
+    if args.learning_rate is None:
+        args = replace(args, learning_rate=2e-5 if args.lora_rank else 1e-6)
+    new, longest = args.max_new_tokens, max(len(prompt.ids) for prompt in prompts)
+    rows = args.prompts * args.group_size * (new + 1) * len(layers)
+    needs = list(memory_gb(processor.config, args, args.lora_rank, args.group_size).values())
+    host = 4 * rows * (longest + new) / GIB + needs[0]["optimizer"] / 2  # which is two copies
+    print(
+        f"{args.prompts} prompts of up to {longest} tokens, {args.group_size} responses of up to"
+        f" {new} to each: a rollout, 2 passes forward, {2 + 2 * len(layers)} forward and backward."
+        f"\nMemory: about {max(sum(x.values()) for x in needs):.1f} GB, and on the host up to"
+        f" {host:.1f} GB for attention and a copy of the weights. --layers and --prompts choose less."
+    )
+    model = load_model(args.model, args.train_vision, args.lora_rank, args.gradient_checkpointing)
+    report, samples = diagnose(model, processor, prompts, args, layers)
+    planned = (args.attn_layer % depth, args.attn_row)
+    report["planned"] = next(x for x in report["rows"] if (x["layer"], x["row"]) == planned)
+    report["conclusion"] = conclude(report, args)
+    print(f"\n{table(report)}")
+    lines = [json.dumps(sample, ensure_ascii=False) for sample in samples]
+    files = {"args.json": json.dumps(asdict(args), indent=2), "samples.jsonl": "\n".join(lines)}
+    files |= {"diagnosis.json": json.dumps(report), "diagnosis.txt": table(report)}
+    with runs.writing(out, "the diagnosis"):
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (out / name).write_text(f"{content}\n")
+        draw(out / "diagnosis.png", report)
+    print(f"results: {out}")
+    return report
+
+
+if __name__ == "__main__":
+    runs.run_script(Args, main, __doc__, partial(toy.defaults, ral_grpo.TOY))

@@ -1,0 +1,441 @@
+"""benchmarks/diagnose.py against plain loops over transformers' eager attention."""
+
+import json
+import math
+from collections import defaultdict
+from itertools import islice
+
+import pytest
+import torch
+from conftest import load, make_prompts, same, toy_args, unpacked
+from PIL import Image
+from scipy.spatial.distance import jensenshannon
+from transformers import AutoModelForImageTextToText
+
+import common
+import ral_grpo
+import runs
+import toy
+from benchmarks import diagnose
+from prompts import collate, encode_prompt
+from runs import UsageError
+
+SMALL = {"prompts": 4, "group_size": 4, "temperature": 2.0, "learning_rate": 3e-3}
+# Responses of several lengths, in microbatches of several paddings.
+SMALL |= {"micro_batch_size": 2, "max_new_tokens": 6}
+
+
+def arguments(**fields) -> diagnose.Args:
+    return diagnose.Args(**ral_grpo.TOY | SMALL | fields)
+
+
+def open_toy(path, args, **options):
+    """The model, its processor and the first prompts."""
+    model, processor = load(path, **options)
+    task = toy.Task.load(path)
+    processor.prompt_config = task.prompt_config()
+    train, *_ = toy.open_data(args, lambda x: encode_prompt(processor, x), task)
+    return model, processor, list(islice(train.begin(0), args.prompts))
+
+
+@pytest.fixture(scope="module")
+def diagnosed(cold_start):
+    """(report, model, processor, prompts, args, weights before, weights after the step)."""
+    args = arguments(eval_examples=1)
+    model, processor, prompts = open_toy(cold_start, args)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    stepped = {}
+    with pytest.MonkeyPatch.context() as patch:
+
+        def norm(*rest):
+            assert model.training  # else gradient checkpointing is off
+            stepped.update({name: x.clone() for name, x in model.state_dict().items()})
+            return ral_grpo.term_norm(*rest)
+
+        patch.setattr(diagnose, "term_norm", norm)
+        report, _ = diagnose.diagnose(model, processor, prompts, args, [0, 1])
+    return report, model, processor, prompts, args, before, stepped
+
+
+def roll_out(diagnosed):
+    """The rollout of the diagnosis and its advantages, (B, G)."""
+    _, model, processor, prompts, args, *_ = diagnosed
+    batch = collate(model, prompts, processor.tokenizer.pad_token_id)
+    rollout, rewards, *_ = ral_grpo.roll_out(model, processor, prompts, batch, args)
+    return rollout, ral_grpo.group_advantages(rewards)[..., 0]
+
+
+def words(rollout) -> list[list[list[int]]]:
+    """The ids of each response, by prompt."""
+    lengths = rollout.response_mask.sum(-1)
+    return [
+        [ids[:n].tolist() for ids, n in zip(group, size, strict=True)]
+        for group, size in zip(rollout.response_ids, lengths, strict=True)
+    ]
+
+
+def eager_policies(diagnosed, cold_start, weights, layer, row):
+    """By prompt and response the policy of each token, by transformers alone."""
+    _, _, _, prompts, *_ = diagnosed
+    eager = AutoModelForImageTextToText.from_pretrained(cold_start, attn_implementation="eager")
+    eager.load_state_dict(weights)
+    policies = []
+    for prompt, group in zip(prompts, words(roll_out(diagnosed)[0]), strict=True):
+        policies.append([])
+        for ids in group:
+            with torch.no_grad():
+                out = unpacked(eager.eval(), prompt, torch.tensor(ids), output_attentions=True)
+            rows, p = out.attentions[layer][0].double().mean(0), len(prompt.ids)
+            if row == "own":
+                rows = [rows[p + t, : p + t] / rows[p + t, : p + t].sum() for t in range(len(ids))]
+            else:
+                rows = [rows[p + t - 1, : p + t] for t in range(len(ids))]
+            policies[-1].append(rows)
+    return policies
+
+
+def mean(responses) -> float:
+    """Mean over tokens, then over all responses."""
+    responses = [values for group in responses for values in group]
+    return sum(sum(values) / len(values) for values in responses) / len(responses)
+
+
+def line_of(report, layer, row):
+    return next(x for x in report["rows"] if (x["layer"], x["row"]) == (layer, row))
+
+
+CASES = [(0, "own"), (1, "own"), (1, "predicting")]
+
+
+@pytest.mark.parametrize(("layer", "row"), CASES)
+def test_masses_and_entropy_are_those_of_eager_attention(diagnosed, cold_start, layer, row):
+    report, model, _, prompts, _, before, _ = diagnosed
+    policies = eager_policies(diagnosed, cold_start, before, layer, row)
+    image, totals = model.config.image_token_id, defaultdict(list)
+    for prompt, group in zip(prompts, policies, strict=True):
+        visual = prompt.ids == image
+        assert visual.sum() == 16
+        looks = defaultdict(list)
+        for rows in group:
+            parts = [(r[: len(visual)], r[len(visual) :]) for r in rows]
+            looks["vision"].append([r[visual].sum().item() for r, _ in parts])
+            looks["question"].append([r[~visual].sum().item() for r, _ in parts])
+            looks["response"].append([r.sum().item() for _, r in parts])
+            looks["entropy"].append([-(r[r > 0] * r[r > 0].log()).sum().item() for r in rows])
+        for name, values in looks.items():
+            totals[name].append(values)
+    line = line_of(report, layer, row)
+    for name, values in totals.items():
+        assert line[name] == pytest.approx(mean(values), abs=1e-5), name
+    assert sum(line[name] for name in diagnose.MASSES) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(("layer", "row"), CASES)
+def test_movement_and_what_is_left_of_the_term(diagnosed, cold_start, layer, row):
+    report, *_, before, stepped = diagnosed
+    line = line_of(report, layer, row)
+    was = eager_policies(diagnosed, cold_start, before, layer, row)
+    now = eager_policies(diagnosed, cold_start, stepped, layer, row)
+    rollout, advantages = roll_out(diagnosed)
+    moved, left_group, left_row = [], 0.0, 0.0
+    by_token, left_by_token = defaultdict(float), defaultdict(float)
+    for b, group in enumerate(words(rollout)):
+        shared, in_group, everything = defaultdict(float), defaultdict(float), 0.0
+        moved.append([])
+        for g, ids in enumerate(group):
+            pairs = zip(now[b][g], was[b][g], strict=True)
+            values = [jensenshannon(x, y) ** 2 for x, y in pairs]
+            moved[-1].append(values)
+            for t, value in enumerate(values):
+                term = advantages[b, g].item() * value / len(ids)
+                by_token[t] += abs(term)
+                shared[tuple(ids[: t + 1 if row == "own" else t]), t] += term
+                in_group[t] += term
+                everything += term
+        left_group += abs(everything)
+        left_row += sum(map(abs, shared.values()))
+        for t, value in in_group.items():
+            left_by_token[t] += abs(value)
+    total = sum(by_token.values())
+    assert len({len(ids) for group in words(rollout) for ids in group}) > 2
+    close = {"rel": 1e-2, "abs": 1e-4}
+    assert line["moved"] == pytest.approx(mean(moved), rel=1e-2) and line["moved"] > 1e-4
+    assert line["left_group"] == pytest.approx(left_group / total, **close)
+    assert line["left_row"] == pytest.approx(left_row / total, **close)
+    assert left_group / total < 0.9 * left_row / total < 0.9
+    shares = [by_token[t] / total for t in sorted(by_token)]
+    assert line["share_by_token"] == pytest.approx(shares, **close)
+    left = [left_by_token[t] / by_token[t] for t in sorted(by_token)]
+    assert line["left_by_token"] == pytest.approx(left, **close)
+
+
+def test_the_cold_starts_term_cancels_where_its_responses_are_equally_long(cold_start):
+    """With the optimiser of `docs/results.md`: what that page says of the cancellation."""
+    args = arguments(**ral_grpo.TOY | {"prompts": 16, "group_size": 8, "temperature": 1.0})
+    model, processor, prompts = open_toy(cold_start, args)
+    batch = collate(model, prompts, processor.tokenizer.pad_token_id)
+    rollout, rewards, *_ = ral_grpo.roll_out(model, processor, prompts, batch, args)
+    advantages = ral_grpo.group_advantages(rewards)
+    part = ral_grpo.Batch(rollout, advantages)
+    report, _ = diagnose.diagnose(model, processor, prompts, args, [1])
+    options = toy_args(ral_grpo, num_iterations=1, beta=0.0, lambda_attn=0.0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=6e-4)
+    for row in diagnose.ROWS:
+        options.attn_row, part.old_attn, part.old_logps = row, None, None
+        weights = {name: x.clone() for name, x in model.state_dict().items()}
+        optimizer.state.clear()
+        ral_grpo.update(model, optimizer, [part], options, False)
+        with torch.no_grad():
+            scores = common.score(model, rollout, attn_layers=[-1])
+            policy = ral_grpo.attention_policy(scores.attentions[-1], row)
+            term = ral_grpo.divergence(policy, part.old_attn) * scores.mask
+        model.load_state_dict(weights)
+        term = advantages * term / scores.mask.sum(-1, keepdim=True)
+        by_response, by_group = term.abs().sum((0, 1)), term.sum(1).abs().sum(0)
+        left = term.sum((1, 2)).abs().sum() / by_response.sum()
+        line, printed = line_of(report, 1, row), 2e-4  # four decimals
+        assert line["left_group"] == pytest.approx(left.item(), abs=printed)
+        shares = (by_response / by_response.sum()).tolist()
+        assert line["share_by_token"] == pytest.approx(shares, abs=printed)
+        assert line["left_by_token"][:3] == pytest.approx(
+            (by_group / by_response)[:3].tolist(), abs=5e-3
+        )
+
+
+def test_where_groups_part_and_how_long_responses_are(diagnosed):
+    report, (rollout, _) = diagnosed[0], roll_out(diagnosed)
+    parting, never = [], 0
+    for group in words(rollout):
+        longest = max(map(len, group))
+        columns = [{tuple(ids[t : t + 1]) for ids in group} for t in range(longest)]
+        first = next((t for t, column in enumerate(columns) if len(column) > 1), None)
+        never += first is None
+        parting += [] if first is None else [first + 1]
+    assert report["parting"] == parting and report["never_part"] == never / len(words(rollout))
+    assert report["lengths"] == [len(ids) for group in words(rollout) for ids in group]
+
+
+def test_groups_that_never_part_are_counted():
+    ids = torch.tensor([[[5, 6, 0], [5, 6, 0]], [[5, 6, 0], [5, 6, 7]], [[4, 1, 2], [5, 1, 2]]])
+    mask = torch.tensor([[[1, 1, 0], [1, 1, 0]], [[1, 1, 0], [1, 1, 1]], [[1] * 3] * 2]).bool()
+    shares = diagnose.shares_prefix(common.Rollout(None, ids, mask, None))[:, 0, 1]
+    assert shares.tolist() == [[True, True, True], [True, True, False], [False] * 3]
+
+
+@pytest.mark.parametrize(("layer", "row"), CASES[1:])
+def test_lambda_makes_the_ratio_a_tenth_by_finite_differences(diagnosed, layer, row):
+    """Each norm is the slope of its term along its gradient."""
+    report, model, *_, args, before, stepped = diagnosed
+    rollout, advantages = roll_out(diagnosed)
+    scores = common.score(model, rollout, args.temperature, [layer])
+    old = ral_grpo.attention_policy(scores.attentions[layer], row).detach()
+    old_logps, parameters = (
+        scores.logps.detach(),
+        [p for p in model.parameters() if p.requires_grad],
+    )
+
+    def terms() -> dict[str, torch.Tensor]:
+        scores = common.score(model, rollout, args.temperature, [layer])
+        policy = ral_grpo.attention_policy(scores.attentions[layer], row)
+        ratio = (scores.logps - old_logps).exp()
+        a = advantages[..., None]
+        clipped = ratio.clamp(1 - args.clip_eps, 1 + args.clip_eps)
+        each = {"token": -torch.minimum(ratio * a, clipped * a)}
+        each["attention"] = a * ral_grpo.divergence(policy.double(), old.double())
+        counts = rollout.response_mask.sum(-1)
+        return {k: ((x * rollout.response_mask).sum(-1) / counts).mean() for k, x in each.items()}
+
+    norms = {}
+    model.load_state_dict(stepped)
+    try:
+        for name, size in (("token", 1e-3), ("attention", 1e-2)):
+            grads = torch.autograd.grad(terms()[name], parameters, allow_unused=True)
+            known = [(p, g) for p, g in zip(parameters, grads, strict=True) if g is not None]
+            length = math.sqrt(sum(g.pow(2).sum().item() for _, g in known))
+            with torch.no_grad():
+                values = []
+                for sign in (1, -2):
+                    for p, g in known:
+                        p += sign * size / length * g
+                    values.append(terms()[name].item())
+                norms[name] = (values[0] - values[1]) / (2 * size)
+            model.load_state_dict(stepped)
+    finally:
+        model.load_state_dict(before)
+    line = line_of(report, layer, row)
+    assert line["gradient"] == pytest.approx(norms["attention"] / norms["token"], rel=0.05)
+    assert line["lambda"] * norms["attention"] / norms["token"] == pytest.approx(0.1, rel=0.05)
+
+
+def test_weights_are_afterwards_what_they_were(diagnosed):
+    _, model, *_, before, stepped = diagnosed
+    assert not same(before, stepped)
+    assert same(before, model.state_dict())
+    assert not model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_an_interrupted_diagnosis_restores_the_weights(cold_start, monkeypatch):
+    args = arguments(eval_examples=1)
+    model, processor, prompts = open_toy(cold_start, args)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+
+    def interrupt(*_):
+        assert not same(before, model.state_dict())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(diagnose, "term_norm", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        diagnose.diagnose(model, processor, prompts, args, [1])
+    assert same(before, model.state_dict())
+
+
+def test_adapters_in_bfloat16_are_diagnosed_and_restored(cold_start, monkeypatch):
+    monkeypatch.setattr(common, "compute_dtype", lambda: torch.bfloat16)
+    args = arguments(eval_examples=1, lora_rank=4)
+    model, processor, prompts = open_toy(cold_start, args, lora_rank=4)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    report, _ = diagnose.diagnose(model, processor, prompts, args, [0, 1])
+    assert same(before, model.state_dict())
+    for line in report["rows"]:
+        assert line["moved"] > 0 and 0 < line["lambda"] < math.inf
+        assert sum(line[name] for name in diagnose.MASSES) == pytest.approx(1, abs=1e-3)
+
+
+def test_equal_rewards_are_one_line_and_nothing_is_trained(cold_start, monkeypatch):
+    args = arguments(eval_examples=1)
+    model, processor, prompts = open_toy(cold_start, args)
+    monkeypatch.setattr(
+        ral_grpo, "reward", lambda accuracy, format: 0.9 * torch.ones_like(accuracy)
+    )
+    monkeypatch.setattr(ral_grpo, "update", None)
+    report, _ = diagnose.diagnose(model, processor, prompts, args, [1])
+    assert len(report["notes"]) == 1
+    assert report["notes"][0].startswith("movement, remainders, gradients: the rewards of every")
+    assert all(line[name] is None for line in report["rows"] for name in diagnose.AFTER)
+    report["planned"] = line_of(report, 1, "own")
+    conclusion = diagnose.conclude(report, args)
+    assert conclusion[1] == "Groups do not differ in reward: RAL and GRPO learn nothing here."
+    assert report["rows"][0]["vision"] > 0.05
+
+
+def test_prompts_of_text_alone_have_no_mass_on_vision(cold_start):
+    args = arguments(eval_examples=1)
+    model, processor = load(cold_start)
+    prompts = make_prompts(model, processor, kinds=("text", "text"))
+    report, _ = diagnose.diagnose(model, processor, prompts, args, [1])
+    assert "vision: no prompt has an image or a video" in report["notes"]
+    assert all(line["vision"] == 0 for line in report["rows"])
+    assert all(line["question"] > 0.5 for line in report["rows"])
+
+
+def real_args(real, out, family, **fields):
+    data = {"data": str(real / "rows.json"), "media_root": (str(real / "media"),), "workers": 0}
+    data |= {"frames": 4, "image_tokens": 9, "frame_tokens": 4, "max_skipped": 0.2}
+    data |= {"max_new_tokens": 6, "prompts": 16, "group_size": 2, "learning_rate": 1e-3}
+    data |= {"model": str(real / family), "out": str(out), "micro_batch_size": 5}
+    return diagnose.Args(**data | fields)
+
+
+@pytest.mark.parametrize(("family", "lora_rank"), [*((x, 0) for x in common.FAMILIES), ("tied", 4)])
+def test_real_models_images_and_videos(real, tmp_path, family, lora_rank, monkeypatch, capsys):
+    """And what is printed of the cost is what it costs."""
+    monkeypatch.setattr(ral_grpo, "accuracy", lambda text, *_: float(len(text) % 2))
+    passes, kinds, printed = [], set(), []
+
+    def loaded(*args, **options):
+        printed.append(capsys.readouterr().out)
+        return common.load_model(*args, **options)
+
+    def count(model, rollout, *rest, **options):
+        kinds.update(block.is_video for row in rollout.prompts.blocks for block in row)
+        passes.append(torch.is_grad_enabled())
+        return common.score(model, rollout, *rest, **options)
+
+    monkeypatch.setattr(diagnose, "load_model", loaded)
+    for module in (diagnose, ral_grpo):
+        monkeypatch.setattr(module, "score", count)
+    report = diagnose.main(real_args(real, tmp_path / "out", family, lora_rank=lora_rank))
+    layers = 3 if family == "qwen3_vl" else 2
+    cost = f"2 passes forward, {2 + 2 * layers} forward and backward."
+    assert cost in printed[0] and "Memory: about" in printed[0]
+    batches = 4  # 16 prompts, 5 at a time
+    assert passes.count(False) == 2 * batches
+    assert passes.count(True) == (2 + 2 * layers) * batches
+    assert kinds == {False, True}
+    lines = [(x["layer"], x["row"]) for x in report["rows"]]
+    assert lines == [(layer, row) for layer in range(layers) for row in diagnose.ROWS]
+    for line in report["rows"]:
+        assert 0 < line["vision"] < 1 and line["moved"] > 0 and line["gradient"] > 0
+        assert line["lambda"] * line["gradient"] == pytest.approx(0.1)
+        assert 0 <= line["left_group"] <= line["left_row"] + 1e-9 <= 1 + 1e-6
+    assert report["planned"] == line_of(report, layers - 1, "own")
+    stored = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
+    assert stored["rows"] == report["rows"] and len(stored["conclusion"]) == 3
+    text = (tmp_path / "out" / "diagnosis.txt").read_text()
+    assert text.count(" own ") == layers + text.split("\n\n")[-1].count(" own ")
+    assert text.strip() in capsys.readouterr().out
+    assert len((tmp_path / "out" / "samples.jsonl").read_text().splitlines()) == 32
+    assert Image.open(tmp_path / "out" / "diagnosis.png").size == (1040, 600)
+
+
+def test_prompts_are_at_most_one_epoch_and_layers_a_choice(real, tmp_path, monkeypatch):
+    chosen = {"prompts": 100, "layers": (0,), "attn_layer": -1, "micro_batch_size": 18}
+    args = real_args(real, tmp_path / "out", "qwen3_vl", **chosen)
+    for _ in range(2):  # the second replaces the first
+        report = diagnose.main(args)
+    assert len(report["lengths"]) == 2 * 18  # of 20 rows, a tenth is held out
+    assert [x["layer"] for x in report["rows"]] == [0, 0, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"layers": (7,)}, "--layers, --attn-layer 7: the model has 2 layers; give -2 to 1"),
+        ({"model": "nowhere"}, "--model nowhere: no such directory"),
+        ({"prompts": 0}, "--prompts 0: must be above 0"),
+    ],
+)
+def test_errors_of_the_user_are_one_line(cold_start, tmp_path, fields, message):
+    fields = {"model": str(cold_start), "out": str(tmp_path / "out")} | fields
+    with pytest.raises(UsageError, match=message):
+        diagnose.main(arguments(**fields))
+
+
+def test_it_writes_into_no_training_run_and_is_one_process(cold_start, tmp_path, monkeypatch):
+    (tmp_path / "args.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text("")
+    args = arguments(model=str(cold_start), out=str(tmp_path))
+    with pytest.raises(UsageError, match="holds a training run; choose another"):
+        diagnose.main(args)
+    monkeypatch.setattr(runs, "world_size", lambda: 2)
+    with pytest.raises(UsageError, match="one process; start it without torchrun"):
+        diagnose.main(args)
+
+
+def report_of(**planned):
+    line = {"layer": 1, "row": "own", "vision": 0.5, "moved": 1e-3, "left_row": 0.5}
+    line |= {"gradient": 0.01, "lambda": 10.0}
+    other = line | {"row": "predicting", "vision": 0.01}
+    ours = line | planned
+    return {"rows": [ours, other], "planned": ours, "parting": [2, 4, 9]}
+
+
+@pytest.mark.parametrize(
+    ("planned", "number", "sentence"),
+    [
+        ({}, 0, "The own rows of layer 1 look at vision most (50% of their mass), and RAL would"
+         " reward them."),
+        ({"vision": 0.0}, 0, "No rows look at vision: at most 1.0% of their mass is there."),
+        ({}, 1, "Groups part at token 4 (median), and 50% of the term is left in the own rows of"
+         " layer 1 once responses that share a row are summed: enough to act on."),
+        ({"left_row": 0.1}, 1, "share a row are summed: little to act on."),
+        ({"left_row": 0.01}, 1, "share a row are summed: next to nothing to act on."),
+        ({}, 2, "At lambda 1 the term's gradient is 0.01 of the token term's; lambda 10 would make"
+         " it a tenth."),
+        ({"gradient": 0.0, "lambda": None}, 2, "At lambda 1 the term's gradient is 0 of the token"
+         " term's."),
+    ],
+)  # fmt: skip
+def test_conclusions(planned, number, sentence):
+    assert diagnose.conclude(report_of(**planned), arguments())[number].endswith(sentence)

@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.nn import Module
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
+from runs import require
+
 # The minimum tokens of a video frame. Checkpoints do not state it; it is that of qwen-vl-utils.
 FRAME_LEAST = 128
 Features = tuple[Tensor, ...]
@@ -319,8 +321,11 @@ def encode_prompt(processor: Processor, example: Example) -> Prompt:
 
     Raises:
         ValueError: the markers in the text are not those of the media.
+        UsageError: the model always thinks, and is asked not to.
     """
     encode = partial(processor.tokenizer.encode, add_special_tokens=False)
+    thinks = processor.prompt_config.think or not processor.response_prefix
+    require(thinks, "--no-think: the chat template of this model opens a thought; leave it out")
     parts = split_turn(processor.prompt_config, example)
     kinds = [part.kind if isinstance(part, Media) else "text" for part in parts]
     ids, blocks, text = [], [], ""  # `text` is not yet encoded: its end and a stamp are one text

@@ -309,7 +309,8 @@ def main(args: Args) -> dict[str, Any]:
         f"{args.prompts} prompts of up to {longest} tokens, {args.group_size} responses of up to"
         f" {new} to each: a rollout, 2 passes forward, {2 + 2 * len(layers)} forward and backward."
         f"\nMemory: about {max(sum(x.values()) for x in needs):.1f} GB, and on the host up to"
-        f" {host:.1f} GB for attention and a copy of the weights. --layers and --prompts choose less."
+        f" {host:.1f} GB for attention and a copy of the weights."
+        " --layers and --prompts choose less."
     )
     model = load_model(args.model, args.train_vision, args.lora_rank, args.gradient_checkpointing)
     report, samples = diagnose(model, processor, prompts, args, layers)

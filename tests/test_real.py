@@ -89,7 +89,8 @@ def test_train_save_and_evaluate(real, tmp_path, monkeypatch, script, family):
     assert half > 0 and drawn[:half] == drawn[half:] and all(tokens > 0 for _, tokens in drawn)
     wide, high = Image.open(tmp_path / "run" / "attention.png").size
     assert (wide, high) == (int(184 * half), 496)
-    assert "<canvas" in (tmp_path / "run" / "gaze.html").read_text()
+    page = (tmp_path / "run" / "gaze.html").read_text()
+    assert page.count('"question":') == half and '"labels":["before","after"]' in page
     bad = [json.loads(x) for x in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert len(bad) == lines[-1]["data/skipped"]
     assert all(" row " in row["row"] and row["reason"] for row in bad)

@@ -352,7 +352,7 @@ def main(args: Args) -> dict[str, float]:
     draw_attention(run.out / "attention.png", shown)
     names = ("train/loss", "train/demo_prob", "eval/accuracy", "eval/target_attn")
     draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
-    trained = f"{run.out}/checkpoint"
+    trained = None if args.out == Args.out else f"{run.out}/checkpoint"
     then = f"python ral_grpo.py{same_inputs(replace(args, model=trained, toy_size='small'))}"
     print_summary(run, before, after, step, start, then)
     return metrics

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 import common
 import runs
-from prompts import Example, Media, encode_prompt
+from prompts import Example, Media, PromptConfig, encode_prompt
 
 EXPECTED = json.loads(FILE.read_text())
 
@@ -150,6 +150,11 @@ def test_the_tag_that_the_template_opens_counts_as_the_responses(tmp_path):
     assert processor.response_prefix == "<think>\n"
     prompt = encode_prompt(processor, Example("So?", "", []))
     assert tokenizer.decode(prompt.ids).endswith("assistant\n<think>\n")  # as the model knows it
+    processor.prompt_config = PromptConfig({}, think=False)
+    with pytest.raises(
+        runs.UsageError, match=r"^--no-think: the chat template of this model opens"
+    ):
+        encode_prompt(processor, Example("So?", "", []))
     full = "<think> a </think> <answer>A</answer>"
     assert processor.written(full) == "a </think> <answer>A</answer>"
     assert processor.written("a </think>") == "a </think>"

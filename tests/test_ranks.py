@@ -28,6 +28,7 @@ def jobs(real: Path, cold_start: Path, teacher: Path, processes: int) -> list:
     taught = {"teacher": str(real / "qwen2_5_vl")}
     third = {name: str(real / "qwen3_vl") for name in ("model", "teacher")}
     norms = {"attn_norm_every": 1, "lambda_attn": 10.0}
+    # One prompt a forward: both compute in the same shapes, and round in the same way.
     one_prompt = {"micro_batch_size": 1}
     demonstrations = {k: v for k, v in fields.items() if k != "group_size"}
     return [
@@ -35,10 +36,9 @@ def jobs(real: Path, cold_start: Path, teacher: Path, processes: int) -> list:
         ("grpo_baseline", fields | data, False),
         ("ral_grpo", fields | data | norms, False),
         ("kd_baseline", fields | data | taught, False),
-        ("attn_distill", fields | data | third | {"train_vision": True}, False),
+        ("attn_distill", fields | data | third | one_prompt | {"train_vision": True}, False),
         ("ral_grpo", fields | data | {"lora_rank": 4, "save_every": 1}, False),
         ("ral_grpo", fields | norms | {"model": str(cold_start)}, True),
-        # One prompt a forward: both compute in the same shapes, and round in the same way.
         ("ral_grpo", fields | data | norms | one_prompt | {"model": str(real / "tied")}, False),
     ]
 

@@ -14,7 +14,7 @@ The table has a line for the policy of each layer and row kind (means over token
   moved       divergence D of the policy after the step from that at rollout time, in nats
   left_group  share of sum |A D / T| that is left if a group's responses and tokens are summed first
   left_row    the same if only responses that share a row are summed first. Those with a common
-              prefix share it, and their advantages A nearly cancel: no gradient has more than this
+              prefix do, and their advantages A nearly cancel. Only this share has a gradient
   gradient    gradient norm of the term at lambda 1, over that of the token term, at the second
               inner iteration
   lambda      the weight that makes this ratio 0.1
@@ -249,11 +249,13 @@ def draw(path: Path, report: dict[str, Any]) -> None:
                 values = [math.nan if x[key] is None else x[key] for x in lines[row]]
                 label = f"{row}, group" if "group" in key else row if style == "o-" else None
                 axis.plot(place, values, style, label=label, color=colour)
-        axis.set(title=title, ylim=(0, 1))
+        axis.set(title=title, yscale="linear" if "left" in name else "log")
         axis.grid(alpha=0.3)
-        if "left" not in name:
-            axis.set_yscale("log")
+        if "left" in name:
+            axis.set_ylim(0, 1.03)
+        else:
             axis.yaxis.set_major_formatter("{x:.0e}")
+            axis.yaxis.set_minor_formatter("")
             low, high = (math.log10(x) for x in axis.get_ylim())
             axis.set_ylim(10 ** math.floor(low), 10 ** math.ceil(high))  # two labels or more
     for axis in (*axes[0, :2], *axes[1]):
@@ -309,8 +311,7 @@ def main(args: Args) -> dict[str, Any]:
         f"{args.prompts} prompts of up to {longest} tokens, {args.group_size} responses of up to"
         f" {new} to each: a rollout, 2 passes forward, {2 + 2 * len(layers)} forward and backward."
         f"\nMemory: about {max(sum(x.values()) for x in needs):.1f} GB, and on the host up to"
-        f" {host:.1f} GB for attention and a copy of the weights."
-        " --layers and --prompts choose less."
+        f" {host:.1f} GB for attention and a copy of the weights; --layers, --prompts: choose less."
     )
     model = load_model(args.model, args.train_vision, args.lora_rank, args.gradient_checkpointing)
     report, samples = diagnose(model, processor, prompts, args, layers)

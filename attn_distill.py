@@ -24,8 +24,8 @@ choices of kd_baseline.py, and
     python attn_distill.py --teacher runs/teacher/checkpoint             # from runs/sft
     python attn_distill.py --teacher runs/teacher/checkpoint --rl-coef 0 # pure distillation
 
-Data: the built-in visual-search task (toy.py), or files in Video-R1's format (data.py). Memory and
-time: see "Cost" in the README.
+Data: the built-in visual-search task (toy.py), or data files (datafiles.py). Memory and time: see
+"Cost" in the README.
 """
 
 import math
@@ -83,7 +83,6 @@ from runs import (
     run_script,
     same_inputs,
     seed_everything,
-    step_numbers,
 )
 
 # 1. Arguments
@@ -557,7 +556,7 @@ def main(args: Args) -> dict[str, float]:
         run.log(0, before)
     run.restore(model, optimizer)
     first = 1 if state is None else state.step + 1
-    stream = train.begin(step_numbers(args, first).start)
+    stream = train.begin(first, args.prompts_per_step)
     bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=rank() != 0)
     for step in bar:
         clock = Stopwatch()

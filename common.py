@@ -1,8 +1,8 @@
 """Code that every paper on Qwen-VL would share: models, attention, rollout, scoring and reward.
 
-answers.py reads answers. prompts.py turns questions into tensors. data.py reads data files.
-memory.py estimates memory. runs.py handles run directories, processes and resuming. evaluate.py
-evaluates checkpoints.
+answers.py reads answers. prompts.py turns questions into tensors. media.py, datafiles.py and
+data.py read data files. memory.py estimates memory. runs.py handles run directories, processes and
+resuming. evaluate.py evaluates checkpoints.
 
 Nothing here depends on RAL. Shapes use the same letters everywhere: B prompts, G responses per
 prompt (the group), P prompt positions (left-padded), T response positions, V vocabulary, L layers,

@@ -109,8 +109,9 @@ class Reader:
         """Number of rows to train on."""
         return len(self.prompts.rows)
 
-    def begin(self, number: int) -> Iterator[Prompt]:
-        """This rank's prompts from `number` on, without end."""
+    def begin(self, step: int, prompts_per_step: int) -> Iterator[Prompt]:
+        """This rank's prompts from `step` on, counted from 1, without end. Ranks take turns."""
+        number = (step - 1) * prompts_per_step * world_size() + rank()
         return iter(replace(self, numbers=range(number, 2**62, world_size())))
 
     def __iter__(self) -> Iterator[Prompt]:

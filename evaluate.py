@@ -236,7 +236,8 @@ class Args:
     model: str
     """Checkpoint directory or hub name."""
     data: str | None = None
-    """JSON or JSON lines file with Video-R1's fields, see data.py; unset: the built-in task."""
+    """JSON, JSON lines, Parquet, a directory of a data set, or a hub name; see datafiles.py. Unset:
+    the built-in task."""
     media_root: tuple[str, ...] = ()
     """Folders that the rows' paths are relative to; unset: the data file's own."""
     out: str = f"runs/{Path(__file__).stem}"

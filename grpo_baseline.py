@@ -20,8 +20,8 @@ The paper leaves these choices open [ours]:
     python sft.py && python grpo_baseline.py            # the toy, on a CPU, in minutes
     python grpo_baseline.py --model DIR_OR_HUB_NAME     # a Qwen2-VL or Qwen2.5-VL checkpoint
 
-Data: the built-in visual-search task (toy.py), or files in Video-R1's format (data.py). Memory and
-time: see "Cost" in the README.
+Data: the built-in visual-search task (toy.py), or data files (datafiles.py). Memory and time: see
+"Cost" in the README.
 """
 
 import time
@@ -72,7 +72,6 @@ from runs import (
     run_script,
     same_inputs,
     seed_everything,
-    step_numbers,
 )
 
 # 1. Arguments
@@ -351,7 +350,7 @@ def main(args: Args) -> dict[str, float]:
         run.log(0, before)
     run.restore(model, optimizer)
     first = 1 if state is None else state.step + 1
-    stream = train.begin(step_numbers(args, first).start)
+    stream = train.begin(first, args.prompts_per_step)
     bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=rank() != 0)
     for step in bar:
         clock = Stopwatch()

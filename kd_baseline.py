@@ -22,8 +22,8 @@ reading [ours]:
     python sft.py --toy-size large --stop-accuracy 0.99 --eval-above 0.8 --out runs/teacher
     python kd_baseline.py --teacher runs/teacher/checkpoint              # from runs/sft
 
-Data: the built-in visual-search task (toy.py), or files in Video-R1's format (data.py). Memory and
-time: see "Cost" in the README.
+Data: the built-in visual-search task (toy.py), or data files (datafiles.py). Memory and time: see
+"Cost" in the README.
 """
 
 import math
@@ -78,7 +78,6 @@ from runs import (
     run_script,
     same_inputs,
     seed_everything,
-    step_numbers,
 )
 
 # 1. Arguments
@@ -424,7 +423,7 @@ def main(args: Args) -> dict[str, float]:
         run.log(0, before)
     run.restore(model, optimizer)
     first = 1 if state is None else state.step + 1
-    stream = train.begin(step_numbers(args, first).start)
+    stream = train.begin(first, args.prompts_per_step)
     bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=rank() != 0)
     for step in bar:
         clock = Stopwatch()

@@ -1,5 +1,5 @@
 """Turn a question about images and videos into prompt tensors of Qwen2-VL, Qwen2.5-VL and
-Qwen3-VL. The questions come from toy.py or, for data files, from data.py.
+Qwen3-VL. The questions come from toy.py or from datafiles.py.
 
 A prompt is a sequence of text and vision blocks (`Block`). What differs between the families is in
 `load_blocks`, but for the deeper features that Qwen3-VL's encoder returns (`visual_features`).

@@ -25,8 +25,8 @@ Differences from the paper, or our reading of it [ours]: the choices of grpo_bas
     python sft.py && python ral_grpo.py            # the toy, on a CPU, in minutes
     python ral_grpo.py --model DIR_OR_HUB_NAME --data FILE    # your own model and data
 
-Data: the built-in visual-search task (toy.py), or files in Video-R1's format (data.py). Memory and
-time: see "Cost" in the README.
+Data: the built-in visual-search task (toy.py), or data files (datafiles.py). Memory and time: see
+"Cost" in the README.
 """
 
 import time
@@ -80,7 +80,6 @@ from runs import (
     run_script,
     same_inputs,
     seed_everything,
-    step_numbers,
 )
 
 # 1. Arguments
@@ -472,7 +471,7 @@ def main(args: Args) -> dict[str, float]:
         run.log(0, before)
     run.restore(model, optimizer)
     first = 1 if state is None else state.step + 1
-    stream = train.begin(step_numbers(args, first).start)
+    stream = train.begin(first, args.prompts_per_step)
     bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=rank() != 0)
     for step in bar:
         clock = Stopwatch()

@@ -61,9 +61,10 @@ class RunArgs:
     """The arguments of every training run, whatever its method."""
 
     data: str | None = None
-    """JSON or JSON Lines file with Video-R1's fields, see data.py. Unset: the built-in task."""
+    """JSON, JSON lines, Parquet, a directory of a data set, or a hub name; see datafiles.py. Unset:
+    the built-in task."""
     eval_data: str | None = None
-    """File to evaluate on, in the same format. Unset: up to a tenth of --data, held out."""
+    """Data to evaluate on. Unset: up to a tenth of --data, held out."""
     media_root: tuple[str, ...] = ()
     """Folders that the paths in the rows are relative to. Unset: the folder of the data file."""
     check_data: bool = False
@@ -304,12 +305,6 @@ def over_ranks(metrics: dict[str, float]) -> dict[str, float]:
     metrics = {name: sum(values) / len(values) for name, values in columns.items()}
     metrics |= {name: max(values) for name, values in columns.items() if name[:5] == "perf/"}
     return metrics | {name: sum(columns[name]) for name in ["perf/tokens_per_s"] if name in columns}
-
-
-def step_numbers(args: Any, step: int) -> range:
-    """This rank's prompt numbers, counted from 0 over the run, in step `step`, counted from 1."""
-    all_ranks = args.prompts_per_step * world_size()
-    return range((step - 1) * all_ranks + rank(), step * all_ranks, world_size())
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

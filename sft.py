@@ -18,8 +18,8 @@ with one response per prompt.
     python sft.py --frames 8             # the same, on videos of 8 frames
     python sft.py --model runs/sft/checkpoint --stop-accuracy 0.9 --out runs/sft2   # train further
 
-Data: the built-in visual-search task (toy.py), or files in Video-R1's format with a thought in each
-row (data.py). Training on files is measured in epochs. Memory and time: see "Cost" in the README.
+Data: the built-in visual-search task (toy.py), or data files with a thought in each row
+(datafiles.py). Training on files is measured in epochs. Memory and time: see "Cost" in the README.
 """
 
 import math
@@ -63,7 +63,6 @@ from runs import (
     run_script,
     same_inputs,
     seed_everything,
-    step_numbers,
     world_size,
 )
 
@@ -305,7 +304,7 @@ def main(args: Args) -> dict[str, float]:
         run.log(0, before)
     extra = run.restore(model, optimizer)
     first = 1 if state is None else state.step + 1
-    stream = train.begin(step_numbers(args, first).start)
+    stream = train.begin(first, args.prompts_per_step)
     # A new toy for videos learns the lookup on images first.
     images_only = is_toy and task.frames is not None and args.model is None
     images_only = extra.get("images_only", images_only)

@@ -298,7 +298,7 @@ def main(args: Args) -> dict[str, Any]:
         args = replace(args, prompts=min(args.prompts, train.epoch))
     else:
         train, *_ = toy.open_data(replace(args, eval_examples=1), encode, task)
-    prompts = list(islice(train.begin(0), args.prompts))
+    prompts = list(islice(train.begin(1, args.prompts), args.prompts))
     args = replace(args, prompts_per_step=args.prompts)
     args = fit_memory(args, processor.config, args.group_size)
     if args.learning_rate is None:

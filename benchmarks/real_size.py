@@ -24,7 +24,7 @@ from unittest import mock
 import numpy as np
 import torch
 import tyro
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen3VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,16 @@ import common
 import memory
 import ral_grpo
 
-SIZES = {  # of the text model, and of the vision encoder
+SIZES = {  # of the text model
+    "8B": {  # Qwen3-VL; for --memory alone
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+    },
     "7B": {
         "hidden_size": 3584,
         "intermediate_size": 18944,
@@ -106,6 +115,11 @@ def config_of(size: str, ids: dict[str, int] | None = None) -> Qwen2VLConfig:
             "vision_start_token_id": ids["<|vision_start|>"],
             "vision_end_token_id": ids["<|vision_end|>"],
         }
+    if size == "8B":
+        rope = {"mrope_section": [24, 20, 20], "mrope_interleaved": True}
+        text["rope_parameters"] |= rope | {"rope_theta": 5e6}
+        vision = {"hidden_size": 1152, "out_hidden_size": text["hidden_size"]}
+        return Qwen3VLConfig(text_config=text, vision_config=vision, **special)
     tied = text.pop("tie_word_embeddings", False)
     return Qwen2VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=tied, **special
@@ -210,7 +224,7 @@ def main(args: Args) -> None:
 
 MEMORY = [  # size, rank of adapters (0: all weights), GPUs
     ("2B", 0, 1), ("2B", 64, 1), ("7B", 0, 1), ("7B", 0, 4), ("7B", 0, 8), ("7B", 64, 1),
-    ("7B", 64, 8),
+    ("7B", 64, 8), ("8B", 0, 8), ("8B", 64, 1),
 ]  # fmt: skip
 
 

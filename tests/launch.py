@@ -110,6 +110,8 @@ if __name__ == "__main__":
     names = ("sft", "grpo_baseline", "ral_grpo", "kd_baseline", "attn_distill", "evaluate")
     for name in (*names, "matplotlib.pyplot", "torch.utils.tensorboard"):
         importlib.import_module(name)
+    # A shell may have started the tests in the background, where Ctrl-C is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.freeze()  # collecting what was imported would copy it in every fork
     for line in sys.stdin:
         child = fork(case := json.loads(line))

@@ -40,17 +40,18 @@ def test_captured_attention_is_eager_attention(
     generator = torch.Generator().manual_seed(1)
     scores = common.score(model, rollout, attn_layers=layers)
     assert list(scores.attentions) == layers
-    by_layer = {layer % 2: rows for layer, rows in scores.attentions.items()}
-    policies = [ral_grpo.attention_policy(by_layer[layer], row) for layer in sorted(by_layer)]
-    assert all(policy.isfinite().all() for policy in policies)  # behind short responses too
+    depth, rows = model.config.text_config.num_hidden_layers, scores.attentions
+    policies = {layer % depth: ral_grpo.attention_policy(rows[layer], row) for layer in layers}
+    # Behind short responses too.
+    assert all(policy.isfinite().all() for policy in policies.values())
     longest = rollout.prompts.ids.shape[1]
     captured, expected, ours, theirs = [], [], 0.0, 0.0
-    for index, layer in enumerate(layer % 2 for layer in layers):
+    for layer in policies:
         for b, prompt in enumerate(prompts):
             for g in range(3):
                 t = int(rollout.response_mask[b, g].sum())
                 pad = longest - len(prompt.ids)
-                policy = policies[index][b, g, :t]
+                policy = policies[layer][b, g, :t]
                 assert policy[:, :pad].abs().max() == 0 if pad else True
                 policy = torch.cat(
                     [policy[:, pad:longest], policy[:, longest : longest + t]], dim=1

@@ -863,7 +863,7 @@ def test_media_travel_only_where_they_are_asked_for(tmp_path, workers):
     seen = {}
     for keep_media in (False, True):
         train, held_out, _ = data.open_data(args, encode, keep_media=keep_media)
-        stream = train.begin(0)
+        stream = train.begin(1, 1)
         prompts = [next(stream) for _ in range(18)]
         del stream
         seen[keep_media] = [prompt.example.problem for prompt in prompts]

@@ -36,7 +36,7 @@ def open_toy(path, args, **options):
     task = toy.Task.load(path)
     processor.prompt_config = task.prompt_config()
     train, *_ = toy.open_data(args, lambda x: encode_prompt(processor, x), task)
-    return model, processor, list(islice(train.begin(0), args.prompts))
+    return model, processor, list(islice(train.begin(1, args.prompts), args.prompts))
 
 
 @pytest.fixture(scope="module")

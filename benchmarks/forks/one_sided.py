@@ -61,7 +61,6 @@ from runs import (
     run_script,
     same_inputs,
     seed_everything,
-    step_numbers,
 )
 
 # 1. Arguments
@@ -465,7 +464,7 @@ def main(args: Args) -> dict[str, float]:
         run.log(0, before)
     run.restore(model, optimizer)
     first = 1 if state is None else state.step + 1
-    stream = train.begin(step_numbers(args, first).start)
+    stream = train.begin(first, args.prompts_per_step)
     bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=rank() != 0)
     for step in bar:
         clock = Stopwatch()

@@ -20,6 +20,7 @@ and skipped, and no path leads outside the media roots.
 import glob
 import json
 import math
+import os
 import re
 from array import array
 from collections import Counter, defaultdict
@@ -99,25 +100,39 @@ def find_files(path: str) -> tuple[Path, list[Path]]:
     place, split = Path(path), ""
     if ":" in path and not place.exists():
         place, split = Path(path.rpartition(":")[0]), path.rpartition(":")[2]
-    if not place.exists() and HUB_NAME.fullmatch(str(place)):
+    named = str(place)
+    if not place.exists() and HUB_NAME.fullmatch(named):
+        download = partial(snapshot_download, named, repo_type="dataset")
         chosen = f"*{glob.escape(split)}*.parquet"
+        try:  # choose before anything is downloaded
+            names = [file.filename for file in download(allow_patterns=chosen, dry_run=True)]
+            chosen = [glob.escape(name) for name in one_split(names, split, named)]
+        except (OSError, ValueError):
+            pass  # offline: an earlier download is read
         try:
-            place = Path(snapshot_download(str(place), repo_type="dataset", allow_patterns=chosen))
+            place = Path(download(allow_patterns=chosen))
         except (OSError, ValueError) as error:
             raise UsageError(f"is neither here nor on the hub ({first_line(error)})") from None
     require(place.exists(), "no such file or directory")
     if place.is_file():
+        require(not split, f"is one file; leave out :{split}")
         return place.parent, [place]
+    files = {file.relative_to(place).as_posix(): file for file in data_files(str(place))}
+    return place, [files[name] for name in one_split(list(files), split, named)]
+
+
+def one_split(names: list[str], split: str, place: str) -> list[str]:
+    """The names of the files of one split, which differ in a number alone."""
     splits = defaultdict(list)
-    for file in data_files(str(place)):
-        name = SHARD.sub("", file.relative_to(place).with_suffix("").as_posix())
-        if not split or f"/{split}/" in f"/{name}/":
-            splits[name].append(file)
+    for name in names:
+        label = SHARD.sub("", os.path.splitext(name)[0])
+        if not split or f"/{split}/" in f"/{label}/":
+            splits[label].append(name)
     of_split = f" of a split {split!r}" if split else ""
     require(splits, f"has no Parquet or Arrow files{of_split}; {EXPECTED}")
-    several = f"has the splits {', '.join(splits)[:300]}; choose one, as in {path}:{min(splits)}"
+    several = f"has the splits {', '.join(splits)[:300]}; choose one, as in {place}:{min(splits)}"
     require(len(splits) == 1, several)
-    return place, splits.popitem()[1]
+    return splits.popitem()[1]
 
 
 def open_rows(files: list[Path]) -> Any:

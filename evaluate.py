@@ -1,5 +1,5 @@
-"""Evaluate a checkpoint: accuracy by problem type and by data source, sweeps over frames and pixels
-(the paper's Figure 3), and pictures of the model's attention.
+"""Evaluate a checkpoint: accuracy by problem type and by data source, sweeps over frames and visual
+tokens (the paper's Figure 3), and pictures of the model's attention.
 
     python evaluate.py --model runs/ral_grpo/checkpoint --gaze 20
     python evaluate.py --model DIR_OR_HUB_NAME --data test.json --frames 16 32 64
@@ -34,7 +34,6 @@ from common import (
     has_format,
     load_model,
     load_processor,
-    loading,
     require_layer,
     score,
 )
@@ -42,7 +41,7 @@ from data import Prompts, Reader
 from datafiles import DataFile
 from gaze import Gaze
 from pictures import Prediction, draw_page, draw_sweep
-from prompts import Processor, Prompt, PromptConfig, collate, encode_prompt, read_prompt_config
+from prompts import Processor, Prompt, PromptConfig, collate, encode_prompt
 from runs import (
     DEFINITIONS,
     BadRows,
@@ -141,7 +140,9 @@ def predict(
 
 def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
     """The text that each token adds to the response, with the spaces between words."""
-    texts = [tokenizer.decode(ids[:end]) for end in range(len(ids) + 1)]
+    # A character may be spelt by several tokens: it belongs to the last of them.
+    texts = [tokenizer.decode(ids[:end]).rstrip("\ufffd") for end in range(len(ids))]
+    texts.append(tokenizer.decode(ids))
     return [after[len(before) :] for before, after in pairwise(texts)]
 
 
@@ -287,12 +288,14 @@ class Args:
             option = f"--{name.replace('_', '-')}"
             require(len(values) > 0, f"{option}: needs a value")
             require(all(v is None or v > 0 for v in values), f"{option} {values}: must be above 0")
+            alone = len(values) == 1 or None not in values
+            require(alone, f"{option} {values}: None stands alone; give numbers")
         enough = all(grid is None or grid >= 3 for grid in self.grid)
         require(enough, f"--grid {self.grid}: needs 3 or more")
         require_not_empty(self, "model", "data", "out")
         require_positive(self, "fps", "max_prompt_tokens", "examples", "max_new_tokens")
         require_positive(self, "batch_size")
-        require_not_negative(self, "max_skipped", "gaze")
+        require_not_negative(self, "max_skipped", "gaze", "workers")
 
 
 # Defaults of a toy, in place of those of `Args`.
@@ -319,13 +322,13 @@ NAMES = ("frames", "image_tokens", "frame_tokens", "grid")
 def defaults() -> dict[str, Any]:
     """The defaults for the checkpoint that the command line names: `TOY` for a toy, and what the
     checkpoint's own prompt.json says."""
-    model = given_options().model
-    if model is None:
+    model, own = given_options().model, {}
+    if not model:
         return {}
-    with loading(f"--model {model}"):
-        files = {path.name: path.read_bytes() for path in Path(model).glob("prompt.json")}
-        asked = read_prompt_config(files)
-    own = {"think": asked.think, "accuracy_rule": asked.accuracy_rule} if asked else {}
+    processor = load_processor(model)
+    if "prompt.json" in processor.files:
+        asked = processor.prompt_config
+        own = {"think": asked.think, "accuracy_rule": asked.accuracy_rule}
     return {"model": model} | own | toy.defaults(TOY, unset=None)
 
 
@@ -408,8 +411,11 @@ def table(results: dict[Setting, list[dict[str, Any]]], varied: list[int]) -> st
         label = ", ".join(f"{NAMES[i]} {setting[i]}" for i in varied)
         groups = [("all", records)]
         for field in ("problem_type", "source"):
-            for value in sorted({record[field] for record in records} - {""}):
-                groups.append((value, [record for record in records if record[field] == value]))
+            values = sorted({record[field] for record in records})
+            for value in values if len(values) > 1 or values[0] else []:
+                chosen = [record for record in records if record[field] == value]
+                name = value or {"problem_type": "exact match", "source": "no source"}[field]
+                groups.append((name, chosen))
         lines.append(
             f"\n{label or 'held-out':<36}{'rows':>7}{'accuracy':>10}{'format':>8}{'length':>8}"
         )

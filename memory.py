@@ -107,9 +107,11 @@ def memory_gb(
 def prompt_tokens(args: Any) -> float:
     """Positions of the longest prompt: its visual tokens and 64 text tokens."""
     if args.data and args.fps and not args.frames:  # as many frames as fit into a prompt
-        return args.max_prompt_tokens
+        return args.max_prompt_tokens or 16384
     video = (args.frames or 16) / 2 * (args.frame_tokens or 0)
-    return 64 + (max(args.image_tokens or 0, video) or 16)  # the toy has 16
+    if visual := max(args.image_tokens or 0, video):
+        return 64 + visual
+    return args.max_prompt_tokens or 64 + 16  # without budgets; the toy has 16 visual tokens
 
 
 def available_gb() -> float:

@@ -249,6 +249,10 @@ def read_prompt_config(files: dict[str, bytes]) -> PromptConfig | None:
         config = PromptConfig(**json.loads(files["prompt.json"]))
         if not all(isinstance(text, str) for text in config.prompts.values()):
             raise TypeError("a prompt is not text")
+        if not isinstance(config.think, bool) or not isinstance(config.question_first, bool):
+            raise TypeError("think or question_first is not true or false")
+        if config.accuracy_rule not in ("by-type", "exact"):
+            raise ValueError(f"its accuracy_rule is {config.accuracy_rule!r}")
         return config
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"its prompt.json cannot be used ({error}); mend or delete it") from None

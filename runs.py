@@ -153,7 +153,7 @@ def given_options() -> Namespace:
     """`--model` and `--think` as the command line gives them (None if it does not), before it is
     parsed: some defaults depend on them."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--model")
+    parser.add_argument("--model", nargs="?")  # one without a value is reported later
     parser.add_argument("--think", action=BooleanOptionalAction)
     return parser.parse_known_args()[0]
 

@@ -50,7 +50,7 @@ COLOURS = {
 BACKGROUND = (235, 235, 235)
 EVAL_SEED = 20_260_204  # the held-out set is the same for every run, whatever its seed
 MAX_NEW_TOKENS = {False: 16, True: 64}  # of a response: without a thought, with one
-# Defaults of every script on the toy. There is no budget for pixels, since a cell is a token.
+# Defaults of every script on the toy. There are no token budgets, since a cell is a token.
 RUN = {"eval_examples": 512, "workers": 0, "save_every": 0}
 RUN |= {"max_prompt_tokens": None, "image_tokens": None, "frame_tokens": None}
 

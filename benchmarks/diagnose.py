@@ -6,7 +6,8 @@ term to act on.
 
 It takes the arguments of `ral_grpo.py`, so a planned run can be diagnosed as it stands. It responds
 to the run's first prompts, takes one optimiser step of plain GRPO on them, and undoes the step.
-Arguments about steps, evaluation and saved states have no effect.
+Arguments about steps, evaluation and saved states have no effect; an earlier diagnosis at --out is
+replaced.
 
 The table has a line for the policy of each layer and row kind (means over tokens, then responses):
   vision, question, response  mass on visual tokens, the rest of the prompt, and earlier tokens
@@ -276,6 +277,7 @@ def draw(path: Path, report: dict[str, Any]) -> None:
 def main(args: Args) -> dict[str, Any]:
     """Print and write the diagnosis; returns the report."""
     require(runs.world_size() == 1, "a diagnosis is made by one process; start it without torchrun")
+    require(not args.check_data, "--check-data: is for the training scripts")
     runs.require_positive(args, "prompts")
     runs.check_run(args, "model")
     out = Path(args.out)

@@ -31,8 +31,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from real import write_checkpoint, write_rows
 
+from common import FAMILIES
+
 SCRIPTS = ("sft", "grpo_baseline", "ral_grpo", "kd_baseline", "attn_distill")
-FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 
 
 @dataclass

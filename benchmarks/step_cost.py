@@ -36,6 +36,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 
@@ -121,6 +122,7 @@ def build(directory: Path | None = None):
     torch.manual_seed(0)
     model = Qwen2VLForConditionalGeneration(config)
     model.set_attn_implementation({"text_config": "grouped_sdpa", "vision_config": "sdpa"})
+    model.token_scores = MethodType(common.token_scores, model)  # as `load_model` does
     model.model.visual.requires_grad_(False)
     model.generation_config.pad_token_id = ids["<|endoftext|>"]
     # A token that is never sampled ends a response, so that every response has its full length.

@@ -247,6 +247,38 @@ def test_one_split_is_asked_for(tmp_path):
             datafiles.DataFile(str(tmp_path / name))
 
 
+def test_a_split_of_a_hub_name_is_chosen_before_anything_is_downloaded(tmp_path, monkeypatch):
+    write_hub(tmp_path)
+    names = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.parquet"))
+    asked = []
+
+    def download(name, repo_type, allow_patterns, dry_run=False):
+        if dry_run:
+            return [SimpleNamespace(filename=name) for name in names]
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(datafiles, "snapshot_download", download)
+    words = r"has the splits .*; choose one, as in owner/set:data/test"
+    with pytest.raises(UsageError, match=words):
+        datafiles.DataFile("owner/set")
+    assert asked == []
+    datafiles.DataFile("owner/set:test")
+    assert asked == [[name for name in names if "test" in name]]
+
+
+def test_the_remedy_for_several_splits_works(tmp_path):
+    for folder in ("a", "b"):
+        write_hub(tmp_path / folder)
+    with pytest.raises(UsageError) as refused:
+        datafiles.DataFile(f"{tmp_path}:train")
+    remedy = str(refused.value).rpartition("as in ")[2]
+    assert len(datafiles.DataFile(remedy)) > 0
+    (tmp_path / "x.jsonl").write_text('{"problem": "p", "answer": "s"}')
+    with pytest.raises(UsageError, match="is one file; leave out :train"):
+        datafiles.DataFile(f"{tmp_path}/x.jsonl:train")
+
+
 def test_a_hub_name_reads_the_downloaded_files(tmp_path, monkeypatch):
     cached = tmp_path / "datasets--hiyouga--geometry3k"
     write_hub(cached / "snapshots" / "1234")

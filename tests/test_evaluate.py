@@ -145,7 +145,9 @@ def test_a_model_is_asked_as_it_was_trained(real, tmp_path, monkeypatch, capsys)
 
 def test_a_prompt_configuration_that_cannot_be_used_is_one_line(real, tmp_path, monkeypatch):
     shutil.copytree(real / "qwen2_vl", tmp_path / "checkpoint")
-    for content in ("[", '{"prompts": {"answer": 3}}', '{"prompt": {}}', '{"prompts": []}'):
+    broken = ["[", '{"prompts": {"answer": 3}}', '{"prompt": {}}', '{"prompts": []}']
+    broken += ['{"prompts": {}, "think": "no"}', '{"prompts": {}, "accuracy_rule": "foo"}']
+    for content in broken:
         (tmp_path / "checkpoint" / "prompt.json").write_text(content)
         with pytest.raises(runs.UsageError, match=r"^--model .*: its prompt\.json cannot be used"):
             common.load_processor(tmp_path / "checkpoint")
@@ -251,3 +253,27 @@ def test_a_picture_shows_every_image_and_pair_of_frames(loaded):
     assert [image.get_array().shape[0] for image in drawn] == [112, 84, 84, 84, 84]
     bright = [(1 - image.get_array()[..., 3] / 0.85).flatten() for image in dimmed]
     np.testing.assert_allclose(np.concatenate(bright), attention / 51, atol=1e-6)
+
+
+def test_a_character_of_several_tokens_belongs_to_the_last(real):
+    tokenizer = common.load_processor(real / "qwen2_vl").tokenizer
+    text = "a 😀 é 中 b"
+    tokens = evaluate.token_texts(tokenizer, tokenizer.encode(text, add_special_tokens=False))
+    assert "".join(tokens) == text and "\ufffd" not in "".join(tokens)
+    assert {"😀", "é", "中"} <= {token.strip() for token in tokens}
+    cut = tokenizer.encode(text, add_special_tokens=False)[:3]  # in the middle of the first
+    assert "".join(evaluate.token_texts(tokenizer, cut)) == tokenizer.decode(cut)
+
+
+def test_rows_without_a_type_have_a_line_of_the_table():
+    records = [{"problem_type": kind, "source": "", "accuracy": a, "format": 1, "completion_len": 2}
+               for kind, a in (("", 1.0), ("", 0.0), ("numerical", 1.0))]  # fmt: skip
+    lines = evaluate.table({(None,) * 4: records}, []).splitlines()
+    assert [line.split("  ")[0] for line in lines[2:]] == ["all", "exact match", "numerical"]
+    assert lines[3].split()[2:4] == ["2", "0.500"]
+
+
+@pytest.mark.parametrize("fields", [{"frames": (None, 16)}, {"image_tokens": (64, None)}])
+def test_a_sweep_takes_numbers(fields):
+    with pytest.raises(runs.UsageError, match="None stands alone"):
+        evaluate.Args(model="m", **fields)

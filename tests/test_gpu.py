@@ -12,7 +12,6 @@ from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 import attn_distill
 import common
 import grpo_baseline
-import kd_baseline
 import memory
 import ral_grpo
 import runs
@@ -80,7 +79,6 @@ def make_args(script, lora_rank: int, size: int = 1):
 STEPS = {
     "7B, all weights, 8 processes": ("7B", 0, 8),
     "7B, adapters, 1 process": ("7B", 64, 1),
-    "7B, adapters, 8 processes": ("7B", 64, 8),
     "2B, all weights, 1 process": ("2B", 0, 1),
     "Qwen3-VL-8B, all weights, 8 processes": ("8B", 0, 8),
 }
@@ -107,8 +105,7 @@ def test_a_step_runs_in_the_memory_it_was_expected_to_need(size, lora_rank, proc
 
 
 @pytest.mark.parametrize(
-    ("script", "lora_rank"),
-    [(grpo_baseline, 64), (ral_grpo, 0), (kd_baseline, 0), (attn_distill, 64)],
+    ("script", "lora_rank"), [(grpo_baseline, 64), (ral_grpo, 0), (attn_distill, 64)]
 )
 def test_padded_prompts_run_on_the_memory_efficient_kernel(script, lora_rank):
     config, args = config_of("7B", Qwen2_5_VLConfig, layers=1), make_args(script, lora_rank, size=2)

@@ -44,7 +44,7 @@ from common import (
 from data import check_data, check_files, open_data
 from evaluate import evaluate
 from memory import fit_memory
-from pictures import draw_attention, draw_curves
+from pictures import draw_attention, draw_curves, draw_page
 from prompts import Processor, Prompt, PromptBatch, PromptConfig, collate, encode_prompt
 from runs import (
     Run,
@@ -505,6 +505,7 @@ def main(args: Args) -> dict[str, float]:
     if rank() != 0:
         return metrics
     shown = {"before": shown_before, "after": shown_after}
+    draw_page(run.out / "gaze.html", shown, str(run.out))
     draw_attention(run.out / "attention.png", shown)
     names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
     names += ("train/attn_jsd",)  # RAL

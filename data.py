@@ -215,12 +215,12 @@ def open_data(
     else:
         require(len(rows) > 1, f"--data {args.data}: has one row; give --eval-data")
         apart, rows = np.split(rows, [min(args.eval_examples, max(1, len(rows) // 10))])
-    apart, rows, most = np.sort(apart), np.sort(rows), args.max_prompt_tokens
+    apart, rows, max_tokens = np.sort(apart), np.sort(rows), args.max_prompt_tokens
     bad_rows = BadRows(args.max_skipped, len(train))
     keep = sys.maxsize if keep_media else 0
-    training = Prompts(train, encode, rows, args.seed, most, keep)
+    training = Prompts(train, encode, rows, args.seed, max_tokens, keep)
     # Six pictures are drawn; some of the first rows may be bad.
-    evaluation = Prompts(held_out, encode, apart, None, most, keep_media=8 * world_size())
+    evaluation = Prompts(held_out, encode, apart, None, max_tokens, keep_media=8 * world_size())
     return (
         Reader(training, range(0), args.workers, bad_rows),
         Reader(evaluation, range(rank(), len(apart), world_size()), args.workers, bad_rows),
@@ -237,9 +237,7 @@ def check_data(
         UsageError: the fraction of bad rows exceeds `--max-skipped`, or several processes were
             started.
     """
-    require(
-        world_size() == 1, "--check-data: is the work of one process; start it without torchrun"
-    )
+    require(world_size() == 1, "--check-data: runs in one process; start it without torchrun")
     report = {}
     for option, path in (("--data", args.data), ("--eval-data", args.eval_data)):
         if path is None:
@@ -264,10 +262,10 @@ def check_data(
         for kind, number in sorted(kinds.items()):
             print(f"  {kind:<28}{number:>10,}")
         if no_number:
-            only = "so only the same text is right"
+            only = "so only identical text is correct"
             print(f"  solution is not one number, {only}: {len(no_number):,}, as {no_number[0]}")
         if lengths:
-            print(f"  prompt tokens: median {np.median(lengths):,.0f}, most {max(lengths):,}")
+            print(f"  prompt tokens: median {np.median(lengths):,.0f}, maximum {max(lengths):,}")
         report |= {f"{option}/rows": len(rows), f"{option}/bad": len(bad_rows.bad)}
         few = len(bad_rows.bad) <= args.max_skipped * len(rows)
         require(few, f"{option} {path}: more than --max-skipped {args.max_skipped} are bad")

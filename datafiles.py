@@ -39,7 +39,7 @@ from media import MAX_FRAME_BYTES, BadRow, MediaBytes, first_line, is_video, rea
 from prompts import Example, Media
 from runs import UsageError, data_files, require
 
-# Columns by the names that people give them. If a file has several of a line, the first is read.
+# The names of columns in use. If a file has several of one entry, the first is read.
 COLUMNS = {
     "problem": ("problem", "question", "prompt", "query", "conversations", "messages"),
     "solution": ("solution", "answer", "ground_truth"),
@@ -49,12 +49,12 @@ COLUMNS = {
     "data_type": ("data_type",),
     "data_source": ("data_source",),
 }
-CHATS = ("conversations", "messages")  # hold the answer, too
+CHATS = ("conversations", "messages")  # they hold the answer, too
 MEDIA_COLUMNS = {"image": ("images", "image"), "video": ("videos", "video"), None: ("path",)}
 ROLES = (["user"], ["human"], ["user", "assistant"], ["human", "gpt"])  # of a chat's turns
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 EXPECTED = "expected a JSON array of objects, one JSON object a line, or Parquet or Arrow files"
-# What else a file may be, by its first bytes.
+# First bytes of files that hold no rows, and what those files are.
 NOT_ROWS = {b"\xff\xfe": "is UTF-16 text", b"\xfe\xff": "is UTF-16 text", b"PK": "is compressed"}
 NOT_ROWS |= {b"\x1f\x8b": "is compressed"} | dict.fromkeys((b"\x80\4", b"\x80\5"), "is a pickle")
 HUB_NAME = re.compile(r"(?!.*\.(?:jsonl?|parquet|arrow|csv)$)[\w-][\w.-]*/[\w-][\w.-]*")
@@ -389,14 +389,14 @@ def read_example(fields: dict[str, Any]) -> Example:
     options = fields["options"] or []
     if not isinstance(options, list) or not all(isinstance(x, str) for x in options):
         raise BadRow("options is not a list of texts")
-    for name, text, most in (
+    for name, text, limit in (
         ("question", problem, MAX_PROBLEM),
         ("answer", solution, MAX_SOLUTION),
         ("options", "\n".join(options), MAX_SOLUTION),
         ("thought", thought, MAX_THOUGHT),
     ):
-        if len(text) > most:
-            raise BadRow(f"{name}: {len(text):,} characters; at most {most:,} are allowed")
+        if len(text) > limit:
+            raise BadRow(f"{name}: {len(text):,} characters; at most {limit:,} are allowed")
         if re.search("[\ud800-\udfff]", text):
             raise BadRow(f"{name}: has half a character (a lone surrogate)")
     problem_type = fields["problem_type"] or ("multiple choice" if options else "")

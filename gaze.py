@@ -140,8 +140,8 @@ def pack(gaze: Gaze, rows: Tensor) -> str:
     sums = [seen.sum(1), rows[:, :prompt].sum(1) - seen.sum(1), rows[:, prompt:].sum(1) - own]
     sums += [own, brightest, seen[:, list(gaze.target)].sum(1)]
     sums = torch.stack(sums + [patch.sum(1) for patch in patches], dim=1)
-    most, order = seen.sort(descending=True)
-    before = most.cumsum(1) - most  # mass of the brighter cells
+    ranked, order = seen.sort(descending=True)
+    before = ranked.cumsum(1) - ranked  # mass of the brighter cells
     kept = torch.zeros_like(seen, dtype=torch.bool)
     kept.scatter_(1, order, before < KEPT * seen.sum(1, keepdim=True))
     code = (seen / brightest[:, None]).sqrt().mul(255).round().clamp(min=1) * kept

@@ -416,12 +416,12 @@ def process_media(processor: Processor, media: Media) -> tuple[Tensor, tuple[int
     """
     image_processor = processor.image_processor
     token = (image_processor.patch_size * image_processor.merge_size) ** 2  # in pixels
-    least, most = (image_processor.size[edge] for edge in ("shortest_edge", "longest_edge"))
-    if media.is_video and least > token:  # the toy's minimum is a token
-        least = max(least, FRAME_LEAST * token)
+    smallest, largest = (image_processor.size[edge] for edge in ("shortest_edge", "longest_edge"))
+    if media.is_video and smallest > token:  # the toy's minimum is a token
+        smallest = max(smallest, FRAME_LEAST * token)
     budget = processor.frame_tokens if media.is_video else processor.image_tokens
-    most = budget * token if budget else most
-    size = {"shortest_edge": min(least, most), "longest_edge": most}
+    largest = budget * token if budget else largest
+    size = {"shortest_edge": min(smallest, largest), "longest_edge": largest}
     output = image_processor(images=media.frames, size=size, return_tensors="pt")
     pixels, grids = output["pixel_values"], output["image_grid_thw"].tolist()
     if not media.is_video:

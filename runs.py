@@ -466,7 +466,7 @@ class BadRows:
         read = self.read * world_size()  # `bad` counts all ranks
         if len(self.bad) > self.max_fraction * max(read, min(self.rows, 1000)):
             last = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[-2:])
-            count = f"{len(self.bad)} bad rows among the first {read}"
+            count = f"{len(self.bad)} of the first {read} rows cannot be used"
             remedy = (
                 "mend them (--check-data of a training script lists all) or raise --max-skipped"
             )

@@ -694,10 +694,10 @@ def test_check_data_names_rows_whose_numbers_are_judged_as_text(media_dir, capsy
     vars(args).update(max_prompt_tokens=None, workers=0, max_skipped=1.0)
     data.check_data(args, encode)
     report = capsys.readouterr().out
-    assert "only the same text is right: 2, as numbers.jsonl row 2\n" in report
+    assert "only identical text is correct: 2, as numbers.jsonl row 2\n" in report
     assert "bad: numbers.jsonl row 4 (line 4): solution 'green' is not one of the" in report
     data.check_data(args, encode, accuracy_rule="exact")
-    assert "only the same text" not in capsys.readouterr().out
+    assert "only identical text" not in capsys.readouterr().out
 
 
 pieces = ["A", "b", "A. ", "(b)", "red", "blue", " ", "<answer>", "</answer>", "½", "42", "%", "**"]
@@ -846,7 +846,7 @@ def test_what_is_read_depends_on_the_seed_and_the_number_alone():
 
 
 def test_too_many_bad_rows_stop_the_run(tmp_path):
-    with pytest.raises(UsageError, match=r"--max-skipped 0.1: 6 bad rows among the first \d+"):
+    with pytest.raises(UsageError, match=r"--max-skipped 0.1: 6 of the first \d+ rows cannot be used"):
         read(most=0.1)
     bad_rows = BadRows(0.01, 100_000)
     for n in range(10):

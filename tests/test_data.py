@@ -846,7 +846,9 @@ def test_what_is_read_depends_on_the_seed_and_the_number_alone():
 
 
 def test_too_many_bad_rows_stop_the_run(tmp_path):
-    with pytest.raises(UsageError, match=r"--max-skipped 0.1: 6 of the first \d+ rows cannot be used"):
+    with pytest.raises(
+        UsageError, match=r"--max-skipped 0.1: 6 of the first \d+ rows cannot be used"
+    ):
         read(most=0.1)
     bad_rows = BadRows(0.01, 100_000)
     for n in range(10):

@@ -4,10 +4,12 @@
     python benchmarks/reproduce.py --claims ablations --seeds 1 2 3
     python benchmarks/reproduce.py --quick              # minutes; labelled as no evidence
 
-RAL takes the predicting row here, unless a cell says "own row", and attention distillation the
-predicting row and the mean over tokens. Both are [ours], and were the scripts' defaults when these
-numbers were made. The paper's are `--attn-row own` and `--attn-reduction sum`. Every table names
-the definition beside the method, and every new line of the results has it in fields.
+There are two readings of the paper. In the first (seeds 1 to 10), RAL takes the predicting row,
+unless a cell says "own row", and attention distillation the predicting row and the mean over
+tokens. Both are [ours], and were the scripts' defaults when these numbers were made. The second
+(seeds 11 to 20, `SECOND`) takes the paper's own row and its sum, today's defaults. The cold starts
+of the first are lost, so the second has its own, and repeats the baselines. Every table names the
+definition beside the method, and every new line of the results has it in fields.
 
 Each claim is a set of cells (a method and what it is given), each seed of which starts from a cold
 start that all its cells share: a seed owns its cold start and its reinforcement learning. The
@@ -47,7 +49,7 @@ from scipy.stats import t as student_t
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from forks import fixed_fraction, one_sided, oracle
+from forks import fixed_fraction, one_sided, oracle, posterior_gaze
 from probes import guessable, half_of_the_shapes, three_shapes
 
 import attn_distill
@@ -60,12 +62,14 @@ import toy
 from pictures import load_pyplot
 from prompts import collate, encode_prompt
 
+SECOND = range(11, 21)  # seeds of the claims of the second reading
 STEPS = 60  # of every reinforcement-learning cell
 SFT_STEPS = 240  # as many optimiser steps: 60 x 4 inner iterations; SFT has no rollouts to pay for
 
 # The definitions that the numbers were made with, see above.
 ROW = {"attn_row": "predicting"}
 MEAN = {"attn_row": "predicting", "attn_reduction": "mean"}
+SUM = {"attn_row": "own", "attn_reduction": "sum"}
 
 GRPO, RAL = (grpo_baseline, {}), (ral_grpo, ROW)
 
@@ -73,7 +77,9 @@ GRPO, RAL = (grpo_baseline, {}), (ral_grpo, ROW)
 @dataclass(frozen=True)
 class Task:
     setting: dict[str, Any] = field(default_factory=dict)
-    """What its cold start is given; without anything, the cold start is that of "images"."""
+    """What its cold start is given; without anything, the cold start is that of `start`."""
+    start: str = "images"
+    """The task that owns its cold start, unless `setting` makes one."""
     learning_rate: float = 7e-5
     """Of its reinforcement learning."""
     probe: Any = nullcontext
@@ -82,6 +88,8 @@ class Task:
     """Whether the cold start goes on, for a few steps, from that of "images" of the same seed."""
     examples: int = 2048
     """Held-out examples that judge every cell."""
+    row: str | None = None
+    """For distillation: the attention row that is compared with the teacher's at the end."""
 
 
 GROW = {"steps": 20, "stop_accuracy": 2.0, "eval_above": 1.0}
@@ -89,15 +97,19 @@ GRIDS = {f"{n} x {n} cells": n for n in (3, 6, 9)}
 FRAMES = {f"{n} frames": n for n in (4, 16, 32)}
 TASKS = {
     "images": Task(),
-    "images, image first": Task({"toy_order": "image-first"}, 2.5e-5),
+    "images, image first": Task({"toy_order": "image-first"}, learning_rate=2.5e-5),
     "videos": Task({"frames": 8}, grown=True, examples=1024),
     **{name: Task({"grid": n}, grown=True, examples=1024) for name, n in GRIDS.items()},
     **{name: Task({"frames": n}, grown=True, examples=1024) for name, n in FRAMES.items()},
-    "thinking": Task({"think": True, "steps": 40}, 3e-5, grown=True, examples=1024),
-    "three shapes": Task({"stop_accuracy": 0.3}, 4e-5, three_shapes),
+    "thinking": Task({"think": True, "steps": 40}, learning_rate=3e-5, grown=True, examples=1024),
+    "three shapes": Task({"stop_accuracy": 0.3}, learning_rate=4e-5, probe=three_shapes),
     "half of the shapes": Task(),
     "guessable": Task(probe=guessable),
-    "distillation": Task(learning_rate=2e-4),
+    "distillation": Task(learning_rate=2e-4, row="predicting"),
+    "images, taught": Task(learning_rate=2e-4, row="own"),
+    "videos, taught": Task({}, "videos", 2e-4, examples=1024, row="own"),
+    "thinking, taught": Task({}, "thinking", 2e-4, examples=1024, row="own"),
+    "9 x 9 cells, taught": Task({}, "9 x 9 cells", 2e-4, examples=1024, row="own"),
 }
 # Figure 3: visual tokens of the sizes of a picture, and of the lengths of a video.
 VISUAL_TOKENS = {
@@ -114,12 +126,28 @@ def grpo(**fields) -> tuple:
     return grpo_baseline, fields
 
 
+LONGER = {"steps": 69, "num_iterations": 5}  # GRPO in the time of the posterior gaze, and more
 ONE_SIDED = {
     "pull alone, lambda 300": "pull",
     "push alone, lambda 300": "push",
     "sign reversed, lambda 300": "reversed",
 }
 DISTILL = {"prompts_per_step": 8, "micro_batch_size": 8}
+
+
+def taught(*gammas: float, **fields) -> dict[str, tuple]:
+    """Cells of KD, and of attention distillation as in the paper."""
+    cells = {"KD": (kd_baseline, DISTILL | fields)}
+    for gamma in gammas:
+        name = f"KD + attention, gamma {gamma:g}"
+        cells[name] = (attn_distill, DISTILL | SUM | {"gamma_attn": gamma} | fields)
+    return cells
+
+
+def only_attention(name: str, **fields) -> dict[str, tuple]:
+    """A cell of attention distillation at gamma 1, with other arguments."""
+    return {f"KD + attention, gamma 1, {name}": (attn_distill, DISTILL | SUM | fields)}
+
 
 # Claim: task -> cells, the first of which is the baseline of the differences.
 CLAIMS = {
@@ -138,6 +166,24 @@ CLAIMS = {
                 f"KD + attention, gamma {x:g}": (attn_distill, DISTILL | MEAN | {"gamma_attn": x})
                 for x in (1.0, 10.0, 100.0)
             },
+        }
+    },
+    "table-3, second reading": {
+        "images, taught": {
+            **taught(0.05, 0.5, 1, 5),
+            **only_attention("the teacher's layer 0", teacher_attn_layer=0),
+            **only_attention("the teacher's layer 1", teacher_attn_layer=1),
+        },
+        "videos, taught": {
+            **taught(0.5, 1, 5),
+            **only_attention("bins of frames", attn_bins="frames"),
+        },
+        "thinking, taught": taught(0.5, 1, 5),
+        "9 x 9 cells, taught": taught(0.5, 1, 5),
+    },
+    "without rewards": {
+        "images, taught": {
+            f"{name}, no reward": cell for name, cell in taught(1, 5, rl_coef=0.0).items()
         }
     },
     "figure-3": {task: {"GRPO": GRPO, "RAL": RAL} for task in (*GRIDS, *FRAMES)},
@@ -193,6 +239,34 @@ CLAIMS = {
             "told where to look, layer 0": (oracle, ROW | {"lambda_attn": 0.1, "attn_layer": 0}),
         }
     },
+    "tables 1 and 2, second reading": {
+        "images": {"GRPO": GRPO}
+        | {
+            f"RAL, own row, lambda {x:g}": ral(attn_row="own", lambda_attn=x)
+            for x in (0.5, 1.0, 5.0)
+        },
+        **{
+            task: {"GRPO": GRPO, "RAL, own row, lambda 1": ral(attn_row="own")}
+            for task in ("videos", "three shapes", "guessable", "thinking", *GRIDS, *FRAMES)
+        },
+    },
+    "posterior gaze": {
+        task: {
+            "GRPO": GRPO,
+            "posterior gaze": (posterior_gaze, fields),
+            "posterior gaze, L shuffled": (posterior_gaze, fields | {"shuffle_keys": True}),
+            "posterior gaze, eta 0": (posterior_gaze, fields | {"eta": 0.0}),
+            "GRPO, equal time by steps": grpo(steps=LONGER["steps"]),
+            "GRPO, equal time by inner iterations": grpo(num_iterations=LONGER["num_iterations"]),
+        }
+        for task, fields in {
+            "images": {},
+            "three shapes": {},
+            "videos": {},
+            "guessable": {},
+            "thinking": {"attn_layer": 0},
+        }.items()
+    },
     "protection": {
         "half of the shapes": {
             "GRPO": (*grpo(steps=160, learning_rate=6e-4), half_of_the_shapes),
@@ -205,6 +279,9 @@ CLAIMS = {
     },
 }
 
+SECOND_CLAIMS = {"table-3, second reading", "without rewards", "posterior gaze"}
+SECOND_CLAIMS |= {"tables 1 and 2, second reading"}
+
 
 @dataclass
 class Args:
@@ -212,12 +289,27 @@ class Args:
     """Which claims to run."""
     tasks: list[str] = field(default_factory=lambda: list(TASKS))
     """Which tasks of them."""
-    seeds: list[int] = field(default_factory=lambda: list(range(1, 11)))
-    """Seeds."""
+    cells: list[str] | None = None
+    """Which cells of these. Unset: all."""
+    seeds: list[int] | None = None
+    """Seeds. Unset: those of each claim's reading."""
     quick: bool = False
     """One seed, ten steps, 64 examples, a file of its own: shows that it runs, and nothing else."""
     results: Path = ROOT / "benchmarks" / "results" / "reproduce.jsonl"
     """Where the numbers go."""
+
+
+def slug(name: str) -> str:
+    return name.replace(",", "").replace(" ", "-")
+
+
+def setting(task: str) -> dict[str, Any]:
+    """What the cold start of a task was given."""
+    return TASKS[task].setting or TASKS[TASKS[task].start].setting
+
+
+def jsd_name(row: str) -> str:
+    return "attn_jsd_to_teacher" if row == "predicting" else "own_jsd_to_teacher"
 
 
 def commit() -> str:
@@ -240,8 +332,13 @@ def judged(out: Path) -> dict[str, float]:
     return row
 
 
+def seeds_of(claim: str, args: Args) -> list[int]:
+    first = range(1, 11)
+    return args.seeds or list(SECOND if claim in SECOND_CLAIMS else first)
+
+
 @torch.no_grad()
-def to_teacher(path: Path, teacher_path: Path, examples: int) -> float:
+def to_teacher(path: Path, teacher_path: Path, row: str, examples: int) -> float:
     """Mean divergence (JSD in nats a token, last layer) of a checkpoint's attention to the
     teacher's, on its own greedy responses."""
     model, processor = common.load_model(str(path)), common.load_processor(str(path))
@@ -254,12 +351,12 @@ def to_teacher(path: Path, teacher_path: Path, examples: int) -> float:
     for start in range(0, examples, 64):
         chunk = prompts[start : start + 64]
         batch = collate(model, chunk, processor.tokenizer.pad_token_id)
-        rollout = common.generate_group(model, batch, 1, 16)
+        rollout = common.generate_group(model, batch, 1, toy.MAX_NEW_TOKENS[task.think])
         scores = common.score(model, rollout, attn_layers=[-1])
         seen = collate(teacher, chunk, processor.tokenizer.pad_token_id)
         taught = common.score(teacher, replace(rollout, prompts=seen), attn_layers=[-1])
         rows = scores.attentions[-1], taught.attentions[-1]
-        policies = (attn_distill.attention_policy(x, "predicting") for x in rows)
+        policies = (attn_distill.attention_policy(x, row) for x in rows)
         jsd = attn_distill.divergence(*policies)
         distances.append(common.response_mean(jsd, scores.mask).flatten())
     return torch.cat(distances).mean().item()
@@ -267,11 +364,11 @@ def to_teacher(path: Path, teacher_path: Path, examples: int) -> float:
 
 def main(args: Args) -> None:
     if args.quick:
-        args.seeds = args.seeds[:1]
+        args.seeds = args.seeds[:1] if args.seeds else [1]
         args.results = args.results.with_name("reproduce-quick.jsonl")
     args.results.parent.mkdir(exist_ok=True)
     folder = ROOT / "runs" / f"cold-starts{'-quick' if args.quick else ''}"
-    teacher, done, made_by = folder / "teacher", {}, commit()
+    done, made_by = {}, commit()
     if args.results.exists():
         rows = map(json.loads, args.results.read_text().splitlines())
         done = {(row["task"], row["cell"], row["seed"]): row for row in rows}
@@ -279,10 +376,10 @@ def main(args: Args) -> None:
     def record(task: str, cell: str, seed: int, out: Path, seconds: float, mark: str = "") -> None:
         row = {"task": task, "cell": cell, "seed": seed} | judged(out)
         row |= {"cold_start": mark}
-        if task == "distillation":
+        if which := TASKS[task].row:
             examples = 64 if args.quick else TASKS[task].examples
-            jsd = to_teacher(out / "checkpoint", teacher / "checkpoint", examples)
-            row |= {"attn_jsd_to_teacher": jsd}
+            jsd = to_teacher(out / "checkpoint", teacher(task) / "checkpoint", which, examples)
+            row |= {jsd_name(which): jsd}
         fields = next((cells[cell][1] for tasks in CLAIMS.values() for t, cells in tasks.items()
                        if t == task and cell in cells), {})  # fmt: skip
         row |= {name: fields[name] for name in MEAN if name in fields}
@@ -296,7 +393,7 @@ def main(args: Args) -> None:
     def train(task: str, seed: int, out: Path, script, fields, probe=nullcontext) -> float:
         start, fields = time.time(), {"seed": seed, "out": str(out)} | fields
         fields |= {"eval_examples": TASKS[task].examples}
-        think = TASKS[task].setting.get("think", False)
+        think = setting(task).get("think", False)
         thinking = {"think": think, "max_new_tokens": toy.MAX_NEW_TOKENS[think]}
         if args.quick:
             fields |= {"eval_examples": 64, "steps": 10 if "model" in fields else 150}
@@ -308,8 +405,8 @@ def main(args: Args) -> None:
 
     def cold_start(task: str, seed: int) -> Path:
         """The directory of the SFT run that all cells of a task and seed start from."""
-        owner = task if TASKS[task].setting else "images"
-        out, seconds = folder / f"{owner}-{seed}".replace(",", "").replace(" ", "-"), 0.0
+        owner = task if TASKS[task].setting else TASKS[task].start
+        out, seconds = folder / slug(f"{owner}-{seed}"), 0.0
         if not (out / "checkpoint").is_dir():
             fields = TASKS[owner].setting | {"overwrite": True}
             if TASKS[owner].grown:
@@ -320,21 +417,29 @@ def main(args: Args) -> None:
             record(task, "cold start", seed, out, seconds)
         return out
 
-    def make_teacher() -> None:
-        if not (teacher / "checkpoint").is_dir():
+    def teacher(task: str) -> Path:
+        """The teacher's run: of images, or one that was trained further on the task."""
+        owner = TASKS[task].start
+        out = folder / slug("teacher" if owner == "images" else f"teacher-{owner}")
+        if not (out / "checkpoint").is_dir():
             fields = {"toy_size": "large", "stop_accuracy": 0.99, "eval_above": 0.8}
-            train("distillation", 1, teacher, sft, fields | {"overwrite": True})
-        if ("distillation", "teacher", 1) not in done:
-            record("distillation", "teacher", 1, teacher, 0.0)
+            if owner != "images":
+                model = str(teacher("images, taught") / "checkpoint")
+                fields = {"model": model, "stop_accuracy": 0.97, "eval_above": 0.8, "steps": 400}
+                fields |= {k: v for k, v in setting(task).items() if k != "steps"}
+            train(task, 1, out, sft, fields | {"overwrite": True})
+        if (task, "teacher", 1) not in done:
+            done[task, "teacher", 1] = {}  # `record` asks for the teacher of this one
+            record(task, "teacher", 1, out, 0.0)
+        return out
 
     for claim in args.claims:
         for task, cells in CLAIMS[claim].items():
             budget = {"steps": STEPS, "eval_every": 1000}
             budget |= {"learning_rate": TASKS[task].learning_rate}
-            for seed in args.seeds if task in args.tasks else []:
-                missing = [cell for cell in cells if (task, cell, seed) not in done]
-                if missing and task == "distillation":
-                    make_teacher()
+            for seed in seeds_of(claim, args) if task in args.tasks else []:
+                wanted = [cell for cell in cells if cell in (args.cells or cells)]
+                missing = [cell for cell in wanted if (task, cell, seed) not in done]
                 for cell in missing:
                     script, fields, *probe = cells[cell]
                     fields = ({} if script is sft else budget) | fields
@@ -345,18 +450,20 @@ def main(args: Args) -> None:
                     if marks:
                         raise SystemExit(f"{cold} is not what {task}, seed {seed}, began with")
                     fields = {"model": str(cold)} | fields
-                    if task == "distillation":
-                        fields |= {"teacher": str(teacher / "checkpoint")}
+                    if TASKS[task].row:
+                        fields |= {"teacher": str(teacher(task) / "checkpoint")}
                     with tempfile.TemporaryDirectory() as directory:
                         out = Path(directory) / "run"
                         seconds = train(task, seed, out, script, fields, *probe)
                         record(task, cell, seed, out, seconds, mark)
     tables = [
-        report(claim, task, cells, done, None if args.quick else args.results.parent)
+        report(claim, task, cells, chosen, None if args.quick else args.results.parent)
         for claim, tasks in CLAIMS.items()
         for task, cells in tasks.items()
         if len(cells) > 2  # the summary has the others
-        if any((task, cell, seed) in done for cell in [*cells][1:] for seed in args.seeds)
+        for seeds in [{*seeds_of(claim, args)}]
+        for chosen in [{k: row for k, row in done.items() if k[2] in seeds or k[1] == "teacher"}]
+        if any((task, cell) == key[:2] for key in chosen for cell in [*cells][1:])
     ]
     text = "\n".join([summary(done, args.quick), *tables])
     args.results.with_suffix(".md").write_text(text)
@@ -430,15 +537,15 @@ def report(claim: str, task: str, cells: dict, done: dict, pictures: Path | None
     """A table of means with intervals, and of differences to the first cell paired by seed, which
     are drawn as well, into the folder `pictures`; without one it is a quick run."""
     names = ["accuracy", "on_target"]
-    if task == "distillation":
-        names.append("attn_jsd_to_teacher")
+    if TASKS[task].row:
+        names.append(jsd_name(TASKS[task].row))
     if task == "half of the shapes":
         names = [f"{name}, {kind}" for kind in ("trained", "held back") for name in names[:1]]
         names.append("target_attn, held back")
     baseline, *others = cells
     by_cell = {
         cell: {seed: row for (t, c, seed), row in done.items() if (t, c) == (task, cell)}
-        for cell in ("cold start", *cells, *(["teacher"] if task == "distillation" else []))
+        for cell in ("cold start", *cells, *(["teacher"] if TASKS[task].row else []))
     }
     if by_cell[baseline] and f"before, {names[0]}" in next(iter(by_cell[baseline].values())):
         before = by_cell[baseline].items()
@@ -466,7 +573,7 @@ def report(claim: str, task: str, cells: dict, done: dict, pictures: Path | None
         line.append(f"{np.median(norms):.4f}" if norms else "")
         table.append(line)
     if points and pictures:
-        name = f"{claim}-{task}.png".replace(",", "").replace(" ", "-")
+        name = slug(f"{claim}-{task}.png")
         draw(pictures / name, points)
     title = f"### {claim}: {task}{'' if pictures else ' (quick: no evidence)'}\n\n"
     return title + "".join(f"| {' | '.join(line)} |\n" for line in table)

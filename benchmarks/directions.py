@@ -1,0 +1,192 @@
+"""Which way does each term of the loss push, and is that toward the right answer?
+
+    python benchmarks/reproduce.py --claims "table-3, second reading" --tasks "images, taught"
+    python benchmarks/directions.py            # the cold starts that this leaves in runs/
+
+For each cold start it samples 8 responses to each of 128 prompts, and takes the gradient of every
+term alone, all weights together. It prints the cosine of the descent direction with that of two
+others: of the oracle, which is told where the target is, and of SFT, which is told the correct
+response. Both are taken on the same prompts. "Halves" is the cosine of the term's directions on the
+even and on the odd prompts: near 0, the direction is noise.
+
+RAL has no gradient at the rollout's weights (see `ral_grpo.py`), so its terms are taken after one
+optimiser step of GRPO at the rate of `reproduce.py`, and all others before it. Intervals are of
+95%, Student's t over the cold starts. Results: `results/directions.json` and `directions.png`.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+from torch.nn import Module
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from forks import oracle, posterior_gaze
+from reproduce import SECOND, TASKS, commit, interval, words
+
+import ral_grpo
+import sft
+import toy
+from common import load_model, load_processor
+from pictures import load_pyplot
+from prompts import Prompt, collate, encode_prompt
+
+GRPO_TERMS = ("token", "token, rewarded responses", "token, penalised responses")
+OTHERS = ("RAL, own row", "RAL, predicting row", "posterior gaze", "oracle")
+OTHERS += ("oracle, rewarded responses", "SFT")
+COLUMNS = ("with the oracle", "with SFT", "halves")
+
+
+@dataclass
+class Args:
+    seeds: tuple[int, ...] = tuple(SECOND)
+    """Seeds of the cold starts."""
+    cold_starts: Path = ROOT / "runs" / "cold-starts"
+    """Directory of the cold starts, `images-<seed>` each."""
+    prompts: int = 128
+    """Prompts that are answered, a multiple of 32."""
+    results: Path = ROOT / "benchmarks" / "results" / "directions.json"
+    """Where the numbers go."""
+
+
+def direction(model: Module, losses: list[Callable[[], Tensor]]) -> Tensor:
+    """Minus the gradient of a sum of losses, (number of trained weights,)."""
+    model.zero_grad()
+    for loss in losses:
+        loss().backward()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    parts = [torch.zeros_like(p) if p.grad is None else -p.grad for p in parameters]
+    model.zero_grad()
+    return torch.cat([part.flatten() for part in parts])
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0).item()
+
+
+def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
+    """The three cosines of every term, at one cold start."""
+    model, processor = load_model(path), load_processor(path)
+    task = toy.Task.load(path)
+    processor.prompt_config = task.prompt_config()
+    fields = {"seed": seed, "learning_rate": TASKS["images"].learning_rate}
+    args = ral_grpo.Args(**ral_grpo.TOY | {"think": task.think} | fields)
+    stream = toy.open_data(
+        replace(args, eval_examples=1), lambda x: encode_prompt(processor, x), task
+    )
+    drawn = list(islice(stream[0].begin(1, count), count))
+    prompts = [*drawn[::2], *drawn[1::2]]  # the even ones first
+    inputs = collate(model, prompts, processor.tokenizer.pad_token_id)
+    rollout, rewards, *_ = ral_grpo.roll_out(model, processor, prompts, inputs, args)
+    advantages, size = ral_grpo.group_advantages(rewards), 16
+    cuts = [slice(i, i + size) for i in range(0, count, size)]
+    target = oracle.target_mask(prompts, inputs)
+
+    def term(script, name: str, weights: Tensor, options) -> list[Callable[[], Tensor]]:
+        """One term of a script's loss on every microbatch, its responses weighed by (B, G, 1)."""
+
+        def loss(cut: slice, kept: dict) -> Tensor:
+            if cut.start not in kept:
+                told = {"target": target[cut]} if script is oracle else {}
+                kept[cut.start] = script.Batch(rollout[cut], advantages[cut], **told)
+            terms = script.loss_terms(model, kept[cut.start], options)
+            return (weights[cut, :, 0] * terms[name]).mean()
+
+        kept = batches.setdefault((script, options.attn_row), {})
+        return [lambda cut=cut: loss(cut, kept) for cut in cuts]
+
+    def taught(chunk: list[Prompt]) -> Callable[[], Tensor]:
+        return lambda: sft.loss_terms(model, sft.demonstrations(model, processor, chunk))[
+            "loss"
+        ].mean()
+
+    batches, every = {}, torch.ones_like(advantages)
+    good, bad = (advantages > 0).float(), (advantages < 0).float()
+    own, predicting = args, replace(args, attn_row="predicting")
+    posterior = posterior_gaze.Args(**vars(args))
+    model.train()
+    terms = {
+        "token": term(ral_grpo, "pg_loss", every, own),
+        "token, rewarded responses": term(ral_grpo, "pg_loss", good, own),
+        "token, penalised responses": term(ral_grpo, "pg_loss", bad, own),
+        "RAL, own row": term(ral_grpo, "attn_loss", every, own),
+        "RAL, predicting row": term(ral_grpo, "attn_loss", every, predicting),
+        "posterior gaze": term(posterior_gaze, "attn_loss", every, posterior),
+        "oracle": term(oracle, "attn_loss", every, own),
+        "oracle, rewarded responses": term(oracle, "attn_loss", good, own),
+        "SFT": [taught(prompts[cut]) for cut in cuts],
+    }
+    half = len(cuts) // 2
+
+    def both(name: str) -> tuple[Tensor, Tensor]:
+        return direction(model, terms[name][:half]), direction(model, terms[name][half:])
+
+    halves = {name: both(name) for name in terms if not name.startswith("RAL")}
+    with torch.no_grad():  # the anchors of RAL, at the rollout's weights
+        for name in ("RAL, own row", "RAL, predicting row"):
+            for loss in terms[name]:
+                loss()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
+    step = [ral_grpo.Batch(rollout[cut], advantages[cut]) for cut in cuts]
+    grpo = replace(args, lambda_attn=0.0, beta=0.0, num_iterations=1)
+    ral_grpo.update(model, optimizer, step, grpo, measure=False)
+    halves |= {name: both(name) for name in terms if name.startswith("RAL")}
+    whole = {name: sum(parts) for name, parts in halves.items()}
+    return {
+        name: {
+            "with the oracle": cosine(whole[name], whole["oracle"]),
+            "with SFT": cosine(whole[name], whole["SFT"]),
+            "halves": cosine(*halves[name]),
+        }
+        for name in terms
+    }
+
+
+def draw(path: Path, rows: list[dict[str, dict[str, float]]]) -> None:
+    pyplot = load_pyplot()
+    names = [*GRPO_TERMS, *OTHERS]
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), sharey=True)
+    for axis, column in zip(axes, COLUMNS, strict=True):
+        values = [interval([row[name][column] for row in rows]) for name in names]
+        means, errors = zip(*values, strict=True)
+        axis.errorbar(means, range(len(names)), xerr=errors, fmt="o", markersize=4)
+        axis.axvline(0, color="grey", lw=1)
+        axis.set(title=f"cosine {column}" if column != "halves" else "cosine of two halves")
+        axis.set(xlim=(-1.05, 1.05), ylim=(len(names) - 0.5, -0.5))
+        axis.set_yticks(range(len(names)), names)
+        axis.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
+
+
+def main(args: Args) -> None:
+    rows = []
+    for seed in args.seeds:
+        path = args.cold_starts / f"images-{seed}" / "checkpoint"
+        rows.append(measure(path, seed, args.prompts))
+        print(f"seed {seed}: " + json.dumps(rows[-1]["RAL, own row"]))
+    result = {
+        "commit": commit(),
+        "prompts": args.prompts,
+        "rows": dict(zip(args.seeds, rows, strict=True)),
+    }
+    args.results.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"| direction | {' | '.join(COLUMNS)} |\n|---|---|---|---|")
+    for name in rows[0]:
+        cells = [words([row[name][column] for row in rows], "+") for column in COLUMNS]
+        print(f"| {name} | {' | '.join(cells)} |")
+    if len(rows) > 1:
+        draw(args.results.with_suffix(".png"), rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

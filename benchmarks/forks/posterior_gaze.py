@@ -1,0 +1,625 @@
+"""A fork of `ral_grpo.py`: `diff ral_grpo.py benchmarks/forks/posterior_gaze.py` shows all of it.
+
+RAL pulls attention toward where a response did look. This fork asks where it should have looked for
+the words that it was rewarded for [ours]. L_tj is the probability of response token y_t if the row
+that predicts it, in one layer and in every head, attended to visual key j alone, with everything
+else as it was:
+
+    q_t ~ p_old,t * L_t ** eta   on the visual keys, whose total mass is kept
+    loss = L_RL + lambda_attn * E_t[ max(A_t, 0) * KL(q_t || p_theta,t) ]
+
+L is computed once per rollout, with its weights. The layer is rerun for the rewarded tokens alone,
+and so are the layers above it. The row is always the predicting one, whatever `--attn-row` says.
+For one process, on models like the toy's: a real model has too many visual keys for this.
+
+    python benchmarks/forks/posterior_gaze.py --eta 8 --lambda-attn 1
+"""
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import toy
+from common import (
+    ATTENTION_CHUNK,
+    Rollout,
+    accuracy,
+    generate_group,
+    has_format,
+    in_chunks,
+    load_model,
+    load_processor,
+    require_layer,
+    response_mean,
+    sampling_noise,
+    save_model,
+    score,
+    vision_token_ids,
+    without_adapters,
+)
+from data import check_data, check_files, open_data
+from evaluate import evaluate
+from memory import fit_memory
+from pictures import draw_attention, draw_curves, draw_page
+from prompts import Processor, Prompt, PromptBatch, PromptConfig, collate, encode_prompt
+from runs import (
+    Run,
+    RunArgs,
+    Stopwatch,
+    check_run,
+    find_state,
+    full_tensor,
+    print_summary,
+    rank,
+    require,
+    require_not_negative,
+    require_positive,
+    run_script,
+    same_inputs,
+    seed_everything,
+)
+
+# 1. Arguments
+
+
+@dataclass
+class Args(RunArgs):
+    model: str = "runs/sft/checkpoint"
+    """Checkpoint directory or hub name. The default is what sft.py writes."""
+    out: str = f"runs/{Path(__file__).stem}"
+    """Run directory. A run that is already there is moved to OUT.1, OUT.2 and so on."""
+    think: bool = True
+    """Respond with a thought, then the answer (paper), or with the answer alone (RAL-zero)."""
+    steps: int = 800
+    """Training steps, each with its own rollout. Paper: 800."""
+    learning_rate: float | None = None
+    """Constant learning rate of AdamW. Unset: 1e-6, as in Video-R1 (a digest of the paper says
+    1e-5), or 2e-5 for adapters [ours]."""
+    train_vision: bool = False
+    """Also train the vision encoder; every pass then recomputes its features. Paper: frozen."""
+    lora_rank: int | None = None
+    """Rank of the adapters that are trained instead of the weights; 0: train the weights. Unset: 0,
+    or 64 if training the weights does not fit into memory."""
+    gradient_checkpointing: bool | None = None
+    """Store one activation per layer and recompute the rest. Unset: only on a GPU."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger norm are scaled down to this norm."""
+    micro_batch_size: int = 1
+    """Prompts per forward pass, with all their responses. It changes memory and speed, not the
+    update."""
+    prompts_per_step: int = 8
+    """Prompts per rollout on each rank. [ours]"""
+    group_size: int = 8
+    """G, the responses per prompt (2 or more). Paper: 8."""
+    num_iterations: int = 2
+    """Optimiser steps per rollout. [ours]"""
+    max_new_tokens: int = 768
+    """Longest response in tokens."""
+    temperature: float = 1.0
+    """Temperature of the policy, in sampling and in every loss. A digest of the paper says 0.9."""
+    top_p: float = 1.0
+    """Probability mass for nucleus sampling, in (0, 1]. The losses use the full distribution."""
+    accuracy_rule: Literal["by-type", "exact"] = "by-type"
+    """How an answer is compared with the solution: by problem type, as in Video-R1, or by exact
+    match (paper)."""
+    clip_eps: float = 0.2
+    """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]. [ours]"""
+    beta: float = 0.04
+    """Weight of the KL penalty toward the starting model (0: no reference needed). Paper: 0.04."""
+
+    lambda_attn: float = 1.0  # RAL
+    """Weight of the attention term; 0: plain GRPO. Paper: 1 (0.5 and 5 were also tried)."""
+    attn_layer: int = -1  # RAL
+    """Decoder layer whose attention is the policy, counted from 0, or from the end if negative.
+    Paper: the last."""
+    attn_row: Literal["own", "predicting"] = "own"  # RAL
+    """Attention row of token y_t. `own`: that of its own position, with its own column removed and
+    the rest renormalised (paper). `predicting`: that of the position before, whose output predicts
+    y_t [ours]."""
+    attn_anchor: Literal["rollout", "reference"] = "rollout"  # RAL (eq. 3)
+    """Model whose attention is the anchor: as at rollout time (paper), or the frozen reference."""
+    attn_divergence: Literal["jsd", "forward-kl", "reverse-kl"] = "jsd"  # RAL
+    """JSD (paper); forward: KL(anchor || current); reverse: KL(current || anchor)."""
+    eta: float = 8.0
+    """Exponent of L: how far the target moves from where the response looked; 0: not at all."""
+    shuffle_keys: bool = False
+    """A control: every row's L is shuffled over the visual keys."""
+    attn_norm_every: int = 10  # RAL
+    """Steps between measurements of each term's own gradient norm, which cost two extra passes;
+    0: never. [ours]"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "steps", "learning_rate", "max_grad_norm", "micro_batch_size")
+        require_positive(self, "prompts_per_step", "num_iterations", "max_new_tokens")
+        require_positive(self, "temperature", "clip_eps")
+        require(self.group_size >= 2, f"--group-size {self.group_size}: needs 2 or more")
+        require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be in (0, 1]")
+        require_not_negative(self, "lora_rank", "beta")
+        require_not_negative(self, "lambda_attn", "attn_norm_every")
+
+
+# Defaults of a toy checkpoint, in place of those of `Args`.
+TOY = toy.RUN | {
+    "steps": 160,
+    "eval_every": 20,
+    "learning_rate": 6e-4,
+    "prompts_per_step": 16,
+    "micro_batch_size": 16,
+    "num_iterations": 4,
+    "think": False,
+    "max_new_tokens": 16,  # 64 with a thought
+}
+
+
+# 2. Prompt and reward
+
+# The request after the question: to think (with --think), to answer, and the form of the answer by
+# problem type. It is saved with the weights, and evaluate.py reads it from there.
+PROMPTS = {
+    "think": "Think first, inside <think> </think> tags.",
+    "answer": "Give the answer alone inside <answer> </answer> tags.",
+    "multiple choice": "The answer is the letter of one option.",
+    "numerical": "The answer is a number.",
+    "regression": "The answer is a number.",
+    "OCR": "The answer is the text exactly as shown.",
+    "free-form": "The answer is a short text.",
+}
+
+
+def reward(accuracy: Tensor, format: Tensor) -> Tensor:
+    """The paper's reward of each response, from its accuracy and format reward."""
+    return 0.9 * accuracy + 0.1 * format
+
+
+# 3. Rollout
+
+
+@dataclass
+class Batch:
+    """A microbatch of a rollout with the tensors that its loss needs. `advantages` are (B, G, 1),
+    or (B, G, T) in a fork that gives each token its own; log-probabilities are (B, G, T).
+
+    `old_attn` (B, G, T, P + T) is the attention policy to compare with: that of the model at
+    rollout time, or that of the reference.
+    """
+
+    rollout: Rollout
+    advantages: Tensor
+    ref_logps: Tensor | None = None
+    old_logps: Tensor | None = None
+    old_attn: Tensor | None = None  # RAL (eq. 3)
+
+
+def roll_out(
+    model: Module, processor: Processor, prompts: list[Prompt], batch: PromptBatch, args: Args
+) -> tuple[Rollout, Tensor, dict[str, float], list[dict]]:
+    """Sample G responses to each prompt and reward them. Returns the rollout, the rewards (B, G),
+    the metrics and the rows of samples.jsonl."""
+    numbers = [prompt.number for prompt in prompts]
+    noise = sampling_noise(args.seed, numbers, args.group_size, args.max_new_tokens)
+    rollout = generate_group(
+        model, batch, args.group_size, args.max_new_tokens, noise, args.temperature, args.top_p
+    )
+    texts = rollout.texts(processor)
+    examples = [prompt.example for prompt in prompts]
+    pairs, rule = list(zip(texts, examples, strict=True)), args.accuracy_rule
+    accuracies = torch.tensor([[accuracy(t, x, rule) for t in group] for group, x in pairs])
+    formats = torch.tensor([[float(has_format(t, args.think)) for t in group] for group in texts])
+    formats = formats.masked_fill(rollout.truncated.cpu(), 0.0)
+    rewards = reward(accuracies, formats)
+    metrics = {
+        "rollout/reward": rewards.mean().item(),
+        "rollout/accuracy": accuracies.mean().item(),
+        "rollout/format": formats.mean().item(),
+        "rollout/reward_std": rewards.std(dim=1).mean().item(),
+        "rollout/frac_zero_std": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
+        "rollout/completion_len": rollout.response_mask.sum(-1).float().mean().item(),
+        "rollout/truncated_frac": rollout.truncated.float().mean().item(),
+    }
+    samples = [
+        {"row": x.name, "problem": x.problem, "solution": x.solution, "response": t, "reward": r}
+        for x, group, values in zip(examples, texts, rewards.tolist(), strict=True)
+        for t, r in zip(group, values, strict=True)
+    ]
+    return rollout, rewards.to(model.device), metrics, samples
+
+
+@torch.no_grad()
+def score_reference(reference: Module, batches: list[Batch], args: Args) -> None:
+    """Add the frozen starting model's scores of the responses to each batch."""
+    for batch in batches:
+        layers = [args.attn_layer] if args.attn_anchor == "reference" else []  # RAL
+        scores = score(reference, batch.rollout, args.temperature, layers)  # RAL
+        batch.ref_logps = scores.logps
+        for rows in scores.attentions.values():  # RAL
+            batch.old_attn = attention_policy(rows, args.attn_row)  # RAL
+
+
+# 4. Loss
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G, 1): one for all
+    tokens of a response; std with ddof 1 [ours].
+
+    They are exactly 0 where all rewards of a group are equal. The rewards themselves decide this:
+    eight float32 rewards of 0.9 have a std of 6e-8 and would otherwise get an advantage.
+
+    >>> rewards = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.9, 0.9, 0.9, 0.9]])
+    >>> group_advantages(rewards)[..., 0]
+    tensor([[ 0.8659, -0.8659,  0.8659, -0.8659],
+            [ 0.0000,  0.0000,  0.0000,  0.0000]])
+    """
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    scaled = centred / (rewards.std(dim=1, keepdim=True) + 1e-4)
+    equal = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
+    return scaled.masked_fill(equal, 0.0)[..., None]
+
+
+def clipped_loss(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, clip_eps: float
+) -> tuple[Tensor, Tensor]:
+    """GRPO's loss -min(ratio A, clip(ratio) A) of each token, and 1 where the clipped term is the
+    smaller one, else 0; both (B, G, T)."""
+    ratio = torch.exp(logps - old_logps)
+    unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
+    return -torch.minimum(unclipped, clipped), (clipped < unclipped).float()
+
+
+def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """The unbiased k3 estimate of KL(policy || reference) for each token:
+    exp(ref - logp) - (ref - logp) - 1."""
+    difference = ref_logps - logps
+    return torch.exp(difference) - difference - 1
+
+
+def attention_policy(rows: Tensor, row: str) -> Tensor:
+    """The attention policy of each response token, (B, G, T, P + T).
+
+    `rows` (B, G, T + 1, P + T) are the attention of the prompt's last position and of each response
+    token; each sums to 1. "own" is the paper's policy, the row of y_t without its own column:
+    p^t(i) = alpha_{t,i} / sum_{j <= t - 1} alpha_{t,j} for i <= t - 1. It is all zeros where y_t
+    attends only to itself. "predicting" [ours] is the row of position t - 1, whose output predicts
+    y_t: it sees the same positions and needs no denominator.
+
+    >>> rows = torch.tensor([[[[0.7, 0.3, 0.0], [0.2, 0.3, 0.5]]]])  # P = 2, T = 1
+    >>> attention_policy(rows, "own"), attention_policy(rows, "predicting")
+    (tensor([[[[0.4000, 0.6000, 0.0000]]]]), tensor([[[[0.7000, 0.3000, 0.0000]]]]))
+    """
+    if row == "predicting":
+        return rows[:, :, :-1].contiguous()
+    earlier = rows[:, :, 1:].tril(rows.shape[3] - rows.shape[2])  # row t up to column P + t - 1
+    return earlier / earlier.sum(-1, keepdim=True).clamp_min(1e-30)
+
+
+def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
+    """Divergence of distributions along the last axis, in nats: by default Jensen-Shannon, which is
+    between 0 and ln 2.
+
+    `p` is the current distribution and `q` the anchor. Zeros are safe, in value and in gradient.
+    The rows are computed in chunks, see `in_chunks`.
+
+    >>> p, q = torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[0.0, 1.0], [0.5, 0.5]])
+    >>> divergence(p, q)
+    tensor([0.6931, 0.0000])
+    """
+
+    def kl(p: Tensor, q: Tensor) -> Tensor:
+        tiny = torch.finfo(p.dtype).tiny
+        return (p * (p.clamp_min(tiny).log() - q.clamp_min(tiny).log())).sum(-1)
+
+    def chunk(p: Tensor, q: Tensor) -> tuple[Tensor]:
+        if kind != "jsd":
+            return (kl(q, p) if kind == "forward-kl" else kl(p, q),)
+        middle = (p + q) / 2
+        return ((kl(p, middle) + kl(q, middle)) / 2,)
+
+    rows = (x.reshape(-1, x.shape[-1]) for x in (p, q))
+    return in_chunks(chunk, *rows, elements=ATTENTION_CHUNK)[0].view(p.shape[:-1])
+
+
+@contextmanager
+def layer_inputs(model: Module) -> Iterator[list[tuple[Tensor, tuple[Tensor, Tensor]]]]:
+    """Collect the input of every decoder layer (B, P + G * T, hidden) and its rotary embedding."""
+    inputs, layers = [], model.model.language_model.layers
+
+    def keep(layer: Module, args: tuple, kwargs: dict) -> None:
+        inputs.append((args[0].detach(), kwargs["position_embeddings"]))
+
+    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def rerun_layer(
+    layer: Module,
+    x: Tensor,
+    states: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    at: Tensor,
+    seen: Tensor,
+) -> Tensor:
+    """The layer's outputs (N, K, hidden) for N positions `at`, of each of which `x` (N, K, hidden)
+    holds K versions. `states` (N, L, hidden) are the layer's inputs, `seen` (N, L) the earlier
+    positions that a position attends to, and `rotary` their embedding, (N, L, D)."""
+    attention, (cos, sin) = layer.self_attn, rotary
+    here = [part[torch.arange(len(at)), at][:, None, None] for part in rotary]
+
+    def heads(projection: Module, x: Tensor) -> Tensor:  # (N, L or K, hidden) to (N, heads, -1, D)
+        x = projection(layer.input_layernorm(x))
+        return x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+    query = rotate(heads(attention.q_proj, x), *here)
+    own_key, own_value = rotate(heads(attention.k_proj, x), *here), heads(attention.v_proj, x)
+    key = rotate(heads(attention.k_proj, states), cos[:, None], sin[:, None])
+    value = heads(attention.v_proj, states)
+    shared = query.shape[1] // key.shape[1]
+    tensors = (key, value, own_key, own_value)
+    key, value, own_key, own_value = (y.repeat_interleave(shared, dim=1) for y in tensors)
+    scores = (query @ key.mT).masked_fill(~seen[:, None, None], -torch.inf)
+    scores = torch.cat([scores, (query * own_key).sum(-1, keepdim=True)], dim=-1)
+    weights = (scores * attention.scaling).softmax(dim=-1)
+    out = weights[..., :-1] @ value + weights[..., -1:] * own_value
+    x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of (..., D)."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
+
+
+@torch.no_grad()
+def posterior_gaze(model: Module, batch: Batch, inputs: list, attn: Tensor, args: Args) -> Tensor:
+    """The target q (B, G, T, P + T) of the rewarded tokens; where the advantage is not positive, it
+    is the policy `attn` itself."""
+    rollout, text = batch.rollout, model.model.language_model
+    p, t = rollout.prompts.ids.shape[1], rollout.response_ids.shape[2]
+    rewarded = (batch.advantages > 0) & rollout.response_mask
+    b, g, s = rewarded.nonzero(as_tuple=True)  # prompt, response, token
+    visual = rollout.prompts.patches.to(attn.device) >= 0
+    keys = visual.nonzero()[:, 1].view(len(visual), -1)  # prompts have equally many visual tokens
+    # Positions in the packed sequence: of the prompt and this response, and of the row in these.
+    steps = torch.arange(t, device=attn.device)
+    places = torch.arange(p, device=attn.device).expand(len(g), -1)
+    places = torch.cat([places, p + t * g[:, None] + steps], dim=1)
+    at = p - 1 + s
+    layer, *above = text.layers[args.attn_layer % len(text.layers) :]
+    (states, _), *later = inputs[args.attn_layer % len(text.layers) :]
+    attention = layer.self_attn
+    values = attention.v_proj(layer.input_layernorm(states[:, :p]))
+    values = values.unflatten(-1, (-1, attention.head_dim))
+    values = values.repeat_interleave(attention.num_key_value_groups, dim=2).flatten(2)
+    moved = attention.o_proj(values)[b[:, None], keys[b]]  # (N, K, hidden)
+    row = places.gather(1, at[:, None])[:, 0]
+    x = states[b, row][:, None] + moved
+    x = x + layer.mlp(layer.post_attention_layernorm(x))
+    seen = torch.arange(p + t, device=attn.device) < at[:, None]
+    if rollout.prompts.mask is not None:
+        seen = seen & F.pad(rollout.prompts.mask[b], (0, t), value=True)
+    for layer, (states, rotary) in zip(above, later, strict=True):
+        rotary = tuple(part[b[:, None], places] for part in rotary)
+        x = rerun_layer(layer, x, states[b[:, None], places], rotary, at, seen)
+    logits = model.lm_head(text.norm(x)).float() / args.temperature
+    logits = logits.index_fill(-1, torch.tensor(vision_token_ids(model.config)), -torch.inf)
+    answers = rollout.response_ids[b, g, s][:, None, None].expand(-1, x.shape[1], 1)
+    log_l = logits.log_softmax(dim=-1).gather(-1, answers)[..., 0]  # (N, K)
+    if args.shuffle_keys:
+        log_l = log_l.gather(1, torch.rand_like(log_l).argsort(dim=1))
+    old = attn[b, g, s]
+    looked = old.gather(1, keys[b])
+    share = (looked.clamp_min(1e-30).log() + args.eta * log_l).softmax(dim=-1)
+    target = attn.clone()
+    mass = looked.sum(-1, keepdim=True)
+    target[b, g, s] = old.scatter(1, keys[b], share * mass)
+    return target
+
+
+def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
+    """The terms of the loss for each response, (B, G): means over its tokens, in nats per token.
+
+    Two limits of the attention term [ours; tested, and measured in docs/results.md]:
+      - Near p_old, the gradient of the JSD with respect to p_theta is (p_theta - p_old) / 4 p_old.
+        The term does not know where else to look. It damps the movement of attention that the token
+        policy has just made where the advantage is positive, and amplifies it where negative.
+      - Responses of a group that share their first s tokens also share the own rows of tokens 1 to
+        s, the predicting rows of tokens 1 to s + 1, and so their divergences D_t. The loss contains
+        such a row as D_t * sum_i A_i / T_i, where T_i is the length of response i. This is zero if
+        the responses are equally long, and a remainder is left if they are not.
+    """
+    with layer_inputs(model) as inputs:
+        scores = score(model, batch.rollout, args.temperature, [args.attn_layer])  # RAL
+    attn = attention_policy(scores.attentions[args.attn_layer], "predicting")
+    if batch.old_attn is None:  # RAL: as for the log-probabilities below
+        batch.old_attn = posterior_gaze(model, batch, inputs, attn.detach(), args)
+    if batch.old_logps is None:  # first inner iteration: the policy is still that of the rollout
+        batch.old_logps = scores.logps.detach()
+    pg, clipped = clipped_loss(scores.logps, batch.old_logps, batch.advantages, args.clip_eps)
+    kl = torch.zeros_like(pg) if batch.ref_logps is None else k3(scores.logps, batch.ref_logps)
+    attn_jsd = divergence(attn, batch.old_attn, "forward-kl")
+    terms = {"pg_loss": pg, "kl": kl, "entropy": scores.entropy, "clip_frac": clipped}
+    # RAL (eq. 3): the mean over a response's tokens is taken below, for all terms together.
+    terms |= {"attn_jsd": attn_jsd, "attn_loss": batch.advantages.clamp_min(0) * attn_jsd}
+    terms = {name: response_mean(term, scores.mask) for name, term in terms.items()}
+    terms["loss"] = terms["pg_loss"] + args.beta * terms["kl"]
+    terms["loss"] = terms["loss"] + args.lambda_attn * terms["attn_loss"]  # RAL
+    return terms
+
+
+# 5. Update
+
+
+def term_norm(model: Module, batches: list[Batch], args: Args, term: str) -> float:
+    """RAL: gradient norm of one term of the loss alone, before its weight, from a separate forward
+    and backward pass [ours]."""
+    responses = sum(batch.rollout.truncated.numel() for batch in batches)
+    for batch in batches:
+        terms = loss_terms(model, batch, args)
+        # Adds zero so that every FSDP layer's output receives a gradient; backward fails otherwise.
+        nothing = 0 * terms["loss"].sum()
+        (terms[term].sum() / responses + nothing).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    return full_tensor(norm).item()
+
+
+def update(
+    model: Module, optimizer: Optimizer, batches: list[Batch], args: Args, measure: bool
+) -> dict[str, float]:
+    """Take `num_iterations` optimiser steps on one rollout, each over all its microbatches. Returns
+    the metrics, averaged over these steps.
+
+    `train/attn_jsd_<k>` is the divergence in inner iteration k. `measure` adds the gradient norms
+    of the two terms in the last iteration.
+    """
+    model.train()
+    responses = sum(batch.rollout.truncated.numel() for batch in batches)
+    metrics = defaultdict(float)
+    for iteration in range(1, args.num_iterations + 1):
+        if measure and iteration == args.num_iterations:  # RAL
+            for term in ("pg", "attn"):
+                metrics[f"train/{term}_grad_norm"] = term_norm(model, batches, args, f"{term}_loss")
+        for batch in batches:
+            terms = loss_terms(model, batch, args)
+            (terms["loss"].sum() / responses).backward()
+            for name, term in terms.items():
+                value = term.detach().sum().item() / responses
+                metrics[f"train/{name}"] += value / args.num_iterations
+            # RAL: also log the divergence of this iteration alone.
+            metrics[f"train/attn_jsd_{iteration}"] += terms["attn_jsd"].sum().item() / responses
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        metrics["train/grad_norm"] += norm.item() / args.num_iterations
+        if not torch.isfinite(norm):
+            break  # the training loop then stops the run
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(metrics)
+
+
+# 6. Training loop
+
+
+def main(args: Args) -> dict[str, float]:
+    """Train, evaluate and write the run directory. Returns the metrics of the last step and its
+    evaluation in one dictionary."""
+    start = time.time()
+    check_run(args, "model")
+    is_toy, task = toy.resolve_task(args, args.model)
+    check_files(args, is_toy)
+    seed_everything(args.seed)
+    processor = load_processor(args.model, args.image_tokens, args.frame_tokens)
+    require_layer("--attn-layer", args.attn_layer, processor.config)  # RAL
+    processor.prompt_config = PromptConfig(
+        prompts={} if is_toy else PROMPTS,  # a toy knows only its own words
+        think=args.think,
+        accuracy_rule=args.accuracy_rule,
+        question_first=task.order == "question-first",
+    )
+    encode = partial(encode_prompt, processor)
+    if args.check_data:
+        return check_data(args, encode, args.accuracy_rule)
+    if args.data:
+        train, held_out, bad_rows = open_data(args, encode)
+    else:
+        train, held_out, bad_rows = toy.open_data(args, encode, task)
+    needs_reference = args.beta > 0 or args.attn_anchor == "reference"  # RAL
+    args = fit_memory(args, processor.config, args.group_size, needs_reference)
+    if args.learning_rate is None:
+        args = replace(args, learning_rate=2e-5 if args.lora_rank else 1e-6)
+    state = find_state(args)
+    model = load_model(
+        args.model,
+        train_vision=args.train_vision,
+        lora_rank=args.lora_rank,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+    reference = None
+    if needs_reference:  # with adapters, the same model without them
+        reference = model if args.lora_rank else load_model(args.model, frozen=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    settings = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": parameters[0].is_cuda}
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, **settings)
+
+    options = {"max_new_tokens": args.max_new_tokens, "batch_size": 2 * args.prompts_per_step}
+    options["attn_layer"] = args.attn_layer  # RAL
+    before, shown_before = evaluate(model, processor, held_out, **options)
+    after, shown_after = before, shown_before
+    run = Run(args, bad_rows, state)
+    if state is None:
+        run.log(0, before)
+    run.restore(model, optimizer)
+    first = 1 if state is None else state.step + 1
+    stream = train.begin(first, args.prompts_per_step)
+    bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=rank() != 0)
+    for step in bar:
+        clock = Stopwatch()
+        prompts = list(islice(stream, args.prompts_per_step))
+        clock.lap("data_wait")
+        batch = collate(model, prompts, processor.tokenizer.pad_token_id)
+        clock.lap("vision")
+        rollout, rewards, metrics, samples = roll_out(model, processor, prompts, batch, args)
+        clock.lap("rollout")
+        advantages = group_advantages(rewards)
+        size = args.micro_batch_size
+        cuts = [slice(i, i + size) for i in range(0, len(prompts), size)]
+        batches = [Batch(rollout[cut], advantages[cut]) for cut in cuts]
+        if reference is not None:
+            with without_adapters(reference):
+                score_reference(reference, batches, args)
+        clock.lap("reference")
+        # RAL: the two terms' gradient norms cost two passes, so not every step has them.
+        measure = args.attn_norm_every > 0 and step % args.attn_norm_every == 0
+        metrics |= update(model, optimizer, batches, args, measure)
+        run.require_finite(step, metrics, prompts)
+        clock.lap("update")
+        metrics |= clock.stop(tokens=int(rollout.response_mask.sum()))
+        if step % args.eval_every == 0 or step == args.steps:
+            after, shown_after = evaluate(model, processor, held_out, **options)
+            metrics |= after
+        run.log(step, metrics)
+        run.sample(step, samples)
+        bar.set_postfix(
+            reward=f"{metrics['rollout/reward']:.2f}", eval=f"{after['eval/accuracy']:.3f}"
+        )
+        if step < args.steps and run.save_state(step, model, optimizer):
+            run.close()
+            return metrics
+    run.save_checkpoint(partial(save_model, model=model, processor=processor))
+    run.save_state(args.steps, model, optimizer, done=True)
+    run.close()
+    if rank() != 0:
+        return metrics
+    shown = {"before": shown_before, "after": shown_after}
+    draw_page(run.out / "gaze.html", shown, str(run.out))
+    draw_attention(run.out / "attention.png", shown)
+    names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
+    names += ("train/attn_jsd",)  # RAL
+    draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
+    then = f"python grpo_baseline.py{same_inputs(args)}"
+    print_summary(run, before, after, args.steps, start, then)
+    return metrics
+
+
+if __name__ == "__main__":
+    run_script(Args, main, __doc__, partial(toy.defaults, TOY))

@@ -41,55 +41,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+import common
+import runs
 import toy
-from common import (
-    ATTENTION_CHUNK,
-    Rollout,
-    accuracy,
-    generate_group,
-    has_format,
-    in_chunks,
-    load_model,
-    load_processor,
-    load_teacher,
-    require_layer,
-    response_mean,
-    sampling_noise,
-    save_model,
-    score,
-    vision_token_ids,
-    without_adapters,
-)
 from data import check_data, check_files, open_data
 from evaluate import evaluate
 from memory import fit_memory
-from pictures import draw_attention, draw_curves, draw_page
+from pictures import draw_run
 from prompts import Processor, Prompt, PromptBatch, PromptConfig, collate, encode_prompt
-from runs import (
-    Run,
-    RunArgs,
-    Stopwatch,
-    check_run,
-    find_state,
-    full_tensor,
-    print_summary,
-    rank,
-    require,
-    require_not_negative,
-    require_positive,
-    run_script,
-    same_inputs,
-    seed_everything,
-)
 
 # 1. Arguments
 
 
 @dataclass
-class Args(RunArgs):
+class Args(runs.RunArgs):
     model: str = "runs/sft/checkpoint"
     """Checkpoint directory or hub name. The default is what sft.py writes."""
     out: str = f"runs/{Path(__file__).stem}"
@@ -171,14 +140,11 @@ class Args(RunArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "steps", "learning_rate", "max_grad_norm", "micro_batch_size")
-        require_positive(self, "prompts_per_step", "num_iterations", "max_new_tokens")
-        require_positive(self, "temperature", "clip_eps")
-        require(self.group_size >= 2, f"--group-size {self.group_size}: needs 2 or more")
-        require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be in (0, 1]")
-        require_not_negative(self, "lora_rank", "beta", "mu_gkd", "rl_coef", "gamma_attn")
-        require_not_negative(self, "attn_norm_every")
-        require(0 <= self.gkd_beta <= 1, f"--gkd-beta {self.gkd_beta}: must be in [0, 1]")
+        runs.require(self.group_size >= 2, f"--group-size {self.group_size}: needs 2 or more")
+        runs.require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be in (0, 1]")
+        runs.require_not_negative(self, "mu_gkd", "rl_coef", "gamma_attn")
+        runs.require_not_negative(self, "attn_norm_every")
+        runs.require(0 <= self.gkd_beta <= 1, f"--gkd-beta {self.gkd_beta}: must be in [0, 1]")
 
 
 # Defaults of a toy checkpoint, in place of those of `Args`.
@@ -226,28 +192,30 @@ class Batch:
     `teacher_rollout` is the same rollout with the teacher's visual features.
     """
 
-    rollout: Rollout
+    rollout: common.Rollout
     advantages: Tensor
-    teacher_rollout: Rollout
+    teacher_rollout: common.Rollout
     ref_logps: Tensor | None = None
     old_logps: Tensor | None = None
 
 
 def roll_out(
     model: Module, processor: Processor, prompts: list[Prompt], batch: PromptBatch, args: Args
-) -> tuple[Rollout, Tensor, dict[str, float], list[dict]]:
+) -> tuple[common.Rollout, Tensor, dict[str, float], list[dict]]:
     """Sample G responses to each prompt and reward them. Returns the rollout, the rewards (B, G),
     the metrics and the rows of samples.jsonl."""
     numbers = [prompt.number for prompt in prompts]
-    noise = sampling_noise(args.seed, numbers, args.group_size, args.max_new_tokens)
-    rollout = generate_group(
+    noise = common.sampling_noise(args.seed, numbers, args.group_size, args.max_new_tokens)
+    rollout = common.generate_group(
         model, batch, args.group_size, args.max_new_tokens, noise, args.temperature, args.top_p
     )
     texts = rollout.texts(processor)
     examples = [prompt.example for prompt in prompts]
     pairs, rule = list(zip(texts, examples, strict=True)), args.accuracy_rule
-    accuracies = torch.tensor([[accuracy(t, x, rule) for t in group] for group, x in pairs])
-    formats = torch.tensor([[float(has_format(t, args.think)) for t in group] for group in texts])
+    accuracies = torch.tensor([[common.accuracy(t, x, rule) for t in group] for group, x in pairs])
+    formats = torch.tensor(
+        [[float(common.has_format(t, args.think)) for t in group] for group in texts]
+    )
     formats = formats.masked_fill(rollout.truncated.cpu(), 0.0)
     rewards = reward(accuracies, formats)
     metrics = {
@@ -271,7 +239,7 @@ def roll_out(
 def score_reference(reference: Module, batches: list[Batch], args: Args) -> None:
     """Add the frozen starting model's scores of the responses to each batch."""
     for batch in batches:
-        scores = score(reference, batch.rollout, args.temperature)
+        scores = common.score(reference, batch.rollout, args.temperature)
         batch.ref_logps = scores.logps
 
 
@@ -339,7 +307,9 @@ def gkd(
         m = torch.logaddexp(s + math.log(1 - beta), t + math.log(beta))
         return (beta * (t.exp() * (t - m)).sum(-1) + (1 - beta) * (s.exp() * (s - m)).sum(-1),)
 
-    return in_chunks(chunk, student.flatten(0, 2), teacher.flatten(0, 2))[0].view(student.shape[:3])
+    return common.in_chunks(chunk, student.flatten(0, 2), teacher.flatten(0, 2))[0].view(
+        student.shape[:3]
+    )
 
 
 def attention_policy(rows: Tensor, row: str) -> Tensor:
@@ -384,7 +354,7 @@ def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
         return ((kl(p, middle) + kl(q, middle)) / 2,)
 
     rows = (x.reshape(-1, x.shape[-1]) for x in (p, q))
-    return in_chunks(chunk, *rows, elements=ATTENTION_CHUNK)[0].view(p.shape[:-1])
+    return common.in_chunks(chunk, *rows, elements=common.ATTENTION_CHUNK)[0].view(p.shape[:-1])
 
 
 def frame_bins(attention: Tensor, prompts: PromptBatch) -> Tensor:
@@ -406,7 +376,7 @@ def loss_terms(model: Module, teacher: Module, batch: Batch, args: Args) -> dict
 
     `attn_loss` is what gamma_attn multiplies: by default the sum over the tokens, in nats.
     """
-    both = partial(score, temperature=args.temperature, keep_logits=True)
+    both = partial(common.score, temperature=args.temperature, keep_logits=True)
     scores = both(model, batch.rollout, attn_layers=[args.attn_layer])  # Attention
     with torch.no_grad():  # repeated in every iteration: a step's logits are too large to keep
         layers = [args.teacher_attn_layer]  # Attention
@@ -416,7 +386,7 @@ def loss_terms(model: Module, teacher: Module, batch: Batch, args: Args) -> dict
     attn = [attention_policy(x, args.attn_row) for x in (rows, teacher_rows)]  # Attention
     if args.attn_bins == "frames":  # Attention
         attn = [frame_bins(x, batch.rollout.prompts) for x in attn]  # Attention
-    suppressed = torch.tensor(vision_token_ids(model.config), device=model.device)
+    suppressed = torch.tensor(common.vision_token_ids(model.config), device=model.device)
     logits = scores.logits, teacher_scores.logits
     distance = gkd(*logits, args.gkd_beta, args.temperature, suppressed)
     if batch.old_logps is None:  # first inner iteration: the policy is still that of the rollout
@@ -426,7 +396,7 @@ def loss_terms(model: Module, teacher: Module, batch: Batch, args: Args) -> dict
     terms = {"pg_loss": pg, "kl": kl, "entropy": scores.entropy, "clip_frac": clipped}
     terms |= {"gkd": distance}
     terms |= {"attn_distill": divergence(*attn, args.attn_divergence)}  # Attention
-    terms = {name: response_mean(term, scores.mask) for name, term in terms.items()}
+    terms = {name: common.response_mean(term, scores.mask) for name, term in terms.items()}
     weights = scores.mask.sum(-1) if args.attn_reduction == "sum" else 1  # Attention (eq. 5)
     terms["attn_loss"] = weights * terms["attn_distill"]  # Attention (eq. 5): T * mean = sum
     terms["loss"] = args.rl_coef * (terms["pg_loss"] + args.beta * terms["kl"])
@@ -454,7 +424,7 @@ def term_norm(model: Module, teacher: Module, batches: list[Batch], args: Args, 
         (terms[term].sum() / responses + nothing).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     model.zero_grad()
-    return full_tensor(norm).item()
+    return runs.full_tensor(norm).item()
 
 
 def update(
@@ -483,7 +453,7 @@ def update(
             for name, term in terms.items():
                 value = term.detach().sum().item() / responses
                 metrics[f"train/{name}"] += value / args.num_iterations
-        norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        norm = runs.full_tensor(clip_grad_norm_(model.parameters(), args.max_grad_norm))
         metrics["train/grad_norm"] += norm.item() / args.num_iterations
         if not torch.isfinite(norm):
             break  # the training loop then stops the run
@@ -499,12 +469,12 @@ def main(args: Args) -> dict[str, float]:
     """Train, evaluate and write the run directory. Returns the metrics of the last step and its
     evaluation in one dictionary."""
     start = time.time()
-    check_run(args, "model", "teacher")
+    runs.check_run(args, "model", "teacher")
     is_toy, task = toy.resolve_task(args, args.model)
     check_files(args, is_toy)
-    seed_everything(args.seed)
-    processor = load_processor(args.model, args.image_tokens, args.frame_tokens)
-    require_layer("--attn-layer", args.attn_layer, processor.config)  # Attention
+    runs.seed_everything(args.seed)
+    processor = common.load_processor(args.model, args.image_tokens, args.frame_tokens)
+    common.require_layer("--attn-layer", args.attn_layer, processor.config)  # Attention
     processor.prompt_config = PromptConfig(
         prompts={} if is_toy else PROMPTS,  # a toy knows only its own words
         think=args.think,
@@ -518,26 +488,26 @@ def main(args: Args) -> dict[str, float]:
         train, held_out, bad_rows = open_data(args, encode)
     else:
         train, held_out, bad_rows = toy.open_data(args, encode, task)
-    other = load_processor(args.teacher, field="--teacher").config
-    require_layer("--teacher-attn-layer", args.teacher_attn_layer, other)  # Attention
+    other = common.load_processor(args.teacher, field="--teacher").config
+    common.require_layer("--teacher-attn-layer", args.teacher_attn_layer, other)  # Attention
     needs_reference = args.beta > 0 and args.rl_coef > 0
     config, evaluated = processor.config, args.evaluate_teacher
     args = fit_memory(args, config, args.group_size, needs_reference, other, evaluated)
     if args.learning_rate is None:
         args = replace(args, learning_rate=2e-5 if args.lora_rank else 1e-6)
-    state = find_state(args)
-    model = load_model(
+    state = runs.find_state(args)
+    model = common.load_model(
         args.model,
         train_vision=args.train_vision,
         lora_rank=args.lora_rank,
         gradient_checkpointing=args.gradient_checkpointing,
     )
-    teacher = load_teacher(args.teacher, processor)
+    teacher = common.load_teacher(args.teacher, processor)
     same = toy.Task.load(Path(args.teacher)) in (None, task)
-    require(same, f"--teacher {args.teacher}: was trained on another task than the student")
+    runs.require(same, f"--teacher {args.teacher}: was trained on another task than the student")
     reference = None
     if needs_reference:  # with adapters, the same model without them
-        reference = model if args.lora_rank else load_model(args.model, frozen=True)
+        reference = model if args.lora_rank else common.load_model(args.model, frozen=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
     settings = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": parameters[0].is_cuda}
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, **settings)
@@ -551,15 +521,15 @@ def main(args: Args) -> dict[str, float]:
         options_teacher = options | {"attn_layer": args.teacher_attn_layer}  # Attention
         metrics, shown_teacher = evaluate(teacher, processor, held_out, **options_teacher)
         before = before | {"teacher/accuracy": metrics["eval/accuracy"]}
-    run = Run(args, bad_rows, state)
+    run = runs.Run(args, bad_rows, state)
     if state is None:
         run.log(0, before)
     run.restore(model, optimizer)
     first = 1 if state is None else state.step + 1
     stream = train.begin(first, args.prompts_per_step)
-    bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=rank() != 0)
+    bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=runs.rank() != 0)
     for step in bar:
-        clock = Stopwatch()
+        clock = runs.Stopwatch()
         prompts = list(islice(stream, args.prompts_per_step))
         clock.lap("data_wait")
         batch = collate(model, prompts, processor.tokenizer.pad_token_id)
@@ -573,7 +543,7 @@ def main(args: Args) -> dict[str, float]:
         teacher_rollout = replace(rollout, prompts=taught)
         batches = [Batch(rollout[cut], advantages[cut], teacher_rollout[cut]) for cut in cuts]
         if reference is not None:
-            with without_adapters(reference):
+            with common.without_adapters(reference):
                 score_reference(reference, batches, args)
         clock.lap("reference")
         # Attention: the two terms' gradient norms cost two passes, so not every step has them.
@@ -593,22 +563,16 @@ def main(args: Args) -> dict[str, float]:
         if step < args.steps and run.save_state(step, model, optimizer):
             run.close()
             return metrics
-    run.save_checkpoint(partial(save_model, model=model, processor=processor))
+    run.save_checkpoint(partial(common.save_model, model=model, processor=processor))
     run.save_state(args.steps, model, optimizer, done=True)
     run.close()
-    if rank() != 0:
-        return metrics
-    shown = {"before": shown_before, "after": shown_after}
-    draw_page(run.out / "gaze.html", shown, str(run.out))
-    shown |= {"teacher": shown_teacher} if shown_teacher else {}
-    draw_attention(run.out / "attention.png", shown)
     names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/gkd", "train/grad_norm")
     names += ("train/attn_distill",)  # Attention
-    draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
-    then = f"python kd_baseline.py{same_inputs(args)}"
-    print_summary(run, before, after, args.steps, start, then)
+    shown = {"before": shown_before, "after": shown_after, "teacher": shown_teacher}
+    draw_run(run.out, {name: row for name, row in shown.items() if row}, names)
+    runs.print_summary(run, before, after, args.steps, start, "kd_baseline.py", args)
     return metrics
 
 
 if __name__ == "__main__":
-    run_script(Args, main, __doc__, partial(toy.defaults, TOY))
+    runs.run_script(Args, main, __doc__, partial(toy.defaults, TOY))

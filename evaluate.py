@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import Module
 from tqdm import tqdm
 
+import runs
 import toy
 from common import (
     accuracy,
@@ -42,26 +43,6 @@ from datafiles import DataFile
 from gaze import Gaze
 from pictures import Prediction, draw_page, draw_sweep
 from prompts import Processor, Prompt, PromptConfig, collate, encode_prompt
-from runs import (
-    DEFINITIONS,
-    BadRows,
-    append,
-    clear,
-    content_of,
-    data_files,
-    gather,
-    given_options,
-    lock_directory,
-    open_lines,
-    rank,
-    require,
-    require_not_empty,
-    require_not_negative,
-    require_positive,
-    run_script,
-    world_size,
-    writing,
-)
 
 # 1. Evaluation
 
@@ -200,11 +181,11 @@ def evaluate(
     positions but the token itself.
     """
     # A real model takes minutes, and nothing is printed before the first evaluation.
-    bar = tqdm(prompts, desc="evaluate", delay=10, leave=False, disable=rank() != 0)
+    bar = tqdm(prompts, desc="evaluate", delay=10, leave=False, disable=runs.rank() != 0)
     with gathered(model):
         predictions = list(predict(model, processor, bar, **options))
-    records = gather([prediction.record for prediction in predictions])
-    require(len(records) > 0, "none of the rows to evaluate on can be used; see --check-data")
+    records = runs.gather([prediction.record for prediction in predictions])
+    runs.require(len(records) > 0, "none of the rows to evaluate on can be used; see --check-data")
     return summarise(records), predictions
 
 
@@ -286,16 +267,18 @@ class Args:
         for name in ("frames", "image_tokens", "frame_tokens", "grid"):
             values = getattr(self, name)
             option = f"--{name.replace('_', '-')}"
-            require(len(values) > 0, f"{option}: needs a value")
-            require(all(v is None or v > 0 for v in values), f"{option} {values}: must be above 0")
+            runs.require(len(values) > 0, f"{option}: needs a value")
+            runs.require(
+                all(v is None or v > 0 for v in values), f"{option} {values}: must be above 0"
+            )
             alone = len(values) == 1 or None not in values
-            require(alone, f"{option} {values}: None stands alone; give numbers")
+            runs.require(alone, f"{option} {values}: None stands alone; give numbers")
         enough = all(grid is None or grid >= 3 for grid in self.grid)
-        require(enough, f"--grid {self.grid}: needs 3 or more")
-        require_not_empty(self, "model", "data", "out")
-        require_positive(self, "fps", "max_prompt_tokens", "examples", "max_new_tokens")
-        require_positive(self, "batch_size")
-        require_not_negative(self, "max_skipped", "gaze", "workers")
+        runs.require(enough, f"--grid {self.grid}: needs 3 or more")
+        runs.require_not_empty(self, "model", "data", "out")
+        runs.require_positive(self, "fps", "max_prompt_tokens", "examples", "max_new_tokens")
+        runs.require_positive(self, "batch_size")
+        runs.require_not_negative(self, "max_skipped", "gaze", "workers")
 
 
 # Defaults of a toy, in place of those of `Args`.
@@ -322,7 +305,7 @@ NAMES = ("frames", "image_tokens", "frame_tokens", "grid")
 def defaults() -> dict[str, Any]:
     """The defaults for the checkpoint that the command line names: `TOY` for a toy, and what the
     checkpoint's own prompt.json says."""
-    model, own = given_options().model, {}
+    model, own = runs.given_options().model, {}
     if not model:
         return {}
     processor = load_processor(model)
@@ -354,28 +337,30 @@ def open_out(args: Args) -> tuple[Path, TextIO]:
     out, file = Path(args.out), Path(args.out) / "args.json"
     trained = (out / "metrics.jsonl").exists() or (out / "checkpoint").exists()
     holds = out.resolve() in (Path(args.model).resolve(), *Path(args.model).resolve().parents)
-    require(not trained and not holds, f"--out {out}: holds a training run; choose another")
+    runs.require(not trained and not holds, f"--out {out}: holds a training run; choose another")
     settings = asdict(args)
     for name in ("out", "overwrite", "gaze", "batch_size", "workers", "max_skipped"):
         del settings[name]  # these affect no prediction
-    inputs = data_files(args.data)
+    inputs = runs.data_files(args.data)
     inputs += sorted(Path(args.model).glob("*.safetensors"))
     stats = {str(path): path.stat() for path in inputs}
     settings["inputs"] = {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
-    settings["definitions"] = DEFINITIONS
+    settings["definitions"] = runs.DEFINITIONS
     settings = json.loads(json.dumps(settings))  # JSON turns tuples into lists
-    busy = out.is_file() or (not file.exists() and bool(content_of(out)))
-    require(not busy, f"--out {out}: exists and is no evaluation; choose another")
-    with writing(out, "the directory"):
+    busy = out.is_file() or (not file.exists() and bool(runs.content_of(out)))
+    runs.require(not busy, f"--out {out}: exists and is no evaluation; choose another")
+    with runs.writing(out, "the directory"):
         out.mkdir(parents=True, exist_ok=True)
-        lock = lock_directory(out)
+        lock = runs.lock_directory(out)
         if args.overwrite:
-            clear(out)
+            runs.clear(out)
         if file.exists():
             before = json.loads(file.read_text())
             differ = [name for name in settings if settings[name] != before.get(name)]
             remedy = "give another --out, or --overwrite"
-            require(not differ, f"--out {out}: was made with another {', '.join(differ)}; {remedy}")
+            runs.require(
+                not differ, f"--out {out}: was made with another {', '.join(differ)}; {remedy}"
+            )
         else:
             aside = out.with_name(f"{out.name}.args")
             aside.write_text(json.dumps(settings, indent=2) + "\n")
@@ -385,7 +370,7 @@ def open_out(args: Args) -> tuple[Path, TextIO]:
 
 def prompts_of(
     args: Args, setting: Setting, processor: Processor, task: toy.Task
-) -> tuple[list[str], Callable[[list[int]], Iterable[Prompt]], BadRows]:
+) -> tuple[list[str], Callable[[list[int]], Iterable[Prompt]], runs.BadRows]:
     """The names of all examples of a setting, a function from example numbers to prompts, and the
     record of bad rows."""
     frames, image_tokens, frame_tokens, grid = setting
@@ -395,11 +380,11 @@ def prompts_of(
         task = replace(task, frames=frames or task.frames, grid=grid or task.grid)
         examples = toy.held_out_examples(task, args.examples or 512)
         names = [example.name for example in examples]
-        return names, lambda numbers: (encode(examples[n]) for n in numbers), BadRows()
+        return names, lambda numbers: (encode(examples[n]) for n in numbers), runs.BadRows()
     file = DataFile(args.data, args.media_root, frames, args.fps)
     rows = range(len(file))[: args.examples]
     prompts = Prompts(file, encode, rows, None, args.max_prompt_tokens, 2 * args.gaze)
-    bad_rows = BadRows(args.max_skipped, len(file))
+    bad_rows = runs.BadRows(args.max_skipped, len(file))
     names = [file.name(row) for row in rows]
     return names, lambda numbers: Reader(prompts, numbers, args.workers, bad_rows), bad_rows
 
@@ -433,20 +418,22 @@ def table(results: dict[Setting, list[dict[str, Any]]], varied: list[int]) -> st
 def main(args: Args) -> dict[str, float]:
     """Evaluate every setting of the sweep; returns the metrics of the last one."""
     one = f"--out {args.out}: is written by one process; start it without torchrun"
-    require(world_size() == 1, one)
+    runs.require(runs.world_size() == 1, one)
     base = Path(args.model)
     is_toy = toy.Task.load(base) is not None
-    require(not (is_toy and args.data), f"--data {args.data}: the toy knows only its own task")
+    runs.require(not (is_toy and args.data), f"--data {args.data}: the toy knows only its own task")
     for name in () if args.data else ("fps", "media_root"):
-        require(not getattr(args, name), f"--{name.replace('_', '-')}: needs --data")
+        runs.require(not getattr(args, name), f"--{name.replace('_', '-')}: needs --data")
     of_toy = args.grid != (None,) or args.toy_order is not None
-    require(not (args.data and of_toy), "--grid, --toy-order: not with --data")
+    runs.require(not (args.data and of_toy), "--grid, --toy-order: not with --data")
     bounded = args.image_tokens != (None,) or args.frame_tokens != (None,)
-    require(not (is_toy and bounded), "--image-tokens, --frame-tokens: not for the toy; use --grid")
+    runs.require(
+        not (is_toy and bounded), "--image-tokens, --frame-tokens: not for the toy; use --grid"
+    )
     task = toy.Task.load(base) or toy.Task(order="image-first")
     images_only = is_toy and task.frames is None and args.frames != (None,)
     asked = f"--frames {' '.join(map(str, args.frames))}: {args.model} has learned images only"
-    require(not images_only, f"{asked}; leave it out, or train a toy with sft.py --frames")
+    runs.require(not images_only, f"{asked}; leave it out, or train a toy with sft.py --frames")
     processor = load_processor(args.model)
     require_layer("--attn-layer", args.attn_layer, processor.config)
     config = processor.prompt_config
@@ -466,11 +453,11 @@ def main(args: Args) -> dict[str, float]:
     results = defaultdict(list)
     for record in read_predictions(out / "predictions.jsonl"):
         results[tuple(record.pop("setting"))].append(record)
-    with gathered(model), open_lines(out / "predictions.jsonl") as file:
+    with gathered(model), runs.open_lines(out / "predictions.jsonl") as file:
         for setting, (names, prompts, bad_rows) in opened.items():
             label = "-".join(f"{NAMES[i]}{setting[i]}" for i in varied)
             if args.data:
-                bad_rows.attach(open_lines(out / f"skipped{label and f'-{label}'}.jsonl"))
+                bad_rows.attach(runs.open_lines(out / f"skipped{label and f'-{label}'}.jsonl"))
             done = {record["row"] for record in results[setting]}
             bad_rows.read = len(done) + len(bad_rows.bad)
             options = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
@@ -485,7 +472,7 @@ def main(args: Args) -> dict[str, float]:
                 predict(model, processor, prompts(rest), gazes=0, **options),
             ):
                 if prediction.record["row"] not in done:
-                    append(file, [{"setting": setting} | prediction.record])
+                    runs.append(file, [{"setting": setting} | prediction.record])
                     results[setting].append(prediction.record)
                 shown += [prediction] if prediction.gaze else []
                 bar.update()
@@ -493,10 +480,10 @@ def main(args: Args) -> dict[str, float]:
             if shown:
                 page = out / f"gaze{label and f'-{label}'}.html"
                 draw_page(page, {label or base.name: shown}, f"{args.model} {label}")
-            require(len(results[setting]) > 0, f"--data {args.data}: no row can be used")
+            runs.require(len(results[setting]) > 0, f"--data {args.data}: no row can be used")
     results = {setting: results[setting] for setting in sweep}
     text = table(results, varied)
-    with writing(out, "table.txt"):
+    with runs.writing(out, "table.txt"):
         (out / "table.txt").write_text(text.strip() + "\n")
     print(text)
     if varied:
@@ -507,4 +494,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run_script(Args, main, __doc__, defaults)
+    runs.run_script(Args, main, __doc__, defaults)

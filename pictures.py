@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common import extract_answer
 from gaze import Gaze, write_page
-from runs import writing
+from runs import rank, writing
 
 
 @dataclass
@@ -37,6 +37,15 @@ class Prediction:
         if not self.answer:
             return torch.zeros(len(self.gaze.visual))
         return self.gaze.rows[self.layer][self.answer.start, self.gaze.visual]
+
+
+def draw_run(out: Path, shown: dict[str, list[Prediction]], names: Sequence[str]) -> None:
+    """Draw a run into its directory: where it looked "before" and "after", as a page, these and any
+    other entries of `shown` as a picture, and curves of the named metrics. Only rank 0 draws."""
+    if rank() == 0:
+        draw_page(out / "gaze.html", {x: shown[x] for x in ("before", "after")}, str(out))
+        draw_attention(out / "attention.png", shown)
+        draw_curves(out / "curves.png", out / "metrics.jsonl", names)
 
 
 def draw_gaze(axis: Any, gaze: Gaze, attention: Tensor) -> None:

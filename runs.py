@@ -109,9 +109,12 @@ class RunArgs:
     """Resume even if arguments that affect the result differ from those of the state."""
 
     def __post_init__(self) -> None:
+        """Check the ranges of these arguments, and of those that most scripts declare."""
         require_positive(self, "frames", "fps", "image_tokens", "frame_tokens", "max_prompt_tokens")
-        require_positive(self, "eval_every", "eval_examples", "keep")
-        require_not_negative(self, "save_every", "max_skipped", "seed")
+        require_positive(self, "eval_every", "eval_examples", "keep", "steps", "learning_rate")
+        require_positive(self, "max_grad_norm", "micro_batch_size", "prompts_per_step")
+        require_positive(self, "num_iterations", "max_new_tokens", "temperature", "clip_eps")
+        require_not_negative(self, "save_every", "max_skipped", "seed", "lora_rank", "beta")
         require(self.grid is None or self.grid >= 3, f"--grid {self.grid}: needs 3 or more")
 
     def may_change(self) -> set[str]:
@@ -169,19 +172,18 @@ def fail(status: int, message: str) -> NoReturn:
 
 
 def require_positive(args: Any, *names: str) -> None:
-    """Refuse fields that are not above zero. None means "unset" and passes."""
+    """Refuse fields that are not above zero. None means "unset" and passes, as does no field."""
     for name in names:
-        value = getattr(args, name)
+        value = getattr(args, name, None)
         require(value is None or value > 0, f"--{name.replace('_', '-')} {value}: must be above 0")
 
 
 def require_not_negative(args: Any, *names: str) -> None:
-    """Refuse fields below zero. None means "unset" and passes."""
+    """Refuse fields below zero. None means "unset" and passes, as does no field."""
     for name in names:
-        value = getattr(args, name)
-        require(
-            value is None or value >= 0, f"--{name.replace('_', '-')} {value}: must be 0 or above"
-        )
+        value = getattr(args, name, None)
+        named = f"--{name.replace('_', '-')} {value}"
+        require(value is None or value >= 0, f"{named}: must be 0 or above")
 
 
 def require_not_empty(args: Any, *names: str) -> None:
@@ -1002,9 +1004,13 @@ def same_inputs(args: Any) -> str:
     return "".join(f" {shlex.quote(word)}" for word in words)
 
 
-def print_summary(run: Run, before: dict, after: dict, steps: int, start: float, then: str) -> None:
+def print_summary(
+    run: Run, before: dict, after: dict, steps: int, start: float, script: str, args: Any
+) -> None:
     """Print a short table at the end of a run: changes in held-out metrics, duration, files, and
-    the next command."""
+    the next command, which runs `script` on the inputs of `args`."""
+    if rank() != 0:
+        return
     print(f"\n{'held-out':<24}{'before':>8}{'after':>8}")
     for name in after:
         if name == "eval/accuracy" or name.startswith("eval/target_attn_l"):
@@ -1014,7 +1020,6 @@ def print_summary(run: Run, before: dict, after: dict, steps: int, start: float,
     for label, value in (("steps", steps), ("seconds", seconds), ("run", run.out)):
         print(f"{label:<24}{value!s:>16}")
     print(f"pictures: {run.out}/gaze.html, {run.out}/attention.png, {run.out}/curves.png")
-    script = re.search(r"\S+\.py", then)[0]
     path = Path(__file__).with_name(script)
     if path.exists():  # a fork may lack the sibling scripts
-        print(f"next: {then.replace(script, shlex.quote(os.path.relpath(path)), 1)}")
+        print(f"next: python {shlex.quote(os.path.relpath(path))}{same_inputs(args)}")

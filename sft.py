@@ -35,42 +35,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+import common
+import runs
 import toy
-from common import Rollout, load_model, load_processor, response_mean, save_model, score
 from data import check_data, check_files, open_data
 from evaluate import evaluate
 from media import BadRow
 from memory import fit_memory
-from pictures import draw_attention, draw_curves, draw_page
+from pictures import draw_run
 from prompts import Example, Processor, Prompt, PromptConfig, collate, encode_prompt
-from runs import (
-    Run,
-    RunArgs,
-    Stopwatch,
-    check_run,
-    find_state,
-    full_tensor,
-    over_ranks,
-    print_on_rank_0,
-    print_summary,
-    rank,
-    require,
-    require_not_negative,
-    require_positive,
-    run_script,
-    same_inputs,
-    seed_everything,
-    world_size,
-)
 
 # 1. Arguments
 
 
 @dataclass
-class Args(RunArgs):
+class Args(runs.RunArgs):
     model: str | None = None
     """Checkpoint directory or hub name. Unset: a toy model with random weights."""
     out: str = f"runs/{Path(__file__).stem}"
@@ -114,15 +97,10 @@ class Args(RunArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "steps", "learning_rate", "max_grad_norm")
-        require_positive(
-            self, "micro_batch_size", "prompts_per_step", "warmup_steps", "max_new_tokens", "epochs"
-        )
-        require_positive(self, "stop_accuracy", "eval_above")
-        require_not_negative(self, "lora_rank")
+        runs.require_positive(self, "warmup_steps", "epochs", "stop_accuracy", "eval_above")
         new = self.model is None or self.toy_size == "small"
         size = f"--toy-size {self.toy_size}: sets the size of a new toy"
-        require(new, f"{size}; leave it out with --model")
+        runs.require(new, f"{size}; leave it out with --model")
 
     def may_change(self) -> set[str]:
         schedule = {"steps"} if self.schedule == "cosine" else set()
@@ -174,7 +152,7 @@ def encode_demonstration(processor: Processor, example: Example) -> Prompt:
 # SFT has no rollout: demonstrations take the place of sampled responses.
 
 
-def demonstrations(model: Module, processor: Processor, prompts: list[Prompt]) -> Rollout:
+def demonstrations(model: Module, processor: Processor, prompts: list[Prompt]) -> common.Rollout:
     """A rollout of group size 1: the prompts, with their demonstrations and an EOS as responses."""
     tokenizer = processor.tokenizer
     encode = partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True)
@@ -184,18 +162,18 @@ def demonstrations(model: Module, processor: Processor, prompts: list[Prompt]) -
     lengths = torch.tensor([len(row) for row in rows], device=model.device)
     mask = torch.arange(padded.shape[-1], device=model.device) < lengths[:, None, None]
     batch = collate(model, prompts, tokenizer.pad_token_id)
-    return Rollout(batch, padded, mask, torch.zeros(len(prompts), 1, dtype=torch.bool))
+    return common.Rollout(batch, padded, mask, torch.zeros(len(prompts), 1, dtype=torch.bool))
 
 
 # 4. Loss
 
 
-def loss_terms(model: Module, rollout: Rollout) -> dict[str, Tensor]:
+def loss_terms(model: Module, rollout: common.Rollout) -> dict[str, Tensor]:
     """For each response, (B, 1): the loss -log p in nats per token, the probability of the whole
     response, and its length in tokens."""
-    scores = score(model, rollout)
+    scores = common.score(model, rollout)
     return {
-        "loss": -response_mean(scores.logps, scores.mask),
+        "loss": -common.response_mean(scores.logps, scores.mask),
         "demo_prob": scores.logps.sum(-1).exp().detach(),
         "completion_len": scores.mask.sum(-1).float(),
     }
@@ -235,7 +213,7 @@ def update(
         (terms["loss"].sum() / len(prompts)).backward()
         for name, term in terms.items():
             metrics[f"train/{name}"] += term.detach().sum().item() / len(prompts)
-    norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+    norm = runs.full_tensor(clip_grad_norm_(model.parameters(), args.max_grad_norm))
     metrics |= {"train/grad_norm": norm.item(), "train/padding_frac": 1 - used / positions}
     if torch.isfinite(norm):  # otherwise the training loop stops the run
         optimizer.step()
@@ -250,15 +228,15 @@ def main(args: Args) -> dict[str, float]:
     """Train until `stop_accuracy` and write the run directory. Returns the metrics of the last step
     and its evaluation in one dictionary."""
     start = time.time()
-    check_run(args, "model")
+    runs.check_run(args, "model")
     is_toy, task = toy.resolve_task(args, args.model, may_differ=True)
     check_files(args, is_toy)
-    seed_everything(args.seed)
+    runs.seed_everything(args.seed)
     with tempfile.TemporaryDirectory() as scratch:
         base = args.model or scratch
         if args.model is None:
             toy.write_base(Path(base), args.seed, args.toy_size)
-        processor = load_processor(base, args.image_tokens, args.frame_tokens)
+        processor = common.load_processor(base, args.image_tokens, args.frame_tokens)
         processor.prompt_config = PromptConfig(
             prompts={} if is_toy else PROMPTS,  # a toy knows only its own words
             think=args.think,
@@ -272,7 +250,7 @@ def main(args: Args) -> dict[str, float]:
         else:
             train, held_out, bad_rows = toy.open_data(args, encode, task)
         if args.steps is None:
-            step_size = args.prompts_per_step * world_size()
+            step_size = args.prompts_per_step * runs.world_size()
             steps = math.ceil(args.epochs * train.epoch / step_size) if args.data else 800
             args = replace(args, steps=steps)
         args = fit_memory(args, processor.config)
@@ -280,8 +258,8 @@ def main(args: Args) -> dict[str, float]:
             small = processor.config.text_config.hidden_size < 256
             toy_rate, rate = 1.5e-3 if small else 1e-3, 1e-4 if args.lora_rank else 1e-5
             args = replace(args, learning_rate=toy_rate if is_toy else rate)
-        state = find_state(args)
-        model = load_model(
+        state = runs.find_state(args)
+        model = common.load_model(
             base,
             train_vision=args.train_vision,
             lora_rank=args.lora_rank,
@@ -298,8 +276,8 @@ def main(args: Args) -> dict[str, float]:
     after, shown_after = before, shown_before
     done = before["eval/accuracy"] >= args.stop_accuracy
     reached = f"{args.model} already has accuracy {before['eval/accuracy']:.3f}; raise it"
-    require(not done, f"--stop-accuracy {args.stop_accuracy}: {reached}")
-    run = Run(args, bad_rows, state)
+    runs.require(not done, f"--stop-accuracy {args.stop_accuracy}: {reached}")
+    run = runs.Run(args, bad_rows, state)
     if state is None:
         run.log(0, before)
     extra = run.restore(model, optimizer)
@@ -308,9 +286,9 @@ def main(args: Args) -> dict[str, float]:
     # A new toy for videos learns the lookup on images first.
     images_only = is_toy and task.frames is not None and args.model is None
     images_only = extra.get("images_only", images_only)
-    bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=rank() != 0)
+    bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=runs.rank() != 0)
     for step in bar:
-        clock = Stopwatch()
+        clock = runs.Stopwatch()
         caption = is_toy and step % 2 == 0
         if is_toy:
             train.prompts.source.caption = caption
@@ -319,7 +297,7 @@ def main(args: Args) -> dict[str, float]:
         clock.lap("data_wait")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        metrics = over_ranks(update(model, processor, optimizer, prompts, args))
+        metrics = runs.over_ranks(update(model, processor, optimizer, prompts, args))
         run.require_finite(step, metrics, prompts)
         clock.lap("update")
         metrics |= clock.stop(tokens=round(metrics["train/completion_len"] * len(prompts)))
@@ -338,24 +316,19 @@ def main(args: Args) -> dict[str, float]:
             return metrics
     bar.close()
     if is_toy and not done:
-        print_on_rank_0(
+        runs.print_on_rank_0(
             f"did not reach --stop-accuracy {args.stop_accuracy}; try more --steps or a --seed"
         )
-    run.save_checkpoint(partial(save_model, model=model, processor=processor))
+    run.save_checkpoint(partial(common.save_model, model=model, processor=processor))
     run.save_state(step, model, optimizer, {"images_only": images_only}, done=True)
     run.close()
-    if rank() != 0:
-        return metrics
-    shown = {"before": shown_before, "after": shown_after}
-    draw_page(run.out / "gaze.html", shown, str(run.out))
-    draw_attention(run.out / "attention.png", shown)
     names = ("train/loss", "train/demo_prob", "eval/accuracy", "eval/target_attn")
-    draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
+    draw_run(run.out, {"before": shown_before, "after": shown_after}, names)
     trained = None if args.out == Args.out else f"{run.out}/checkpoint"
-    then = f"python ral_grpo.py{same_inputs(replace(args, model=trained, toy_size='small'))}"
-    print_summary(run, before, after, step, start, then)
+    inputs = replace(args, model=trained, toy_size="small")
+    runs.print_summary(run, before, after, step, start, "ral_grpo.py", inputs)
     return metrics
 
 
 if __name__ == "__main__":
-    run_script(Args, main, __doc__, partial(toy.defaults, TOY, unset=None))
+    runs.run_script(Args, main, __doc__, partial(toy.defaults, TOY, unset=None))

@@ -10,8 +10,9 @@ response. Both are taken on the same prompts. "Halves" is the cosine of the term
 even and on the odd prompts: near 0, the direction is noise.
 
 RAL has no gradient at the rollout's weights (see `ral_grpo.py`), so its terms are taken after one
-optimiser step of GRPO at the rate of `reproduce.py`, and all others before it. Intervals are of
-95%, Student's t over the cold starts. Results: `results/directions.json` and `directions.png`.
+optimiser step of GRPO at the rate of `reproduce.py`, and all others before it. A second table has
+what `diagnose.py` measures of RAL's term in the same prompts. Intervals are of 95%, Student's t
+over the cold starts. Results: `results/directions.json` and `directions.png`.
 """
 
 import json
@@ -29,6 +30,7 @@ from torch.nn import Module
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import diagnose
 from forks import oracle, posterior_gaze
 from reproduce import SECOND, TASKS, commit, interval, words
 
@@ -43,6 +45,7 @@ GRPO_TERMS = ("token", "token, rewarded responses", "token, penalised responses"
 OTHERS = ("RAL, own row", "RAL, predicting row", "posterior gaze", "oracle")
 OTHERS += ("oracle, rewarded responses", "SFT")
 COLUMNS = ("with the oracle", "with SFT", "halves")
+LEFT = ("vision", "left_group", "left_row")  # columns of diagnose.py
 
 
 @dataclass
@@ -73,7 +76,8 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
-    """The three cosines of every term, at one cold start."""
+    """At one cold start, the three cosines of every term, and the diagnosis of every layer's rows,
+    whose names have a number."""
     model, processor = load_model(path), load_processor(path)
     task = toy.Task.load(path)
     processor.prompt_config = task.prompt_config()
@@ -108,6 +112,9 @@ def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
             "loss"
         ].mean()
 
+    report, _ = diagnose.diagnose(model, processor, prompts, args, [0, 1])
+    lines = {f"layer {x['layer']}, {x['row']} row": x for x in report["rows"]}
+    diagnosis = {name: {column: x[column] for column in LEFT} for name, x in lines.items()}
     batches, every = {}, torch.ones_like(advantages)
     good, bad = (advantages > 0).float(), (advantages < 0).float()
     own, predicting = args, replace(args, attn_row="predicting")
@@ -140,7 +147,7 @@ def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
     ral_grpo.update(model, optimizer, step, grpo, measure=False)
     halves |= {name: both(name) for name in terms if name.startswith("RAL")}
     whole = {name: sum(parts) for name, parts in halves.items()}
-    return {
+    return diagnosis | {
         name: {
             "with the oracle": cosine(whole[name], whole["oracle"]),
             "with SFT": cosine(whole[name], whole["SFT"]),
@@ -180,10 +187,11 @@ def main(args: Args) -> None:
         "rows": dict(zip(args.seeds, rows, strict=True)),
     }
     args.results.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"| direction | {' | '.join(COLUMNS)} |\n|---|---|---|---|")
-    for name in rows[0]:
-        cells = [words([row[name][column] for row in rows], "+") for column in COLUMNS]
-        print(f"| {name} | {' | '.join(cells)} |")
+    for head, columns in (("direction", COLUMNS), ("policy", LEFT)):
+        print(f"| {head} | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+        for name in [name for name in rows[0] if columns[0] in rows[0][name]]:
+            cells = [words([row[name][column] for row in rows]) for column in columns]
+            print(f"| {name} | {' | '.join(cells)} |")
     if len(rows) > 1:
         draw(args.results.with_suffix(".png"), rows)
 

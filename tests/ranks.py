@@ -7,6 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import common
 import runs
 import toy
 
@@ -29,15 +30,14 @@ def run_all(jobs: list[tuple[str, dict, bool]], out: Path, names=("0123456789"))
     """Run each job (script, fields of its Args, idle) in a directory of its own under `out`."""
     for number, (name, fields, idle) in zip(names, jobs, strict=False):
         script = importlib.import_module(name)
-        kept = getattr(script, "accuracy", None)
-        if kept is not None:
-            script.accuracy = by_length(fields["group_size"], idle)
+        kept = common.accuracy
+        if "group_size" in fields:
+            common.accuracy = by_length(fields["group_size"], idle)
         model = fields.get("model")
         is_toy = model is None or toy.Task.load(Path(model)) is not None
         defaults = script.TOY if is_toy else {}
         script.main(script.Args(**defaults | fields, out=str(out / number)))
-        if kept is not None:
-            script.accuracy = kept
+        common.accuracy = kept
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def test_a_base_model_trains_and_its_checkpoint_is_whole(
         del args["grid"]
     if script is not sft:
         args["group_size"] = 2
-        monkeypatch.setattr(script, "accuracy", lambda text, *_: float(len(text) % 2))
+        monkeypatch.setattr(common, "accuracy", lambda text, *_: float(len(text) % 2))
     if script in (kd_baseline, attn_distill):
         args["teacher"] = str(real / "qwen2_5_vl" if script is kd_baseline else base)
     seen = []
@@ -214,7 +214,7 @@ def test_the_config_keeps_the_layout_of_the_base(bases, tmp_path):
 
 
 def test_adapters_load_beside_the_merged_checkpoint(bases, tmp_path, monkeypatch):
-    monkeypatch.setattr(ral_grpo, "accuracy", lambda text, *_: float(len(text) % 2))
+    monkeypatch.setattr(common, "accuracy", lambda text, *_: float(len(text) % 2))
     base, out = bases / "empty", tmp_path / "run"
     fields = SMALL | {"model": str(base), "out": str(out), "lora_rank": 4, "group_size": 4}
     ral_grpo.main(ral_grpo.Args(**fields | {"steps": 2, "learning_rate": 1e-2}))

@@ -374,7 +374,7 @@ def real_args(real, out, family, **fields):
 @pytest.mark.parametrize(("family", "lora_rank"), [*((x, 0) for x in common.FAMILIES), ("tied", 4)])
 def test_real_models_images_and_videos(real, tmp_path, family, lora_rank, monkeypatch, capsys):
     """And what is printed of the cost is what it costs."""
-    monkeypatch.setattr(ral_grpo, "accuracy", lambda text, *_: float(len(text) % 2))
+    monkeypatch.setattr(common, "accuracy", lambda text, *_: float(len(text) % 2))
     passes, kinds, printed = [], set(), []
 
     def loaded(*args, **options):
@@ -384,10 +384,11 @@ def test_real_models_images_and_videos(real, tmp_path, family, lora_rank, monkey
     def count(model, rollout, *rest, **options):
         kinds.update(block.is_video for row in rollout.prompts.blocks for block in row)
         passes.append(torch.is_grad_enabled())
-        return common.score(model, rollout, *rest, **options)
+        return score(model, rollout, *rest, **options)
 
+    score = common.score
     monkeypatch.setattr(diagnose, "load_model", loaded)
-    for module in (diagnose, ral_grpo):
+    for module in (diagnose, common):
         monkeypatch.setattr(module, "score", count)
     report = diagnose.main(real_args(real, tmp_path / "out", family, lora_rank=lora_rank))
     layers = 3 if family == "qwen3_vl" else 2

@@ -128,7 +128,7 @@ def test_ctrl_c_ends_the_process_with_one_line(run, real, tmp_path, work, sign):
 
 
 def test_ctrl_c_while_loading_is_one_line(run, real, tmp_path):
-    plants = [("ral_grpo.load_model", "wait")]
+    plants = [("common.load_model", "wait")]
     status, output = run("ral_grpo", argv(real, tmp_path, "ral_grpo"), plants, (signal.SIGINT,))
     assert status == 130 and "Traceback" not in output
     assert STOPPED in output
@@ -158,7 +158,7 @@ def test_readers_end_with_a_process_that_is_killed(run, real, tmp_path, work, nu
 RANKS = {  # what is planted, exit status, what must be in the output
     "end": ([(LOOP, "keep")], 0, "\nnext: python"),
     "error": ([(LOOP, "fail")], 1, "RuntimeError: planted"),
-    "Ctrl-C": ([("ral_grpo.load_model", "wait")], 130, STOPPED),
+    "Ctrl-C": ([("common.load_model", "wait")], 130, STOPPED),
 }
 
 

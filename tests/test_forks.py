@@ -73,7 +73,7 @@ def test_one_sided_weighs_the_attention_term_by_one_half_of_the_advantages(batch
 def test_the_oracle_is_told_where_the_target_is(batch):
     model, prompts, batch = batch
     oracle = fork("oracle")
-    scores = ral_grpo.score(model, batch.rollout, attn_layers=[-1])
+    scores = common.score(model, batch.rollout, attn_layers=[-1])
     told = oracle.Batch(**vars(batch), target=oracle.target_mask(prompts, batch.rollout.prompts))
     terms = oracle.loss_terms(model, told, toy_args(oracle))
     for b, prompt in enumerate(prompts):
@@ -126,11 +126,11 @@ def test_posterior_gaze_asks_where_a_response_should_have_looked(batch, monkeypa
     batch = script.Batch(batch.rollout, batch.advantages)
     terms = script.loss_terms(model, batch, args)
     rollout, target = batch.rollout, targets[0]
-    scores = ral_grpo.score(model, rollout, attn_layers=[layer])
+    scores = common.score(model, rollout, attn_layers=[layer])
     old = scores.attentions[layer][:, :, :-1].detach()
     kl = (target * (target.clamp_min(1e-30) / old.clamp_min(1e-30)).log()).sum(-1)
     weights = batch.advantages.clamp_min(0)
-    expected = ral_grpo.response_mean(weights * kl, scores.mask)
+    expected = common.response_mean(weights * kl, scores.mask)
     torch.testing.assert_close(terms["attn_loss"], expected, atol=1e-6, rtol=1e-4)
     p, t = rollout.prompts.ids.shape[1], rollout.response_ids.shape[2]
     visual = rollout.prompts.patches >= 0
@@ -156,7 +156,7 @@ def test_posterior_gaze_asks_where_a_response_should_have_looked(batch, monkeypa
 
             common.AttentionInterface.register("grouped_sdpa", attention)
             with torch.no_grad():
-                log_l.append(ral_grpo.score(model, rollout).logps[b, g, s])
+                log_l.append(common.score(model, rollout).logps[b, g, s])
         common.AttentionInterface.register("grouped_sdpa", common.grouped_attention)
         looked = old[b, g, s, keys]
         expected = looked * (2 * torch.stack(log_l)).exp()

@@ -40,8 +40,7 @@ BUDGET = {"frames": 4, "image_tokens": 9, "frame_tokens": 4, "max_skipped": 0.2}
 @pytest.fixture(autouse=True)
 def reward_noise(monkeypatch):
     """Random weights answer nothing, so what they say is rewarded by its length."""
-    for script in (grpo_baseline, ral_grpo, kd_baseline, attn_distill):
-        monkeypatch.setattr(script, "accuracy", lambda text, *_: float(len(text) % 2))
+    monkeypatch.setattr(common, "accuracy", lambda text, *_: float(len(text) % 2))
 
 
 def run(script, real, out, family="qwen2_5_vl", **fields):

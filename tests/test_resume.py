@@ -106,10 +106,10 @@ STAGES = [  # owner, function, call, when
     ("runs", "flush", TRAINED + 3, "after"),  # all but the name is on the disk
     ("runs", "flush", TRAINED + 4, "before"),  # renamed
     ("runs", "good_states", 2, "before"),  # the older ones are not yet deleted
-    ("script", "save_model", 1, "before"),
-    ("script", "save_model", 1, "halfway"),
+    ("common", "save_model", 1, "before"),
+    ("common", "save_model", 1, "halfway"),
     ("runs", "save_file", 2 * TRAINED + 1, "halfway"),  # of the state after the last step
-    ("script", "draw_attention", 1, "before"),
+    ("script", "draw_run", 1, "before"),
 ]
 
 
@@ -119,11 +119,11 @@ def test_a_killed_run_goes_on(
 ):
     fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"), keep=1)
     with monkeypatch.context() as patch:
-        kill(patch, ral_grpo if owner == "script" else runs, name, call, when)
+        kill(patch, {"script": ral_grpo, "common": common, "runs": runs}[owner], name, call, when)
         with pytest.raises(Killed):
             ral_grpo.main(toy_args(ral_grpo, **fields))
     restore_signals()
-    if name == "draw_attention":  # the run was over, all but for its pictures
+    if name == "draw_run":  # the run was over, all but for its pictures
         with pytest.raises(runs.UsageError, match="is at step 5, its end"):
             ral_grpo.main(toy_args(ral_grpo, resume="auto", **fields))
     else:
@@ -201,7 +201,7 @@ def test_sft_that_reached_its_accuracy_is_over(cold_start, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         judged = iter([0.1, 0.9])
         patch.setattr(sft, "evaluate", lambda *_, **__: ({"eval/accuracy": next(judged)}, []))
-        patch.setattr(sft, "draw_attention", lambda *_: None)
+        patch.setattr(sft, "draw_run", lambda *_: None)
         sft.main(toy_args(sft, **fields, stop_accuracy=0.5))
     assert runs.good_states(tmp_path / "run")[-1].name == "step-000003"
     with pytest.raises(runs.UsageError, match="is at step 3, its end"):

@@ -22,6 +22,7 @@ import common
 import evaluate
 import grpo_baseline
 import kd_baseline
+import pictures
 import ral_grpo
 import runs
 import sft
@@ -181,7 +182,8 @@ def limits_end():
 def test_what_cannot_be_written_is_one_line(
     cold_start, tmp_path, monkeypatch, capsys, function, call, size, name, intact
 ):
-    out, original, calls = tmp_path / "run", getattr(grpo_baseline, function), []
+    owner = {"update": grpo_baseline, "save_model": common}.get(function, pictures)
+    out, original, calls = tmp_path / "run", getattr(owner, function), []
 
     def limited(*args, **kwargs):
         calls.append(1)
@@ -190,7 +192,7 @@ def test_what_cannot_be_written_is_one_line(
             limit_files(min(size, written) if name == "metrics.jsonl" else size)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(grpo_baseline, function, limited)
+    monkeypatch.setattr(owner, function, limited)
     words = rf"^--out {out}: ({name}) cannot be written \([^\n]*File too large[^\n]*{intact}$"
     with limits_end(), pytest.raises(runs.UsageError, match=words):
         grpo_baseline.main(toy_args(grpo_baseline, **FIELDS, model=str(cold_start), out=str(out)))
@@ -418,13 +420,13 @@ def test_a_leftover_folder_is_not_taken_for_wandb(tmp_path, monkeypatch):
 def test_what_to_run_next_is_there(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run = SimpleNamespace(out=Path("runs/x"))
-    then = "python ral_grpo.py --model 'a b.py'"
-    runs.print_summary(run, {}, {}, 1, time.time(), then)
+    end = (run, {}, {}, 1, time.time(), "ral_grpo.py", ral_grpo.Args(model="a b.py"))
+    runs.print_summary(*end)
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("next: ")]
     script, rest = line.removeprefix("next: python ").split(" ", 1)
     assert Path(script).samefile(ROOT / "ral_grpo.py") and rest == "--model 'a b.py'"
     monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
-    runs.print_summary(run, {}, {}, 1, time.time(), then)
+    runs.print_summary(*end)
     assert "next" not in capsys.readouterr().out
 
 

@@ -19,55 +19,26 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import common
+import runs
 import toy
-from common import (
-    ATTENTION_CHUNK,
-    Rollout,
-    accuracy,
-    generate_group,
-    has_format,
-    in_chunks,
-    load_model,
-    load_processor,
-    require_layer,
-    response_mean,
-    sampling_noise,
-    save_model,
-    score,
-    without_adapters,
-)
 from data import check_data, check_files, open_data
 from evaluate import evaluate
 from memory import fit_memory
-from pictures import draw_attention, draw_curves, draw_page
+from pictures import draw_run
 from prompts import Processor, Prompt, PromptBatch, PromptConfig, collate, encode_prompt
-from runs import (
-    Run,
-    RunArgs,
-    Stopwatch,
-    check_run,
-    find_state,
-    full_tensor,
-    print_summary,
-    rank,
-    require,
-    require_not_negative,
-    require_positive,
-    run_script,
-    same_inputs,
-    seed_everything,
-)
 
 # 1. Arguments
 
 
 @dataclass
-class Args(RunArgs):
+class Args(runs.RunArgs):
     model: str = "runs/sft/checkpoint"
     """Checkpoint directory or hub name. The default is what sft.py writes."""
     out: str = f"runs/{Path(__file__).stem}"
@@ -130,13 +101,9 @@ class Args(RunArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "steps", "learning_rate", "max_grad_norm", "micro_batch_size")
-        require_positive(self, "prompts_per_step", "num_iterations", "max_new_tokens")
-        require_positive(self, "temperature", "clip_eps")
-        require(self.group_size >= 2, f"--group-size {self.group_size}: needs 2 or more")
-        require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be in (0, 1]")
-        require_not_negative(self, "lora_rank", "beta")
-        require_not_negative(self, "lambda_attn", "attn_norm_every")
+        runs.require(self.group_size >= 2, f"--group-size {self.group_size}: needs 2 or more")
+        runs.require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be in (0, 1]")
+        runs.require_not_negative(self, "lambda_attn", "attn_norm_every")
 
 
 # Defaults of a toy checkpoint, in place of those of `Args`.
@@ -184,7 +151,7 @@ class Batch:
     rollout time, or that of the reference.
     """
 
-    rollout: Rollout
+    rollout: common.Rollout
     advantages: Tensor
     ref_logps: Tensor | None = None
     old_logps: Tensor | None = None
@@ -194,19 +161,21 @@ class Batch:
 
 def roll_out(
     model: Module, processor: Processor, prompts: list[Prompt], batch: PromptBatch, args: Args
-) -> tuple[Rollout, Tensor, dict[str, float], list[dict]]:
+) -> tuple[common.Rollout, Tensor, dict[str, float], list[dict]]:
     """Sample G responses to each prompt and reward them. Returns the rollout, the rewards (B, G),
     the metrics and the rows of samples.jsonl."""
     numbers = [prompt.number for prompt in prompts]
-    noise = sampling_noise(args.seed, numbers, args.group_size, args.max_new_tokens)
-    rollout = generate_group(
+    noise = common.sampling_noise(args.seed, numbers, args.group_size, args.max_new_tokens)
+    rollout = common.generate_group(
         model, batch, args.group_size, args.max_new_tokens, noise, args.temperature, args.top_p
     )
     texts = rollout.texts(processor)
     examples = [prompt.example for prompt in prompts]
     pairs, rule = list(zip(texts, examples, strict=True)), args.accuracy_rule
-    accuracies = torch.tensor([[accuracy(t, x, rule) for t in group] for group, x in pairs])
-    formats = torch.tensor([[float(has_format(t, args.think)) for t in group] for group in texts])
+    accuracies = torch.tensor([[common.accuracy(t, x, rule) for t in group] for group, x in pairs])
+    formats = torch.tensor(
+        [[float(common.has_format(t, args.think)) for t in group] for group in texts]
+    )
     formats = formats.masked_fill(rollout.truncated.cpu(), 0.0)
     rewards = reward(accuracies, formats)
     metrics = {
@@ -231,7 +200,7 @@ def score_reference(reference: Module, batches: list[Batch], args: Args) -> None
     """Add the frozen starting model's scores of the responses to each batch."""
     for batch in batches:
         layers = [args.attn_layer] if args.attn_anchor == "reference" else []  # RAL
-        scores = score(reference, batch.rollout, args.temperature, layers)  # RAL
+        scores = common.score(reference, batch.rollout, args.temperature, layers)  # RAL
         batch.ref_logps = scores.logps
         for rows in scores.attentions.values():  # RAL
             batch.old_attn = attention_policy(rows, args.attn_row)  # RAL
@@ -317,7 +286,7 @@ def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
         return ((kl(p, middle) + kl(q, middle)) / 2,)
 
     rows = (x.reshape(-1, x.shape[-1]) for x in (p, q))
-    return in_chunks(chunk, *rows, elements=ATTENTION_CHUNK)[0].view(p.shape[:-1])
+    return common.in_chunks(chunk, *rows, elements=common.ATTENTION_CHUNK)[0].view(p.shape[:-1])
 
 
 def target_mask(prompts: list[Prompt], batch: PromptBatch) -> Tensor:
@@ -341,7 +310,7 @@ def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
         such a row as D_t * sum_i A_i / T_i, where T_i is the length of response i. This is zero if
         the responses are equally long, and a remainder is left if they are not.
     """
-    scores = score(model, batch.rollout, args.temperature, [args.attn_layer])  # RAL
+    scores = common.score(model, batch.rollout, args.temperature, [args.attn_layer])  # RAL
     attn = attention_policy(scores.attentions[args.attn_layer], args.attn_row)  # RAL
     if batch.old_attn is None:  # RAL: as for the log-probabilities below
         batch.old_attn = attn.detach()
@@ -353,7 +322,7 @@ def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
     terms = {"pg_loss": pg, "kl": kl, "entropy": scores.entropy, "clip_frac": clipped}
     # RAL (eq. 3): the mean over a response's tokens is taken below, for all terms together.
     terms |= {"attn_jsd": attn_jsd, "attn_loss": batch.advantages * attn_jsd}  # RAL
-    terms = {name: response_mean(term, scores.mask) for name, term in terms.items()}
+    terms = {name: common.response_mean(term, scores.mask) for name, term in terms.items()}
     rows = scores.attentions[args.attn_layer][:, :, 1]  # of <answer>, which emits the answer
     p = batch.rollout.prompts.ids.shape[1]  # padding on the left may have been cut
     mass = (rows[..., :p] * batch.target[:, None, -p:]).sum(-1)
@@ -377,7 +346,7 @@ def term_norm(model: Module, batches: list[Batch], args: Args, term: str) -> flo
         (terms[term].sum() / responses + nothing).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     model.zero_grad()
-    return full_tensor(norm).item()
+    return runs.full_tensor(norm).item()
 
 
 def update(
@@ -404,7 +373,7 @@ def update(
                 metrics[f"train/{name}"] += value / args.num_iterations
             # RAL: also log the divergence of this iteration alone.
             metrics[f"train/attn_jsd_{iteration}"] += terms["attn_jsd"].sum().item() / responses
-        norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        norm = runs.full_tensor(clip_grad_norm_(model.parameters(), args.max_grad_norm))
         metrics["train/grad_norm"] += norm.item() / args.num_iterations
         if not torch.isfinite(norm):
             break  # the training loop then stops the run
@@ -420,12 +389,12 @@ def main(args: Args) -> dict[str, float]:
     """Train, evaluate and write the run directory. Returns the metrics of the last step and its
     evaluation in one dictionary."""
     start = time.time()
-    check_run(args, "model")
+    runs.check_run(args, "model")
     is_toy, task = toy.resolve_task(args, args.model)
     check_files(args, is_toy)
-    seed_everything(args.seed)
-    processor = load_processor(args.model, args.image_tokens, args.frame_tokens)
-    require_layer("--attn-layer", args.attn_layer, processor.config)  # RAL
+    runs.seed_everything(args.seed)
+    processor = common.load_processor(args.model, args.image_tokens, args.frame_tokens)
+    common.require_layer("--attn-layer", args.attn_layer, processor.config)  # RAL
     processor.prompt_config = PromptConfig(
         prompts={} if is_toy else PROMPTS,  # a toy knows only its own words
         think=args.think,
@@ -443,8 +412,8 @@ def main(args: Args) -> dict[str, float]:
     args = fit_memory(args, processor.config, args.group_size, needs_reference)
     if args.learning_rate is None:
         args = replace(args, learning_rate=2e-5 if args.lora_rank else 1e-6)
-    state = find_state(args)
-    model = load_model(
+    state = runs.find_state(args)
+    model = common.load_model(
         args.model,
         train_vision=args.train_vision,
         lora_rank=args.lora_rank,
@@ -452,7 +421,7 @@ def main(args: Args) -> dict[str, float]:
     )
     reference = None
     if needs_reference:  # with adapters, the same model without them
-        reference = model if args.lora_rank else load_model(args.model, frozen=True)
+        reference = model if args.lora_rank else common.load_model(args.model, frozen=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
     settings = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": parameters[0].is_cuda}
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, **settings)
@@ -461,15 +430,15 @@ def main(args: Args) -> dict[str, float]:
     options["attn_layer"] = args.attn_layer  # RAL
     before, shown_before = evaluate(model, processor, held_out, **options)
     after, shown_after = before, shown_before
-    run = Run(args, bad_rows, state)
+    run = runs.Run(args, bad_rows, state)
     if state is None:
         run.log(0, before)
     run.restore(model, optimizer)
     first = 1 if state is None else state.step + 1
     stream = train.begin(first, args.prompts_per_step)
-    bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=rank() != 0)
+    bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=runs.rank() != 0)
     for step in bar:
-        clock = Stopwatch()
+        clock = runs.Stopwatch()
         prompts = list(islice(stream, args.prompts_per_step))
         clock.lap("data_wait")
         batch = collate(model, prompts, processor.tokenizer.pad_token_id)
@@ -484,7 +453,7 @@ def main(args: Args) -> dict[str, float]:
         for part, cut in zip(batches, cuts, strict=True):
             part.target = target[cut]
         if reference is not None:
-            with without_adapters(reference):
+            with common.without_adapters(reference):
                 score_reference(reference, batches, args)
         clock.lap("reference")
         # RAL: the two terms' gradient norms cost two passes, so not every step has them.
@@ -504,21 +473,15 @@ def main(args: Args) -> dict[str, float]:
         if step < args.steps and run.save_state(step, model, optimizer):
             run.close()
             return metrics
-    run.save_checkpoint(partial(save_model, model=model, processor=processor))
+    run.save_checkpoint(partial(common.save_model, model=model, processor=processor))
     run.save_state(args.steps, model, optimizer, done=True)
     run.close()
-    if rank() != 0:
-        return metrics
-    shown = {"before": shown_before, "after": shown_after}
-    draw_page(run.out / "gaze.html", shown, str(run.out))
-    draw_attention(run.out / "attention.png", shown)
     names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
     names += ("train/attn_jsd",)  # RAL
-    draw_curves(run.out / "curves.png", run.out / "metrics.jsonl", names)
-    then = f"python grpo_baseline.py{same_inputs(args)}"
-    print_summary(run, before, after, args.steps, start, then)
+    draw_run(run.out, {"before": shown_before, "after": shown_after}, names)
+    runs.print_summary(run, before, after, args.steps, start, "grpo_baseline.py", args)
     return metrics
 
 
 if __name__ == "__main__":
-    run_script(Args, main, __doc__, partial(toy.defaults, TOY))
+    runs.run_script(Args, main, __doc__, partial(toy.defaults, TOY))

@@ -313,8 +313,9 @@ def setting(task: str) -> dict[str, Any]:
     return TASKS[task].setting or TASKS[TASKS[task].start].setting
 
 
-def jsd_name(row: str) -> str:
-    return "attn_jsd_to_teacher" if row == "predicting" else "own_jsd_to_teacher"
+def digest(checkpoint: Path) -> str:
+    """What tells one cold start from another."""
+    return hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()[:8]
 
 
 def commit() -> str:
@@ -380,16 +381,23 @@ def main(args: Args) -> None:
         rows = map(json.loads, args.results.read_text().splitlines())
         done = {(row["task"], row["cell"], row["seed"]): row for row in rows}
 
-    def record(task: str, cell: str, seed: int, out: Path, seconds: float, mark: str = "") -> None:
-        row = {"task": task, "cell": cell, "seed": seed}
-        if mark and (task, "cold start", seed) not in done:  # as the first cell's run found it
+    def distance(task: str, checkpoint: Path) -> dict[str, float]:
+        """The divergence of a checkpoint's attention from that of the task's teacher, if any."""
+        if (row := TASKS[task].row) is None:
+            return {}
+        examples = 64 if args.quick else TASKS[task].examples
+        jsd = to_teacher(checkpoint, teacher(task) / "checkpoint", row, examples)
+        return {"attn_jsd_to_teacher" if row == "predicting" else "own_jsd_to_teacher": jsd}
+
+    def record(
+        task: str, cell: str, seed: int, out: Path, seconds: float, cold: Path | None = None
+    ) -> None:
+        row, mark = {"task": task, "cell": cell, "seed": seed}, digest(cold) if cold else ""
+        if cold and (task, "cold start", seed) not in done:  # as the first cell's run found it
             before = {name: x for name, x in judged(out, 0).items() if name in EVALUATED}
-            write(row | {"cell": "cold start"} | before | {"cold_start": mark, "commit": made_by})
-        row |= judged(out) | {"cold_start": mark}
-        if which := TASKS[task].row:
-            examples = 64 if args.quick else TASKS[task].examples
-            jsd = to_teacher(out / "checkpoint", teacher(task) / "checkpoint", which, examples)
-            row |= {jsd_name(which): jsd}
+            before |= distance(task, cold) | {"cold_start": mark, "commit": made_by}
+            write(row | {"cell": "cold start"} | before)
+        row |= judged(out) | {"cold_start": mark} | distance(task, out / "checkpoint")
         fields = next((cells[cell][1] for tasks in CLAIMS.values() for t, cells in tasks.items()
                        if t == task and cell in cells), {})  # fmt: skip
         row |= {name: fields[name] for name in MEAN if name in fields}
@@ -471,10 +479,9 @@ def main(args: Args) -> None:
                     script, fields, *probe = cells[cell]
                     fields = ({} if script is sft else budget) | fields
                     cold = cold_start(task, seed) / "checkpoint"
-                    mark = hashlib.sha256((cold / "model.safetensors").read_bytes()).hexdigest()[:8]
                     marks = {r.get("cold_start") for (t, _, s), r in done.items()
-                             if (t, s) == (task, seed)} - {None, "", mark}  # fmt: skip
-                    if marks:
+                             if (t, s) == (task, seed)}  # fmt: skip
+                    if marks - {None, "", digest(cold)}:
                         raise SystemExit(f"{cold} is not what {task}, seed {seed}, began with")
                     fields = {"model": str(cold)} | fields
                     if TASKS[task].row:
@@ -482,7 +489,7 @@ def main(args: Args) -> None:
                     with tempfile.TemporaryDirectory() as directory:
                         out = Path(directory) / "run"
                         seconds = train(task, seed, out, script, fields, *probe)
-                        record(task, cell, seed, out, seconds, mark)
+                        record(task, cell, seed, out, seconds, cold)
     tables = [
         report(claim, task, cells, chosen, None if args.quick else args.results.parent)
         for claim, tasks in CLAIMS.items()
@@ -570,7 +577,8 @@ def report(claim: str, task: str, cells: dict, done: dict, pictures: Path | None
     are drawn as well, into the folder `pictures`; without one it is a quick run."""
     names = ["accuracy", "on_target"]
     if TASKS[task].row:
-        names.append(jsd_name(TASKS[task].row))
+        row = TASKS[task].row
+        names.append("attn_jsd_to_teacher" if row == "predicting" else "own_jsd_to_teacher")
     if task == "half of the shapes":
         names = [f"{name}, {kind}" for kind in ("trained", "held back") for name in names[:1]]
         names.append("target_attn, held back")
@@ -591,8 +599,7 @@ def report(claim: str, task: str, cells: dict, done: dict, pictures: Path | None
         line = [defined(cell, cells), str(len(rows))]
         both = sorted(rows.keys() & by_cell[baseline].keys()) if cell in others else []
         for name in names:
-            values = [row[name] for row in rows.values()]
-            line.append(words(values))
+            line.append(words([row[name] for row in rows.values() if name in row]))
         for name in names:
             values = [rows[seed][name] - by_cell[baseline][seed][name] for seed in both]
             line.append(words(values, "+"))

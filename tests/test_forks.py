@@ -129,7 +129,7 @@ def test_posterior_gaze_asks_where_a_response_should_have_looked(batch, monkeypa
     scores = common.score(model, rollout, attn_layers=[layer])
     old = scores.attentions[layer][:, :, :-1].detach()
     kl = (target * (target.clamp_min(1e-30) / old.clamp_min(1e-30)).log()).sum(-1)
-    weights = batch.advantages.clamp_min(0)
+    weights = batch.advantages.clamp_min(0) * (1 - scores.logps.detach().exp())
     expected = common.response_mean(weights * kl, scores.mask)
     torch.testing.assert_close(terms["attn_loss"], expected, atol=1e-6, rtol=1e-4)
     p, t = rollout.prompts.ids.shape[1], rollout.response_ids.shape[2]

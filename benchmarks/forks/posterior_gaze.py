@@ -6,13 +6,14 @@ that predicts it, in one layer and in every head, attended to visual key j alone
 else as it was:
 
     q_t ~ p_old,t * L_t ** eta   on the visual keys, whose total mass is kept
-    loss = L_RL + lambda_attn * E_t[ max(A_t, 0) * KL(q_t || p_theta,t) ]
+    loss = L_RL + lambda_attn * E_t[ max(A_t, 0) * (1 - pi(y_t)) * KL(q_t || p_theta,t) ]
 
-L is computed once per rollout, with its weights. The layer is rerun for the rewarded tokens alone,
-and so are the layers above it. The row is always the predicting one, whatever `--attn-row` says.
-For one process, on models like the toy's: a real model has too many visual keys for this.
+The factor 1 - pi(y_t), without gradient, leaves out the words that the model says anyway, whatever
+it looks at. L is computed once per rollout, with its weights: the layer is rerun for the rewarded
+tokens alone, and so are the layers above it. The row is always the predicting one, whatever
+`--attn-row` says. For one process, on models like the toy's: a real model has too many visual keys.
 
-    python benchmarks/forks/posterior_gaze.py --eta 8 --lambda-attn 1
+    python benchmarks/forks/posterior_gaze.py --eta 8 --lambda-attn 10
 """
 
 import sys
@@ -429,6 +430,7 @@ def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
     terms = {"pg_loss": pg, "kl": kl, "entropy": scores.entropy, "clip_frac": clipped}
     # RAL (eq. 3): the mean over a response's tokens is taken below, for all terms together.
     terms |= {"attn_jsd": attn_jsd, "attn_loss": batch.advantages.clamp_min(0) * attn_jsd}
+    terms["attn_loss"] = (1 - scores.logps.detach().exp()) * terms["attn_loss"]
     terms = {name: common.response_mean(term, scores.mask) for name, term in terms.items()}
     terms["loss"] = terms["pg_loss"] + args.beta * terms["kl"]
     terms["loss"] = terms["loss"] + args.lambda_attn * terms["attn_loss"]  # RAL

@@ -255,6 +255,16 @@ CLAIMS = {
             for task in ("videos", "three shapes", "guessable", "thinking", *GRIDS, *FRAMES)
         },
     },
+    "why, second reading": {
+        "images": {
+            "GRPO": GRPO,
+            "told where to look, lambda 0.1": (oracle, ROW | {"lambda_attn": 0.1}),
+            "told in rewarded responses alone": (
+                oracle,
+                ROW | {"lambda_attn": 0.1, "rewarded_only": True},
+            ),
+        }
+    },
     "posterior gaze": {
         task: {
             "GRPO": GRPO,
@@ -285,7 +295,7 @@ CLAIMS = {
 }
 
 SECOND_CLAIMS = {"table-3, second reading", "without rewards", "posterior gaze"}
-SECOND_CLAIMS |= {"tables 1 and 2, second reading"}
+SECOND_CLAIMS |= {"tables 1 and 2, second reading", "why, second reading"}
 
 
 @dataclass

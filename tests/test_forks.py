@@ -82,6 +82,8 @@ def test_the_oracle_is_told_where_the_target_is(batch):
         for g in range(3):
             mass = sum(scores.attentions[-1][b, g, 1, cell] for cell in cells)
             torch.testing.assert_close(terms["attn_loss"][b, g], -mass.log())
+    part = oracle.loss_terms(model, told, toy_args(oracle, rewarded_only=True))["attn_loss"]
+    torch.testing.assert_close(part, terms["attn_loss"] * (batch.advantages[..., 0] > 0))
 
 
 def test_fixed_fraction_scales_the_attention_gradient(batch, monkeypatch):

@@ -95,6 +95,8 @@ class Args(runs.RunArgs):
     """Model whose attention is the anchor: as at rollout time (paper), or the frozen reference."""
     attn_divergence: Literal["jsd", "forward-kl", "reverse-kl"] = "jsd"  # RAL
     """JSD (paper); forward: KL(anchor || current); reverse: KL(current || anchor)."""
+    rewarded_only: bool = False
+    """Tell it in the responses with a positive advantage alone."""
     attn_norm_every: int = 10  # RAL
     """Steps between measurements of each term's own gradient norm, which cost two extra passes;
     0: never. [ours]"""
@@ -327,6 +329,8 @@ def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
     p = batch.rollout.prompts.ids.shape[1]  # padding on the left may have been cut
     mass = (rows[..., :p] * batch.target[:, None, -p:]).sum(-1)
     terms["attn_loss"] = -mass.clamp_min(1e-4).log()
+    if args.rewarded_only:
+        terms["attn_loss"] = terms["attn_loss"] * (batch.advantages[..., 0] > 0)
     terms["loss"] = terms["pg_loss"] + args.beta * terms["kl"]
     terms["loss"] = terms["loss"] + args.lambda_attn * terms["attn_loss"]  # RAL
     return terms

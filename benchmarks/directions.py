@@ -99,8 +99,8 @@ def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
 
         def loss(cut: slice, kept: dict) -> Tensor:
             if cut.start not in kept:
-                told = {"target": target[cut]} if script is oracle else {}
-                kept[cut.start] = script.Batch(rollout[cut], advantages[cut], **told)
+                more = {"target": target[cut]} if script is oracle else {}
+                kept[cut.start] = script.Batch(rollout[cut], advantages[cut], **more)
             terms = script.loss_terms(model, kept[cut.start], options)
             return (weights[cut, :, 0] * terms[name]).mean()
 
@@ -118,7 +118,7 @@ def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
     batches, every = {}, torch.ones_like(advantages)
     good, bad = (advantages > 0).float(), (advantages < 0).float()
     own, predicting = args, replace(args, attn_row="predicting")
-    posterior = posterior_gaze.Args(**vars(args))
+    posterior, told = posterior_gaze.Args(**vars(args)), oracle.Args(**vars(args))
     model.train()
     terms = {
         "token": term(ral_grpo, "pg_loss", every, own),
@@ -127,8 +127,8 @@ def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
         "RAL, own row": term(ral_grpo, "attn_loss", every, own),
         "RAL, predicting row": term(ral_grpo, "attn_loss", every, predicting),
         "posterior gaze": term(posterior_gaze, "attn_loss", every, posterior),
-        "oracle": term(oracle, "attn_loss", every, own),
-        "oracle, rewarded responses": term(oracle, "attn_loss", good, own),
+        "oracle": term(oracle, "attn_loss", every, told),
+        "oracle, rewarded responses": term(oracle, "attn_loss", good, told),
         "SFT": [taught(prompts[cut]) for cut in cuts],
     }
     half = len(cuts) // 2

@@ -15,6 +15,7 @@ from test_siblings import ROOT, code_lines
 
 import common
 import ral_grpo
+import sft
 import toy
 from prompts import collate, encode_prompt
 
@@ -167,3 +168,26 @@ def test_posterior_gaze_asks_where_a_response_should_have_looked(batch, monkeypa
         torch.testing.assert_close(target[b, g, s, keys], expected, atol=1e-6, rtol=1e-3)
         text = ~F.pad(visual[b], (0, t))
         assert torch.equal(target[b, g, s, text], old[b, g, s, text])
+
+
+def test_directions_are_those_of_descent(cold_start, monkeypatch):
+    """Against the loss after a small step; a direction agrees with itself."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    directions = importlib.import_module("directions")
+    model, processor = load(cold_start)
+    prompts = [encode_prompt(processor, toy.training_example(toy.Task(), 1, n)) for n in range(4)]
+    rollout = sft.demonstrations(model, processor, prompts)
+    losses = [lambda: sft.loss_terms(model, rollout)["loss"].mean()]
+    step, before = 1e-4 * directions.direction(model, losses), losses[0]().item()
+    with torch.no_grad():
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        parts = step.split([p.numel() for p in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter += part.view_as(parameter)
+    assert losses[0]().item() - before == pytest.approx(-1e4 * step.square().sum().item(), rel=0.05)
+    found = directions.measure(cold_start, 1, 32)
+    assert found["oracle"]["with the oracle"] == pytest.approx(1)
+    assert found["SFT"]["with SFT"] == pytest.approx(1)
+    assert found["SFT"]["with the oracle"] == pytest.approx(found["oracle"]["with SFT"])
+    assert abs(found["RAL, own row"]["with the oracle"]) < 0.5 < found["oracle"]["halves"]
+    assert 0 < found["layer 1, own row"]["left_row"] <= 1

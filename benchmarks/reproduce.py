@@ -9,8 +9,8 @@ unless a cell says "own row", and attention distillation the predicting row and 
 tokens. Both are [ours], and were the scripts' defaults when these numbers were made. The second
 (seeds 11 to 20, `SECOND`) takes the paper's own row and its sum, today's defaults. The cold starts
 of the first are lost, so the second has its own, which stop on 512 examples (those of the first,
-and of seeds 11 and 13, on 2,048), and repeats the baselines. Every table names the
-definition beside the method, and every new line of the results has it in fields.
+and of seeds 11 and 13, on 2,048), and repeats the baselines. Every table names the definition
+beside the method, and every new line of the results has it in fields.
 
 Each claim is a set of cells (a method and what it is given), each seed of which starts from a cold
 start that all its cells share: a seed owns its cold start and its reinforcement learning. The
@@ -128,8 +128,8 @@ def grpo(**fields) -> tuple:
     return grpo_baseline, fields
 
 
-# Tuned on seeds 102 and 103, see docs/results.md. A step takes 1.10 of the time of GRPO's, so that
-# 69 steps or 5 inner iterations of GRPO (in place of 60 and 4) take longer.
+# Tuned on seeds 102 and 103, see docs/results.md. A step takes 1.10 to 1.16 of the time of GRPO's,
+# so 69 steps or 5 inner iterations of GRPO, in place of 60 and 4, take about as long or longer.
 GAZE = {"lambda_attn": 10.0, "eta": 8.0}
 ONE_SIDED = {
     "pull alone, lambda 300": "pull",

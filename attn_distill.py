@@ -115,7 +115,7 @@ class Args(runs.RunArgs):
     """Weight of the GRPO loss, including its KL penalty; 0: pure distillation. [ours]"""
     gamma_attn: float = 1.0  # Attention (eq. 6)
     """Weight of the attention term; 0: kd_baseline.py. The paper tried 0.05, 0.5 and 1, on the sum;
-    on the toy 0.5 and 1 raise accuracy (docs/results.md)."""
+    on the toy 0.5 and 1 raise accuracy at equal steps (docs/results.md)."""
     attn_layer: int = -1  # Attention
     """The student's layer, counted from 0, or from the end if negative. Last, as in RAL. [ours]"""
     teacher_attn_layer: int = -1  # Attention

@@ -568,8 +568,9 @@ def main(args: Args) -> dict[str, float]:
     run.close()
     names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/gkd", "train/grad_norm")
     names += ("train/attn_distill",)  # Attention
-    shown = {"before": shown_before, "after": shown_after, "teacher": shown_teacher}
-    draw_run(run.out, {name: row for name, row in shown.items() if row}, names)
+    shown = {"before": shown_before, "after": shown_after}
+    shown |= {"teacher": shown_teacher} if shown_teacher else {}
+    draw_run(run.out, shown, names)
     runs.print_summary(run, before, after, args.steps, start, "kd_baseline.py", args)
     return metrics
 

@@ -434,8 +434,9 @@ def main(args: Args) -> dict[str, float]:
     run.save_state(args.steps, model, optimizer, done=True)
     run.close()
     names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/gkd", "train/grad_norm")
-    shown = {"before": shown_before, "after": shown_after, "teacher": shown_teacher}
-    draw_run(run.out, {name: row for name, row in shown.items() if row}, names)
+    shown = {"before": shown_before, "after": shown_after}
+    shown |= {"teacher": shown_teacher} if shown_teacher else {}
+    draw_run(run.out, shown, names)
     runs.print_summary(run, before, after, args.steps, start, "attn_distill.py", args)
     return metrics
 

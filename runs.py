@@ -111,10 +111,19 @@ class RunArgs:
     def __post_init__(self) -> None:
         """Check the ranges of these arguments, and of those that most scripts declare."""
         require_positive(self, "frames", "fps", "image_tokens", "frame_tokens", "max_prompt_tokens")
-        require_positive(self, "eval_every", "eval_examples", "keep", "steps", "learning_rate")
-        require_positive(self, "max_grad_norm", "micro_batch_size", "prompts_per_step")
-        require_positive(self, "num_iterations", "max_new_tokens", "temperature", "clip_eps")
-        require_not_negative(self, "save_every", "max_skipped", "seed", "lora_rank", "beta")
+        require_positive(self, "eval_every", "eval_examples", "keep")
+        require_not_negative(self, "save_every", "max_skipped", "seed")
+        above_0 = (
+            "steps",
+            "learning_rate",
+            "max_grad_norm",
+            "micro_batch_size",
+            "prompts_per_step",
+        )
+        above_0 += ("num_iterations", "max_new_tokens", "temperature", "clip_eps")
+        require_positive(self, *(name for name in above_0 if hasattr(self, name)))
+        from_0 = ("lora_rank", "beta")
+        require_not_negative(self, *(name for name in from_0 if hasattr(self, name)))
         require(self.grid is None or self.grid >= 3, f"--grid {self.grid}: needs 3 or more")
 
     def may_change(self) -> set[str]:
@@ -172,16 +181,16 @@ def fail(status: int, message: str) -> NoReturn:
 
 
 def require_positive(args: Any, *names: str) -> None:
-    """Refuse fields that are not above zero. None means "unset" and passes, as does no field."""
+    """Refuse fields that are not above zero. None means "unset" and passes."""
     for name in names:
-        value = getattr(args, name, None)
+        value = getattr(args, name)
         require(value is None or value > 0, f"--{name.replace('_', '-')} {value}: must be above 0")
 
 
 def require_not_negative(args: Any, *names: str) -> None:
-    """Refuse fields below zero. None means "unset" and passes, as does no field."""
+    """Refuse fields below zero. None means "unset" and passes."""
     for name in names:
-        value = getattr(args, name, None)
+        value = getattr(args, name)
         named = f"--{name.replace('_', '-')} {value}"
         require(value is None or value >= 0, f"{named}: must be 0 or above")
 

@@ -176,6 +176,8 @@ def draw(path: Path, rows: list[dict[str, dict[str, float]]]) -> None:
 
 
 def main(args: Args) -> None:
+    if args.prompts % 32:
+        raise SystemExit(f"--prompts {args.prompts}: must be a multiple of 32")
     rows = []
     for seed in args.seeds:
         path = args.cold_starts / f"images-{seed}" / "checkpoint"

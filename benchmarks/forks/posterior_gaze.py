@@ -120,6 +120,8 @@ class Args(runs.RunArgs):
         runs.require(self.group_size >= 2, f"--group-size {self.group_size}: needs 2 or more")
         runs.require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be in (0, 1]")
         runs.require_not_negative(self, "lambda_attn", "attn_norm_every")
+        fixed = self.attn_anchor == "rollout" and self.attn_divergence == "jsd"
+        runs.require(fixed, "--attn-anchor, --attn-divergence: not in this fork")
 
 
 # Defaults of a toy checkpoint, in place of those of `Args`.
@@ -391,7 +393,9 @@ def posterior_gaze(model: Module, batch: Batch, inputs: list, attn: Tensor, args
         rotary = tuple(part[b[:, None], places] for part in rotary)
         x = rerun_layer(layer, x, states[b[:, None], places], rotary, at, seen)
     logits = model.lm_head(text.norm(x)).float() / args.temperature
-    logits = logits.index_fill(-1, torch.tensor(common.vision_token_ids(model.config)), -torch.inf)
+    logits = logits.index_fill(
+        -1, torch.tensor(common.vision_token_ids(model.config), device=attn.device), -torch.inf
+    )
     answers = rollout.response_ids[b, g, s][:, None, None].expand(-1, x.shape[1], 1)
     log_l = logits.log_softmax(dim=-1).gather(-1, answers)[..., 0]  # (N, K)
     if args.shuffle_keys:
@@ -408,14 +412,7 @@ def posterior_gaze(model: Module, batch: Batch, inputs: list, attn: Tensor, args
 def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
     """The terms of the loss for each response, (B, G): means over its tokens, in nats per token.
 
-    Two limits of the attention term [ours; tested, and measured in docs/results.md]:
-      - Near p_old, the gradient of the JSD with respect to p_theta is (p_theta - p_old) / 4 p_old.
-        The term does not know where else to look. It damps the movement of attention that the token
-        policy has just made where the advantage is positive, and amplifies it where negative.
-      - Responses of a group that share their first s tokens also share the own rows of tokens 1 to
-        s, the predicting rows of tokens 1 to s + 1, and so their divergences D_t. The loss contains
-        such a row as D_t * sum_i A_i / T_i, where T_i is the length of response i. This is zero if
-        the responses are equally long, and a remainder is left if they are not.
+    `attn_jsd` is KL(q || p) of each token here, and `attn_loss` weighs it as the header says.
     """
     with layer_inputs(model) as inputs:
         scores = common.score(model, batch.rollout, args.temperature, [args.attn_layer])  # RAL
@@ -495,6 +492,7 @@ def main(args: Args) -> dict[str, float]:
     evaluation in one dictionary."""
     start = time.time()
     runs.check_run(args, "model")
+    runs.require(toy.Task.load(Path(args.model)) is not None, "--model: this fork is for the toy")
     is_toy, task = toy.resolve_task(args, args.model)
     check_files(args, is_toy)
     runs.seed_everything(args.seed)

@@ -213,10 +213,8 @@ def roll_out(
     examples = [prompt.example for prompt in prompts]
     pairs, rule = list(zip(texts, examples, strict=True)), args.accuracy_rule
     accuracies = torch.tensor([[common.accuracy(t, x, rule) for t in group] for group, x in pairs])
-    formats = torch.tensor(
-        [[float(common.has_format(t, args.think)) for t in group] for group in texts]
-    )
-    formats = formats.masked_fill(rollout.truncated.cpu(), 0.0)
+    formats = [[float(common.has_format(t, args.think)) for t in group] for group in texts]
+    formats = torch.tensor(formats).masked_fill(rollout.truncated.cpu(), 0.0)
     rewards = reward(accuracies, formats)
     metrics = {
         "rollout/reward": rewards.mean().item(),
@@ -307,9 +305,8 @@ def gkd(
         m = torch.logaddexp(s + math.log(1 - beta), t + math.log(beta))
         return (beta * (t.exp() * (t - m)).sum(-1) + (1 - beta) * (s.exp() * (s - m)).sum(-1),)
 
-    return common.in_chunks(chunk, student.flatten(0, 2), teacher.flatten(0, 2))[0].view(
-        student.shape[:3]
-    )
+    rows = student.flatten(0, 2), teacher.flatten(0, 2)
+    return common.in_chunks(chunk, *rows)[0].view(student.shape[:3])
 
 
 def attention_policy(rows: Tensor, row: str) -> Tensor:

@@ -113,17 +113,12 @@ class RunArgs:
         require_positive(self, "frames", "fps", "image_tokens", "frame_tokens", "max_prompt_tokens")
         require_positive(self, "eval_every", "eval_examples", "keep")
         require_not_negative(self, "save_every", "max_skipped", "seed")
-        above_0 = (
-            "steps",
-            "learning_rate",
-            "max_grad_norm",
-            "micro_batch_size",
-            "prompts_per_step",
-        )
-        above_0 += ("num_iterations", "max_new_tokens", "temperature", "clip_eps")
-        require_positive(self, *(name for name in above_0 if hasattr(self, name)))
-        from_0 = ("lora_rank", "beta")
-        require_not_negative(self, *(name for name in from_0 if hasattr(self, name)))
+        positive = ("steps", "learning_rate", "max_grad_norm", "micro_batch_size")
+        positive += ("prompts_per_step", "num_iterations", "max_new_tokens")
+        positive += ("temperature", "clip_eps")
+        require_positive(self, *(name for name in positive if hasattr(self, name)))
+        not_negative = ("lora_rank", "beta")
+        require_not_negative(self, *(name for name in not_negative if hasattr(self, name)))
         require(self.grid is None or self.grid >= 3, f"--grid {self.grid}: needs 3 or more")
 
     def may_change(self) -> set[str]:

@@ -19,6 +19,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -76,17 +77,16 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
-    """At one cold start, the three cosines of every term, and the diagnosis of every layer's rows,
-    whose names have a number."""
+    """Measure one cold start: the three cosines of every term, and what `diagnose.py` finds for the
+    rows of every layer."""
     model, processor = load_model(path), load_processor(path)
     task = toy.Task.load(path)
     processor.prompt_config = task.prompt_config()
     fields = {"seed": seed, "learning_rate": TASKS["images"].learning_rate}
     args = ral_grpo.Args(**ral_grpo.TOY | {"think": task.think} | fields)
-    stream = toy.open_data(
-        replace(args, eval_examples=1), lambda x: encode_prompt(processor, x), task
-    )
-    drawn = list(islice(stream[0].begin(1, count), count))
+    encode = partial(encode_prompt, processor)
+    train, *_ = toy.open_data(replace(args, eval_examples=1), encode, task)
+    drawn = list(islice(train.begin(1, count), count))
     prompts = [*drawn[::2], *drawn[1::2]]  # the even ones first
     inputs = collate(model, prompts, processor.tokenizer.pad_token_id)
     rollout, rewards, *_ = ral_grpo.roll_out(model, processor, prompts, inputs, args)
@@ -105,12 +105,12 @@ def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
             return (weights[cut, :, 0] * terms[name]).mean()
 
         kept = batches.setdefault((script, options.attn_row), {})
-        return [lambda cut=cut: loss(cut, kept) for cut in cuts]
+        return [partial(loss, cut, kept) for cut in cuts]
 
-    def taught(chunk: list[Prompt]) -> Callable[[], Tensor]:
-        return lambda: sft.loss_terms(model, sft.demonstrations(model, processor, chunk))[
-            "loss"
-        ].mean()
+    def demonstrated(chunk: list[Prompt]) -> Tensor:
+        """SFT's loss on the correct responses."""
+        rollout = sft.demonstrations(model, processor, chunk)
+        return sft.loss_terms(model, rollout)["loss"].mean()
 
     report, _ = diagnose.diagnose(model, processor, prompts, args, [0, 1])
     lines = {f"layer {x['layer']}, {x['row']} row": x for x in report["rows"]}
@@ -129,7 +129,7 @@ def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
         "posterior gaze": term(posterior_gaze, "attn_loss", every, posterior),
         "oracle": term(oracle, "attn_loss", every, told),
         "oracle, rewarded responses": term(oracle, "attn_loss", good, told),
-        "SFT": [taught(prompts[cut]) for cut in cuts],
+        "SFT": [partial(demonstrated, prompts[cut]) for cut in cuts],
     }
     half = len(cuts) // 2
 

@@ -154,8 +154,9 @@ def test_a_prompt_configuration_that_cannot_be_used_is_one_line(real, tmp_path, 
 
 
 def test_a_rank_whose_rows_are_all_bad_draws_nothing(tmp_path):
-    pictures.draw_attention(tmp_path / "a.png", {"before": [], "after": []})
-    assert not (tmp_path / "a.png").exists()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 0.5}\n')
+    pictures.draw_run(tmp_path, {"before": [], "after": []}, ["train/loss"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
 
 
 def test_dollars_are_no_formula(cold_start, tmp_path):

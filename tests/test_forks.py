@@ -4,6 +4,7 @@ does what its header says."""
 import difflib
 import importlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +16,14 @@ from test_siblings import ROOT, code_lines
 
 import common
 import ral_grpo
+import runs
 import sft
 import toy
 from prompts import collate, encode_prompt
 
 # Lines that are added to and removed from `ral_grpo.py`, at most.
 DIFF = {"fixed_fraction": (20, 3), "one_sided": (20, 1), "oracle": (20, 0)}
-DIFF |= {"posterior_gaze": (100, 5)}
+DIFF |= {"posterior_gaze": (95, 5)}
 FORKS = sorted(path.stem for path in (ROOT / "benchmarks" / "forks").glob("*.py"))
 
 
@@ -157,10 +159,12 @@ def test_posterior_gaze_asks_where_a_response_should_have_looked(batch, monkeypa
                     )
                 return out, rows
 
-            common.AttentionInterface.register("grouped_sdpa", attention)
-            with torch.no_grad():
-                log_l.append(common.score(model, rollout).logps[b, g, s])
-        common.AttentionInterface.register("grouped_sdpa", common.grouped_attention)
+            try:
+                common.AttentionInterface.register("grouped_sdpa", attention)
+                with torch.no_grad():
+                    log_l.append(common.score(model, rollout).logps[b, g, s])
+            finally:
+                common.AttentionInterface.register("grouped_sdpa", common.grouped_attention)
         looked = old[b, g, s, keys]
         expected = looked * (2 * torch.stack(log_l)).exp()
         expected *= looked.sum() / expected.sum()
@@ -168,6 +172,18 @@ def test_posterior_gaze_asks_where_a_response_should_have_looked(batch, monkeypa
         torch.testing.assert_close(target[b, g, s, keys], expected, atol=1e-6, rtol=1e-3)
         text = ~F.pad(visual[b], (0, t))
         assert torch.equal(target[b, g, s, text], old[b, g, s, text])
+
+
+def test_posterior_gaze_refuses_what_it_would_ignore(cold_start, tmp_path):
+    script = fork("posterior_gaze")
+    for name, value in (("attn_anchor", "reference"), ("attn_divergence", "forward-kl")):
+        with pytest.raises(runs.UsageError, match="--attn-divergence: not in this fork"):
+            script.Args(**{name: value})
+    real = tmp_path / "real"  # a checkpoint without a toy's task
+    shutil.copytree(cold_start, real)
+    (real / "toy_task.json").unlink()
+    with pytest.raises(runs.UsageError, match="this fork is for the toy"):
+        script.main(toy_args(script, model=str(real), out=str(tmp_path / "run")))
 
 
 def test_directions_are_those_of_descent(cold_start, monkeypatch):

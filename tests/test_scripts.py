@@ -346,6 +346,27 @@ BAD = [  # script, command line, what the one line must name
 ]
 
 
+OUT_OF_RANGE = {
+    0: "steps learning_rate max_grad_norm micro_batch_size prompts_per_step num_iterations"
+    " max_new_tokens temperature clip_eps warmup_steps epochs stop_accuracy eval_above top_p keep"
+    " eval_every eval_examples frames fps image_tokens frame_tokens max_prompt_tokens",
+    -1: "lora_rank beta lambda_attn gamma_attn attn_norm_every mu_gkd rl_coef seed save_every"
+    " max_skipped",
+    1: "group_size",
+    2: "gkd_beta grid",
+}
+
+
+@pytest.mark.parametrize("script", [sft, grpo_baseline, ral_grpo, kd_baseline, attn_distill])
+def test_every_argument_out_of_range_is_refused(script):
+    script.Args()
+    names = [(name, value) for value, names in OUT_OF_RANGE.items() for name in names.split()]
+    for name, value in names:
+        if name in script.Args.__dataclass_fields__:
+            with pytest.raises(runs.UsageError, match=f"--{name.replace('_', '-')} {value}"):
+                script.Args(**{name: value})
+
+
 @pytest.mark.parametrize(("script", "line", "words"), BAD)
 def test_bad_input_is_one_line(script, line, words, cold_start, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -175,10 +175,8 @@ def roll_out(
     examples = [prompt.example for prompt in prompts]
     pairs, rule = list(zip(texts, examples, strict=True)), args.accuracy_rule
     accuracies = torch.tensor([[common.accuracy(t, x, rule) for t in group] for group, x in pairs])
-    formats = torch.tensor(
-        [[float(common.has_format(t, args.think)) for t in group] for group in texts]
-    )
-    formats = formats.masked_fill(rollout.truncated.cpu(), 0.0)
+    formats = [[float(common.has_format(t, args.think)) for t in group] for group in texts]
+    formats = torch.tensor(formats).masked_fill(rollout.truncated.cpu(), 0.0)
     rewards = reward(accuracies, formats)
     metrics = {
         "rollout/reward": rewards.mean().item(),

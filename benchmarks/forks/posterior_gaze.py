@@ -190,10 +190,8 @@ def roll_out(
     examples = [prompt.example for prompt in prompts]
     pairs, rule = list(zip(texts, examples, strict=True)), args.accuracy_rule
     accuracies = torch.tensor([[common.accuracy(t, x, rule) for t in group] for group, x in pairs])
-    formats = torch.tensor(
-        [[float(common.has_format(t, args.think)) for t in group] for group in texts]
-    )
-    formats = formats.masked_fill(rollout.truncated.cpu(), 0.0)
+    formats = [[float(common.has_format(t, args.think)) for t in group] for group in texts]
+    formats = torch.tensor(formats).masked_fill(rollout.truncated.cpu(), 0.0)
     rewards = reward(accuracies, formats)
     metrics = {
         "rollout/reward": rewards.mean().item(),
@@ -306,8 +304,11 @@ def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
     return common.in_chunks(chunk, *rows, elements=common.ATTENTION_CHUNK)[0].view(p.shape[:-1])
 
 
+Rotary = tuple[Tensor, Tensor]  # cosines and sines of a position embedding
+
+
 @contextmanager
-def layer_inputs(model: Module) -> Iterator[list[tuple[Tensor, tuple[Tensor, Tensor]]]]:
+def layer_inputs(model: Module) -> Iterator[list[tuple[Tensor, Rotary]]]:
     """Collect the input of every decoder layer (B, P + G * T, hidden) and its rotary embedding."""
     inputs, layers = [], model.model.language_model.layers
 
@@ -323,12 +324,7 @@ def layer_inputs(model: Module) -> Iterator[list[tuple[Tensor, tuple[Tensor, Ten
 
 
 def rerun_layer(
-    layer: Module,
-    x: Tensor,
-    states: Tensor,
-    rotary: tuple[Tensor, Tensor],
-    at: Tensor,
-    seen: Tensor,
+    layer: Module, x: Tensor, states: Tensor, rotary: Rotary, at: Tensor, seen: Tensor
 ) -> Tensor:
     """The layer's outputs (N, K, hidden) for N positions `at`, of each of which `x` (N, K, hidden)
     holds K versions. `states` (N, L, hidden) are the layer's inputs, `seen` (N, L) the earlier
@@ -404,8 +400,7 @@ def posterior_gaze(model: Module, batch: Batch, inputs: list, attn: Tensor, args
     looked = old.gather(1, keys[b])
     share = (looked.clamp_min(1e-30).log() + args.eta * log_l).softmax(dim=-1)
     target = attn.clone()
-    mass = looked.sum(-1, keepdim=True)
-    target[b, g, s] = old.scatter(1, keys[b], share * mass)
+    target[b, g, s] = old.scatter(1, keys[b], share * looked.sum(-1, keepdim=True))
     return target
 
 

@@ -11,8 +11,8 @@ of each model, averaged over heads), without its own column and renormalised:
 The sum is over a response's tokens and E is the mean over responses. There is no advantage: the
 teacher's attention is useful whatever the answer was. The models may differ in layers, heads and
 width, since the loss compares only distributions over the same tokens. The method is the lines
-marked `# Attention` and the functions `attention_policy`, `divergence`, `frame_bins` and
-`term_norm`: `diff kd_baseline.py attn_distill.py`.
+marked `# Attention` and the functions `attention_policy`, `divergence` and `frame_bins`:
+`diff kd_baseline.py attn_distill.py`.
 
 Known from the paper: the terms, and gamma_attn, tried at 0.05, 0.5 and 1. Our reading [ours]: the
 choices of kd_baseline.py, and
@@ -23,9 +23,6 @@ choices of kd_baseline.py, and
     python sft.py --toy-size large --stop-accuracy 0.99 --eval-above 0.8 --out runs/teacher
     python attn_distill.py --teacher runs/teacher/checkpoint             # from runs/sft
     python attn_distill.py --teacher runs/teacher/checkpoint --rl-coef 0 # pure distillation
-
-Data: the built-in visual-search task (toy.py), or data files (datafiles.py). Memory and time: see
-"Cost" in the README.
 """
 
 import math
@@ -133,7 +130,8 @@ class Args(runs.RunArgs):
     """Compare the attention token by token (paper), or summed over each temporal patch."""
     attn_norm_every: int = 10  # Attention
     """Steps between measurements of each distillation term's own gradient norm, which cost two
-    extra passes; 0: never."""
+    extra passes; 0: never. If gamma_attn * `train/attn_grad_norm` is far above mu_gkd *
+    `train/gkd_grad_norm`, attention alone decides where a step goes: lower gamma_attn. [ours]"""
 
     def may_change(self) -> set[str]:
         return super().may_change() | {"evaluate_teacher"}
@@ -201,17 +199,19 @@ class Batch:
 
 def roll_out(
     model: Module, processor: Processor, prompts: list[Prompt], batch: PromptBatch, args: Args
-) -> tuple[common.Rollout, Tensor, dict[str, float], list[dict]]:
-    """Sample G responses to each prompt and reward them. Returns the rollout, the rewards (B, G),
-    the metrics and the rows of samples.jsonl."""
+) -> tuple[common.Rollout, list[list[str]], Tensor, dict[str, float]]:
+    """Sample G responses to each prompt and reward them. Returns the rollout, its texts (B lists of
+    G), the rewards (B, G) and the metrics."""
     numbers = [prompt.number for prompt in prompts]
     noise = common.sampling_noise(args.seed, numbers, args.group_size, args.max_new_tokens)
     rollout = common.generate_group(
         model, batch, args.group_size, args.max_new_tokens, noise, args.temperature, args.top_p
     )
     texts = rollout.texts(processor)
-    examples = [prompt.example for prompt in prompts]
-    pairs, rule = list(zip(texts, examples, strict=True)), args.accuracy_rule
+    pairs, rule = (
+        zip(texts, (prompt.example for prompt in prompts), strict=True),
+        args.accuracy_rule,
+    )
     accuracies = torch.tensor([[common.accuracy(t, x, rule) for t in group] for group, x in pairs])
     formats = [[float(common.has_format(t, args.think)) for t in group] for group in texts]
     formats = torch.tensor(formats).masked_fill(rollout.truncated.cpu(), 0.0)
@@ -225,12 +225,7 @@ def roll_out(
         "rollout/completion_len": rollout.response_mask.sum(-1).float().mean().item(),
         "rollout/truncated_frac": rollout.truncated.float().mean().item(),
     }
-    samples = [
-        {"row": x.name, "problem": x.problem, "solution": x.solution, "response": t, "reward": r}
-        for x, group, values in zip(examples, texts, rewards.tolist(), strict=True)
-        for t, r in zip(group, values, strict=True)
-    ]
-    return rollout, rewards.to(model.device), metrics, samples
+    return rollout, texts, rewards.to(model.device), metrics
 
 
 @torch.no_grad()
@@ -405,25 +400,6 @@ def loss_terms(model: Module, teacher: Module, batch: Batch, args: Args) -> dict
 # 5. Update
 
 
-def term_norm(model: Module, teacher: Module, batches: list[Batch], args: Args, term: str) -> float:
-    """Gradient norm of one term of the loss alone, before its weight, from a separate forward
-    and backward pass [ours].
-
-    `max_grad_norm` bounds the step, whatever gamma_attn is. Watch the ratio of gamma_attn *
-    `train/attn_grad_norm` to mu_gkd * `train/gkd_grad_norm`. Far above 1, attention alone decides
-    the direction of the step: lower gamma_attn, or use `--attn-reduction mean`.
-    """
-    responses = sum(batch.rollout.truncated.numel() for batch in batches)
-    for batch in batches:
-        terms = loss_terms(model, teacher, batch, args)
-        # Adds zero so that every FSDP layer's output receives a gradient; backward fails otherwise.
-        nothing = 0 * terms["loss"].sum()
-        (terms[term].sum() / responses + nothing).backward()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    model.zero_grad()
-    return runs.full_tensor(norm).item()
-
-
 def update(
     model: Module,
     teacher: Module,
@@ -441,7 +417,8 @@ def update(
     responses = sum(batch.rollout.truncated.numel() for batch in batches)
     metrics = defaultdict(float)
     for name, term in (("gkd", "gkd"), ("attn", "attn_loss")) if measure else ():  # Attention
-        norm = term_norm(model, teacher, batches, args, term)  # Attention
+        terms_of = partial(loss_terms, model, teacher, args=args)  # Attention
+        norm = common.gradient_norm(model, terms_of, batches, term)  # Attention
         metrics[f"train/{name}_grad_norm"] = norm  # Attention
     for _ in range(args.num_iterations):
         for batch in batches:
@@ -481,10 +458,7 @@ def main(args: Args) -> dict[str, float]:
     encode = partial(encode_prompt, processor)
     if args.check_data:
         return check_data(args, encode, args.accuracy_rule)
-    if args.data:
-        train, held_out, bad_rows = open_data(args, encode)
-    else:
-        train, held_out, bad_rows = toy.open_data(args, encode, task)
+    train, held_out, bad_rows = open_data(args, encode, task)
     other = common.load_processor(args.teacher, field="--teacher").config
     common.require_layer("--teacher-attn-layer", args.teacher_attn_layer, other)  # Attention
     needs_reference = args.beta > 0 and args.rl_coef > 0
@@ -531,7 +505,7 @@ def main(args: Args) -> dict[str, float]:
         clock.lap("data_wait")
         batch = collate(model, prompts, processor.tokenizer.pad_token_id)
         clock.lap("vision")
-        rollout, rewards, metrics, samples = roll_out(model, processor, prompts, batch, args)
+        rollout, texts, rewards, metrics = roll_out(model, processor, prompts, batch, args)
         clock.lap("rollout")
         advantages = group_advantages(rewards)
         size = args.micro_batch_size
@@ -553,10 +527,8 @@ def main(args: Args) -> dict[str, float]:
             after, shown_after = evaluate(model, processor, held_out, **options)
             metrics |= after
         run.log(step, metrics, learns_from_reward=args.rl_coef > 0)
-        run.sample(step, samples)
-        bar.set_postfix(
-            reward=f"{metrics['rollout/reward']:.2f}", eval=f"{after['eval/accuracy']:.3f}"
-        )
+        run.sample(step, prompts, texts, rewards)
+        bar.set_postfix(reward=metrics["rollout/reward"], eval=after["eval/accuracy"])
         if step < args.steps and run.save_state(step, model, optimizer):
             run.close()
             return metrics

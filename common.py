@@ -915,6 +915,26 @@ def response_mean(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, 0.0).sum(-1) / mask.sum(-1).clamp_min(1)
 
 
+def gradient_norm(
+    model: Module, loss_terms: Callable[[Any], dict[str, Tensor]], batches: Sequence[Any], term: str
+) -> float:
+    """Gradient norm of one term of the loss alone, before its weight, from a separate forward and
+    backward pass.
+
+    `loss_terms(batch)` returns the terms of each response, (B, G), and their sum under "loss". A
+    batch has its responses in `batch.rollout`.
+    """
+    responses = sum(batch.rollout.truncated.numel() for batch in batches)
+    for batch in batches:
+        terms = loss_terms(batch)
+        # Adds zero so that every FSDP layer's output receives a gradient; backward fails otherwise.
+        nothing = 0 * terms["loss"].sum()
+        (terms[term].sum() / responses + nothing).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    return full_tensor(norm).item()
+
+
 # 5. Reward
 
 

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from threading import Thread
 from typing import Any
@@ -199,14 +199,17 @@ def check_files(args: Any, is_toy: bool) -> None:
 
 
 def open_data(
-    args: Any, encode: Callable[[Example], Prompt], keep_media: bool = False
-) -> tuple[Reader, Reader, BadRows]:
-    """Open the training prompts of `--data` (see `Reader.begin`) and this rank's share of the
-    evaluation prompts; returns both with the record of bad rows.
+    args: Any, encode: Callable[[Example], Prompt], task: Any = None, keep_media: bool = False
+) -> tuple[Reader, Iterable[Prompt], BadRows]:
+    """Open the training prompts (see `Reader.begin`) and this rank's share of the evaluation
+    prompts; returns both with the record of bad rows. Without `--data`, they are those of the toy's
+    `task`. `keep_media` is for rewards that see the training prompts' media.
 
     Without `--eval-data`, up to `eval_examples` rows, but at most a tenth, are held out from
     training for evaluation. They are the same for every seed.
     """
+    if args.data is None:
+        return task.open_data(args, encode, keep_media)
     train = held_out = DataFile(args.data, args.media_root, args.frames, args.fps)
     rows = np.random.default_rng(0).permutation(len(train))
     if args.eval_data:

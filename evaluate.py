@@ -296,10 +296,8 @@ PROMPTS = {
     "free-form": "The answer is a short text.",
 }
 
-Setting = tuple[
-    int | None, int | None, int | None, int | None
-]  # frames, image_tokens, frame_tokens, grid
 NAMES = ("frames", "image_tokens", "frame_tokens", "grid")
+Setting = tuple[int | None, ...]  # a value of each
 
 
 def defaults() -> dict[str, Any]:

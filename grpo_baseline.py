@@ -17,11 +17,8 @@ The paper leaves these choices open [ours]:
      later iterations use.
   4. A response cut at `--max-new-tokens` stays in the loss and earns no format reward.
 
-    python sft.py && python grpo_baseline.py            # the toy, on a CPU, in minutes
-    python grpo_baseline.py --model DIR_OR_HUB_NAME     # a Qwen2-VL or Qwen2.5-VL checkpoint
-
-Data: the built-in visual-search task (toy.py), or data files (datafiles.py). Memory and time: see
-"Cost" in the README.
+    python sft.py && python grpo_baseline.py                    # the toy, on a CPU, in minutes
+    python grpo_baseline.py --model DIR_OR_HUB_NAME --data FILE # your own model and data
 """
 
 import time
@@ -151,17 +148,19 @@ class Batch:
 
 def roll_out(
     model: Module, processor: Processor, prompts: list[Prompt], batch: PromptBatch, args: Args
-) -> tuple[common.Rollout, Tensor, dict[str, float], list[dict]]:
-    """Sample G responses to each prompt and reward them. Returns the rollout, the rewards (B, G),
-    the metrics and the rows of samples.jsonl."""
+) -> tuple[common.Rollout, list[list[str]], Tensor, dict[str, float]]:
+    """Sample G responses to each prompt and reward them. Returns the rollout, its texts (B lists of
+    G), the rewards (B, G) and the metrics."""
     numbers = [prompt.number for prompt in prompts]
     noise = common.sampling_noise(args.seed, numbers, args.group_size, args.max_new_tokens)
     rollout = common.generate_group(
         model, batch, args.group_size, args.max_new_tokens, noise, args.temperature, args.top_p
     )
     texts = rollout.texts(processor)
-    examples = [prompt.example for prompt in prompts]
-    pairs, rule = list(zip(texts, examples, strict=True)), args.accuracy_rule
+    pairs, rule = (
+        zip(texts, (prompt.example for prompt in prompts), strict=True),
+        args.accuracy_rule,
+    )
     accuracies = torch.tensor([[common.accuracy(t, x, rule) for t in group] for group, x in pairs])
     formats = [[float(common.has_format(t, args.think)) for t in group] for group in texts]
     formats = torch.tensor(formats).masked_fill(rollout.truncated.cpu(), 0.0)
@@ -175,12 +174,7 @@ def roll_out(
         "rollout/completion_len": rollout.response_mask.sum(-1).float().mean().item(),
         "rollout/truncated_frac": rollout.truncated.float().mean().item(),
     }
-    samples = [
-        {"row": x.name, "problem": x.problem, "solution": x.solution, "response": t, "reward": r}
-        for x, group, values in zip(examples, texts, rewards.tolist(), strict=True)
-        for t, r in zip(group, values, strict=True)
-    ]
-    return rollout, rewards.to(model.device), metrics, samples
+    return rollout, texts, rewards.to(model.device), metrics
 
 
 @torch.no_grad()
@@ -290,10 +284,7 @@ def main(args: Args) -> dict[str, float]:
     encode = partial(encode_prompt, processor)
     if args.check_data:
         return check_data(args, encode, args.accuracy_rule)
-    if args.data:
-        train, held_out, bad_rows = open_data(args, encode)
-    else:
-        train, held_out, bad_rows = toy.open_data(args, encode, task)
+    train, held_out, bad_rows = open_data(args, encode, task)
     needs_reference = args.beta > 0
     args = fit_memory(args, processor.config, args.group_size, needs_reference)
     if args.learning_rate is None:
@@ -328,7 +319,7 @@ def main(args: Args) -> dict[str, float]:
         clock.lap("data_wait")
         batch = collate(model, prompts, processor.tokenizer.pad_token_id)
         clock.lap("vision")
-        rollout, rewards, metrics, samples = roll_out(model, processor, prompts, batch, args)
+        rollout, texts, rewards, metrics = roll_out(model, processor, prompts, batch, args)
         clock.lap("rollout")
         advantages = group_advantages(rewards)
         size = args.micro_batch_size
@@ -346,10 +337,8 @@ def main(args: Args) -> dict[str, float]:
             after, shown_after = evaluate(model, processor, held_out, **options)
             metrics |= after
         run.log(step, metrics)
-        run.sample(step, samples)
-        bar.set_postfix(
-            reward=f"{metrics['rollout/reward']:.2f}", eval=f"{after['eval/accuracy']:.3f}"
-        )
+        run.sample(step, prompts, texts, rewards)
+        bar.set_postfix(reward=metrics["rollout/reward"], eval=after["eval/accuracy"])
         if step < args.steps and run.save_state(step, model, optimizer):
             run.close()
             return metrics

@@ -21,9 +21,6 @@ reading [ours]:
 
     python sft.py --toy-size large --stop-accuracy 0.99 --eval-above 0.8 --out runs/teacher
     python kd_baseline.py --teacher runs/teacher/checkpoint              # from runs/sft
-
-Data: the built-in visual-search task (toy.py), or data files (datafiles.py). Memory and time: see
-"Cost" in the README.
 """
 
 import math
@@ -176,17 +173,19 @@ class Batch:
 
 def roll_out(
     model: Module, processor: Processor, prompts: list[Prompt], batch: PromptBatch, args: Args
-) -> tuple[common.Rollout, Tensor, dict[str, float], list[dict]]:
-    """Sample G responses to each prompt and reward them. Returns the rollout, the rewards (B, G),
-    the metrics and the rows of samples.jsonl."""
+) -> tuple[common.Rollout, list[list[str]], Tensor, dict[str, float]]:
+    """Sample G responses to each prompt and reward them. Returns the rollout, its texts (B lists of
+    G), the rewards (B, G) and the metrics."""
     numbers = [prompt.number for prompt in prompts]
     noise = common.sampling_noise(args.seed, numbers, args.group_size, args.max_new_tokens)
     rollout = common.generate_group(
         model, batch, args.group_size, args.max_new_tokens, noise, args.temperature, args.top_p
     )
     texts = rollout.texts(processor)
-    examples = [prompt.example for prompt in prompts]
-    pairs, rule = list(zip(texts, examples, strict=True)), args.accuracy_rule
+    pairs, rule = (
+        zip(texts, (prompt.example for prompt in prompts), strict=True),
+        args.accuracy_rule,
+    )
     accuracies = torch.tensor([[common.accuracy(t, x, rule) for t in group] for group, x in pairs])
     formats = [[float(common.has_format(t, args.think)) for t in group] for group in texts]
     formats = torch.tensor(formats).masked_fill(rollout.truncated.cpu(), 0.0)
@@ -200,12 +199,7 @@ def roll_out(
         "rollout/completion_len": rollout.response_mask.sum(-1).float().mean().item(),
         "rollout/truncated_frac": rollout.truncated.float().mean().item(),
     }
-    samples = [
-        {"row": x.name, "problem": x.problem, "solution": x.solution, "response": t, "reward": r}
-        for x, group, values in zip(examples, texts, rewards.tolist(), strict=True)
-        for t, r in zip(group, values, strict=True)
-    ]
-    return rollout, rewards.to(model.device), metrics, samples
+    return rollout, texts, rewards.to(model.device), metrics
 
 
 @torch.no_grad()
@@ -353,10 +347,7 @@ def main(args: Args) -> dict[str, float]:
     encode = partial(encode_prompt, processor)
     if args.check_data:
         return check_data(args, encode, args.accuracy_rule)
-    if args.data:
-        train, held_out, bad_rows = open_data(args, encode)
-    else:
-        train, held_out, bad_rows = toy.open_data(args, encode, task)
+    train, held_out, bad_rows = open_data(args, encode, task)
     other = common.load_processor(args.teacher, field="--teacher").config
     needs_reference = args.beta > 0 and args.rl_coef > 0
     config, evaluated = processor.config, args.evaluate_teacher
@@ -400,7 +391,7 @@ def main(args: Args) -> dict[str, float]:
         clock.lap("data_wait")
         batch = collate(model, prompts, processor.tokenizer.pad_token_id)
         clock.lap("vision")
-        rollout, rewards, metrics, samples = roll_out(model, processor, prompts, batch, args)
+        rollout, texts, rewards, metrics = roll_out(model, processor, prompts, batch, args)
         clock.lap("rollout")
         advantages = group_advantages(rewards)
         size = args.micro_batch_size
@@ -420,10 +411,8 @@ def main(args: Args) -> dict[str, float]:
             after, shown_after = evaluate(model, processor, held_out, **options)
             metrics |= after
         run.log(step, metrics, learns_from_reward=args.rl_coef > 0)
-        run.sample(step, samples)
-        bar.set_postfix(
-            reward=f"{metrics['rollout/reward']:.2f}", eval=f"{after['eval/accuracy']:.3f}"
-        )
+        run.sample(step, prompts, texts, rewards)
+        bar.set_postfix(reward=metrics["rollout/reward"], eval=after["eval/accuracy"])
         if step < args.steps and run.save_state(step, model, optimizer):
             run.close()
             return metrics

@@ -622,9 +622,11 @@ class Run:
         if learns_from_reward:
             self.note_equal_rewards(step, metrics)
 
-    def sample(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Write the sampled responses of all ranks with their rewards."""
-        rows = gather(rows)
+    def sample(
+        self, step: int, prompts: Sequence[Any], texts: list[list[str]], rewards: Tensor
+    ) -> None:
+        """Write the sampled responses of all ranks, see `sample_rows`."""
+        rows = gather(sample_rows(prompts, texts, rewards))
         if rank() == 0:
             append(self.files["samples.jsonl"], [{"step": step, **row} for row in rows])
 
@@ -767,6 +769,18 @@ class Run:
         return self.state.extra
 
 
+def sample_rows(
+    prompts: Sequence[Any], texts: list[list[str]], rewards: Tensor
+) -> list[dict[str, Any]]:
+    """The lines of samples.jsonl for G responses to each of B prompts and their rewards (B, G)."""
+    groups = zip((prompt.example for prompt in prompts), texts, rewards.tolist(), strict=True)
+    return [
+        {"row": x.name, "problem": x.problem, "solution": x.solution, "response": t, "reward": r}
+        for x, group, values in groups
+        for t, r in zip(group, values, strict=True)
+    ]
+
+
 EQUAL_STEPS = 10
 
 
@@ -865,39 +879,30 @@ def find_state(args: Any) -> State | None:
     one.
 
     Raises:
-        UsageError: there is no such state, or it was made with arguments that compute something
-            else.
+        UsageError: there is no such state, it was made with other arguments, or no steps are left.
     """
     state, named = read_state(args), f"--resume {args.resume}"
     if state is None:
         return None
     with readable(named, state["path"]):  # it may lack a key
-        return check_state(args, state, named)
-
-
-def check_state(args: Any, state: dict[str, Any], named: str) -> State:
-    """Turn the content of `state.json` into a `State`.
-
-    Raises:
-        UsageError: it was made with other arguments, or no steps are left.
-    """
-    before, now = state["args"], json.loads(json.dumps(asdict(args)))
-    differ = [f"{k} {before[k]} -> {now[k]}" for k in now if now[k] != before[k]]
-    gone = {k: value for k, value in before.items() if k not in now and value is not None}
-    differ += [f"{k} {value} -> no such argument" for k, value in gone.items()]
-    differ = [words for words in differ if words.split()[0] not in args.may_change()]
-    if state["prompts"] != args.prompts_per_step * world_size():
-        prompts = f"{state['prompts']} -> {args.prompts_per_step * world_size()}"
-        differ.append(f"prompts_per_step times processes {prompts}")
-    sizes = zip(("data", "eval_data"), state.get("data_bytes", []), data_bytes(args), strict=False)
-    differ += [f"bytes of {name} {old} -> {new}" for name, old, new in sizes if old != new]
-    remedy = "give them as they were, or --allow-changed-args"
-    same = args.allow_changed_args or not differ
-    require(same, f"{named}: was made with other arguments ({'; '.join(differ)}); {remedy}")
-    stopped = state["done"] and not differ and before["steps"] == args.steps  # SFT may stop early
-    over = stopped or state["step"] >= args.steps
-    require(not over, f"{named}: the run is at step {state['step']}, its end")
-    return State(state["path"], state["step"], state["lengths"], state["read"], state["extra"])
+        before, now = state["args"], json.loads(json.dumps(asdict(args)))
+        differ = [f"{k} {before[k]} -> {now[k]}" for k in now if now[k] != before[k]]
+        gone = {k: value for k, value in before.items() if k not in now and value is not None}
+        differ += [f"{k} {value} -> no such argument" for k, value in gone.items()]
+        differ = [words for words in differ if words.split()[0] not in args.may_change()]
+        prompts = args.prompts_per_step * world_size()
+        if state["prompts"] != prompts:
+            differ.append(f"prompts_per_step times processes {state['prompts']} -> {prompts}")
+        names = ("data", "eval_data")
+        sizes = zip(names, state.get("data_bytes", []), data_bytes(args), strict=False)
+        differ += [f"bytes of {name} {old} -> {new}" for name, old, new in sizes if old != new]
+        remedy = "give them as they were, or --allow-changed-args"
+        same = args.allow_changed_args or not differ
+        require(same, f"{named}: was made with other arguments ({'; '.join(differ)}); {remedy}")
+        stopped = state["done"] and not differ and before["steps"] == args.steps  # as SFT may
+        over = stopped or state["step"] >= args.steps
+        require(not over, f"{named}: the run is at step {state['step']}, its end")
+        return State(state["path"], state["step"], state["lengths"], state["read"], state["extra"])
 
 
 def data_files(path: str | None) -> list[Path]:

@@ -18,8 +18,7 @@ with one response per prompt.
     python sft.py --frames 8             # the same, on videos of 8 frames
     python sft.py --model runs/sft/checkpoint --stop-accuracy 0.9 --out runs/sft2   # train further
 
-Data: the built-in visual-search task (toy.py), or data files with a thought in each row
-(datafiles.py). Training on files is measured in epochs. Memory and time: see "Cost" in the README.
+Rows of data files need a thought (datafiles.py). Training on files is measured in epochs.
 """
 
 import math
@@ -245,10 +244,7 @@ def main(args: Args) -> dict[str, float]:
         encode = partial(encode_demonstration if args.data else encode_prompt, processor)
         if args.check_data:
             return check_data(args, encode)
-        if args.data:
-            train, held_out, bad_rows = open_data(args, encode)
-        else:
-            train, held_out, bad_rows = toy.open_data(args, encode, task)
+        train, held_out, bad_rows = open_data(args, encode, task)
         if args.steps is None:
             step_size = args.prompts_per_step * runs.world_size()
             steps = math.ceil(args.epochs * train.epoch / step_size) if args.data else 800
@@ -308,7 +304,7 @@ def main(args: Args) -> dict[str, float]:
             metrics |= after
             done = after["eval/accuracy"] >= args.stop_accuracy
         run.log(step, metrics)
-        bar.set_postfix(loss=f"{metrics['train/loss']:.2f}", eval=f"{after['eval/accuracy']:.3f}")
+        bar.set_postfix(loss=metrics["train/loss"], eval=after["eval/accuracy"])
         if done or step == args.steps:
             break
         if run.save_state(step, model, optimizer, {"images_only": images_only}):

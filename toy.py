@@ -83,6 +83,16 @@ class Task:
         except (ValueError, TypeError) as error:
             raise UsageError(f"{path}: not a toy's task ({error}); train it again") from None
 
+    def open_data(
+        self, args: Any, encode: Callable[[Example], Prompt], keep_media: bool = False
+    ) -> tuple[Reader, list[Prompt], BadRows]:
+        """What `data.open_data` returns, without data files; no row is bad."""
+        keep = sys.maxsize if keep_media else 0
+        prompts = Prompts(Stream(self, args.seed), encode, keep_media=keep)
+        train = Reader(prompts, range(0), 0, bad_rows := BadRows())
+        mine = held_out_examples(self, args.eval_examples)[rank() :: world_size()]
+        return train, [encode(example) for example in mine], bad_rows
+
 
 def defaults(table: dict[str, Any], unset: str | None = "runs/sft/checkpoint") -> dict[str, Any]:
     """The defaults of a script for the checkpoint that the command line names, or `unset`: `table`
@@ -175,18 +185,7 @@ def sprite(shape: str, colour: str) -> Image.Image:
         draw.rectangle((11, 3, 16, 24), fill=fill)
         draw.rectangle((3, 11, 24, 16), fill=fill)
     elif shape == "star":
-        points = (
-            (14, 2),
-            (17, 10),
-            (25, 10),
-            (19, 15),
-            (21, 24),
-            (14, 19),
-            (6, 24),
-            (8, 15),
-            (2, 10),
-            (10, 10),
-        )
+        points = (14, 2, 17, 10, 25, 10, 19, 15, 21, 24, 14, 19, 6, 24, 8, 15, 2, 10, 10, 10)
         draw.polygon(points, fill=fill)
     return image
 
@@ -265,18 +264,6 @@ class Stream:
         return training_example(self.task, self.seed, row, self.caption)
 
 
-def open_data(
-    args: Any, encode: Callable[[Example], Prompt], task: Task, keep_media: bool = False
-) -> tuple[Reader, list[Prompt], BadRows]:
-    """The training prompts, this rank's share of the held-out prompts, and a record of bad rows,
-    which stays empty. `keep_media` is as in data.py."""
-    keep = sys.maxsize if keep_media else 0
-    prompts = Prompts(Stream(task, args.seed), encode, keep_media=keep)
-    train = Reader(prompts, range(0), 0, bad_rows := BadRows())
-    mine = held_out_examples(task, args.eval_examples)[rank() :: world_size()]
-    return train, [encode(example) for example in mine], bad_rows
-
-
 # 2. The model
 
 SPECIAL = (
@@ -346,11 +333,7 @@ def write_base(directory: Path, seed: int, size: str = "small") -> None:
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 10_000.0,
-                "mrope_section": [
-                    4,
-                    6,
-                    6,
-                ],  # time, height, width; a head has 32 dimensions, 16 frequencies
+                "mrope_section": [4, 6, 6],  # the 16 frequencies of a head: time, height, width
             },
             "bos_token_id": None,
             "eos_token_id": ids["<|im_end|>"],

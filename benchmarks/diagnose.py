@@ -42,12 +42,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import ral_grpo
 import runs
 import toy
-from common import Rollout, load_model, load_processor, require_layer, response_mean, score
+from common import (
+    Rollout,
+    gradient_norm,
+    load_model,
+    load_processor,
+    require_layer,
+    response_mean,
+    score,
+)
 from data import check_files, open_data
 from memory import GIB, fit_memory, memory_gb
 from pictures import load_pyplot
 from prompts import Processor, Prompt, PromptConfig, collate, encode_prompt
-from ral_grpo import Batch, attention_policy, divergence, term_norm
+from ral_grpo import Batch, attention_policy, divergence, loss_terms
 from runs import require
 
 ROWS = ("own", "predicting")
@@ -117,7 +125,8 @@ def diagnose(
     parameters = [p for p in model.parameters() if p.requires_grad]
     kept = [runs.full_tensor(p.detach()).to("cpu", copy=True) for p in parameters]
     inputs = collate(model, prompts, processor.tokenizer.pad_token_id)
-    rollout, rewards, metrics, samples = ral_grpo.roll_out(model, processor, prompts, inputs, args)
+    rollout, texts, rewards, metrics = ral_grpo.roll_out(model, processor, prompts, inputs, args)
+    samples = runs.sample_rows(prompts, texts, rewards)
     advantages, size = ral_grpo.group_advantages(rewards), args.micro_batch_size
     cuts = [slice(i, i + size) for i in range(0, len(prompts), size)]
     batches = [Batch(rollout[cut], advantages[cut]) for cut in cuts]
@@ -163,13 +172,15 @@ def diagnose(
                 policies = [attention_policy(x, row) for x in both]
                 moved[layer, row].append(divergence(*policies, args.attn_divergence))
         model.train()  # gradient checkpointing needs it
-        tokens = term_norm(model, batches, args, "pg_loss")
+        terms_of = partial(loss_terms, model, args=args)
+        tokens = gradient_norm(model, terms_of, batches, "pg_loss")
         for line in tqdm(report["rows"], desc="gradients"):
             layer, row = line["layer"], line["row"]
             for batch, old in pairs:
                 batch.old_attn = attention_policy(old[layer].to(model.device), row)
             options = replace(args, attn_layer=layer, attn_row=row)
-            ratio = term_norm(model, batches, options, "attn_loss") / tokens
+            terms_of = partial(loss_terms, model, args=options)
+            ratio = gradient_norm(model, terms_of, batches, "attn_loss") / tokens
             line |= {"moved": mean(moved[layer, row]), "gradient": ratio}
             line["lambda"] = 0.1 / ratio if ratio else None
             line |= remainders(batches, moved[layer, row], row)
@@ -295,11 +306,10 @@ def main(args: Args) -> dict[str, Any]:
         {} if is_toy else ral_grpo.PROMPTS, args.think, args.accuracy_rule, task.order[:1] == "q"
     )
     encode = partial(encode_prompt, processor)
+    held_out = args.eval_examples if args.data else 1  # the toy would draw them
+    train, *_ = open_data(replace(args, eval_examples=held_out), encode, task)
     if args.data:
-        train, *_ = open_data(args, encode)
         args = replace(args, prompts=min(args.prompts, train.epoch))
-    else:
-        train, *_ = toy.open_data(replace(args, eval_examples=1), encode, task)
     prompts = list(islice(train.begin(1, args.prompts), args.prompts))
     args = replace(args, prompts_per_step=args.prompts)
     args = fit_memory(args, processor.config, args.group_size)

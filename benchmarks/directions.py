@@ -85,11 +85,11 @@ def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
     fields = {"seed": seed, "learning_rate": TASKS["images"].learning_rate}
     args = ral_grpo.Args(**ral_grpo.TOY | {"think": task.think} | fields)
     encode = partial(encode_prompt, processor)
-    train, *_ = toy.open_data(replace(args, eval_examples=1), encode, task)
+    train, *_ = task.open_data(replace(args, eval_examples=1), encode)
     drawn = list(islice(train.begin(1, count), count))
     prompts = [*drawn[::2], *drawn[1::2]]  # the even ones first
     inputs = collate(model, prompts, processor.tokenizer.pad_token_id)
-    rollout, rewards, *_ = ral_grpo.roll_out(model, processor, prompts, inputs, args)
+    rollout, _, rewards, _ = ral_grpo.roll_out(model, processor, prompts, inputs, args)
     advantages, size = ral_grpo.group_advantages(rewards), 16
     cuts = [slice(i, i + size) for i in range(0, count, size)]
     target = oracle.target_mask(prompts, inputs)

@@ -35,7 +35,7 @@ def open_toy(path, args, **options):
     model, processor = load(path, **options)
     task = toy.Task.load(path)
     processor.prompt_config = task.prompt_config()
-    train, *_ = toy.open_data(args, lambda x: encode_prompt(processor, x), task)
+    train, *_ = task.open_data(args, lambda x: encode_prompt(processor, x))
     return model, processor, list(islice(train.begin(1, args.prompts), args.prompts))
 
 
@@ -51,9 +51,9 @@ def diagnosed(cold_start):
         def norm(*rest):
             assert model.training  # else gradient checkpointing is off
             stepped.update({name: x.clone() for name, x in model.state_dict().items()})
-            return ral_grpo.term_norm(*rest)
+            return common.gradient_norm(*rest)
 
-        patch.setattr(diagnose, "term_norm", norm)
+        patch.setattr(diagnose, "gradient_norm", norm)
         report, _ = diagnose.diagnose(model, processor, prompts, args, [0, 1])
     return report, model, processor, prompts, args, before, stepped
 
@@ -62,7 +62,7 @@ def roll_out(diagnosed):
     """The rollout of the diagnosis and its advantages, (B, G)."""
     _, model, processor, prompts, args, *_ = diagnosed
     batch = collate(model, prompts, processor.tokenizer.pad_token_id)
-    rollout, rewards, *_ = ral_grpo.roll_out(model, processor, prompts, batch, args)
+    rollout, _, rewards, _ = ral_grpo.roll_out(model, processor, prompts, batch, args)
     return rollout, ral_grpo.group_advantages(rewards)[..., 0]
 
 
@@ -175,7 +175,7 @@ def test_the_cold_starts_term_cancels_where_its_responses_are_equally_long(cold_
     args = arguments(**ral_grpo.TOY | {"prompts": 16, "group_size": 8, "temperature": 1.0})
     model, processor, prompts = open_toy(cold_start, args)
     batch = collate(model, prompts, processor.tokenizer.pad_token_id)
-    rollout, rewards, *_ = ral_grpo.roll_out(model, processor, prompts, batch, args)
+    rollout, _, rewards, _ = ral_grpo.roll_out(model, processor, prompts, batch, args)
     advantages = ral_grpo.group_advantages(rewards)
     part = ral_grpo.Batch(rollout, advantages)
     report, _ = diagnose.diagnose(model, processor, prompts, args, [1])
@@ -284,7 +284,7 @@ def test_an_interrupted_diagnosis_restores_the_weights(cold_start, monkeypatch):
         assert not same(before, model.state_dict())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(diagnose, "term_norm", interrupt)
+    monkeypatch.setattr(diagnose, "gradient_norm", interrupt)
     with pytest.raises(KeyboardInterrupt):
         diagnose.diagnose(model, processor, prompts, args, [1])
     assert same(before, model.state_dict())

@@ -47,7 +47,6 @@ UPDATES = ("eager", "unpacked", "grpo", "ral")
 ROLLOUTS = ("generate", "ours")
 STEPS = ("step-grpo", "step-ral")
 GROUP = 8
-ROW = {"attn_row": "predicting"}  # of RAL, here and in the eager variant; the paper's is "own"
 
 
 @dataclass
@@ -166,7 +165,7 @@ def update_work(variant: str, p: int, t: int) -> Callable[[], None]:
     advantages = torch.linspace(-1, 1, GROUP)[None, :, None]
     if variant in ("grpo", "ral"):
         script = {"grpo": grpo_baseline, "ral": ral_grpo}[variant]
-        args = script.Args(num_iterations=1, beta=0.0, **(ROW if variant == "ral" else {}))
+        args = script.Args(num_iterations=1, beta=0.0)
         more = (False,) if variant == "ral" else ()
         return lambda: script.update(
             model, optimizer, [script.Batch(rollout, advantages)], args, *more
@@ -190,7 +189,8 @@ def update_work(variant: str, p: int, t: int) -> Callable[[], None]:
         ratio = torch.exp(logps - logps.detach())
         loss = -(ratio * advantages[0]).mean()
         if variant == "eager":
-            attention = outputs.attentions[-1][:, :, p - 1 : p + t - 1].mean(dim=1)
+            rows = outputs.attentions[-1][None, :, :, p - 1 :].mean(dim=2)
+            attention = ral_grpo.attention_policy(rows, "own")[0]
             jsd = ral_grpo.divergence(attention, attention.detach())
             loss = loss + (jsd * advantages[0]).mean()
         loss.backward()
@@ -257,8 +257,7 @@ def step_work(variant: str, p: int, t: int) -> Callable[[], None]:
 
     script = grpo_baseline if variant == "step-grpo" else ral_grpo
     model, processor, _ = build()
-    fields = ROW if script is ral_grpo else {}
-    args = script.Args(num_iterations=1, beta=0.0, max_new_tokens=t, think=False, **fields)
+    args = script.Args(num_iterations=1, beta=0.0, max_new_tokens=t, think=False)
     parameters = [x for x in model.parameters() if x.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
     more = (False,) if variant == "step-ral" else ()
@@ -266,7 +265,7 @@ def step_work(variant: str, p: int, t: int) -> Callable[[], None]:
     def work() -> None:
         prompt = prompt_of(processor, model, p)
         batch = collate(model, [prompt], processor.tokenizer.pad_token_id)
-        rollout, rewards, _, _ = script.roll_out(model, processor, [prompt], batch, args)
+        rollout, _, rewards, _ = script.roll_out(model, processor, [prompt], batch, args)
         advantages = torch.linspace(-1, 1, GROUP)[None, :, None] + script.group_advantages(rewards)
         script.update(model, optimizer, [script.Batch(rollout, advantages)], args, *more)
 

@@ -10,14 +10,17 @@ response. Both are taken on the same prompts. "Halves" is the cosine of the term
 even and on the odd prompts: near 0, the direction is noise.
 
 RAL has no gradient at the rollout's weights (see `ral_grpo.py`), so its terms are taken after one
-optimiser step of GRPO at the rate of `reproduce.py`, and all others before it. A second table has
+optimiser step of GRPO at the rate of `reproduce.py`, and all others before it. In "RAL, rollout
+perturbed", every response of another rollout looks elsewhere at random, see `perturbed`: that term
+compares with these looks, and needs no step. A second table has
 what `diagnose.py` measures of RAL's term in the same prompts. Intervals are of 95%, Student's t
 over the cold starts. Results: `results/directions.json` and `directions.png`.
 """
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -35,6 +38,7 @@ import diagnose
 from forks import oracle, posterior_gaze
 from reproduce import SECOND, TASKS, commit, interval, words
 
+import common
 import ral_grpo
 import sft
 import toy
@@ -43,7 +47,8 @@ from pictures import load_pyplot
 from prompts import Prompt, collate, encode_prompt
 
 GRPO_TERMS = ("token", "token, rewarded responses", "token, penalised responses")
-OTHERS = ("RAL, own row", "RAL, predicting row", "posterior gaze", "oracle")
+PERTURBED = {"RAL, rollout perturbed": 1, "RAL, rollout perturbed x 3": 3}
+OTHERS = ("RAL, own row", "RAL, predicting row", *PERTURBED, "posterior gaze", "oracle")
 OTHERS += ("oracle, rewarded responses", "SFT")
 COLUMNS = ("with the oracle", "with SFT", "halves")
 LEFT = ("vision", "left_group", "left_row")  # columns of diagnose.py
@@ -74,6 +79,33 @@ def direction(model: Module, losses: list[Callable[[], Tensor]]) -> Tensor:
 
 def cosine(a: Tensor, b: Tensor) -> float:
     return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0).item()
+
+
+@contextmanager
+def perturbed(layer: int, noise: Tensor) -> Iterator[None]:
+    """Make every response look elsewhere in one layer: its queries get an offset in a direction of
+    its own, `noise` (B, G, H, D) times their size. Decoding and packed rows agree. The first token
+    of a response is the prompt's last row's, which a group shares and is left alone."""
+    decode, packed = common.decode_attention, common.attention_rows
+
+    def offset(query: Tensor, noise: Tensor) -> Tensor:
+        return query + noise * query.pow(2).mean(-1, keepdim=True).sqrt()
+
+    def decode_attention(query: Tensor, *rest) -> Tensor:
+        moved = offset(query, noise.flatten(0, 1)[:, :, None]) if rest[-1] == layer else query
+        return decode(moved, *rest)
+
+    def attention_rows(query: Tensor, key: Tensor, scaling: float, layout) -> Tensor:
+        prompt, responses = query[:, :, : layout.prompt_len], query[:, :, layout.prompt_len :]
+        by_response = responses.unflatten(2, (layout.group_size, -1))  # (B, H, G, T, D)
+        responses = offset(by_response, noise.transpose(1, 2)[:, :, :, None]).flatten(2, 3)
+        return packed(torch.cat([prompt, responses], dim=2), key, scaling, layout)
+
+    common.decode_attention, common.attention_rows = decode_attention, attention_rows
+    try:
+        yield
+    finally:
+        common.decode_attention, common.attention_rows = decode, packed
 
 
 def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
@@ -131,21 +163,48 @@ def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
         "oracle, rewarded responses": term(oracle, "attn_loss", good, told),
         "SFT": [partial(demonstrated, prompts[cut]) for cut in cuts],
     }
+
+    def compared(batch: ral_grpo.Batch, name: str = "attn_loss") -> Tensor:
+        return ral_grpo.loss_terms(model, batch, own)[name].mean()
+
+    text = model.config.text_config
+    heads, last = text.num_attention_heads, text.num_hidden_layers - 1
+    shape = (count, args.group_size, heads, text.hidden_size // heads)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    for name, size in PERTURBED.items():
+        with perturbed(last, size * noise):
+            other, _, rewards, metrics = ral_grpo.roll_out(model, processor, prompts, inputs, args)
+        weights = ral_grpo.group_advantages(rewards)
+        elsewhere = [ral_grpo.Batch(other[cut], weights[cut]) for cut in cuts]
+        for batch, cut in zip(elsewhere, cuts, strict=True):
+            with torch.no_grad(), perturbed(last, size * noise[cut]):
+                rows = common.score(model, batch.rollout, args.temperature, [last]).attentions[last]
+            batch.old_attn = ral_grpo.attention_policy(rows, "own")
+        model.train()
+        terms[name] = [partial(compared, batch) for batch in elsewhere]
+        with torch.no_grad():
+            distances = [compared(batch, "attn_jsd").item() for batch in elsewhere]
+        diagnosis[f"{name}: rollout"] = {
+            "JSD": sum(distances) / len(distances),
+            "accuracy": metrics["rollout/accuracy"],
+            "accuracy, not perturbed": report["metrics"]["rollout/accuracy"],
+        }
     half = len(cuts) // 2
 
     def both(name: str) -> tuple[Tensor, Tensor]:
         return direction(model, terms[name][:half]), direction(model, terms[name][half:])
 
-    halves = {name: both(name) for name in terms if not name.startswith("RAL")}
+    at_step = ("RAL, own row", "RAL, predicting row")
+    halves = {name: both(name) for name in terms if name not in at_step}
     with torch.no_grad():  # the anchors of RAL, at the rollout's weights
-        for name in ("RAL, own row", "RAL, predicting row"):
+        for name in at_step:
             for loss in terms[name]:
                 loss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
     step = [ral_grpo.Batch(rollout[cut], advantages[cut]) for cut in cuts]
     grpo = replace(args, lambda_attn=0.0, beta=0.0, num_iterations=1)
     ral_grpo.update(model, optimizer, step, grpo, measure=False)
-    halves |= {name: both(name) for name in terms if name.startswith("RAL")}
+    halves |= {name: both(name) for name in at_step}
     whole = {name: sum(parts) for name, parts in halves.items()}
     return diagnosis | {
         name: {
@@ -189,7 +248,9 @@ def main(args: Args) -> None:
         "rows": dict(zip(args.seeds, rows, strict=True)),
     }
     args.results.write_text(json.dumps(result, indent=1) + "\n")
-    for head, columns in (("direction", COLUMNS), ("policy", LEFT)):
+    tables = {"direction": COLUMNS, "policy": LEFT}
+    tables["rollout"] = ("JSD", "accuracy", "accuracy, not perturbed")
+    for head, columns in tables.items():
         print(f"| {head} | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
         for name in [name for name in rows[0] if columns[0] in rows[0][name]]:
             cells = [words([row[name][column] for row in rows]) for column in columns]

@@ -12,9 +12,11 @@ even and on the odd prompts: near 0, the direction is noise.
 RAL has no gradient at the rollout's weights (see `ral_grpo.py`), so its terms are taken after one
 optimiser step of GRPO at the rate of `reproduce.py`, and all others before it. In "RAL, rollout
 perturbed", every response of another rollout looks elsewhere at random, see `perturbed`: that term
-compares with these looks, and needs no step. A second table has
-what `diagnose.py` measures of RAL's term in the same prompts. Intervals are of 95%, Student's t
-over the cold starts. Results: `results/directions.json` and `directions.png`.
+compares with these looks, and needs no step. "Told, rollout perturbed" is its positive control: the
+advantages come from each response's mass on the target, in place of its reward, so that a cosine
+with the oracle should be found. A second table has what `diagnose.py` measures of RAL's term in the
+same prompts. Intervals are of 95%, Student's t over the cold starts. Results:
+`results/directions.json` and `directions.png`.
 """
 
 import json
@@ -47,7 +49,8 @@ from pictures import load_pyplot
 from prompts import Prompt, collate, encode_prompt
 
 GRPO_TERMS = ("token", "token, rewarded responses", "token, penalised responses")
-PERTURBED = {"RAL, rollout perturbed": 1, "RAL, rollout perturbed x 3": 3}
+PERTURBED = {"RAL, rollout perturbed": (1, False), "RAL, rollout perturbed x 3": (3, False)}
+PERTURBED |= {"told, rollout perturbed": (1, True), "told, rollout perturbed x 3": (3, True)}
 OTHERS = ("RAL, own row", "RAL, predicting row", *PERTURBED, "posterior gaze", "oracle")
 OTHERS += ("oracle, rewarded responses", "SFT")
 COLUMNS = ("with the oracle", "with SFT", "halves")
@@ -171,7 +174,7 @@ def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
     heads, last = text.num_attention_heads, text.num_hidden_layers - 1
     shape = (count, args.group_size, heads, text.hidden_size // heads)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    for name, size in PERTURBED.items():
+    for name, (size, by_mass) in PERTURBED.items():
         with perturbed(last, size * noise):
             other, _, rewards, metrics = ral_grpo.roll_out(model, processor, prompts, inputs, args)
         weights = ral_grpo.group_advantages(rewards)
@@ -180,6 +183,11 @@ def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
             with torch.no_grad(), perturbed(last, size * noise[cut]):
                 rows = common.score(model, batch.rollout, args.temperature, [last]).attentions[last]
             batch.old_attn = ral_grpo.attention_policy(rows, "own")
+            if by_mass:
+                on_target = target[cut][:, None, None, :]
+                mass = (batch.old_attn[..., : target.shape[1]] * on_target).sum(-1)
+                mass = common.response_mean(mass, batch.rollout.response_mask)
+                batch.advantages = ral_grpo.group_advantages(mass)
         model.train()
         terms[name] = [partial(compared, batch) for batch in elsewhere]
         with torch.no_grad():

@@ -13,6 +13,8 @@ iteration, AdamW. An update is forward, backward and optimiser step with visual 
     unpacked    unpacked, SDPA, GRPO alone
     grpo        grpo_baseline.py's own update
     ral         ral_grpo.py's own update; the attention term is computed and backpropagated in full
+    in-turn     grpo, ral, and ral with the predicting row, 15 times in turn in one process: they
+                differ by less than one process differs from the next
 
 A rollout is from pixels (an image of P visual tokens): `generate` with G copies of the prompt
 against ours. A whole step is image processing, vision, rollout and update. TRL 1.16.0 runs in an
@@ -37,6 +39,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
+from typing import Any
 
 import numpy as np
 
@@ -44,8 +47,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 UPDATES = ("eager", "unpacked", "grpo", "ral")
+IN_TURN = ("grpo", "ral", "ral-predicting")
 ROLLOUTS = ("generate", "ours")
 STEPS = ("step-grpo", "step-ral")
+VARIANTS = (*UPDATES, "in-turn", *ROLLOUTS, *STEPS, "trl")
 GROUP = 8
 
 
@@ -55,7 +60,7 @@ class Args:
     """All of P 256, 512, 1024, 2048, 4096 and T 64, 256; else P 1024 and T 64 (16 for rollouts)."""
     rounds: int = 7
     """Processes of each variant at the headline cell, 0 for none; elsewhere one."""
-    variants: list[str] = field(default_factory=lambda: [*UPDATES, *ROLLOUTS, *STEPS, "trl"])
+    variants: list[str] = field(default_factory=lambda: list(VARIANTS))
     """Which variants to run; numbers of the others stay in the file as they are."""
     threads: int = 2
     """Threads of each process."""
@@ -163,10 +168,12 @@ def update_work(variant: str, p: int, t: int) -> Callable[[], None]:
     full = torch.ones(1, GROUP, t, dtype=torch.bool)
     rollout = common.Rollout(prompts, completions, full, torch.zeros(1, GROUP, dtype=torch.bool))
     advantages = torch.linspace(-1, 1, GROUP)[None, :, None]
-    if variant in ("grpo", "ral"):
-        script = {"grpo": grpo_baseline, "ral": ral_grpo}[variant]
-        args = script.Args(num_iterations=1, beta=0.0)
-        more = (False,) if variant == "ral" else ()
+    if variant in IN_TURN:
+        script, more, fields = grpo_baseline, (), {}
+        if variant != "grpo":
+            row = "predicting" if variant == "ral-predicting" else "own"
+            script, more, fields = ral_grpo, (False,), {"attn_row": row}
+        args = script.Args(num_iterations=1, beta=0.0, **fields)
         return lambda: script.update(
             model, optimizer, [script.Batch(rollout, advantages)], args, *more
         )
@@ -274,20 +281,26 @@ def step_work(variant: str, p: int, t: int) -> Callable[[], None]:
 
 def worker(variant: str, p: int, t: int, repeats: int) -> None:
     """Warm up once, time the rest, print one line of JSON."""
+    if variant == "in-turn":
+        works = {name: update_work(name, p, t) for name in IN_TURN}
+        seconds = [{name: timed(work) for name, work in works.items()} for _ in range(repeats + 1)]
+        return print(json.dumps(seconds[1:]))
     makers = dict.fromkeys(UPDATES, update_work) | dict.fromkeys(ROLLOUTS, rollout_work)
     makers |= dict.fromkeys(STEPS, step_work)
     work = makers[variant](variant, p, t)
     report(work, repeats)
 
 
+def timed(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
 def report(work: Callable[[], None], repeats: int) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     work()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
+    seconds = [timed(work) for _ in range(repeats)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps({"seconds": statistics.median(seconds), "gb": peak, "gb_before": before}))
 
@@ -295,8 +308,8 @@ def report(work: Callable[[], None], repeats: int) -> None:
 # The driver: processes in turn, a table, a file
 
 
-def measure(args: Args, variant: str, p: int, t: int) -> dict[str, float]:
-    repeats = 1 if variant in ("eager", "trl") else 3
+def measure(args: Args, variant: str, p: int, t: int) -> Any:
+    repeats = {"eager": 1, "trl": 1, "in-turn": 15}.get(variant, 3)
     command = [sys.executable, __file__, "--worker", variant, str(p), str(t), str(repeats)]
     if variant == "trl":
         script = str(Path(__file__).with_name("trl_step.py"))
@@ -341,10 +354,15 @@ def main(args: Args) -> None:
             )
         args.results.parent.mkdir(exist_ok=True)
         args.results.write_text(json.dumps(results, indent=1) + "\n")
+    if "in-turn" in args.variants:
+        results["in-turn P1024 T64"] = measure(args, "in-turn", 1024, 64)
+        args.results.write_text(json.dumps(results, indent=1) + "\n")
     print_tables(results)
 
 
 def print_tables(results: dict[str, list[dict[str, float]]]) -> None:
+    in_turn = results.pop("in-turn P1024 T64", [])
+
     def middle(cell: str, what: str) -> float:
         return statistics.median(row[what] for row in results[cell])
 
@@ -356,8 +374,7 @@ def print_tables(results: dict[str, list[dict[str, float]]]) -> None:
             f"{middle(cell, 'gb'):>9.2f}{len(rows):>11}"
         )
     ratios = [
-        ("RAL update / GRPO update, time", "ral P1024 T64", "grpo P1024 T64", "seconds", 1.15),
-        ("the same, peak memory", "ral P1024 T64", "grpo P1024 T64", "gb", 1.10),
+        ("RAL update / GRPO update, memory", "ral P1024 T64", "grpo P1024 T64", "gb", 1.10),
         ("RAL update / unpacked GRPO, time", "ral P1024 T64", "unpacked P1024 T64", "seconds", 0.3),
         ("RAL update / eager RAL, time", "ral P1024 T64", "eager P1024 T64", "seconds", 0.08),
         ("the same, peak memory", "ral P1024 T64", "eager P1024 T64", "gb", 0.20),
@@ -367,6 +384,12 @@ def print_tables(results: dict[str, list[dict[str, float]]]) -> None:
         ("our rollout / generate, T 64", "ours P1024 T64", "generate P1024 T64", "seconds", 0.35),
     ]
     print(f"\n{'ratio':<36}{'here':>7}{'at most':>9}")
+    for name in IN_TURN[1:] if in_turn else ():
+        values = sorted(row[name] / row["grpo"] for row in in_turn)
+        span = f"{values[0]:.2f} to {values[-1]:.2f}"
+        print(
+            f"{name + ' / grpo, in turn':<36}{statistics.median(values):>7.3f}{1.15:>9.2f}  {span}"
+        )
     for label, a, b, what, bound in ratios:
         if a in results and b in results:
             # Paired by round, so that a drift of the machine does not count.

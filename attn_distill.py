@@ -63,7 +63,7 @@ class Args(runs.RunArgs):
     think: bool = True
     """Respond with a thought, then the answer (paper), or with the answer alone (RAL-zero)."""
     steps: int = 800
-    """Training steps, each with its own rollout. Paper: 800."""
+    """Training steps. The paper's 51,200 examples are 800 steps of 8 prompts on 8 ranks. [ours]"""
     learning_rate: float | None = None
     """Constant learning rate of AdamW. Unset: 1e-6, as in Video-R1 (a digest of the paper says
     1e-5), or 2e-5 for adapters [ours]."""
@@ -97,7 +97,7 @@ class Args(runs.RunArgs):
     clip_eps: float = 0.2
     """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]. [ours]"""
     beta: float = 0.04
-    """Weight of the KL penalty toward the starting model (0: no reference needed). Paper: 0.04."""
+    """Weight of the KL to the starting model; 0: no reference. A digest of the paper says 0.04."""
 
     teacher: str = "runs/teacher/checkpoint"
     """Checkpoint directory or hub name of the teacher. It must have the student's tokenizer."""
@@ -208,11 +208,11 @@ def roll_out(
         model, batch, args.group_size, args.max_new_tokens, noise, args.temperature, args.top_p
     )
     texts = rollout.texts(processor)
-    pairs, rule = (
-        zip(texts, (prompt.example for prompt in prompts), strict=True),
-        args.accuracy_rule,
-    )
-    accuracies = torch.tensor([[common.accuracy(t, x, rule) for t in group] for group, x in pairs])
+    accuracies = [
+        [common.accuracy(text, prompt.example, args.accuracy_rule) for text in group]
+        for group, prompt in zip(texts, prompts, strict=True)
+    ]
+    accuracies = torch.tensor(accuracies)
     formats = [[float(common.has_format(t, args.think)) for t in group] for group in texts]
     formats = torch.tensor(formats).masked_fill(rollout.truncated.cpu(), 0.0)
     rewards = reward(accuracies, formats)

@@ -199,7 +199,7 @@ def check_files(args: Any, is_toy: bool) -> None:
 
 
 def open_data(
-    args: Any, encode: Callable[[Example], Prompt], task: Any = None, keep_media: bool = False
+    args: Any, encode: Callable[[Example], Prompt], task: Any = None, *, keep_media: bool = False
 ) -> tuple[Reader, Iterable[Prompt], BadRows]:
     """Open the training prompts (see `Reader.begin`) and this rank's share of the evaluation
     prompts; returns both with the record of bad rows. Without `--data`, they are those of the toy's
@@ -209,7 +209,7 @@ def open_data(
     training for evaluation. They are the same for every seed.
     """
     if args.data is None:
-        return task.open_data(args, encode, keep_media)
+        return task.open_data(args, encode, keep_media=keep_media)
     train = held_out = DataFile(args.data, args.media_root, args.frames, args.fps)
     rows = np.random.default_rng(0).permutation(len(train))
     if args.eval_data:

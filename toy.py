@@ -84,7 +84,7 @@ class Task:
             raise UsageError(f"{path}: not a toy's task ({error}); train it again") from None
 
     def open_data(
-        self, args: Any, encode: Callable[[Example], Prompt], keep_media: bool = False
+        self, args: Any, encode: Callable[[Example], Prompt], *, keep_media: bool = False
     ) -> tuple[Reader, list[Prompt], BadRows]:
         """What `data.open_data` returns, without data files; no row is bad."""
         keep = sys.maxsize if keep_media else 0

@@ -355,13 +355,14 @@ def main(args: Args) -> None:
         args.results.parent.mkdir(exist_ok=True)
         args.results.write_text(json.dumps(results, indent=1) + "\n")
     if "in-turn" in args.variants:
-        results["in-turn P1024 T64"] = measure(args, "in-turn", 1024, 64)
+        for t in (64, 256):
+            results[f"in-turn P1024 T{t}"] = measure(args, "in-turn", 1024, t)
         args.results.write_text(json.dumps(results, indent=1) + "\n")
     print_tables(results)
 
 
 def print_tables(results: dict[str, list[dict[str, float]]]) -> None:
-    in_turn = results.pop("in-turn P1024 T64", [])
+    in_turn = {cell: results.pop(cell) for cell in list(results) if cell.startswith("in-turn")}
 
     def middle(cell: str, what: str) -> float:
         return statistics.median(row[what] for row in results[cell])
@@ -384,12 +385,12 @@ def print_tables(results: dict[str, list[dict[str, float]]]) -> None:
         ("our rollout / generate, T 64", "ours P1024 T64", "generate P1024 T64", "seconds", 0.35),
     ]
     print(f"\n{'ratio':<36}{'here':>7}{'at most':>9}")
-    for name in IN_TURN[1:] if in_turn else ():
-        values = sorted(row[name] / row["grpo"] for row in in_turn)
-        span = f"{values[0]:.2f} to {values[-1]:.2f}"
-        print(
-            f"{name + ' / grpo, in turn':<36}{statistics.median(values):>7.3f}{1.15:>9.2f}  {span}"
-        )
+    for cell, rows in in_turn.items():
+        for name in IN_TURN[1:]:
+            label = f"{name} / grpo, {cell.replace(' P1024', '')}"
+            values = sorted(row[name] / row["grpo"] for row in rows)
+            ratio, span = statistics.median(values), f"{values[0]:.2f} to {values[-1]:.2f}"
+            print(f"{label:<36}{ratio:>7.3f}{1.15:>9.2f}  {span}")
     for label, a, b, what, bound in ratios:
         if a in results and b in results:
             # Paired by round, so that a drift of the machine does not count.

@@ -736,24 +736,27 @@ def generate_group(
         "position_ids": prompts.positions,
         "mm_encoder_outputs": encoder_outputs(model, prompts),
     }
-    logits = model(**inputs, layout=layout, use_cache=False, logits_to_keep=1).logits[:, -1]
-    logits = logits.repeat_interleave(group_size, dim=0)
     position = prompts.positions[:, :, -1:].repeat_interleave(group_size, dim=1)
     noise = None if noise is None else noise.to(device)
     ids = torch.zeros(n, max_new_tokens, dtype=torch.long, device=device)
     done = torch.zeros(n, dtype=torch.bool, device=device)
     lengths = torch.zeros(n, dtype=torch.long, device=device)
     check_every = 1 if device.type == "cpu" else 16  # reading `done` stalls a GPU
-    for t in range(max_new_tokens):
-        logits = logits.index_fill(-1, suppressed, -torch.inf)
-        ids[:, t] = pick_tokens(logits, None if noise is None else noise[:, t], temperature, top_p)
-        lengths += ~done
-        done |= torch.isin(ids[:, t], eos)
-        if t + 1 == max_new_tokens or (t % check_every == check_every - 1 and bool(done.all())):
-            break
-        cache.length = t
-        step = {"input_ids": ids[:, t : t + 1], "position_ids": position + 1 + t}
-        logits = model(**step, layout=layout, use_cache=False).logits[:, -1]
+    with gathered(model):  # ranks may decode different numbers of tokens
+        logits = model(**inputs, layout=layout, use_cache=False, logits_to_keep=1).logits[:, -1]
+        logits = logits.repeat_interleave(group_size, dim=0)
+        for t in range(max_new_tokens):
+            logits = logits.index_fill(-1, suppressed, -torch.inf)
+            numbers = None if noise is None else noise[:, t]
+            ids[:, t] = pick_tokens(logits, numbers, temperature, top_p)
+            lengths += ~done
+            done |= torch.isin(ids[:, t], eos)
+            last = t + 1 == max_new_tokens
+            if last or (t % check_every == check_every - 1 and bool(done.all())):
+                break
+            cache.length = t
+            step = {"input_ids": ids[:, t : t + 1], "position_ids": position + 1 + t}
+            logits = model(**step, layout=layout, use_cache=False).logits[:, -1]
     longest = int(lengths.max())
     mask = torch.arange(longest, device=device) < lengths[:, None]
     shape = (batch, group_size, longest)

@@ -5,6 +5,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import common
@@ -26,28 +28,48 @@ def by_length(group_size: int, idle: bool):
     return accuracy
 
 
-def run_all(jobs: list[tuple[str, dict, bool]], out: Path, names=("0123456789")) -> None:
-    """Run each job (script, fields of its Args, idle) in a directory of its own under `out`."""
-    for number, (name, fields, idle) in zip(names, jobs, strict=False):
+def uneven(generate):
+    """A rollout in which the responses to prompts of odd number, all that the second of two ranks
+    has, end at their first token, so that the ranks decode for different numbers of tokens."""
+    pick = common.pick_tokens
+
+    def generate_group(model, batch, group_size, *rest):
+        eos = torch.as_tensor(model.generation_config.eos_token_id).flatten()[0]
+
+        def pick_tokens(*inputs):
+            ids = pick(*inputs)
+            numbers = torch.arange(len(ids)) // group_size * runs.world_size() + runs.rank()
+            return torch.where(numbers % 2 == 1, eos, ids)
+
+        common.pick_tokens = pick_tokens
+        rollout = generate(model, batch, group_size, *rest)
+        common.pick_tokens = pick
+        return rollout
+
+    return generate_group
+
+
+def run_all(jobs: list[tuple[str, dict, str]], out: Path, names=("0123456789")) -> None:
+    """Run each job (script, fields of its Args, "", "idle" or "uneven") in a directory of its own
+    under `out`."""
+    for number, (name, fields, what) in zip(names, jobs, strict=False):
         script = importlib.import_module(name)
-        kept = common.accuracy
+        kept = common.accuracy, common.generate_group
         if "group_size" in fields:
-            common.accuracy = by_length(fields["group_size"], idle)
+            common.accuracy = by_length(fields["group_size"], what == "idle")
+        if what == "uneven":
+            common.generate_group = uneven(common.generate_group)
         model = fields.get("model")
         is_toy = model is None or toy.Task.load(Path(model)) is not None
         defaults = script.TOY if is_toy else {}
         script.main(script.Args(**defaults | fields, out=str(out / number)))
-        common.accuracy = kept
+        common.accuracy, common.generate_group = kept
 
 
 if __name__ == "__main__":
-    import torch
-
     torch.set_num_threads(1)
     runs.start_ranks()
     if runs.rank() != 0:  # one process reads the checkpoint for all
-        import common
-
         common.AutoModelForImageTextToText.from_pretrained = None
     run_all(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
     if torch.distributed.is_initialized():

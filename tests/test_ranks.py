@@ -16,7 +16,7 @@ import common
 RL = {"group_size": 4, "micro_batch_size": 2, "max_new_tokens": 6, "eval_examples": 5}
 RL |= {"learning_rate": 3e-4, "steps": 3, "eval_every": 2}
 NAMES = ("sft", "grpo_baseline", "ral_grpo", "kd_baseline", "attn_distill", "LoRA", "idle rank")
-NAMES += ("tied embeddings",)
+NAMES += ("tied embeddings", "uneven lengths")
 
 
 def jobs(real: Path, cold_start: Path, teacher: Path, processes: int) -> list:
@@ -32,14 +32,15 @@ def jobs(real: Path, cold_start: Path, teacher: Path, processes: int) -> list:
     one_prompt = {"micro_batch_size": 1}
     demonstrations = {k: v for k, v in fields.items() if k != "group_size"}
     return [
-        ("sft", demonstrations | data, False),
-        ("grpo_baseline", fields | data, False),
-        ("ral_grpo", fields | data | norms, False),
-        ("kd_baseline", fields | data | taught, False),
-        ("attn_distill", fields | data | third | one_prompt | {"train_vision": True}, False),
-        ("ral_grpo", fields | data | {"lora_rank": 4, "save_every": 1}, False),
-        ("ral_grpo", fields | norms | {"model": str(cold_start)}, True),
-        ("ral_grpo", fields | data | norms | one_prompt | {"model": str(real / "tied")}, False),
+        ("sft", demonstrations | data, ""),
+        ("grpo_baseline", fields | data, ""),
+        ("ral_grpo", fields | data | norms, ""),
+        ("kd_baseline", fields | data | taught, ""),
+        ("attn_distill", fields | data | third | one_prompt | {"train_vision": True}, ""),
+        ("ral_grpo", fields | data | {"lora_rank": 4, "save_every": 1}, ""),
+        ("ral_grpo", fields | norms | {"model": str(cold_start)}, "idle"),
+        ("ral_grpo", fields | data | norms | one_prompt | {"model": str(real / "tied")}, ""),
+        ("ral_grpo", fields | norms | {"model": str(cold_start)}, "uneven"),
     ]
 
 
@@ -95,7 +96,7 @@ def test_one_process_goes_on_where_two_stopped(both, real, cold_start, teacher):
     _, fields, _ = jobs(real, cold_start, teacher, 1)[5]
     out = both[1] / "5"
     state = str(out / "state" / "step-000002")
-    run_all([("ral_grpo", fields | {"resume": state}, False)], out, names=["."])
+    run_all([("ral_grpo", fields | {"resume": state}, "")], out, names=["."])
     weights, others = (
         load_file(folder / "5" / "checkpoint" / "model.safetensors") for folder in both
     )
@@ -124,7 +125,7 @@ def test_bfloat16_trains_float32_weights(group_of_one, cold_start, tmp_path, lor
     fields = RL | {"prompts_per_step": 4, "model": str(cold_start), "lora_rank": lora_rank}
     fields |= {"lambda_attn": 10.0, "attn_norm_every": 1, "save_every": 2, "num_iterations": 2}
     fields |= {"gradient_checkpointing": True}
-    run_all([("ral_grpo", fields, False)], tmp_path)
+    run_all([("ral_grpo", fields, "")], tmp_path)
     lines = read(tmp_path / "0" / "metrics.jsonl")
     assert lines[1]["train/attn_jsd_1"] == 0 < lines[1]["train/attn_jsd_2"] < 1e-2
     assert 0 <= lines[1]["train/kl"] < 1e-2 and lines[1]["train/grad_norm"] > 0

@@ -16,8 +16,8 @@ marked `# Attention` and the functions `attention_policy`, `divergence` and `fra
 
 Known from the paper: the terms, and gamma_attn, tried at 0.05, 0.5 and 1. Our reading [ours]: the
 choices of kd_baseline.py, and
-  1. The last layer of either model; `--attn-row predicting` and `--attn-reduction mean`, which were
-     this project's first defaults.
+  1. The last layer of both models. `--attn-row predicting` and `--attn-reduction mean` are
+     alternatives.
   2. `--attn-bins frames`, as in a successor paper for videos, see `frame_bins`.
 
     python sft.py --toy-size large --stop-accuracy 0.99 --eval-above 0.8 --out runs/teacher

@@ -1,13 +1,8 @@
-"""Code that every paper on Qwen-VL would share: models, attention, rollout, scoring and reward.
+"""What does not depend on the method: models, attention, rollout, scoring and reward.
 
-answers.py reads answers. prompts.py turns questions into tensors. media.py, datafiles.py and
-data.py read data files. memory.py estimates memory. runs.py handles run directories, processes and
-resuming. evaluate.py evaluates checkpoints.
-
-Nothing here depends on RAL. Shapes use the same letters everywhere: B prompts, G responses per
-prompt (the group), P prompt positions (left-padded), T response positions, V vocabulary, L layers,
-H heads. Read about the packed layout of section 2 first. It places a prompt and its G responses one
-after another on the sequence axis,
+Shapes use the same letters everywhere: B prompts, G responses per prompt (the group), P prompt
+positions (left-padded), T response positions, V vocabulary, L layers, H heads. The packed layout of
+section 2 places a prompt and its G responses one after another on the sequence axis,
 
     [ prompt (P) | response 1 (T) | response 2 (T) | ... | response G (T) ]
 
@@ -15,6 +10,7 @@ so that the rollout and every training pass compute a prompt and its image once 
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -961,20 +957,11 @@ def has_format(text: str, think: bool) -> bool:
     >>> has_format("<think> the star </think> <answer> red </answer>", think=True)
     True
     """
-    text = text.strip()
-    tags = ["<think>", "</think>", "<answer>", "</answer>"]
-    if [text.count(tag) for tag in tags] != [int(think), int(think), 1, 1] or not text.endswith(
-        "</answer>"
-    ):
-        return False
-    if not think:
-        return text.startswith("<answer>")
-    close, answer = text.find("</think>"), text.find("<answer>")
-    return (
-        text.startswith("<think>")
-        and close < answer
-        and not text[close + len("</think>") : answer].strip()
-    )
+    tags, form = ["<answer>", "</answer>"], r"\s*<answer>.*</answer>\s*"
+    if think:
+        tags, form = ["<think>", "</think>", *tags], r"\s*<think>.*</think>" + form
+    once = re.findall("</?(?:think|answer)>", text) == tags
+    return once and re.fullmatch(form, text, re.DOTALL) is not None
 
 
 def accuracy(text: str, example: Example, rule: str = "by-type") -> float:

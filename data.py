@@ -125,7 +125,7 @@ class Reader:
             prefetch_factor=4 if self.workers else None,
         )
         for prompt, bad in loader:
-            self.bad_rows.add(bad)
+            self.bad_rows.add(bad, good=int(prompt is not None))
             if isinstance(prompt, UsageError):
                 raise prompt
             if prompt is not None:
@@ -191,7 +191,7 @@ def check_files(args: Any, is_toy: bool) -> None:
             given = bool(getattr(args, name))
             require(not given, f"--{name.replace('_', '-')}: needs --data")
         if not is_toy:
-            print_on_rank_0("no --data: the built-in task, a smoke run of the model")
+            print_on_rank_0("no --data: training on the built-in task, as a smoke test")
         return
     learned = "the toy knows only the words of its task"
     require(not is_toy, f"--data {args.data}: {learned}; give --model a real checkpoint")
@@ -265,8 +265,8 @@ def check_data(
         for kind, number in sorted(kinds.items()):
             print(f"  {kind:<28}{number:>10,}")
         if no_number:
-            only = "so only identical text is correct"
-            print(f"  solution is not one number, {only}: {len(no_number):,}, as {no_number[0]}")
+            count, example = f"{len(no_number):,} solutions are not one number", no_number[0]
+            print(f"  {count}: only identical text is correct (example: {example})")
         if lengths:
             print(f"  prompt tokens: median {np.median(lengths):,.0f}, maximum {max(lengths):,}")
         report |= {f"{option}/rows": len(rows), f"{option}/bad": len(bad_rows.bad)}

@@ -39,7 +39,7 @@ from media import MAX_FRAME_BYTES, BadRow, MediaBytes, first_line, is_video, rea
 from prompts import Example, Media
 from runs import UsageError, data_files, require
 
-# The names of columns in use. If a file has several of one entry, the first is read.
+# Accepted column names of each field. If a file has several of them, the first is read.
 COLUMNS = {
     "problem": ("problem", "question", "prompt", "query", "conversations", "messages"),
     "solution": ("solution", "answer", "ground_truth"),
@@ -213,7 +213,7 @@ class DataFile:
 
     def find_columns(self) -> tuple[dict[str, str], str]:
         """The file's name for each of `COLUMNS`, and a note that says which are read. JSON rows may
-        differ, so the first 100 are looked at."""
+        differ, so the first 100 are inspected."""
         require(len(self) > 0, "has no rows")
         present, reason = set(getattr(self.rows, "column_names", ())), ""
         for row in range(0 if present else min(100, len(self))):

@@ -357,7 +357,7 @@ def open_out(args: Args) -> tuple[Path, TextIO]:
             differ = [name for name in settings if settings[name] != before.get(name)]
             remedy = "give another --out, or --overwrite"
             runs.require(
-                not differ, f"--out {out}: was made with another {', '.join(differ)}; {remedy}"
+                not differ, f"--out {out}: was made with different {', '.join(differ)}; {remedy}"
             )
         else:
             aside = out.with_name(f"{out.name}.args")

@@ -65,9 +65,9 @@ def read_image(path: Path | MediaBytes) -> Image.Image:
                 raise BadRow(f"{path.name}: sides of {image.size} are too unequal")
             if image.mode in ("I", "F"):  # their value range is unknown
                 raise BadRow(f"{path.name}: pixels of mode {image.mode} are not supported")
+            image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):  # Pillow would clip at 255, not scale
                 image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            image = ImageOps.exif_transpose(image)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")

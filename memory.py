@@ -31,8 +31,8 @@ def memory_gb(
     of a step, by purpose [ours].
 
     `frozen` are the configs of the frozen models beside the trained one (reference, teacher);
-    `evaluated` is the config of the one that is evaluated too, if any. One
-    attention row per token is always counted, as RAL keeps them, even if the method does not.
+    `evaluated` is the config of the frozen model that is evaluated too, if any. One attention row
+    per token is always counted, as RAL keeps them, even if the method does not.
     """
     model, text, width = empty_model(config), config.text_config, compute_dtype().itemsize
     layers, visual = model.model.language_model.layers, model.model.visual
@@ -151,21 +151,21 @@ def fit_memory(
         phases = memory_gb(config, args, lora_rank, group_size, frozen, evaluated, processes)
         return max(sum(parts.values()) for parts in phases.values())
 
-    both = f"--train-vision, --lora-rank {args.lora_rank}: adapters are the language model's only"
+    both = f"--train-vision, --lora-rank {args.lora_rank}: adapters cover only the language model"
     require(not (args.train_vision and args.lora_rank), f"{both}; leave one of them out")
     choices = [0, 64] if args.lora_rank is None else [args.lora_rank]
     choices = choices[:1] if args.train_vision else choices
     for lora_rank in choices:
         if need(lora_rank) < 0.95 * have:
             if lora_rank != choices[0]:
-                why = f"all weights need about {need(0):.0f} GB a process, there are {have:.0f}"
+                why = f"all weights need about {need(0):.0f} GB per process, there are {have:.0f}"
                 print_on_rank_0(f"{why}: training adapters, --lora-rank {lora_rank}")
             return replace(args, lora_rank=lora_rank)
     asked = choices[-1]
     remedies = {} if asked or args.train_vision else {"--lora-rank 64": need(64)}
     remedies |= {f"{n} processes": need(asked, n) for n in (2, 4, 8, 16, 32) if n > world_size()}
-    mends = [words for words, gb in remedies.items() if gb < 0.95 * have]
-    mends += ["a smaller --max-new-tokens, --frames or --micro-batch-size", "a smaller model"]
-    short = f"about {need(asked):.0f} GB a process are needed, there are {have:.0f}"
-    short += ", of which 5% stay free"
-    raise UsageError(f"--model {args.model}: {short}; {mends[0]} or {mends[1]} would make it fit")
+    ways = [words for words, gb in remedies.items() if gb < 0.95 * have]
+    ways += ["a smaller --max-new-tokens, --frames or --micro-batch-size", "a smaller model"]
+    short = f"needs about {need(asked):.0f} GB per process; {have:.0f} GB are available"
+    short += ", 5% of them reserved"
+    raise UsageError(f"--model {args.model}: {short}; {ways[0]} or {ways[1]} would make it fit")

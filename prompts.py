@@ -1,8 +1,8 @@
 """Turn a question about images and videos into prompt tensors of Qwen2-VL, Qwen2.5-VL and
 Qwen3-VL. The questions come from toy.py or from datafiles.py.
 
-A prompt is a sequence of text and vision blocks (`Block`). What differs between the families is in
-`load_blocks`, but for the deeper features that Qwen3-VL's encoder returns (`visual_features`).
+A prompt is a sequence of text and vision blocks (`Block`). `load_blocks` handles the differences
+between the families, except the DeepStack features of Qwen3-VL's encoder (`visual_features`).
 
 This module uses only a checkpoint's tokenizer and PIL image processor, so results are the same with
 and without torchvision.
@@ -105,11 +105,6 @@ class Prompt:
     blocks: list[Block]
     example: Example
     number: int = 0
-
-    @property
-    def is_video(self) -> bool:
-        """Whether the prompt shows a video."""
-        return any(block.is_video for block in self.blocks)
 
     def shapes(self) -> list[tuple[int, int]]:
         """Rows and columns of visual tokens of each temporal patch."""
@@ -255,7 +250,7 @@ def read_prompt_config(files: dict[str, bytes]) -> PromptConfig | None:
             raise ValueError(f"its accuracy_rule is {config.accuracy_rule!r}")
         return config
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"its prompt.json cannot be used ({error}); mend or delete it") from None
+        raise ValueError(f"its prompt.json cannot be used ({error}); fix or delete it") from None
 
 
 def template_fault(tokenizer: Any, template: str) -> str:
@@ -290,7 +285,7 @@ def repair_turns(processor: Processor) -> str:
         legacy = content.get("chat_template") if isinstance(content, dict) else None
         if not isinstance(legacy, str):
             raise ValueError(
-                "its chat_template.json holds no chat_template; mend or delete that file"
+                "its chat_template.json holds no chat_template; fix or delete that file"
             )
     templates = [x for x in (own, legacy) if isinstance(x, str) and x]
     faults = {template: template_fault(tokenizer, template) for template in templates}
@@ -303,7 +298,7 @@ def repair_turns(processor: Processor) -> str:
         processor.set_in_file("tokenizer_config.json", chat_template=template)
         processor.set_in_file("chat_template.json", chat_template=template)
         fault = next(filter(None, faults.values()), "it has none")
-        instead = "that of another of its files" if good else "Qwen-VL's ChatML"
+        instead = "the one in chat_template.json" if good else "Qwen-VL's ChatML"
         changes.append(f"its chat template cannot be used ({fault}); {instead} takes its place")
     ends, after = {tokenizer.eos_token_id}, render_turn(tokenizer, ["text"])[-1]
     if tokenizer.eos_token != END_OF_TURN and END_OF_TURN in after:
@@ -494,8 +489,8 @@ def visual_features(model: Module, blocks: Sequence[Sequence[Block]]) -> list[li
     """Visual features of the blocks of each prompt, in one call of the encoder: of each block
     (visual tokens, hidden) and, with Qwen3-VL, those that are added after the first layers.
 
-    Other ranks wait for this call and for its gradient, so a batch of text alone encodes a blank,
-    whose features of no token go to the first prompt.
+    Every rank must call the encoder, and its gradient. So a batch of text alone encodes a blank
+    image and gives an empty slice of its features to the first prompt.
     """
     config = model.config.vision_config
     merge, values = config.spatial_merge_size, 3 * config.temporal_patch_size * config.patch_size**2

@@ -1,9 +1,9 @@
 """Reinforced Attention Learning (arXiv 2602.04884): GRPO, plus the attention of each generated
 token as a policy.
 
-GRPO rewards what the model says; RAL also rewards where it looks. The attention policy of response
-token t is its attention to the prompt and the earlier response (last layer, averaged over heads),
-without its own column and renormalised:
+The advantage that reinforces a response's tokens reinforces its attention too. The attention policy
+of response token t is its attention to the prompt and the earlier response (last layer, averaged
+over heads), without its own column and renormalised:
 
     p^t(i) = alpha_{t,i} / sum_{j <= t-1} alpha_{t,j},  i <= t - 1
     L_AttnRL = E_t[ A_t * JSD(p_theta^t, p_old^t) ]             (eq. 3)
@@ -14,12 +14,12 @@ was; a negative one pushes it away. The method is the lines marked `# RAL` and t
 `attention_policy` and `divergence`: `diff grpo_baseline.py ral_grpo.py`.
 
 At p_theta = p_old the divergence *and its gradient* are zero. With one update per rollout, RAL is
-therefore GRPO; it acts from the second inner iteration on. So `num_iterations` is above 1 here, and
+therefore GRPO. It acts from the second inner iteration on, so `num_iterations` is above 1 here, and
 `train/attn_jsd_<k>` is logged for each iteration. See `loss_terms` for two more limits [ours].
 
 Differences from the paper, or our reading of it [ours]: the choices of grpo_baseline.py, and
   1. A_t is the response's advantage, as in GRPO, and E_t is the same mean as in the token loss.
-  2. Options question the method: row, layer, anchor (rollout or frozen reference), divergence.
+  2. Options vary row, layer, anchor (rollout or frozen reference) and divergence.
 
     python sft.py && python ral_grpo.py            # the toy, on a CPU, in minutes
     python ral_grpo.py --model DIR_OR_HUB_NAME --data FILE    # your own model and data
@@ -107,7 +107,7 @@ class Args(runs.RunArgs):
     the rest renormalised (paper). `predicting`: that of the position before, whose output predicts
     y_t [ours]."""
     attn_anchor: Literal["rollout", "reference"] = "rollout"  # RAL (eq. 3)
-    """Model whose attention is the anchor: as at rollout time (paper), or the frozen reference."""
+    """Anchor: the attention at rollout time (paper), or that of the frozen reference."""
     attn_divergence: Literal["jsd", "forward-kl", "reverse-kl"] = "jsd"  # RAL
     """JSD (paper); forward: KL(anchor || current); reverse: KL(current || anchor)."""
     attn_norm_every: int = 10  # RAL
@@ -302,11 +302,11 @@ def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
     """The terms of the loss for each response, (B, G): means over its tokens, in nats per token.
 
     Two limits of the attention term [ours; tested, and measured in docs/results.md]:
-      - Near p_old its gradient is A (p_theta - p_old) / 4 p_old. It damps (A > 0) or amplifies the
-        movement of attention that the token policy has just made, and knows no other direction.
+      - Near p_old its gradient is A (p_theta - p_old) / (4 p_old). It damps (A > 0) or amplifies
+        the change that the token term has just made to the attention, and knows no other direction.
       - Responses with the same first s tokens share the own rows of these (and the predicting rows
         of s + 1), and so the divergences D_t. The loss contains such a row as D_t * sum_i A_i / T_i
-        with T_i the length of response i: zero if the whole group shares it and has one length.
+        with T_i the length of response i. If the whole group shares it and has one length, it is 0.
     """
     scores = common.score(model, batch.rollout, args.temperature, [args.attn_layer])  # RAL
     attn = attention_policy(scores.attentions[args.attn_layer], args.attn_row)  # RAL

@@ -466,16 +466,15 @@ class BadRows:
     read: int = 0
     file: FileIO | None = None  # skipped.jsonl
 
-    def add(self, bad: dict[str, str]) -> None:
-        self.read += 1 + len(bad)
+    def add(self, bad: dict[str, str], good: int = 1) -> None:
+        """Count the bad rows and the number of good ones that were read with them."""
+        self.read += good + len(bad)
         self.name(bad)
         read = self.read * world_size()  # `bad` counts all ranks
         if len(self.bad) > self.max_fraction * max(read, min(self.rows, 1000)):
             last = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[-2:])
             count = f"{len(self.bad)} of the first {read} rows cannot be used"
-            remedy = (
-                "mend them (--check-data of a training script lists all) or raise --max-skipped"
-            )
+            remedy = "fix them (--check-data of a training script lists all) or raise --max-skipped"
             raise UsageError(f"--max-skipped {self.max_fraction}: {count} ({last}); {remedy}")
 
     def name(self, bad: dict[str, str]) -> None:
@@ -562,7 +561,7 @@ class Run:
             numbers = range(1, sys.maxsize)
             aside = next(p for n in numbers if not (p := Path(f"{self.out}.{n}")).exists())
             self.out.rename(aside)
-            print(f"the run at {self.out} is now at {aside}")
+            print(f"moved the run at {self.out} to {aside}")
             self.out.mkdir(exist_ok=True)
             with lock:  # the lock moved along; hold it until the new one is taken
                 return lock_directory(self.out)
@@ -640,7 +639,7 @@ class Run:
         if len(self.equal) == EQUAL_STEPS and not self.noted:
             self.noted = True
             steps = f"steps {step - EQUAL_STEPS + 1} to {step}"
-            what = "all responses to a prompt got the same reward, so the rewards teach nothing"
+            what = "all responses to a prompt got the same reward, so all advantages are zero"
             print(f"\nnote: {steps}: {what}; {why_equal(self.equal)}")
 
     def require_finite(self, step: int, metrics: dict[str, float], prompts: Sequence[Any]) -> None:
@@ -755,7 +754,7 @@ class Run:
             launch = "python" if world_size() == 1 else several
             resume = [] if "--resume" in sys.argv else ["--resume", "auto"]
             words = shlex.join([*sys.argv, *resume])
-            print(f"\nstopped after step {step}; go on with: {launch} {words}")
+            print(f"\nstopped after step {step}; resume with: {launch} {words}")
         return stop
 
     def restore(self, model: Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -849,7 +848,8 @@ def read_state(args: Any) -> dict[str, Any] | None:
     state to resume.
 
     Raises:
-        UsageError: the state is not one of this run, is unreadable, or has other definitions.
+        UsageError: the state is not one of this run, is unreadable, or was written by a version
+            that computes something else.
     """
     if args.resume is None:
         return None
@@ -869,7 +869,8 @@ def read_state(args: Any) -> dict[str, Any] | None:
         remedy = "finish it with the version that wrote it, or train again; where your script and"
         remedy += " flags do not depend on this, --allow-changed-args resumes it"
         same = by == DEFINITIONS or args.allow_changed_args
-        require(same, f"{named}: {path} has other definitions: {'; '.join(changes)}; {remedy}")
+        other = "was written by a version that computes something else"
+        require(same, f"{named}: {path} {other}: {'; '.join(changes)}; {remedy}")
         # Arguments added since then count as None.
         return state | {"args": dict.fromkeys(asdict(args)) | state["args"]}
 
@@ -901,7 +902,7 @@ def find_state(args: Any) -> State | None:
         require(same, f"{named}: was made with other arguments ({'; '.join(differ)}); {remedy}")
         stopped = state["done"] and not differ and before["steps"] == args.steps  # as SFT may
         over = stopped or state["step"] >= args.steps
-        require(not over, f"{named}: the run is at step {state['step']}, its end")
+        require(not over, f"{named}: the run has finished (step {state['step']})")
         return State(state["path"], state["step"], state["lengths"], state["read"], state["extra"])
 
 
@@ -1028,7 +1029,8 @@ def print_summary(
     seconds = round(time.time() - start)
     for label, value in (("steps", steps), ("seconds", seconds), ("run", run.out)):
         print(f"{label:<24}{value!s:>16}")
-    print(f"pictures: {run.out}/gaze.html, {run.out}/attention.png, {run.out}/curves.png")
+    drawn = (run.out / name for name in ("gaze.html", "attention.png", "curves.png"))
+    print("pictures:", ", ".join(str(path) for path in drawn if path.exists()))
     path = Path(__file__).with_name(script)
     if path.exists():  # a fork may lack the sibling scripts
         print(f"next: python {shlex.quote(os.path.relpath(path))}{same_inputs(args)}")

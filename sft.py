@@ -86,8 +86,8 @@ class Args(runs.RunArgs):
     toy_size: Literal["small", "large"] = "small"
     """Size of a new toy model: 0.7 M or 3.9 M parameters."""
     train_vision: bool = False
-    """Also train the vision encoder. Paper: frozen. A toy's is trained here, and frozen in every
-    later stage."""
+    """Also train the vision encoder. Paper: frozen. On the toy it is trained in this stage and
+    frozen later."""
     stop_accuracy: float = 2.0
     """Stop at the first evaluation that reaches this accuracy; above 1: never stop early."""
     eval_above: float = 0.2
@@ -102,8 +102,9 @@ class Args(runs.RunArgs):
         runs.require(new, f"{size}; leave it out with --model")
 
     def may_change(self) -> set[str]:
-        schedule = {"steps"} if self.schedule == "cosine" else set()
-        return super().may_change() - schedule
+        fixed = {"steps"} if self.schedule == "cosine" else set()
+        fixed |= {"eval_every"} if self.stop_accuracy <= 1 else set()  # it decides when to stop
+        return super().may_change() - fixed
 
 
 # Defaults of a toy, new or continued, in place of those of `Args`.
@@ -311,7 +312,7 @@ def main(args: Args) -> dict[str, float]:
             run.close()
             return metrics
     bar.close()
-    if is_toy and not done:
+    if args.stop_accuracy <= 1 and not done:
         runs.print_on_rank_0(
             f"did not reach --stop-accuracy {args.stop_accuracy}; try more --steps or a --seed"
         )

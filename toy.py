@@ -125,7 +125,7 @@ def resolve_task(args: Any, model: str | None, may_differ: bool = False) -> tupl
         require(
             known is None or may_differ or getattr(known, name) == value,
             f"--{'toy-order' if name == 'order' else name} {value}: {model} was trained with"
-            f" {getattr(known, name, None)}; leave it out, or train that with sft.py first",
+            f" {getattr(known, name, None)}; leave it out, or train such a checkpoint with sft.py",
         )
     # Chat prompts put the image first, so a model that is not a toy gets this order.
     task = replace(known or Task(order="image-first" if model else "question-first"), **asked)

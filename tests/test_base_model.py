@@ -79,7 +79,7 @@ def test_a_template_that_works_in_another_file_is_used(bases, tmp_path, name, ca
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": other}))
     processor = common.load_processor(tmp_path)
     assert processor.tokenizer.chat_template == other
-    assert "another of its files" in capsys.readouterr().out
+    assert "the one in chat_template.json" in capsys.readouterr().out
     assert processor.files["chat_template.jinja"].decode() == other
 
 
@@ -153,7 +153,7 @@ def test_a_base_model_trains_and_its_checkpoint_is_whole(
     assert metrics["train/grad_norm"] > 0
     capsys.readouterr()
 
-    videos = {prompt.is_video for prompt in seen}
+    videos = {prompt.blocks[0].is_video for prompt in seen}
     assert videos == {False, True} if on_data else videos == {"frames" in fields}
     if fields.get("frames") == 32 and not on_data:
         assert {prompt.blocks[0].shape[0] for prompt in seen} == {16}
@@ -170,7 +170,7 @@ def test_a_base_model_trains_and_its_checkpoint_is_whole(
     ends = set(GenerationConfig.from_pretrained(checkpoint).eos_token_id)
     assert ends == set(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
     for prompt in seen[:: len(seen) // 4 or 1]:
-        kind = "video" if prompt.is_video else "image"
+        kind = "video" if prompt.blocks[0].is_video else "image"
         before, after = render(checkpoint, kind).split("What is it?")
         pad = f"<|{kind}_pad|>"
         visual = prompt.blocks[0].tokens

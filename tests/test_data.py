@@ -694,7 +694,8 @@ def test_check_data_names_rows_whose_numbers_are_judged_as_text(media_dir, capsy
     vars(args).update(max_prompt_tokens=None, workers=0, max_skipped=1.0)
     data.check_data(args, encode)
     report = capsys.readouterr().out
-    assert "only identical text is correct: 2, as numbers.jsonl row 2\n" in report
+    only = "2 solutions are not one number: only identical text is correct"
+    assert f"  {only} (example: numbers.jsonl row 2)\n" in report
     assert "bad: numbers.jsonl row 4 (line 4): solution 'green' is not one of the" in report
     data.check_data(args, encode, accuracy_rule="exact")
     assert "only identical text" not in capsys.readouterr().out
@@ -747,6 +748,9 @@ def test_sixteen_bits_and_a_turned_camera(tmp_path):
     exif[0x0112] = 6  # a quarter turn
     Image.new("RGB", (80, 40)).save(tmp_path / "b.jpg", exif=exif)
     assert media.read_image(tmp_path / "b.jpg").size == (40, 80)
+    Image.fromarray(ramp[:4]).save(tmp_path / "c.png", exif=exif)  # both
+    turned = np.asarray(media.read_image(tmp_path / "c.png"))[..., 0].astype(int)
+    assert np.abs(turned - np.rot90(ramp[:4] // 257, -1)).max() <= 1
 
 
 @settings(deadline=None)
@@ -856,6 +860,8 @@ def test_too_many_bad_rows_stop_the_run(tmp_path):
         bad_rows.add({f"row {n}": "x"})  # met again, counted once
     with pytest.raises(UsageError):
         bad_rows.add({"row 10": "x"})
+    with pytest.raises(UsageError, match="1 of the first 1 rows"):
+        BadRows().add({"row 0": "x"}, good=0)
 
 
 def test_a_missing_library_is_told_from_a_worker_too(monkeypatch):

@@ -62,7 +62,7 @@ def test_another_evaluation_is_not_mixed_in(cold_start, tmp_path, monkeypatch):
     evaluate.main(replace(args, examples=5, overwrite=True))
     assert len(predictions(out)) == 5
     monkeypatch.setattr(runs, "DEFINITIONS", 0)  # answers were judged by other rules
-    with pytest.raises(runs.UsageError, match="another definitions"):
+    with pytest.raises(runs.UsageError, match="different definitions"):
         evaluate.main(replace(args, examples=5))
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "main.tex").touch()

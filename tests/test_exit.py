@@ -138,7 +138,7 @@ def test_ctrl_c_while_loading_is_one_line(run, real, tmp_path):
 def test_one_signal_to_all_processes_finishes_the_step(run, real, tmp_path, number):
     plants = [(LOOP, "wait", 1)]
     status, output = run("ral_grpo", argv(real, tmp_path, "ral_grpo"), plants, (-number,))
-    assert status == 0 and "stopped after step 1; go on with: python" in output
+    assert status == 0 and "stopped after step 1; resume with: python" in output
     assert "readers: 2" in output
 
 

@@ -121,7 +121,7 @@ def test_frames_stand_behind_the_mean_of_their_times(real):
     pair = "<|vision_start|><|vision_end|>"
     stamps = [f"<{time} seconds>{pair}" for time in ("0.1", "2.5", "10.0")]
     assert text.startswith("<|im_start|>user\n" + "".join(stamps) + "So?")
-    assert prompt.patches().unique().tolist() == [-1, 0, 1, 2] and prompt.is_video
+    assert prompt.patches().unique().tolist() == [-1, 0, 1, 2] and prompt.blocks[0].is_video
 
 
 def test_patches_are_counted_over_all_blocks(loaded):

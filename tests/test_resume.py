@@ -124,7 +124,7 @@ def test_a_killed_run_goes_on(
             ral_grpo.main(toy_args(ral_grpo, **fields))
     restore_signals()
     if name == "draw_run":  # the run was over, all but for its pictures
-        with pytest.raises(runs.UsageError, match="is at step 5, its end"):
+        with pytest.raises(runs.UsageError, match=r"has finished \(step 5\)"):
             ral_grpo.main(toy_args(ral_grpo, resume="auto", **fields))
     else:
         ral_grpo.main(toy_args(ral_grpo, resume="auto", **fields))
@@ -195,6 +195,11 @@ def test_a_file_shorter_than_at_the_state_is_one_line(cold_start, teacher, tmp_p
     restore_signals()
 
 
+def test_sft_that_stops_by_its_evaluations_keeps_their_interval():
+    assert "eval_every" in sft.Args().may_change()
+    assert "eval_every" not in sft.Args(stop_accuracy=0.5).may_change()
+
+
 def test_sft_that_reached_its_accuracy_is_over(cold_start, tmp_path):
     fields = {"model": str(cold_start), "out": str(tmp_path / "run"), "steps": 9, "save_every": 2}
     fields |= {"eval_every": 3, "eval_examples": 8, "prompts_per_step": 2, "micro_batch_size": 2}
@@ -204,7 +209,7 @@ def test_sft_that_reached_its_accuracy_is_over(cold_start, tmp_path):
         patch.setattr(sft, "draw_run", lambda *_: None)
         sft.main(toy_args(sft, **fields, stop_accuracy=0.5))
     assert runs.good_states(tmp_path / "run")[-1].name == "step-000003"
-    with pytest.raises(runs.UsageError, match="is at step 3, its end"):
+    with pytest.raises(runs.UsageError, match=r"has finished \(step 3\)"):
         sft.main(toy_args(sft, **fields, stop_accuracy=0.5, resume="auto"))
     sft.main(toy_args(sft, **fields, stop_accuracy=2.0, resume="auto", allow_changed_args=True))
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 10
@@ -238,7 +243,7 @@ def test_a_signal_finishes_the_step_and_saves(
         "step-000003"
     ]
     printed = capsys.readouterr().out
-    assert "stopped after step 3; go on with: python" in printed and "--resume auto" in printed
+    assert "stopped after step 3; resume with: python" in printed and "--resume auto" in printed
     assert not (tmp_path / "run" / "checkpoint").exists()
     ral_grpo.main(toy_args(ral_grpo, resume="auto", **fields))
     assert_same(tmp_path / "run", whole_runs(ral_grpo, save_every=0))

@@ -92,7 +92,7 @@ class Args(runs.RunArgs):
     the rest renormalised (paper). `predicting`: that of the position before, whose output predicts
     y_t [ours]."""
     attn_anchor: Literal["rollout", "reference"] = "rollout"  # RAL (eq. 3)
-    """Model whose attention is the anchor: as at rollout time (paper), or the frozen reference."""
+    """Anchor: the attention at rollout time (paper), or that of the frozen reference."""
     attn_divergence: Literal["jsd", "forward-kl", "reverse-kl"] = "jsd"  # RAL
     """JSD (paper); forward: KL(anchor || current); reverse: KL(current || anchor)."""
     attn_advantages: Literal["both", "pull", "push", "reversed"] = "both"
@@ -298,11 +298,11 @@ def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
     """The terms of the loss for each response, (B, G): means over its tokens, in nats per token.
 
     Two limits of the attention term [ours; tested, and measured in docs/results.md]:
-      - Near p_old its gradient is A (p_theta - p_old) / 4 p_old. It damps (A > 0) or amplifies the
-        movement of attention that the token policy has just made, and knows no other direction.
+      - Near p_old its gradient is A (p_theta - p_old) / (4 p_old). It damps (A > 0) or amplifies
+        the change that the token term has just made to the attention, and knows no other direction.
       - Responses with the same first s tokens share the own rows of these (and the predicting rows
         of s + 1), and so the divergences D_t. The loss contains such a row as D_t * sum_i A_i / T_i
-        with T_i the length of response i: zero if the whole group shares it and has one length.
+        with T_i the length of response i. If the whole group shares it and has one length, it is 0.
     """
     scores = common.score(model, batch.rollout, args.temperature, [args.attn_layer])  # RAL
     attn = attention_policy(scores.attentions[args.attn_layer], args.attn_row)  # RAL

@@ -104,7 +104,7 @@ class Args(runs.RunArgs):
     the rest renormalised (paper). `predicting`: that of the position before, whose output predicts
     y_t [ours]."""
     attn_anchor: Literal["rollout", "reference"] = "rollout"  # RAL (eq. 3)
-    """Model whose attention is the anchor: as at rollout time (paper), or the frozen reference."""
+    """Anchor: the attention at rollout time (paper), or that of the frozen reference."""
     attn_divergence: Literal["jsd", "forward-kl", "reverse-kl"] = "jsd"  # RAL
     """JSD (paper); forward: KL(anchor || current); reverse: KL(current || anchor)."""
     eta: float = 8.0

@@ -236,7 +236,8 @@ class Args:
     image_tokens: tuple[int | None, ...] = (256,)
     """Maximum visual tokens of an image, one setting per value."""
     frame_tokens: tuple[int | None, ...] = (256,)
-    """Maximum visual tokens of a pair of video frames, one setting per value."""
+    """Maximum visual tokens of a pair of video frames, one setting per value. Video-R1 evaluates
+    with 256 and trains with 128."""
     grid: tuple[int | None, ...] = (None,)
     """Toy: cells along each side of the pictures, one setting per value; unset: the
     checkpoint's."""

@@ -57,7 +57,7 @@ def test_another_evaluation_is_not_mixed_in(cold_start, tmp_path, monkeypatch):
     out = tmp_path / "out"
     args = toy_args(evaluate, model=str(cold_start), examples=4, out=str(out))
     evaluate.main(args)
-    with pytest.raises(runs.UsageError, match="another examples"):
+    with pytest.raises(runs.UsageError, match="different examples"):
         evaluate.main(replace(args, examples=5))
     evaluate.main(replace(args, examples=5, overwrite=True))
     assert len(predictions(out)) == 5
@@ -76,7 +76,7 @@ def test_another_model_at_the_same_place_is_not_taken_for_the_old_one(cold_start
     args = toy_args(evaluate, model=str(model), examples=4, out=str(tmp_path / "out"))
     evaluate.main(args)
     os.utime(model / "model.safetensors", (1, 1))
-    with pytest.raises(runs.UsageError, match="another inputs"):
+    with pytest.raises(runs.UsageError, match="different inputs"):
         evaluate.main(args)
     (tmp_path / "run" / "args.json").write_text("{}")
     for out in (tmp_path / "run", model):

@@ -562,7 +562,7 @@ def summary(done: dict, ours: str, title: str) -> str:
     ]
     heads = ["task", "seeds", "cold start", "GRPO", "RAL, minus GRPO"]
     heads += ["on target, last layer: GRPO", "RAL, minus GRPO"]
-    table, by_seed = [heads, ["---"] * len(heads)], {}
+    table, paired = [heads, ["---"] * len(heads)], []
     for label, task, suffix in lines:
         cells = (task, f"{ours}{suffix}", f"GRPO{suffix}")
         pairs = {n: differences(done, *cells, n) for n in ("accuracy", "on_target")}
@@ -571,18 +571,18 @@ def summary(done: dict, ours: str, title: str) -> str:
                 s for t, c, s in done if (t, c) == cells[:2] and (task, cells[2], s) in done
             )
             if not suffix:  # the mean is of tasks, each once
-                for seed, *both in zip(seeds, *pairs.values(), strict=True):
-                    by_seed.setdefault(seed, []).append(both)
+                paired.append(dict(zip(seeds, zip(*pairs.values(), strict=True), strict=True)))
             start, theirs = ([done[task, c, s] for s in seeds] for c in ("cold start", cells[2]))
             line = [label, str(len(seeds)), words([row["accuracy"] for row in start])]
             for name, pair in pairs.items():
                 line += [words([row[name] for row in theirs]), words(pair, "+")]
             table.append(line)
-    most = max(map(len, by_seed.values()), default=0)
-    means = [np.mean(both, axis=0) for both in by_seed.values() if len(both) == most]
-    if means and most > 1:
+    seeds = max(paired, key=len, default={}).keys()
+    whole = [task for task in paired if task.keys() == seeds]
+    if len(whole) > 1:
+        means = [np.mean([task[seed] for task in whole], axis=0) for seed in seeds]
         differs = [words([float(x) for x in column], "+") for column in zip(*means, strict=True)]
-        label = f"a seed's mean over {most} tasks, with 4 inner iterations"
+        label = f"a seed's mean over the {len(whole)} tasks with all seeds, 4 inner iterations"
         table.append([label, str(len(means)), "", "", differs[0], "", differs[1]])
     if len(table) == 2:
         return ""

@@ -743,8 +743,8 @@ def generate_group(
         logits = logits.repeat_interleave(group_size, dim=0)
         for t in range(max_new_tokens):
             logits = logits.index_fill(-1, suppressed, -torch.inf)
-            numbers = None if noise is None else noise[:, t]
-            ids[:, t] = pick_tokens(logits, numbers, temperature, top_p)
+            noise_t = None if noise is None else noise[:, t]
+            ids[:, t] = pick_tokens(logits, noise_t, temperature, top_p)
             lengths += ~done
             done |= torch.isin(ids[:, t], eos)
             last = t + 1 == max_new_tokens

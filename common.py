@@ -666,6 +666,22 @@ class Rollout:
         return [texts[i : i + group] for i in range(0, len(texts), group)]
 
 
+def cut_prompts(args: Any) -> list[slice]:
+    """Slices of a rollout's prompts, one for each microbatch. All minibatches have the same number
+    of slices, one minibatch after another.
+
+    The ranks take turns in drawing prompts, so the minibatches of a step are the same on any number
+    of ranks.
+    """
+    part, size = args.prompts_per_step // args.num_minibatches, args.micro_batch_size
+    starts = range(0, args.prompts_per_step, part)
+    return [
+        slice(i, min(i + size, start + part))
+        for start in starts
+        for i in range(start, start + part, size)
+    ]
+
+
 def sampling_noise(
     seed: int, prompts: Iterable[int], group_size: int, max_new_tokens: int
 ) -> Tensor:

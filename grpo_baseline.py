@@ -2,30 +2,32 @@
 the token policy alone.
 
 For every prompt, the script samples a group of G responses and rewards each with 0.9 * accuracy +
-0.1 * format. It turns the rewards of a group into advantages and takes `num_iterations` clipped
-policy-gradient steps on the same responses, with a KL penalty toward the model that the run started
-from. `ral_grpo.py` is this file plus the attention policy: `diff grpo_baseline.py ral_grpo.py`
-shows the paper's idea.
+0.1 * format. It turns the rewards of a group into advantages and takes clipped policy-gradient
+steps on the same responses, with a KL penalty toward the model that the run started from.
+`ral_grpo.py` is this file plus the attention policy: `diff grpo_baseline.py ral_grpo.py` shows the
+paper's idea.
 
 The paper leaves these choices open [ours]:
   1. The clip range is 0.2. The KL is estimated with k3. The standard deviation has ddof 1, and
      1e-4 is added to it.
   2. Every response weighs the same: the loss is the mean over its tokens, then over all responses
      of the optimiser step.
-  3. The first inner iteration also provides the old log-probabilities. The weights have not changed
-     since the rollout, so these are the rollout policy's, in the same layout and kernel that the
-     later iterations use.
+  3. There are `num_iterations` passes over a rollout, each in `num_minibatches` minibatches of
+     different prompts with an optimiser step each. With one minibatch, the first pass also provides
+     the old log-probabilities: the weights are still the rollout's, in the same layout and kernel
+     that the later passes use. With several, they are scored before the first step.
   4. A response cut at `--max-new-tokens` stays in the loss and earns no format reward.
 
     python sft.py && python grpo_baseline.py                    # the toy, on a CPU, in minutes
     python grpo_baseline.py --model DIR_OR_HUB_NAME --data FILE # your own model and data
 """
 
+import random
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
@@ -78,7 +80,9 @@ class Args(runs.RunArgs):
     group_size: int = 8
     """G, the responses per prompt (2 or more). Paper: 8."""
     num_iterations: int = 2
-    """Optimiser steps per rollout. [ours]"""
+    """Passes over a rollout, each with an optimiser step per minibatch. [ours]"""
+    num_minibatches: int = 1
+    """Minibatches of different prompts into which a rollout is cut. [ours]"""
     max_new_tokens: int = 768
     """Longest response in tokens."""
     temperature: float = 1.0
@@ -97,6 +101,8 @@ class Args(runs.RunArgs):
         super().__post_init__()
         runs.require(self.group_size >= 2, f"--group-size {self.group_size}: needs 2 or more")
         runs.require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be in (0, 1]")
+        cut = f"--num-minibatches {self.num_minibatches}: must divide --prompts-per-step"
+        runs.require(self.prompts_per_step % self.num_minibatches == 0, cut)
 
 
 # Defaults of a toy checkpoint, in place of those of `Args`.
@@ -185,6 +191,14 @@ def score_reference(reference: Module, batches: list[Batch], args: Args) -> None
         batch.ref_logps = scores.logps
 
 
+@torch.no_grad()
+def score_old(model: Module, batches: list[Batch], args: Args) -> None:
+    """Add the rollout policy's own scores of the responses to each batch, before any step."""
+    for batch in batches:
+        scores = common.score(model, batch.rollout, args.temperature)
+        batch.old_logps = scores.logps
+
+
 # 4. Loss
 
 
@@ -226,7 +240,7 @@ def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
 def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
     """The terms of the loss for each response, (B, G): means over its tokens, in nats per token."""
     scores = common.score(model, batch.rollout, args.temperature)
-    if batch.old_logps is None:  # first inner iteration: the policy is still that of the rollout
+    if batch.old_logps is None:  # no step was taken yet: the policy is still that of the rollout
         batch.old_logps = scores.logps.detach()
     pg, clipped = clipped_loss(scores.logps, batch.old_logps, batch.advantages, args.clip_eps)
     kl = torch.zeros_like(pg) if batch.ref_logps is None else k3(scores.logps, batch.ref_logps)
@@ -240,22 +254,30 @@ def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
 
 
 def update(
-    model: Module, optimizer: Optimizer, batches: list[Batch], args: Args
+    model: Module, optimizer: Optimizer, batches: list[Batch], args: Args, step: int
 ) -> dict[str, float]:
-    """Take `num_iterations` optimiser steps on one rollout, each over all its microbatches. Returns
-    the metrics, averaged over these steps."""
+    """Pass over a rollout `num_iterations` times, with an optimiser step for each minibatch.
+    Returns the metrics, averaged over these steps.
+
+    The order of the minibatches in each pass depends on the seed and the step alone.
+    """
     model.train()
-    responses = sum(batch.rollout.truncated.numel() for batch in batches)
     metrics = defaultdict(float)
-    for _ in range(args.num_iterations):
-        for batch in batches:
+    rng = random.Random(f"{args.seed} {step}")
+    size = len(batches) // args.num_minibatches
+    minibatches = [batches[i : i + size] for i in range(0, len(batches), size)]
+    passes = [rng.sample(minibatches, len(minibatches)) for _ in range(args.num_iterations)]
+    schedule = list(chain(*passes))
+    for minibatch in schedule:
+        responses = sum(batch.rollout.truncated.numel() for batch in minibatch)
+        for batch in minibatch:
             terms = loss_terms(model, batch, args)
             (terms["loss"].sum() / responses).backward()
             for name, term in terms.items():
                 value = term.detach().sum().item() / responses
-                metrics[f"train/{name}"] += value / args.num_iterations
+                metrics[f"train/{name}"] += value / len(schedule)
         norm = runs.full_tensor(clip_grad_norm_(model.parameters(), args.max_grad_norm))
-        metrics["train/grad_norm"] += norm.item() / args.num_iterations
+        metrics["train/grad_norm"] += norm.item() / len(schedule)
         if not torch.isfinite(norm):
             break  # the training loop then stops the run
         optimizer.step()
@@ -322,14 +344,15 @@ def main(args: Args) -> dict[str, float]:
         rollout, texts, rewards, metrics = roll_out(model, processor, prompts, batch, args)
         clock.lap("rollout")
         advantages = group_advantages(rewards)
-        size = args.micro_batch_size
-        cuts = [slice(i, i + size) for i in range(0, len(prompts), size)]
+        cuts = common.cut_prompts(args)
         batches = [Batch(rollout[cut], advantages[cut]) for cut in cuts]
         if reference is not None:
             with common.without_adapters(reference):
                 score_reference(reference, batches, args)
         clock.lap("reference")
-        metrics |= update(model, optimizer, batches, args)
+        if args.num_minibatches > 1:  # with one, the first pass scores it, before any step
+            score_old(model, batches, args)
+        metrics |= update(model, optimizer, batches, args, step)
         run.require_finite(step, metrics, prompts)
         clock.lap("update")
         metrics |= clock.stop(tokens=int(rollout.response_mask.sum()))

@@ -24,11 +24,12 @@ reading [ours]:
 """
 
 import math
+import random
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
@@ -81,7 +82,9 @@ class Args(runs.RunArgs):
     group_size: int = 8
     """G, the responses per prompt (2 or more). Paper: 8."""
     num_iterations: int = 1
-    """Optimiser steps per rollout. [ours]"""
+    """Passes over a rollout, each with an optimiser step per minibatch. [ours]"""
+    num_minibatches: int = 1
+    """Minibatches of different prompts into which a rollout is cut. [ours]"""
     max_new_tokens: int = 768
     """Longest response in tokens."""
     temperature: float = 1.0
@@ -115,6 +118,8 @@ class Args(runs.RunArgs):
         super().__post_init__()
         runs.require(self.group_size >= 2, f"--group-size {self.group_size}: needs 2 or more")
         runs.require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be in (0, 1]")
+        cut = f"--num-minibatches {self.num_minibatches}: must divide --prompts-per-step"
+        runs.require(self.prompts_per_step % self.num_minibatches == 0, cut)
         runs.require_not_negative(self, "mu_gkd", "rl_coef")
         runs.require(0 <= self.gkd_beta <= 1, f"--gkd-beta {self.gkd_beta}: must be in [0, 1]")
 
@@ -210,6 +215,14 @@ def score_reference(reference: Module, batches: list[Batch], args: Args) -> None
         batch.ref_logps = scores.logps
 
 
+@torch.no_grad()
+def score_old(model: Module, batches: list[Batch], args: Args) -> None:
+    """Add the rollout policy's own scores of the responses to each batch, before any step."""
+    for batch in batches:
+        scores = common.score(model, batch.rollout, args.temperature)
+        batch.old_logps = scores.logps
+
+
 # 4. Loss
 
 
@@ -287,7 +300,7 @@ def loss_terms(model: Module, teacher: Module, batch: Batch, args: Args) -> dict
     suppressed = torch.tensor(common.vision_token_ids(model.config), device=model.device)
     logits = scores.logits, teacher_scores.logits
     distance = gkd(*logits, args.gkd_beta, args.temperature, suppressed)
-    if batch.old_logps is None:  # first inner iteration: the policy is still that of the rollout
+    if batch.old_logps is None:  # no step was taken yet: the policy is still that of the rollout
         batch.old_logps = scores.logps.detach()
     pg, clipped = clipped_loss(scores.logps, batch.old_logps, batch.advantages, args.clip_eps)
     kl = torch.zeros_like(pg) if batch.ref_logps is None else k3(scores.logps, batch.ref_logps)
@@ -303,22 +316,35 @@ def loss_terms(model: Module, teacher: Module, batch: Batch, args: Args) -> dict
 
 
 def update(
-    model: Module, teacher: Module, optimizer: Optimizer, batches: list[Batch], args: Args
+    model: Module,
+    teacher: Module,
+    optimizer: Optimizer,
+    batches: list[Batch],
+    args: Args,
+    step: int,
 ) -> dict[str, float]:
-    """Take `num_iterations` optimiser steps on one rollout, each over all its microbatches. Returns
-    the metrics, averaged over these steps."""
+    """Pass over a rollout `num_iterations` times, with an optimiser step for each minibatch.
+    Returns the metrics, averaged over these steps.
+
+    The order of the minibatches in each pass depends on the seed and the step alone.
+    """
     model.train()
-    responses = sum(batch.rollout.truncated.numel() for batch in batches)
     metrics = defaultdict(float)
-    for _ in range(args.num_iterations):
-        for batch in batches:
+    rng = random.Random(f"{args.seed} {step}")
+    size = len(batches) // args.num_minibatches
+    minibatches = [batches[i : i + size] for i in range(0, len(batches), size)]
+    passes = [rng.sample(minibatches, len(minibatches)) for _ in range(args.num_iterations)]
+    schedule = list(chain(*passes))
+    for minibatch in schedule:
+        responses = sum(batch.rollout.truncated.numel() for batch in minibatch)
+        for batch in minibatch:
             terms = loss_terms(model, teacher, batch, args)
             (terms["loss"].sum() / responses).backward()
             for name, term in terms.items():
                 value = term.detach().sum().item() / responses
-                metrics[f"train/{name}"] += value / args.num_iterations
+                metrics[f"train/{name}"] += value / len(schedule)
         norm = runs.full_tensor(clip_grad_norm_(model.parameters(), args.max_grad_norm))
-        metrics["train/grad_norm"] += norm.item() / args.num_iterations
+        metrics["train/grad_norm"] += norm.item() / len(schedule)
         if not torch.isfinite(norm):
             break  # the training loop then stops the run
         optimizer.step()
@@ -394,16 +420,17 @@ def main(args: Args) -> dict[str, float]:
         rollout, texts, rewards, metrics = roll_out(model, processor, prompts, batch, args)
         clock.lap("rollout")
         advantages = group_advantages(rewards)
-        size = args.micro_batch_size
-        cuts = [slice(i, i + size) for i in range(0, len(prompts), size)]
         taught = collate(teacher, prompts, processor.tokenizer.pad_token_id)
         teacher_rollout = replace(rollout, prompts=taught)
+        cuts = common.cut_prompts(args)
         batches = [Batch(rollout[cut], advantages[cut], teacher_rollout[cut]) for cut in cuts]
         if reference is not None:
             with common.without_adapters(reference):
                 score_reference(reference, batches, args)
         clock.lap("reference")
-        metrics |= update(model, teacher, optimizer, batches, args)
+        if args.num_minibatches > 1:  # with one, the first pass scores it, before any step
+            score_old(model, batches, args)
+        metrics |= update(model, teacher, optimizer, batches, args, step)
         run.require_finite(step, metrics, prompts)
         clock.lap("update")
         metrics |= clock.stop(tokens=int(rollout.response_mask.sum()))

@@ -160,7 +160,7 @@ def diagnose(
     try:
         optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
         grpo = replace(args, lambda_attn=0.0, beta=0.0, num_iterations=1)
-        norm = ral_grpo.update(model, optimizer, batches, grpo, measure=False)["train/grad_norm"]
+        norm = ral_grpo.update(model, optimizer, batches, grpo, step=1)["train/grad_norm"]
         require(math.isfinite(norm), f"--model {args.model}: the gradient of GRPO is {norm}")
         del optimizer
         moved = {key: [] for key in product(layers, ROWS)}

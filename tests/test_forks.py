@@ -102,7 +102,7 @@ def test_fixed_fraction_scales_the_attention_gradient(batch, monkeypatch):
 
     monkeypatch.setattr(script, "loss_terms", keep)
     args = toy_args(script, num_iterations=2, attn_fraction=0.25)
-    metrics = script.update(model, optimizer, [batch], args, measure=False)
+    metrics = script.update(model, optimizer, [batch], args, step=1)
     assert lambdas[0] == 0 and lambdas[-1] > 0
     weighted = lambdas[-1] * metrics["train/attn_grad_norm"]
     assert weighted == pytest.approx(0.25 * metrics["train/pg_grad_norm"], rel=1e-5)

@@ -129,7 +129,7 @@ def test_ral_acts(checkpoints, monkeypatch, sign, kind, row):
         return divergence.item(), (attention * target).sum(-1)[seen].mean().item()
 
     divergence, mass = measure()
-    ral_grpo.update(model, optimizer, [batch], args, measure=False)
+    ral_grpo.update(model, optimizer, [batch], args, step=1)
     after, mass_after = measure()
     assert (after - divergence) * sign < -1e-6
     assert (mass_after - mass) * sign > 1e-6

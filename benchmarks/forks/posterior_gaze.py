@@ -16,6 +16,7 @@ tokens alone, and so are the layers above it. The row is always the predicting o
     python benchmarks/forks/posterior_gaze.py --eta 8 --lambda-attn 10
 """
 
+import random
 import sys
 import time
 from collections import defaultdict
@@ -23,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
@@ -79,7 +80,9 @@ class Args(runs.RunArgs):
     group_size: int = 8
     """G, the responses per prompt (2 or more). Paper: 8."""
     num_iterations: int = 2
-    """Optimiser steps per rollout. [ours]"""
+    """Passes over a rollout, each with an optimiser step per minibatch. [ours]"""
+    num_minibatches: int = 1
+    """Minibatches of different prompts into which a rollout is cut. [ours]"""
     max_new_tokens: int = 768
     """Longest response in tokens."""
     temperature: float = 1.0
@@ -103,6 +106,10 @@ class Args(runs.RunArgs):
     """Attention row of token y_t. `own`: that of its own position, with its own column removed and
     the rest renormalised (paper). `predicting`: that of the position before, whose output predicts
     y_t [ours]."""
+    attn_reduction: Literal["mean", "sum"] = "mean"  # RAL (eq. 3)
+    """A response's attention term is the mean over its tokens, since eq. 3 is an expectation over t,
+    or their sum, as the paper writes out the total update. [ours] At 300 tokens, the sum makes
+    lambda_attn weigh 300 times as much."""
     attn_anchor: Literal["rollout", "reference"] = "rollout"  # RAL (eq. 3)
     """Anchor: the attention at rollout time (paper), or that of the frozen reference."""
     attn_divergence: Literal["jsd", "forward-kl", "reverse-kl"] = "jsd"  # RAL
@@ -119,6 +126,10 @@ class Args(runs.RunArgs):
         super().__post_init__()
         runs.require(self.group_size >= 2, f"--group-size {self.group_size}: needs 2 or more")
         runs.require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be in (0, 1]")
+        cut = (
+            f"--num-minibatches {self.num_minibatches}: must be 1; the first pass builds the target"
+        )
+        runs.require(self.num_minibatches == 1, cut)
         runs.require_not_negative(self, "lambda_attn", "attn_norm_every")
         fixed = self.attn_anchor == "rollout" and self.attn_divergence == "jsd"
         runs.require(fixed, "--attn-anchor, --attn-divergence: not in this fork")
@@ -215,6 +226,17 @@ def score_reference(reference: Module, batches: list[Batch], args: Args) -> None
         scores = common.score(reference, batch.rollout, args.temperature, layers)  # RAL
         batch.ref_logps = scores.logps
         for rows in scores.attentions.values():  # RAL
+            batch.old_attn = attention_policy(rows, args.attn_row)  # RAL
+
+
+@torch.no_grad()
+def score_old(model: Module, batches: list[Batch], args: Args) -> None:
+    """Add the rollout policy's own scores of the responses to each batch, before any step."""
+    for batch in batches:
+        scores = common.score(model, batch.rollout, args.temperature, [args.attn_layer])  # RAL
+        batch.old_logps = scores.logps
+        if batch.old_attn is None:  # RAL: else it is the reference's
+            rows = scores.attentions[args.attn_layer]  # RAL
             batch.old_attn = attention_policy(rows, args.attn_row)  # RAL
 
 
@@ -411,16 +433,17 @@ def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
     attn = attention_policy(scores.attentions[args.attn_layer], "predicting")
     if batch.old_attn is None:  # RAL: as for the log-probabilities below
         batch.old_attn = posterior_gaze(model, batch, inputs, attn.detach(), args)
-    if batch.old_logps is None:  # first inner iteration: the policy is still that of the rollout
+    if batch.old_logps is None:  # no step was taken yet: the policy is still that of the rollout
         batch.old_logps = scores.logps.detach()
     pg, clipped = clipped_loss(scores.logps, batch.old_logps, batch.advantages, args.clip_eps)
     kl = torch.zeros_like(pg) if batch.ref_logps is None else k3(scores.logps, batch.ref_logps)
     attn_jsd = divergence(attn, batch.old_attn, "forward-kl")
     terms = {"pg_loss": pg, "kl": kl, "entropy": scores.entropy, "clip_frac": clipped}
-    # RAL (eq. 3): the mean over a response's tokens is taken below, for all terms together.
     terms |= {"attn_jsd": attn_jsd, "attn_loss": batch.advantages.clamp_min(0) * attn_jsd}
     terms["attn_loss"] = (1 - scores.logps.detach().exp()) * terms["attn_loss"]
     terms = {name: common.response_mean(term, scores.mask) for name, term in terms.items()}
+    weights = scores.mask.sum(-1) if args.attn_reduction == "sum" else 1  # RAL (eq. 3)
+    terms["attn_loss"] = weights * terms["attn_loss"]  # RAL: T * mean = sum
     terms["loss"] = terms["pg_loss"] + args.beta * terms["kl"]
     terms["loss"] = terms["loss"] + args.lambda_attn * terms["attn_loss"]  # RAL
     return terms
@@ -430,32 +453,40 @@ def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
 
 
 def update(
-    model: Module, optimizer: Optimizer, batches: list[Batch], args: Args, measure: bool
+    model: Module, optimizer: Optimizer, batches: list[Batch], args: Args, step: int
 ) -> dict[str, float]:
-    """Take `num_iterations` optimiser steps on one rollout, each over all its microbatches. Returns
-    the metrics, averaged over these steps.
+    """Pass over a rollout `num_iterations` times, with an optimiser step for each minibatch.
+    Returns the metrics, averaged over these steps.
 
-    `train/attn_jsd_<k>` is the divergence in inner iteration k. `measure` adds the gradient norms
-    of the two terms in the last iteration.
+    The order of the minibatches in each pass depends on the seed and the step alone.
+    `train/attn_jsd_<k>` is the divergence before the k-th optimiser step. Every `attn_norm_every`
+    steps, the gradient norms of the two terms are measured before the last one.
     """
     model.train()
-    responses = sum(batch.rollout.truncated.numel() for batch in batches)
     metrics = defaultdict(float)
-    for iteration in range(1, args.num_iterations + 1):
-        for term in ("pg", "attn") if measure and iteration == args.num_iterations else ():  # RAL
+    rng = random.Random(f"{args.seed} {step}")
+    size = len(batches) // args.num_minibatches
+    minibatches = [batches[i : i + size] for i in range(0, len(batches), size)]
+    passes = [rng.sample(minibatches, len(minibatches)) for _ in range(args.num_iterations)]
+    schedule = list(chain(*passes))
+    # RAL: the two terms' gradient norms cost two passes, so not every step has them.
+    measure = args.attn_norm_every > 0 and step % args.attn_norm_every == 0  # RAL
+    for k, minibatch in enumerate(schedule, 1):  # RAL
+        responses = sum(batch.rollout.truncated.numel() for batch in minibatch)
+        for term in ("pg", "attn") if measure and k == len(schedule) else ():  # RAL
             terms_of = partial(loss_terms, model, args=args)  # RAL
-            norm = common.gradient_norm(model, terms_of, batches, f"{term}_loss")  # RAL
+            norm = common.gradient_norm(model, terms_of, minibatch, f"{term}_loss")  # RAL
             metrics[f"train/{term}_grad_norm"] = norm  # RAL
-        for batch in batches:
+        for batch in minibatch:
             terms = loss_terms(model, batch, args)
             (terms["loss"].sum() / responses).backward()
             for name, term in terms.items():
                 value = term.detach().sum().item() / responses
-                metrics[f"train/{name}"] += value / args.num_iterations
-            # RAL: also log the divergence of this iteration alone.
-            metrics[f"train/attn_jsd_{iteration}"] += terms["attn_jsd"].sum().item() / responses
+                metrics[f"train/{name}"] += value / len(schedule)
+            # RAL: also log the divergence before this step alone.
+            metrics[f"train/attn_jsd_{k}"] += terms["attn_jsd"].sum().item() / responses
         norm = runs.full_tensor(clip_grad_norm_(model.parameters(), args.max_grad_norm))
-        metrics["train/grad_norm"] += norm.item() / args.num_iterations
+        metrics["train/grad_norm"] += norm.item() / len(schedule)
         if not torch.isfinite(norm):
             break  # the training loop then stops the run
         optimizer.step()
@@ -525,16 +556,15 @@ def main(args: Args) -> dict[str, float]:
         rollout, texts, rewards, metrics = roll_out(model, processor, prompts, batch, args)
         clock.lap("rollout")
         advantages = group_advantages(rewards)
-        size = args.micro_batch_size
-        cuts = [slice(i, i + size) for i in range(0, len(prompts), size)]
+        cuts = common.cut_prompts(args)
         batches = [Batch(rollout[cut], advantages[cut]) for cut in cuts]
         if reference is not None:
             with common.without_adapters(reference):
                 score_reference(reference, batches, args)
         clock.lap("reference")
-        # RAL: the two terms' gradient norms cost two passes, so not every step has them.
-        measure = args.attn_norm_every > 0 and step % args.attn_norm_every == 0
-        metrics |= update(model, optimizer, batches, args, measure)
+        if args.num_minibatches > 1:  # with one, the first pass scores it, before any step
+            score_old(model, batches, args)
+        metrics |= update(model, optimizer, batches, args, step)
         run.require_finite(step, metrics, prompts)
         clock.lap("update")
         metrics |= clock.stop(tokens=int(rollout.response_mask.sum()))

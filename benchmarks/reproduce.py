@@ -68,6 +68,7 @@ from pictures import load_pyplot
 from prompts import collate, encode_prompt
 
 FIRST, SECOND = range(1, 11), range(11, 21)  # seeds of the two readings
+THIRD = range(21, 31)  # of what has cold starts of its own since
 STEPS = 60  # of every reinforcement-learning cell
 SFT_STEPS = 240  # as many optimiser steps: 60 x 4 inner iterations; SFT has no rollouts to pay for
 
@@ -140,6 +141,8 @@ ONE_SIDED = {
     "push alone, lambda 300": "push",
     "sign reversed, lambda 300": "reversed",
 }
+# One pass over four minibatches: as many optimiser steps as four passes over the whole rollout.
+MINIBATCHES = {"num_iterations": 1, "num_minibatches": 4}
 DISTILL = {"prompts_per_step": 8, "micro_batch_size": 8}
 
 
@@ -298,6 +301,18 @@ CLAIMS = {
     },
 }
 
+for task in ("images", "thinking"):
+    CLAIMS.setdefault("sum over tokens and reference anchor", {})[task] = {
+        "GRPO": GRPO,
+        **{f"RAL, own row, sum, lambda {x:g}": ral(**SUM, lambda_attn=x) for x in (0.5, 1.0, 5.0)},
+        "RAL, own row, reference anchor, lambda 1": ral(attn_row="own", attn_anchor="reference"),
+    }
+    CLAIMS.setdefault("four minibatches", {})[task] = {
+        "GRPO, 4 minibatches": grpo(**MINIBATCHES),
+        "RAL, own row, 4 minibatches, lambda 1": ral(attn_row="own", **MINIBATCHES),
+        "RAL, own row, 4 minibatches, sum, lambda 1": ral(**SUM, **MINIBATCHES),
+    }
+
 SECOND_CLAIMS = {"table-3, second reading", "without rewards", "posterior gaze"}
 SECOND_CLAIMS |= {"tables 1 and 2, second reading", "why, second reading"}
 
@@ -358,7 +373,8 @@ def judged(out: Path, evaluation: int = -1) -> dict[str, float]:
 
 
 def seeds_of(claim: str, args: Args) -> list[int]:
-    return args.seeds or list(SECOND if claim in SECOND_CLAIMS else FIRST)
+    third = claim in ("sum over tokens and reference anchor", "four minibatches")
+    return args.seeds or list(THIRD if third else SECOND if claim in SECOND_CLAIMS else FIRST)
 
 
 @torch.no_grad()

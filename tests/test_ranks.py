@@ -16,7 +16,7 @@ import common
 RL = {"group_size": 4, "micro_batch_size": 2, "max_new_tokens": 6, "eval_examples": 5}
 RL |= {"learning_rate": 3e-4, "steps": 3, "eval_every": 2}
 NAMES = ("sft", "grpo_baseline", "ral_grpo", "kd_baseline", "attn_distill", "LoRA", "idle rank")
-NAMES += ("tied embeddings", "uneven lengths")
+NAMES += ("tied embeddings", "uneven lengths", "minibatches")
 
 
 def jobs(real: Path, cold_start: Path, teacher: Path, processes: int) -> list:
@@ -41,6 +41,7 @@ def jobs(real: Path, cold_start: Path, teacher: Path, processes: int) -> list:
         ("ral_grpo", fields | norms | {"model": str(cold_start)}, "idle"),
         ("ral_grpo", fields | data | norms | one_prompt | {"model": str(real / "tied")}, ""),
         ("ral_grpo", fields | norms | {"model": str(cold_start)}, "uneven"),
+        ("ral_grpo", fields | norms | {"model": str(cold_start), "num_minibatches": 2}, ""),
     ]
 
 

@@ -1,0 +1,188 @@
+"""Minibatches of different prompts, and RAL's term as the paper writes out its gradient."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import load, make_prompts, make_rollout, same, toy_args
+
+import attn_distill
+import common
+import grpo_baseline
+import kd_baseline
+import ral_grpo
+import runs
+
+SCRIPTS = (grpo_baseline, ral_grpo, kd_baseline, attn_distill)
+
+
+def test_cuts_cover_every_prompt_once_and_none_crosses_a_minibatch():
+    for prompts, minibatches, size in ((8, 1, 3), (8, 2, 3), (8, 4, 16), (6, 3, 1)):
+        args = toy_args(ral_grpo, prompts_per_step=prompts, num_minibatches=minibatches)
+        args.micro_batch_size = size
+        cuts = [list(range(prompts))[cut] for cut in common.cut_prompts(args)]
+        assert [i for cut in cuts for i in cut] == list(range(prompts))
+        assert max(map(len, cuts)) <= size
+        part = prompts // minibatches
+        assert len(cuts) % minibatches == 0
+        assert all(cut[0] // part == cut[-1] // part for cut in cuts)
+    whole = toy_args(ral_grpo, prompts_per_step=5, micro_batch_size=2)
+    assert common.cut_prompts(whole) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_pass_takes_every_minibatch_in_an_order_of_seed_and_step(script, monkeypatch):
+    """Two microbatches in each of four minibatches."""
+    taken = []
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer.register_step_post_hook(lambda *_: taken.append("step"))
+
+    def loss_terms(*inputs):
+        taken.append(inputs[-2].number)
+        value = model.weight.expand(1, 2)
+        return {"loss": value, "attn_jsd": value}
+
+    monkeypatch.setattr(script, "loss_terms", loss_terms)
+    rollout = SimpleNamespace(truncated=torch.zeros(1, 2))
+    batches = [SimpleNamespace(rollout=rollout, number=n) for n in range(8)]
+
+    def passes(step: int, seed: int) -> list:
+        taken.clear()
+        args = toy_args(script, num_iterations=2, num_minibatches=4, seed=seed)
+        teacher = [model] if "teacher" in script.update.__annotations__ else []
+        script.update(model, *teacher, optimizer, batches, args, step)
+        assert taken[2::3] == ["step"] * 8
+        pairs = list(zip(taken[0::3], taken[1::3], strict=True))
+        assert all(a % 2 == 0 and b == a + 1 for a, b in pairs)
+        for k in (0, 4):
+            assert sorted(a for a, _ in pairs[k : k + 4]) == [0, 2, 4, 6]
+        return pairs
+
+    orders = [passes(step, seed) for step in (1, 2) for seed in (1, 2)]
+    random.seed(0)  # of no consequence
+    assert passes(1, 1) == orders[0]
+    assert len({str(order) for order in orders}) == 4 and orders[0][:4] != orders[0][4:]
+
+
+FOUR = {"prompts_per_step": 4, "num_minibatches": 2, "num_iterations": 1}
+
+
+@pytest.mark.parametrize("script", [grpo_baseline, ral_grpo])
+def test_the_policy_to_compare_with_is_the_rollouts_for_every_prompt(script, train, monkeypatch):
+    """In the first minibatch the ratio is 1 and the divergence 0, in the second not, although the
+    weights of its first pass are those of the whole step's first."""
+    seen = []
+    terms_of = script.loss_terms
+
+    def keep(model, batch, args):
+        assert batch.old_logps is not None  # scored before any step
+        with torch.no_grad():
+            logps = common.score(model, batch.rollout, args.temperature).logps
+        seen.append((logps - batch.old_logps).abs().max().item())
+        return terms_of(model, batch, args)
+
+    monkeypatch.setattr(script, "loss_terms", keep)
+    lines, _ = (
+        train(script, attn_norm_every=0, **FOUR) if script is ral_grpo else train(script, **FOUR)
+    )
+    assert len(seen) == 4 and seen[0] == seen[2] == 0 < min(seen[1], seen[3])
+    if script is ral_grpo:
+        assert lines[1]["train/attn_jsd_1"] == 0 < lines[1]["train/attn_jsd_2"]
+
+
+def test_the_reference_stays_the_anchor(train):
+    lines, _ = train(ral_grpo, attn_anchor="reference", **FOUR)
+    assert lines[1]["train/attn_jsd_1"] == 0 < lines[2]["train/attn_jsd_1"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_update_does_not_depend_on_the_size_of_microbatches(script, train, teacher):
+    fields = FOUR | {"learning_rate": 1e-4}
+    fields |= {"teacher": str(teacher)} if script in SCRIPTS[2:] else {}
+    lines, weights = train(script, micro_batch_size=1, **fields)
+    others, same_weights = train(script, micro_batch_size=2, **fields)
+    for ours, theirs in zip(lines, others, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    for name in weights:
+        torch.testing.assert_close(same_weights[name], weights[name], atol=2e-5, rtol=0)
+    whole, _ = train(script, micro_batch_size=2, **fields | {"num_minibatches": 1})
+    assert whole[1]["rollout/reward"] == lines[1]["rollout/reward"]
+    assert whole[1]["train/grad_norm"] != lines[1]["train/grad_norm"]
+
+
+def test_a_resumed_run_takes_its_minibatches_in_the_same_order(cold_start, tmp_path):
+    fields = FOUR | {"group_size": 4, "eval_examples": 8, "save_every": 2, "learning_rate": 1e-3}
+    weights = []
+    for name, stops in (("whole", (4,)), ("resumed", (2, 4))):
+        for steps in stops:
+            resume = {"resume": "auto"} if steps != stops[0] else {}
+            args = {"model": str(cold_start), "out": str(tmp_path / name), "steps": steps}
+            ral_grpo.main(toy_args(ral_grpo, **fields, **args, **resume))
+        model, _ = load(tmp_path / name / "checkpoint")
+        weights.append(model.state_dict())
+    assert same(*weights)
+
+
+def test_minibatches_are_of_equal_size():
+    with pytest.raises(runs.UsageError, match="--num-minibatches 3: must divide --prompts-per-st"):
+        ral_grpo.Args(prompts_per_step=8, num_minibatches=3)
+
+
+@pytest.mark.parametrize("length", [1, 6])
+def test_the_sum_is_the_mean_with_lambda_times_the_length(checkpoints, length):
+    model, processor = load(checkpoints["qwen2_vl"])
+    rollout = make_rollout(model, processor, make_prompts(model, processor), ((length,) * 3,) * 2)
+    batch = ral_grpo.Batch(rollout, torch.randn(2, 3, 1))
+    ral_grpo.score_old(model, [batch], toy_args(ral_grpo))
+    batch.old_attn = batch.old_attn.roll(1, dims=1)
+    gradients = []
+    for reduction, weight in (("sum", 1.0), ("mean", float(length))):
+        args = toy_args(ral_grpo, attn_reduction=reduction, lambda_attn=weight)
+        model.zero_grad()
+        ral_grpo.loss_terms(model, batch, args)["loss"].sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_total_gradient_is_the_papers(monkeypatch):
+    """A plain loop over its unnumbered equations, with one head, whose logits e_{t,i} = x_t W k_i:
+    dJSD/dp = 1/2 ln(2p / (p + p_old)), the softmax Jacobian, and the sum of A dJ/de de/dW."""
+    torch.manual_seed(0)
+    (g, t, p, d), lengths = (3, 5, 4, 6), (5, 2, 4)
+    kinds = {"dtype": torch.float64}
+    x, keys = torch.randn(g, t, d, **kinds), torch.randn(g, p + t, d, **kinds)
+    weight = torch.randn(d, d, **kinds, requires_grad=True)
+    mask = torch.arange(t) < torch.tensor(lengths)[:, None]
+    advantages = torch.tensor([1.3, -0.4, 0.0], **kinds)
+    later = torch.ones(t, p + t, dtype=torch.bool).triu(p + 1)
+
+    def rows(weight: torch.Tensor) -> torch.Tensor:  # (1, G, T + 1, P + T); row 0 is not used
+        logits = (x @ weight @ keys.mT).masked_fill(later, -torch.inf)
+        return torch.cat([torch.zeros(g, 1, p + t, **kinds), logits.softmax(-1)], dim=1)[None]
+
+    def score(*_) -> common.Scores:
+        zeros = torch.zeros(1, g, t, **kinds)
+        return common.Scores(zeros, zeros, mask[None], None, {-1: rows(weight)})
+
+    monkeypatch.setattr(common, "score", score)
+    moved = weight.detach() + 0.3 * torch.randn(d, d, **kinds)
+    old = ral_grpo.attention_policy(rows(moved), "own").detach()
+    rollout = SimpleNamespace()
+    batch = ral_grpo.Batch(rollout, advantages[None, :, None], None, torch.zeros(1, g, t), old)
+    args = toy_args(ral_grpo, attn_reduction="sum")
+    ral_grpo.loss_terms(None, batch, args)["attn_loss"].sum().backward()
+
+    expected = torch.zeros(d, d, **kinds)
+    for i in range(g):
+        for s in range(lengths[i]):
+            logits = x[i, s] @ weight.detach() @ keys[i, : p + s].T
+            now, before = logits.exp() / logits.exp().sum(), old[0, i, s, : p + s]
+            by_p = (2 * now / (now + before)).log() / 2
+            by_e = now * (by_p - (now * by_p).sum())
+            for j in range(p + s):
+                expected += advantages[i] * by_e[j] * torch.outer(x[i, s], keys[i, j])
+    assert expected.norm() > 1e-3
+    torch.testing.assert_close(weight.grad, expected, atol=1e-9, rtol=1e-6)

@@ -95,7 +95,7 @@ class Args(runs.RunArgs):
     the rest renormalised (paper). `predicting`: that of the position before, whose output predicts
     y_t [ours]."""
     attn_reduction: Literal["mean", "sum"] = "mean"  # RAL (eq. 3)
-    """A response's attention term is the mean over its tokens, since eq. 3 is an expectation over t,
+    """A response's attention term: the mean over its tokens, since eq. 3 is an expectation over t,
     or their sum, as the paper writes out the total update. [ours] At 300 tokens, the sum makes
     lambda_attn weigh 300 times as much."""
     attn_anchor: Literal["rollout", "reference"] = "rollout"  # RAL (eq. 3)

@@ -57,7 +57,12 @@ def write_tokenizer(directory: Path, corpus=CORPUS, template=TEMPLATE) -> Qwen2T
 
 
 def write_checkpoint(
-    directory: Path, family: str, seed: int = 0, tied: bool = False, template: str | None = None
+    directory: Path,
+    family: str,
+    seed: int = 0,
+    tied: bool = False,
+    template: str | None = None,
+    layers: int = 2,
 ) -> None:
     """Random weights behind the real configuration classes, with all files of a downloaded one.
     `tied`, as at 2B, the output layer is the embedding."""
@@ -68,7 +73,7 @@ def write_checkpoint(
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
         "intermediate_size": 128,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "initializer_range": 0.05,

@@ -63,11 +63,11 @@ class Args(runs.RunArgs):
     """Run directory. A run that is already there is moved to OUT.1, OUT.2 and so on."""
     think: bool = True
     """Respond with a thought, then the answer (paper), or with the answer alone (RAL-zero)."""
-    steps: int = 800
-    """Training steps. The paper's 51,200 examples are 800 steps of 8 prompts on 8 ranks. [ours]"""
+    steps: int | None = None
+    """Training steps. Unset: one pass over the rows of --data (paper); 800 without. 51,200 rows are
+    6,400 steps on one rank and 800 on 8, at 8 prompts on each."""
     learning_rate: float | None = None
-    """Constant learning rate of AdamW. Unset: 1e-6, as in Video-R1 (a digest of the paper says
-    1e-5), or 2e-5 for adapters [ours]."""
+    """Learning rate of AdamW, constant [ours]. Unset: 1e-5 (paper), or 2e-5 for adapters [ours]."""
     train_vision: bool = False
     """Also train the vision encoder; every pass then recomputes its features. Paper: frozen."""
     lora_rank: int | None = None
@@ -81,7 +81,8 @@ class Args(runs.RunArgs):
     """Prompts per forward pass, with all their responses. It changes memory and speed, not the
     update."""
     prompts_per_step: int = 8
-    """Prompts per rollout on each rank. [ours]"""
+    """Prompts per rollout on each rank. [ours] The paper's "rollout batch size" of 8 may also count
+    the prompts of all ranks (then 1 on each of 8) or the responses to one."""
     group_size: int = 8
     """G, the responses per prompt (2 or more). Paper: 8."""
     num_iterations: int = 1
@@ -89,18 +90,19 @@ class Args(runs.RunArgs):
     num_minibatches: int = 1
     """Minibatches of different prompts into which a rollout is cut. [ours]"""
     max_new_tokens: int = 768
-    """Longest response in tokens."""
+    """Longest response in tokens. [ours]"""
     temperature: float = 1.0
-    """Temperature of the policy, in sampling and in every loss. A digest of the paper says 0.9."""
+    """Temperature of the policy, in sampling and in every loss. The paper has 1 in table 1 and 0.9
+    in its text."""
     top_p: float = 1.0
     """Probability mass for nucleus sampling, in (0, 1]. The losses use the full distribution."""
     accuracy_rule: Literal["by-type", "exact"] = "by-type"
-    """How an answer is compared with the solution: by problem type, as in Video-R1, or by exact
-    match (paper)."""
+    """How an answer is compared with the solution: by problem type [ours, as in Video-R1, whose
+    rows have numbers and free text], or by exact match (paper)."""
     clip_eps: float = 0.2
     """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]. [ours]"""
     beta: float = 0.04
-    """Weight of the KL to the starting model; 0: no reference. A digest of the paper says 0.04."""
+    """Weight of the KL to the starting model; 0: no reference. Paper: 0.04."""
 
     teacher: str = "runs/teacher/checkpoint"
     """Checkpoint directory or hub name of the teacher. It must have the student's tokenizer."""
@@ -469,7 +471,9 @@ def main(args: Args) -> dict[str, float]:
     is_toy, task = toy.resolve_task(args, args.model)
     check_files(args, is_toy)
     runs.seed_everything(args.seed)
-    processor = common.load_processor(args.model, args.image_tokens, args.frame_tokens)
+    processor = common.load_processor(
+        args.model, args.image_tokens, args.frame_tokens, args.min_image_tokens
+    )
     common.require_layer("--attn-layer", args.attn_layer, processor.config)  # Attention
     processor.prompt_config = PromptConfig(
         prompts={} if is_toy else PROMPTS,  # a toy knows only its own words
@@ -481,13 +485,15 @@ def main(args: Args) -> dict[str, float]:
     if args.check_data:
         return check_data(args, encode, args.accuracy_rule)
     train, held_out, bad_rows = open_data(args, encode, task)
+    if args.steps is None:
+        args = replace(args, steps=train.steps(args.prompts_per_step))
     other = common.load_processor(args.teacher, field="--teacher").config
     common.require_layer("--teacher-attn-layer", args.teacher_attn_layer, other)  # Attention
     needs_reference = args.beta > 0 and args.rl_coef > 0
     config, evaluated = processor.config, args.evaluate_teacher
     args = fit_memory(args, config, args.group_size, needs_reference, other, evaluated)
     if args.learning_rate is None:
-        args = replace(args, learning_rate=2e-5 if args.lora_rank else 1e-6)
+        args = replace(args, learning_rate=2e-5 if args.lora_rank else 1e-5)
     state = runs.find_state(args)
     model = common.load_model(
         args.model,

@@ -14,11 +14,11 @@ width, since the loss compares only distributions over the same tokens. The meth
 marked `# Attention` and the functions `attention_policy`, `divergence` and `frame_bins`:
 `diff kd_baseline.py attn_distill.py`.
 
-Known from the paper: the terms, and gamma_attn, tried at 0.05, 0.5 and 1. Our reading [ours]: the
-choices of kd_baseline.py, and
-  1. The last layer of both models. `--attn-row predicting` and `--attn-reduction mean` are
-     alternatives.
-  2. `--attn-bins frames`, as in a successor paper for videos, see `frame_bins`.
+[ours] marks what the paper does not say, or says in two ways: the choices of kd_baseline.py, and
+  1. gamma_attn is 1. The paper tried 0.05, 0.5 and 1, and does not say which made its tables.
+  2. The predicting row, the mean over tokens, other layers and other divergences: the paper has its
+     own row (eq. 2), the sum, the last layer of both models and JSD alone.
+  3. `--attn-bins frames`, as in CAPD, a successor for videos of 2026; see `frame_bins`.
 
     python sft.py --toy-size large --stop-accuracy 0.99 --eval-above 0.8 --out runs/teacher
     python attn_distill.py --teacher runs/teacher/checkpoint             # from runs/sft
@@ -62,7 +62,8 @@ class Args(runs.RunArgs):
     out: str = f"runs/{Path(__file__).stem}"
     """Run directory. A run that is already there is moved to OUT.1, OUT.2 and so on."""
     think: bool = True
-    """Respond with a thought, then the answer (paper), or with the answer alone (RAL-zero)."""
+    """Respond with a thought, then the answer, or with the answer alone. Paper: the first, and in
+    both stages the second for RAL-zero, with a format reward for the answer alone."""
     steps: int | None = None
     """Training steps. Unset: one pass over the rows of --data (paper); 800 without. 51,200 rows are
     6,400 steps on one rank and 800 on 8, at 8 prompts on each."""
@@ -105,24 +106,25 @@ class Args(runs.RunArgs):
     """Weight of the KL to the starting model; 0: no reference. Paper: 0.04."""
 
     teacher: str = "runs/teacher/checkpoint"
-    """Checkpoint directory or hub name of the teacher. It must have the student's tokenizer."""
+    """Checkpoint directory or hub name of the teacher. It must have the student's tokenizer. Paper:
+    Qwen2.5-VL-32B for a student of 7B."""
     evaluate_teacher: bool = False
     """Evaluate the teacher once, before training. With several ranks, each then holds all of the
     teacher's weights: 62 GB at 32B."""
     gkd_beta: float = 1.0
-    """1: KL(student || teacher); 0: KL(teacher || student); between: generalised JSD. [ours]"""
+    """1: KL(student || teacher) (paper); 0: KL(teacher || student); between: generalised JSD."""
     mu_gkd: float = 1.0
     """Weight of L_GKD, the distillation of the output distribution. [ours]"""
     rl_coef: float = 1.0
-    """Weight of the GRPO loss, including its KL penalty; 0: pure distillation. [ours]"""
+    """Weight of the GRPO loss, including its KL penalty. Paper: 1. 0: pure distillation."""
     gamma_attn: float = 1.0  # Attention (eq. 6)
-    """Weight of the attention term; 0: kd_baseline.py. The paper tried 0.05, 0.5 and 1, on the sum;
-    on the toy 0.5 and 1 raise accuracy at equal steps (docs/results.md)."""
+    """Weight of the attention term; 0: kd_baseline.py. [ours] The paper tried 0.05, 0.5 and 1, and
+    does not say which of them made its tables."""
     attn_layer: int = -1  # Attention
-    """The student's layer, counted from 0, or from the end if negative. Last, as in RAL. [ours]"""
+    """The student's layer, counted from 0, or from the end if negative. Paper: the last."""
     teacher_attn_layer: int = -1  # Attention
-    """The teacher's layer, counted in the same way."""
-    attn_row: Literal["own", "predicting"] = "own"  # Attention
+    """The teacher's layer, counted in the same way. Paper: the last."""
+    attn_row: Literal["own", "predicting"] = "own"  # Attention (eq. 2)
     """Attention row of token y_t. `own`: that of its own position, with its own column removed and
     the rest renormalised (paper). `predicting`: that of the position before, whose output predicts
     y_t [ours]."""
@@ -130,9 +132,9 @@ class Args(runs.RunArgs):
     """A response's divergence is the sum over its tokens (paper), or their mean [ours], as in L_RL
     and L_GKD. For a response of 300 tokens, the sum makes gamma_attn weigh 300 times as much."""
     attn_divergence: Literal["jsd", "forward-kl", "reverse-kl"] = "jsd"  # Attention
-    """JSD (paper); forward: KL(teacher || student); reverse: KL(student || teacher)."""
+    """JSD (paper), KL(teacher || student) or KL(student || teacher) [ours]."""
     attn_bins: Literal["tokens", "frames"] = "tokens"  # Attention
-    """Compare the attention token by token (paper), or summed over each temporal patch."""
+    """Compare the attention token by token (paper), or summed over each temporal patch [ours]."""
     attn_norm_every: int = 10  # Attention
     """Steps between measurements of each distillation term's own gradient norm, which cost two
     extra passes; 0: never. If gamma_attn * `train/attn_grad_norm` is far above mu_gkd *
@@ -182,7 +184,7 @@ PROMPTS = {
 
 
 def reward(accuracy: Tensor, format: Tensor) -> Tensor:
-    """The paper's reward of each response, from its accuracy and format reward."""
+    """The reward of each response, from its accuracy and format reward (paper)."""
     return 0.9 * accuracy + 0.1 * format
 
 
@@ -255,8 +257,8 @@ def score_old(model: Module, batches: list[Batch], args: Args) -> None:
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G, 1): one for all
-    tokens of a response; std with ddof 1 [ours].
+    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group (eq. 8), (B, G, 1): one
+    for all tokens of a response; std with ddof 1, and the 1e-4, are [ours].
 
     They are exactly 0 where all rewards of a group are equal. The rewards themselves decide this:
     eight float32 rewards of 0.9 have a std of 6e-8 and would otherwise get an advantage.
@@ -275,8 +277,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
 def clipped_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, clip_eps: float
 ) -> tuple[Tensor, Tensor]:
-    """GRPO's loss -min(ratio A, clip(ratio) A) of each token, and 1 where the clipped term is the
-    smaller one, else 0; both (B, G, T)."""
+    """GRPO's loss -min(ratio A, clip(ratio) A) of each token (eq. 1; the clip is [ours]), and 1
+    where the clipped term is the smaller one, else 0; both (B, G, T)."""
     ratio = torch.exp(logps - old_logps)
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
     return -torch.minimum(unclipped, clipped), (clipped < unclipped).float()
@@ -323,7 +325,7 @@ def attention_policy(rows: Tensor, row: str) -> Tensor:
     """The attention policy of each response token, (B, G, T, P + T).
 
     `rows` (B, G, T + 1, P + T) are the attention of the prompt's last position and of each response
-    token; each sums to 1. "own" is the paper's policy, the row of y_t without its own column:
+    token; each sums to 1. "own" is the policy of eq. 2, the row of y_t without its own column:
     p^t(i) = alpha_{t,i} / sum_{j <= t - 1} alpha_{t,j} for i <= t - 1. It is all zeros where y_t
     attends only to itself. "predicting" [ours] is the row of position t - 1, whose output predicts
     y_t: it sees the same positions and needs no denominator.
@@ -365,8 +367,8 @@ def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
 
 
 def frame_bins(attention: Tensor, prompts: PromptBatch) -> Tensor:
-    """Attention (B, G, T, P + T) summed over temporal patches, (B, G, T, F + 2) [successor paper].
-    An image is one temporal patch.
+    """Attention (B, G, T, P + T) summed over temporal patches, (B, G, T, F + 2), as in CAPD. An
+    image is one temporal patch.
 
     The last two bins hold the rest of the prompt and the earlier response, so rows still sum to 1.
     The visual bins are never renormalised to 1: the total attention to the video is distilled too.

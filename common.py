@@ -164,7 +164,7 @@ def load_model(
 ) -> Module:
     """Load a checkpoint of `FAMILIES` whose text layers run `grouped_attention`.
 
-    The vision encoder and its projector are frozen unless `train_vision` is set [paper: frozen].
+    The vision encoder and its projector are frozen unless `train_vision` is set (paper: frozen).
     Trained weights are float32, whatever the compute dtype: in pure bfloat16, an update at learning
     rate 1e-5 is below the resolution of most weights. `lora_rank` freezes all weights and trains
     adapters on the language model's linear layers instead. The function reads only safetensors
@@ -965,8 +965,8 @@ def extract_answer(text: str) -> str | None:
 
 
 def has_format(text: str, think: bool) -> bool:
-    """Whether `text` is `<think>...</think><answer>...</answer>` (paper) or, without `think`, the
-    answer alone [ours].
+    """Whether `text` is `<think>...</think><answer>...</answer>` or, without `think`, the answer
+    alone, as in the paper's RAL-zero.
 
     Each tag must occur exactly once, in order, and only white space may surround the pairs.
 
@@ -981,12 +981,12 @@ def has_format(text: str, think: bool) -> bool:
 
 
 def accuracy(text: str, example: Example, rule: str = "by-type") -> float:
-    """The paper's accuracy: the score of the first answer in `text`, between 0 and 1.
+    """The score of the first answer in `text`, between 0 and 1.
 
-    With `rule="exact"` (the paper's), or if the example has no problem type, an answer identical to
-    the solution scores 1 and any other scores 0. Otherwise the problem type selects the measure;
-    see answers.py. An answer longer than MAX_ANSWER characters scores 0, which bounds the time to
-    score a response.
+    With `rule="exact"` (paper), or if the example has no problem type, an answer identical to the
+    solution scores 1 and any other scores 0. Otherwise the problem type selects the measure [ours,
+    as in Video-R1]; see answers.py. An answer longer than MAX_ANSWER characters scores 0, which
+    bounds the time to score a response.
     """
     answer, solution = extract_answer(text), example.solution.strip()
     if answer is None:

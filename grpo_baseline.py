@@ -2,12 +2,12 @@
 the token policy alone.
 
 For every prompt, the script samples a group of G responses and rewards each with 0.9 * accuracy +
-0.1 * format. It turns the rewards of a group into advantages and takes clipped policy-gradient
-steps on the same responses, with a KL penalty toward the model that the run started from.
-`ral_grpo.py` is this file plus the attention policy: `diff grpo_baseline.py ral_grpo.py` shows the
-paper's idea.
+0.1 * format. It turns the rewards of a group into advantages (eq. 8) and takes clipped
+policy-gradient steps on the same responses (eq. 1, with its sign turned: a loss is lowered), with a
+KL penalty toward the model that the run started from. `ral_grpo.py` is this file plus the attention
+policy: `diff grpo_baseline.py ral_grpo.py` shows the paper's idea.
 
-The paper leaves these choices open [ours]:
+[ours] marks what the paper does not say, or says in two ways. Here it is:
   1. The clip range is 0.2. The KL is estimated with k3. The standard deviation has ddof 1, and
      1e-4 is added to it.
   2. Every response weighs the same: the loss is the mean over its tokens, then over all responses
@@ -17,6 +17,7 @@ The paper leaves these choices open [ours]:
      the old log-probabilities: the weights are still the rollout's, in the same layout and kernel
      that the later passes use. With several, they are scored before the first step.
   4. A response cut at `--max-new-tokens` stays in the loss and earns no format reward.
+  5. The learning rate is constant, and AdamW has betas 0.9 and 0.95 and no weight decay.
 
     python sft.py && python grpo_baseline.py                    # the toy, on a CPU, in minutes
     python grpo_baseline.py --model DIR_OR_HUB_NAME --data FILE # your own model and data
@@ -57,7 +58,8 @@ class Args(runs.RunArgs):
     out: str = f"runs/{Path(__file__).stem}"
     """Run directory. A run that is already there is moved to OUT.1, OUT.2 and so on."""
     think: bool = True
-    """Respond with a thought, then the answer (paper), or with the answer alone (RAL-zero)."""
+    """Respond with a thought, then the answer, or with the answer alone. Paper: the first, and in
+    both stages the second for RAL-zero, with a format reward for the answer alone."""
     steps: int | None = None
     """Training steps. Unset: one pass over the rows of --data (paper); 800 without. 51,200 rows are
     6,400 steps on one rank and 800 on 8, at 8 prompts on each."""
@@ -136,7 +138,7 @@ PROMPTS = {
 
 
 def reward(accuracy: Tensor, format: Tensor) -> Tensor:
-    """The paper's reward of each response, from its accuracy and format reward."""
+    """The reward of each response, from its accuracy and format reward (paper)."""
     return 0.9 * accuracy + 0.1 * format
 
 
@@ -205,8 +207,8 @@ def score_old(model: Module, batches: list[Batch], args: Args) -> None:
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G, 1): one for all
-    tokens of a response; std with ddof 1 [ours].
+    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group (eq. 8), (B, G, 1): one
+    for all tokens of a response; std with ddof 1, and the 1e-4, are [ours].
 
     They are exactly 0 where all rewards of a group are equal. The rewards themselves decide this:
     eight float32 rewards of 0.9 have a std of 6e-8 and would otherwise get an advantage.
@@ -225,8 +227,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
 def clipped_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, clip_eps: float
 ) -> tuple[Tensor, Tensor]:
-    """GRPO's loss -min(ratio A, clip(ratio) A) of each token, and 1 where the clipped term is the
-    smaller one, else 0; both (B, G, T)."""
+    """GRPO's loss -min(ratio A, clip(ratio) A) of each token (eq. 1; the clip is [ours]), and 1
+    where the clipped term is the smaller one, else 0; both (B, G, T)."""
     ratio = torch.exp(logps - old_logps)
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
     return -torch.minimum(unclipped, clipped), (clipped < unclipped).float()

@@ -7,17 +7,17 @@ distributions over the whole vocabulary, in addition to the GRPO loss of grpo_ba
 
     loss = rl_coef * L_RL + mu_gkd * L_GKD             (eq. 6 without its attention term)
 
+L_GKD is the reverse KL, KL(student || teacher), and L_RL stays in, as in the paper's baseline.
 `--rl-coef 0` is pure distillation and needs neither a reward nor a reference. `attn_distill.py` is
 this file plus the teacher's attention: `diff kd_baseline.py attn_distill.py`.
 
-Known from the paper: on-policy rollouts, both terms on the same tokens, full vocabulary. Our
-reading [ours]:
-  1. The divergence is KL(student || teacher) with `--gkd-beta 1` and KL(teacher || student) with 0.
-     Values between give the generalised Jensen-Shannon divergence, which vanishes toward both ends:
-     the ends are special cases, not its limits.
+[ours] marks what the paper does not say, or says in two ways: the choices of grpo_baseline.py, and
+  1. mu_gkd is 1. One optimiser step per rollout keeps distillation on policy.
   2. `--temperature` divides the logits of both models, in the loss as in sampling.
-  3. mu_gkd and rl_coef are 1. One optimiser step per rollout keeps distillation on policy.
-  4. E_t is the mean of grpo_baseline.py: over a response's tokens, then over responses.
+  3. L_GKD is the mean over a response's tokens, then over responses, as L_RL is.
+  4. Other divergences: KL(teacher || student) with `--gkd-beta 0`, and between 0 and 1 the
+     generalised Jensen-Shannon divergence, which vanishes toward both ends: the ends are special
+     cases, not its limits.
 
     python sft.py --toy-size large --stop-accuracy 0.99 --eval-above 0.8 --out runs/teacher
     python kd_baseline.py --teacher runs/teacher/checkpoint              # from runs/sft
@@ -59,7 +59,8 @@ class Args(runs.RunArgs):
     out: str = f"runs/{Path(__file__).stem}"
     """Run directory. A run that is already there is moved to OUT.1, OUT.2 and so on."""
     think: bool = True
-    """Respond with a thought, then the answer (paper), or with the answer alone (RAL-zero)."""
+    """Respond with a thought, then the answer, or with the answer alone. Paper: the first, and in
+    both stages the second for RAL-zero, with a format reward for the answer alone."""
     steps: int | None = None
     """Training steps. Unset: one pass over the rows of --data (paper); 800 without. 51,200 rows are
     6,400 steps on one rank and 800 on 8, at 8 prompts on each."""
@@ -102,16 +103,17 @@ class Args(runs.RunArgs):
     """Weight of the KL to the starting model; 0: no reference. Paper: 0.04."""
 
     teacher: str = "runs/teacher/checkpoint"
-    """Checkpoint directory or hub name of the teacher. It must have the student's tokenizer."""
+    """Checkpoint directory or hub name of the teacher. It must have the student's tokenizer. Paper:
+    Qwen2.5-VL-32B for a student of 7B."""
     evaluate_teacher: bool = False
     """Evaluate the teacher once, before training. With several ranks, each then holds all of the
     teacher's weights: 62 GB at 32B."""
     gkd_beta: float = 1.0
-    """1: KL(student || teacher); 0: KL(teacher || student); between: generalised JSD. [ours]"""
+    """1: KL(student || teacher) (paper); 0: KL(teacher || student); between: generalised JSD."""
     mu_gkd: float = 1.0
     """Weight of L_GKD, the distillation of the output distribution. [ours]"""
     rl_coef: float = 1.0
-    """Weight of the GRPO loss, including its KL penalty; 0: pure distillation. [ours]"""
+    """Weight of the GRPO loss, including its KL penalty. Paper: 1. 0: pure distillation."""
 
     def may_change(self) -> set[str]:
         return super().may_change() | {"evaluate_teacher"}
@@ -156,7 +158,7 @@ PROMPTS = {
 
 
 def reward(accuracy: Tensor, format: Tensor) -> Tensor:
-    """The paper's reward of each response, from its accuracy and format reward."""
+    """The reward of each response, from its accuracy and format reward (paper)."""
     return 0.9 * accuracy + 0.1 * format
 
 
@@ -229,8 +231,8 @@ def score_old(model: Module, batches: list[Batch], args: Args) -> None:
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G, 1): one for all
-    tokens of a response; std with ddof 1 [ours].
+    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group (eq. 8), (B, G, 1): one
+    for all tokens of a response; std with ddof 1, and the 1e-4, are [ours].
 
     They are exactly 0 where all rewards of a group are equal. The rewards themselves decide this:
     eight float32 rewards of 0.9 have a std of 6e-8 and would otherwise get an advantage.
@@ -249,8 +251,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
 def clipped_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, clip_eps: float
 ) -> tuple[Tensor, Tensor]:
-    """GRPO's loss -min(ratio A, clip(ratio) A) of each token, and 1 where the clipped term is the
-    smaller one, else 0; both (B, G, T)."""
+    """GRPO's loss -min(ratio A, clip(ratio) A) of each token (eq. 1; the clip is [ours]), and 1
+    where the clipped term is the smaller one, else 0; both (B, G, T)."""
     ratio = torch.exp(logps - old_logps)
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
     return -torch.minimum(unclipped, clipped), (clipped < unclipped).float()

@@ -9,9 +9,10 @@ The model is evaluated at once whenever the mean probability of the answers to a
 questions exceeds `--eval-above`. Video training (`--frames N`) starts on images, since N frames
 from scratch take far longer.
 
-Differences from the paper's stage 1 [ours]: the loss is -log p of the response, averaged over the
-tokens of a response and then over responses, as in the RL scripts. It uses the same packed layout,
-with one response per prompt.
+The paper trains stage 1 on Video-R1-CoT-165k at a learning rate of 5e-6, with thought and answer in
+tags, and for RAL-zero without the thoughts (`--no-think`). [ours] marks what it does not say: the
+loss is -log p of the response, averaged over the tokens of a response and then over responses, as
+in the RL scripts; the schedule, the warm-up, the number of epochs and of demonstrations a step.
 
     python sft.py                        # the toy from scratch, about a minute on two cores
     python sft.py --think                # the same, with a thought before the answer
@@ -58,7 +59,8 @@ class Args(runs.RunArgs):
     out: str = f"runs/{Path(__file__).stem}"
     """Run directory. A run that is already there is moved to OUT.1, OUT.2 and so on."""
     think: bool = True
-    """Respond with a thought, then the answer (paper), or with the answer alone (RAL-zero)."""
+    """Respond with a thought, then the answer, or with the answer alone. Paper: the first, and in
+    both stages the second for RAL-zero, with a format reward for the answer alone."""
     steps: int | None = None
     """Largest number of training steps. Unset: as many as --epochs needs, or 800 without --data."""
     learning_rate: float | None = None
@@ -78,11 +80,11 @@ class Args(runs.RunArgs):
     max_new_tokens: int = 768
     """Longest response in an evaluation, in tokens."""
     epochs: float = 1.0
-    """Passes over --data; used if --steps is not set."""
+    """Passes over --data; used if --steps is not set. [ours]"""
     schedule: Literal["constant", "cosine"] = "cosine"
     """Schedule of the learning rate after the warm-up. [ours]"""
     warmup_steps: int = 50
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0. [ours]"""
     toy_size: Literal["small", "large"] = "small"
     """Size of a new toy model: 0.7 M or 3.9 M parameters."""
     train_vision: bool = False

@@ -57,7 +57,8 @@ class Args(runs.RunArgs):
     out: str = f"runs/{Path(__file__).stem}"
     """Run directory. A run that is already there is moved to OUT.1, OUT.2 and so on."""
     think: bool = True
-    """Respond with a thought, then the answer (paper), or with the answer alone (RAL-zero)."""
+    """Respond with a thought, then the answer, or with the answer alone. Paper: the first, and in
+    both stages the second for RAL-zero, with a format reward for the answer alone."""
     steps: int | None = None
     """Training steps. Unset: one pass over the rows of --data (paper); 800 without. 51,200 rows are
     6,400 steps on one rank and 800 on 8, at 8 prompts on each."""
@@ -99,23 +100,25 @@ class Args(runs.RunArgs):
     beta: float = 0.04
     """Weight of the KL to the starting model; 0: no reference. Paper: 0.04."""
 
-    lambda_attn: float = 1.0  # RAL
-    """Weight of the attention term; 0: plain GRPO. A digest of the paper says 1 (and 0.5 and 5)."""
+    lambda_attn: float = 1.0  # RAL (eq. 4)
+    """Weight of the attention term; 0: plain GRPO. [ours] The paper tried 0.5, 1 and 5, and does
+    not say which of them made its tables."""
     attn_layer: int = -1  # RAL
     """Decoder layer whose attention is the policy, counted from 0, or from the end if negative.
     Paper: the last."""
-    attn_row: Literal["own", "predicting"] = "own"  # RAL
+    attn_row: Literal["own", "predicting"] = "own"  # RAL (eq. 2)
     """Attention row of token y_t. `own`: that of its own position, with its own column removed and
     the rest renormalised (paper). `predicting`: that of the position before, whose output predicts
     y_t [ours]."""
     attn_reduction: Literal["mean", "sum"] = "mean"  # RAL (eq. 3)
-    """A response's attention term is the mean over its tokens, since eq. 3 is an expectation over t,
-    or their sum, as the paper writes out the total update. [ours] At 300 tokens, the sum makes
-    lambda_attn weigh 300 times as much."""
+    """A response's attention term is the mean over its tokens (eq. 3 is an expectation over t) or
+    their sum, as in the paper's total update. [ours] At 300 tokens, the sum makes lambda_attn weigh
+    300 times as much."""
     attn_anchor: Literal["rollout", "reference"] = "rollout"  # RAL (eq. 3)
-    """Anchor: the attention at rollout time (paper), or that of the frozen reference."""
+    """Anchor p_old: the attention at rollout time ("old" in the paper), or that of the frozen
+    reference ("reference" in its introduction). [ours]"""
     attn_divergence: Literal["jsd", "forward-kl", "reverse-kl"] = "jsd"  # RAL
-    """JSD (paper); forward: KL(anchor || current); reverse: KL(current || anchor)."""
+    """JSD (paper), KL(anchor || current) or KL(current || anchor) [ours]."""
     eta: float = 8.0
     """Exponent of L: how far the target moves from where the response looked; 0: not at all."""
     shuffle_keys: bool = False
@@ -166,7 +169,7 @@ PROMPTS = {
 
 
 def reward(accuracy: Tensor, format: Tensor) -> Tensor:
-    """The paper's reward of each response, from its accuracy and format reward."""
+    """The reward of each response, from its accuracy and format reward (paper)."""
     return 0.9 * accuracy + 0.1 * format
 
 
@@ -246,8 +249,8 @@ def score_old(model: Module, batches: list[Batch], args: Args) -> None:
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G, 1): one for all
-    tokens of a response; std with ddof 1 [ours].
+    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group (eq. 8), (B, G, 1): one
+    for all tokens of a response; std with ddof 1, and the 1e-4, are [ours].
 
     They are exactly 0 where all rewards of a group are equal. The rewards themselves decide this:
     eight float32 rewards of 0.9 have a std of 6e-8 and would otherwise get an advantage.
@@ -266,8 +269,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
 def clipped_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, clip_eps: float
 ) -> tuple[Tensor, Tensor]:
-    """GRPO's loss -min(ratio A, clip(ratio) A) of each token, and 1 where the clipped term is the
-    smaller one, else 0; both (B, G, T)."""
+    """GRPO's loss -min(ratio A, clip(ratio) A) of each token (eq. 1; the clip is [ours]), and 1
+    where the clipped term is the smaller one, else 0; both (B, G, T)."""
     ratio = torch.exp(logps - old_logps)
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
     return -torch.minimum(unclipped, clipped), (clipped < unclipped).float()
@@ -284,7 +287,7 @@ def attention_policy(rows: Tensor, row: str) -> Tensor:
     """The attention policy of each response token, (B, G, T, P + T).
 
     `rows` (B, G, T + 1, P + T) are the attention of the prompt's last position and of each response
-    token; each sums to 1. "own" is the paper's policy, the row of y_t without its own column:
+    token; each sums to 1. "own" is the policy of eq. 2, the row of y_t without its own column:
     p^t(i) = alpha_{t,i} / sum_{j <= t - 1} alpha_{t,j} for i <= t - 1. It is all zeros where y_t
     attends only to itself. "predicting" [ours] is the row of position t - 1, whose output predicts
     y_t: it sees the same positions and needs no denominator.

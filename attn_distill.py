@@ -14,11 +14,11 @@ width, since the loss compares only distributions over the same tokens. The meth
 marked `# Attention` and the functions `attention_policy`, `divergence` and `frame_bins`:
 `diff kd_baseline.py attn_distill.py`.
 
-Known from the paper: the terms, and gamma_attn, tried at 0.05, 0.5 and 1. Our reading [ours]: the
-choices of kd_baseline.py, and
-  1. The last layer of both models. `--attn-row predicting` and `--attn-reduction mean` are
-     alternatives.
-  2. `--attn-bins frames`, as in a successor paper for videos, see `frame_bins`.
+[ours] marks what the paper does not say, or says in two ways: the choices of kd_baseline.py, and
+  1. gamma_attn is 1. The paper tried 0.05, 0.5 and 1, and does not say which made its tables.
+  2. The predicting row, the mean over tokens, other layers and other divergences: the paper has its
+     own row (eq. 2), the sum, the last layer of both models and JSD alone.
+  3. `--attn-bins frames`, as in CAPD, a successor for videos of 2026; see `frame_bins`.
 
     python sft.py --toy-size large --stop-accuracy 0.99 --eval-above 0.8 --out runs/teacher
     python attn_distill.py --teacher runs/teacher/checkpoint             # from runs/sft
@@ -62,12 +62,13 @@ class Args(runs.RunArgs):
     out: str = f"runs/{Path(__file__).stem}"
     """Run directory. A run that is already there is moved to OUT.1, OUT.2 and so on."""
     think: bool = True
-    """Respond with a thought, then the answer (paper), or with the answer alone (RAL-zero)."""
-    steps: int = 800
-    """Training steps. The paper's 51,200 examples are 800 steps of 8 prompts on 8 ranks. [ours]"""
+    """Respond with a thought, then the answer, or with the answer alone. Paper: the first, and in
+    both stages the second for RAL-zero, with a format reward for the answer alone."""
+    steps: int | None = None
+    """Training steps. Unset: one pass over the rows of --data (paper); 800 without. 51,200 rows are
+    6,400 steps on one rank and 800 on 8, at 8 prompts on each."""
     learning_rate: float | None = None
-    """Constant learning rate of AdamW. Unset: 1e-6, as in Video-R1 (a digest of the paper says
-    1e-5), or 2e-5 for adapters [ours]."""
+    """Learning rate of AdamW, constant [ours]. Unset: 1e-5 (paper), or 2e-5 for adapters [ours]."""
     train_vision: bool = False
     """Also train the vision encoder; every pass then recomputes its features. Paper: frozen."""
     lora_rank: int | None = None
@@ -81,7 +82,8 @@ class Args(runs.RunArgs):
     """Prompts per forward pass, with all their responses. It changes memory and speed, not the
     update."""
     prompts_per_step: int = 8
-    """Prompts per rollout on each rank. [ours]"""
+    """Prompts per rollout on each rank. [ours] The paper's "rollout batch size" of 8 may also count
+    the prompts of all ranks (then 1 on each of 8) or the responses to one."""
     group_size: int = 8
     """G, the responses per prompt (2 or more). Paper: 8."""
     num_iterations: int = 1
@@ -89,38 +91,40 @@ class Args(runs.RunArgs):
     num_minibatches: int = 1
     """Minibatches of different prompts into which a rollout is cut. [ours]"""
     max_new_tokens: int = 768
-    """Longest response in tokens."""
+    """Longest response in tokens. [ours]"""
     temperature: float = 1.0
-    """Temperature of the policy, in sampling and in every loss. A digest of the paper says 0.9."""
+    """Temperature of the policy, in sampling and in every loss. The paper has 1 in table 1 and 0.9
+    in its text."""
     top_p: float = 1.0
     """Probability mass for nucleus sampling, in (0, 1]. The losses use the full distribution."""
     accuracy_rule: Literal["by-type", "exact"] = "by-type"
-    """How an answer is compared with the solution: by problem type, as in Video-R1, or by exact
-    match (paper)."""
+    """How an answer is compared with the solution: by problem type [ours, as in Video-R1, whose
+    rows have numbers and free text], or by exact match (paper)."""
     clip_eps: float = 0.2
     """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]. [ours]"""
     beta: float = 0.04
-    """Weight of the KL to the starting model; 0: no reference. A digest of the paper says 0.04."""
+    """Weight of the KL to the starting model; 0: no reference. Paper: 0.04."""
 
     teacher: str = "runs/teacher/checkpoint"
-    """Checkpoint directory or hub name of the teacher. It must have the student's tokenizer."""
+    """Checkpoint directory or hub name of the teacher. It must have the student's tokenizer. Paper:
+    Qwen2.5-VL-32B for a student of 7B."""
     evaluate_teacher: bool = False
     """Evaluate the teacher once, before training. With several ranks, each then holds all of the
     teacher's weights: 62 GB at 32B."""
     gkd_beta: float = 1.0
-    """1: KL(student || teacher); 0: KL(teacher || student); between: generalised JSD. [ours]"""
+    """1: KL(student || teacher) (paper); 0: KL(teacher || student); between: generalised JSD."""
     mu_gkd: float = 1.0
     """Weight of L_GKD, the distillation of the output distribution. [ours]"""
     rl_coef: float = 1.0
-    """Weight of the GRPO loss, including its KL penalty; 0: pure distillation. [ours]"""
+    """Weight of the GRPO loss, including its KL penalty. Paper: 1. 0: pure distillation."""
     gamma_attn: float = 1.0  # Attention (eq. 6)
-    """Weight of the attention term; 0: kd_baseline.py. The paper tried 0.05, 0.5 and 1, on the sum;
-    on the toy 0.5 and 1 raise accuracy at equal steps (docs/results.md)."""
+    """Weight of the attention term; 0: kd_baseline.py. [ours] The paper tried 0.05, 0.5 and 1, and
+    does not say which of them made its tables."""
     attn_layer: int = -1  # Attention
-    """The student's layer, counted from 0, or from the end if negative. Last, as in RAL. [ours]"""
+    """The student's layer, counted from 0, or from the end if negative. Paper: the last."""
     teacher_attn_layer: int = -1  # Attention
-    """The teacher's layer, counted in the same way."""
-    attn_row: Literal["own", "predicting"] = "own"  # Attention
+    """The teacher's layer, counted in the same way. Paper: the last."""
+    attn_row: Literal["own", "predicting"] = "own"  # Attention (eq. 2)
     """Attention row of token y_t. `own`: that of its own position, with its own column removed and
     the rest renormalised (paper). `predicting`: that of the position before, whose output predicts
     y_t [ours]."""
@@ -128,9 +132,9 @@ class Args(runs.RunArgs):
     """A response's divergence is the sum over its tokens (paper), or their mean [ours], as in L_RL
     and L_GKD. For a response of 300 tokens, the sum makes gamma_attn weigh 300 times as much."""
     attn_divergence: Literal["jsd", "forward-kl", "reverse-kl"] = "jsd"  # Attention
-    """JSD (paper); forward: KL(teacher || student); reverse: KL(student || teacher)."""
+    """JSD (paper), KL(teacher || student) or KL(student || teacher) [ours]."""
     attn_bins: Literal["tokens", "frames"] = "tokens"  # Attention
-    """Compare the attention token by token (paper), or summed over each temporal patch."""
+    """Compare the attention token by token (paper), or summed over each temporal patch [ours]."""
     attn_norm_every: int = 10  # Attention
     """Steps between measurements of each distillation term's own gradient norm, which cost two
     extra passes; 0: never. If gamma_attn * `train/attn_grad_norm` is far above mu_gkd *
@@ -180,7 +184,7 @@ PROMPTS = {
 
 
 def reward(accuracy: Tensor, format: Tensor) -> Tensor:
-    """The paper's reward of each response, from its accuracy and format reward."""
+    """The reward of each response, from its accuracy and format reward (paper)."""
     return 0.9 * accuracy + 0.1 * format
 
 
@@ -253,8 +257,8 @@ def score_old(model: Module, batches: list[Batch], args: Args) -> None:
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G, 1): one for all
-    tokens of a response; std with ddof 1 [ours].
+    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group (eq. 8), (B, G, 1): one
+    for all tokens of a response; std with ddof 1, and the 1e-4, are [ours].
 
     They are exactly 0 where all rewards of a group are equal. The rewards themselves decide this:
     eight float32 rewards of 0.9 have a std of 6e-8 and would otherwise get an advantage.
@@ -273,8 +277,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
 def clipped_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, clip_eps: float
 ) -> tuple[Tensor, Tensor]:
-    """GRPO's loss -min(ratio A, clip(ratio) A) of each token, and 1 where the clipped term is the
-    smaller one, else 0; both (B, G, T)."""
+    """GRPO's loss -min(ratio A, clip(ratio) A) of each token (eq. 1; the clip is [ours]), and 1
+    where the clipped term is the smaller one, else 0; both (B, G, T)."""
     ratio = torch.exp(logps - old_logps)
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
     return -torch.minimum(unclipped, clipped), (clipped < unclipped).float()
@@ -321,7 +325,7 @@ def attention_policy(rows: Tensor, row: str) -> Tensor:
     """The attention policy of each response token, (B, G, T, P + T).
 
     `rows` (B, G, T + 1, P + T) are the attention of the prompt's last position and of each response
-    token; each sums to 1. "own" is the paper's policy, the row of y_t without its own column:
+    token; each sums to 1. "own" is the policy of eq. 2, the row of y_t without its own column:
     p^t(i) = alpha_{t,i} / sum_{j <= t - 1} alpha_{t,j} for i <= t - 1. It is all zeros where y_t
     attends only to itself. "predicting" [ours] is the row of position t - 1, whose output predicts
     y_t: it sees the same positions and needs no denominator.
@@ -363,8 +367,8 @@ def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
 
 
 def frame_bins(attention: Tensor, prompts: PromptBatch) -> Tensor:
-    """Attention (B, G, T, P + T) summed over temporal patches, (B, G, T, F + 2) [successor paper].
-    An image is one temporal patch.
+    """Attention (B, G, T, P + T) summed over temporal patches, (B, G, T, F + 2), as in CAPD. An
+    image is one temporal patch.
 
     The last two bins hold the rest of the prompt and the earlier response, so rows still sum to 1.
     The visual bins are never renormalised to 1: the total attention to the video is distilled too.
@@ -469,7 +473,9 @@ def main(args: Args) -> dict[str, float]:
     is_toy, task = toy.resolve_task(args, args.model)
     check_files(args, is_toy)
     runs.seed_everything(args.seed)
-    processor = common.load_processor(args.model, args.image_tokens, args.frame_tokens)
+    processor = common.load_processor(
+        args.model, args.image_tokens, args.frame_tokens, args.min_image_tokens
+    )
     common.require_layer("--attn-layer", args.attn_layer, processor.config)  # Attention
     processor.prompt_config = PromptConfig(
         prompts={} if is_toy else PROMPTS,  # a toy knows only its own words
@@ -481,13 +487,15 @@ def main(args: Args) -> dict[str, float]:
     if args.check_data:
         return check_data(args, encode, args.accuracy_rule)
     train, held_out, bad_rows = open_data(args, encode, task)
+    if args.steps is None:
+        args = replace(args, steps=train.steps(args.prompts_per_step))
     other = common.load_processor(args.teacher, field="--teacher").config
     common.require_layer("--teacher-attn-layer", args.teacher_attn_layer, other)  # Attention
     needs_reference = args.beta > 0 and args.rl_coef > 0
     config, evaluated = processor.config, args.evaluate_teacher
     args = fit_memory(args, config, args.group_size, needs_reference, other, evaluated)
     if args.learning_rate is None:
-        args = replace(args, learning_rate=2e-5 if args.lora_rank else 1e-6)
+        args = replace(args, learning_rate=2e-5 if args.lora_rank else 1e-5)
     state = runs.find_state(args)
     model = common.load_model(
         args.model,

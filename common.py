@@ -101,13 +101,13 @@ def load_processor(
     path: str | Path,
     image_tokens: int | None = None,
     frame_tokens: int | None = None,
+    min_image_tokens: int | None = None,
     field: str = "--model",
 ) -> Processor:
     """Load the config and processor of a checkpoint of `FAMILIES`, without its weights.
 
-    `image_tokens` and `frame_tokens` are the budgets of `Processor`. Base models get the chat
-    template of a chat model (`repair_turns`). A checkpoint without a `prompt.json` gets an empty
-    prompt configuration.
+    The numbers of tokens are the limits of `Processor`. Base models get the chat template of a chat
+    model (`repair_turns`). A checkpoint without a `prompt.json` gets an empty prompt configuration.
 
     Raises:
         UsageError: `path` is neither a checkpoint directory nor a hub name, is incomplete, or holds
@@ -137,9 +137,9 @@ def load_processor(
         files = {file.name: file for kind in kinds for file in folder.glob(kind)}
         files = {name: file.read_bytes() for name, file in files.items() if name not in weights}
         asked = read_prompt_config(files) or PromptConfig({})
-        processor = Processor(
-            config, tokenizer, image_processor, asked, files, image_tokens, frame_tokens
-        )
+        tokens = {"image_tokens": image_tokens, "min_image_tokens": min_image_tokens}
+        tokens |= {"frame_tokens": frame_tokens}
+        processor = Processor(config, tokenizer, image_processor, asked, files, **tokens)
         if changes := repair_turns(processor):
             print_once(f"{named}: {changes}")
     return processor
@@ -164,9 +164,9 @@ def load_model(
 ) -> Module:
     """Load a checkpoint of `FAMILIES` whose text layers run `grouped_attention`.
 
-    The vision encoder and its projector are frozen unless `train_vision` is set [paper: frozen].
+    The vision encoder and its projector are frozen unless `train_vision` is set (paper: frozen).
     Trained weights are float32, whatever the compute dtype: in pure bfloat16, an update at learning
-    rate 1e-6 is below the resolution of most weights. `lora_rank` freezes all weights and trains
+    rate 1e-5 is below the resolution of most weights. `lora_rank` freezes all weights and trains
     adapters on the language model's linear layers instead. The function reads only safetensors
     files and runs no code from the checkpoint.
 
@@ -965,8 +965,8 @@ def extract_answer(text: str) -> str | None:
 
 
 def has_format(text: str, think: bool) -> bool:
-    """Whether `text` is `<think>...</think><answer>...</answer>` (paper) or, without `think`, the
-    answer alone [ours].
+    """Whether `text` is `<think>...</think><answer>...</answer>` or, without `think`, the answer
+    alone, as in the paper's RAL-zero.
 
     Each tag must occur exactly once, in order, and only white space may surround the pairs.
 
@@ -981,12 +981,12 @@ def has_format(text: str, think: bool) -> bool:
 
 
 def accuracy(text: str, example: Example, rule: str = "by-type") -> float:
-    """The paper's accuracy: the score of the first answer in `text`, between 0 and 1.
+    """The score of the first answer in `text`, between 0 and 1.
 
-    With `rule="exact"` (the paper's), or if the example has no problem type, an answer identical to
-    the solution scores 1 and any other scores 0. Otherwise the problem type selects the measure;
-    see answers.py. An answer longer than MAX_ANSWER characters scores 0, which bounds the time to
-    score a response.
+    With `rule="exact"` (paper), or if the example has no problem type, an answer identical to the
+    solution scores 1 and any other scores 0. Otherwise the problem type selects the measure [ours,
+    as in Video-R1]; see answers.py. An answer longer than MAX_ANSWER characters scores 0, which
+    bounds the time to score a response.
     """
     answer, solution = extract_answer(text), example.solution.strip()
     if answer is None:

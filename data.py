@@ -1,6 +1,7 @@
 """Prompts that worker processes read and encode ahead of training; the options for data files."""
 
 import atexit
+import math
 import multiprocessing
 import os
 import signal
@@ -104,10 +105,12 @@ class Reader:
     workers: int
     bad_rows: BadRows
 
-    @property
-    def epoch(self) -> int:
-        """Number of rows to train on."""
-        return len(self.prompts.rows)
+    def steps(self, prompts_per_step: int, epochs: float = 1.0) -> int:
+        """Number of steps, of all ranks together, that read every row `epochs` times. The built-in
+        task has no end: 800."""
+        if self.prompts.rows is None:
+            return 800
+        return math.ceil(epochs * len(self.prompts.rows) / (prompts_per_step * world_size()))
 
     def begin(self, step: int, prompts_per_step: int) -> Iterator[Prompt]:
         """This rank's prompts from `step` on, counted from 1, without end. Ranks take turns."""
@@ -182,11 +185,11 @@ def check_files(args: Any, is_toy: bool) -> None:
         UsageError: the message names the arguments.
     """
     require_not_negative(args, "workers")
-    bounded = args.image_tokens is not None or args.frame_tokens is not None
-    sizes = "--image-tokens, --frame-tokens: on the toy a cell is a token"
+    bounded = any((args.image_tokens, args.min_image_tokens, args.frame_tokens))
+    sizes = "--image-tokens, --min-image-tokens, --frame-tokens: on the toy a cell is a token"
     require(not (is_toy and bounded), f"{sizes}; use sft.py --grid")
     if args.data is None:
-        names = ("eval_data", "media_root", "check_data", "fps")
+        names = ("eval_data", "media_root", "rows", "check_data", "fps")
         for name in names:
             given = bool(getattr(args, name))
             require(not given, f"--{name.replace('_', '-')}: needs --data")
@@ -205,18 +208,24 @@ def open_data(
     prompts; returns both with the record of bad rows. Without `--data`, they are those of the toy's
     `task`. `keep_media` is for rewards that see the training prompts' media.
 
-    Without `--eval-data`, up to `eval_examples` rows, but at most a tenth, are held out from
-    training for evaluation. They are the same for every seed.
+    Without `--eval-data`, up to `eval_examples` rows are held out for evaluation: rows behind those
+    that `--rows` trains on, if there are any, else at most a tenth of the rows to train on. They
+    are the same for every seed.
     """
     if args.data is None:
         return task.open_data(args, encode, keep_media=keep_media)
     train = held_out = DataFile(args.data, args.media_root, args.frames, args.fps)
-    rows = np.random.default_rng(0).permutation(len(train))
+    many = f"--rows {args.rows}: --data {args.data} has {len(train):,}"
+    require((args.rows or 0) <= len(train), f"{many}; leave it out")
+    rows, behind = np.split(np.arange(len(train)), [args.rows or len(train)])
     if args.eval_data:
         held_out = DataFile(args.eval_data, args.media_root, args.frames, args.fps, "--eval-data")
         apart = np.random.default_rng(0).permutation(len(held_out))[: args.eval_examples]
+    elif len(behind):
+        apart = np.random.default_rng(0).permutation(behind)[: args.eval_examples]
     else:
         require(len(rows) > 1, f"--data {args.data}: has one row; give --eval-data")
+        rows = np.random.default_rng(0).permutation(rows)
         apart, rows = np.split(rows, [min(args.eval_examples, max(1, len(rows) // 10))])
     apart, rows, max_tokens = np.sort(apart), np.sort(rows), args.max_prompt_tokens
     bad_rows = BadRows(args.max_skipped, len(train))

@@ -180,8 +180,8 @@ class DataFile:
     """The rows of a data file as `Example`s, read one at a time.
 
     `path` is that of `find_files`. `frames` and `fps` are those of `frame_indices`; without both, a
-    video gives 16 frames. Media are searched for under `roots`, by default the file's own
-    directory. Rank 0 prints which columns are read.
+    video gives a frame a second, as in the paper. Media are searched for under `roots`, by default
+    the file's own directory. Rank 0 prints which columns are read.
 
     Raises:
         UsageError: the file or a root does not exist, or the file holds no questions.
@@ -195,8 +195,8 @@ class DataFile:
         fps: float | None = None,
         option: str = "--data",
     ):
-        self.file, self.fps = Path(path).name, fps
-        self.frames = 16 if frames is None and fps is None else frames
+        self.file, self.frames = Path(path).name, frames
+        self.fps = 1.0 if frames is None and fps is None else fps
         for root in roots:
             require(Path(root).is_dir(), f"--media-root {root}: no such directory")
         try:

@@ -230,14 +230,18 @@ class Args:
     """Ask for a thought, then the answer, or for the answer alone. The default is that of the
     checkpoint's training run."""
     frames: tuple[int | None, ...] = (None,)
-    """Frames per video, one setting per value; unset: 16, on the toy those of its checkpoint."""
+    """Frames per video, evenly spaced, or at most with --fps; one setting per value. Unset: --fps a
+    second, at most 128, as in training; on the toy, as its checkpoint. The paper's sweep: 32, 64
+    and 128; it does not say the frames and pixels of its other evaluations."""
     fps: float | None = None
-    """Frames per second of each video instead, with --frames as the maximum."""
-    image_tokens: tuple[int | None, ...] = (256,)
-    """Maximum visual tokens of an image, one setting per value."""
-    frame_tokens: tuple[int | None, ...] = (256,)
-    """Maximum visual tokens of a pair of video frames, one setting per value. Video-R1 evaluates
-    with 256 and trains with 128."""
+    """Frames per second of video. Unset: 1, or --frames in all."""
+    image_tokens: tuple[int | None, ...] = (5120,)
+    """Maximum visual tokens of an image, one setting per value. The paper's sweep: 512, 1024 and
+    2048."""
+    min_image_tokens: int | None = 128
+    """Minimum visual tokens of an image, at most --image-tokens: smaller images are enlarged."""
+    frame_tokens: tuple[int | None, ...] = (128,)
+    """Maximum visual tokens of a pair of video frames, one setting per value."""
     grid: tuple[int | None, ...] = (None,)
     """Toy: cells along each side of the pictures, one setting per value; unset: the
     checkpoint's."""
@@ -278,13 +282,14 @@ class Args:
         runs.require(enough, f"--grid {self.grid}: needs 3 or more")
         runs.require_not_empty(self, "model", "data", "out")
         runs.require_positive(self, "fps", "max_prompt_tokens", "examples", "max_new_tokens")
-        runs.require_positive(self, "batch_size")
+        runs.require_positive(self, "batch_size", "min_image_tokens")
         runs.require_not_negative(self, "max_skipped", "gaze", "workers")
 
 
 # Defaults of a toy, in place of those of `Args`.
 TOY = {"examples": 512, "batch_size": 64, "workers": 0, "max_new_tokens": 16, "think": False}
-TOY |= {"image_tokens": (None,), "frame_tokens": (None,), "max_prompt_tokens": None}
+TOY |= {"image_tokens": (None,), "min_image_tokens": None, "frame_tokens": (None,)}
+TOY |= {"max_prompt_tokens": None}
 
 # The requests to a checkpoint that has no prompt.json: those of the training scripts.
 PROMPTS = {
@@ -373,7 +378,8 @@ def prompts_of(
     """The names of all examples of a setting, a function from example numbers to prompts, and the
     record of bad rows."""
     frames, image_tokens, frame_tokens, grid = setting
-    processor = replace(processor, image_tokens=image_tokens, frame_tokens=frame_tokens)
+    tokens = {"image_tokens": image_tokens, "min_image_tokens": args.min_image_tokens}
+    processor = replace(processor, **tokens, frame_tokens=frame_tokens)
     encode = partial(encode_prompt, processor)
     if args.data is None:
         task = replace(task, frames=frames or task.frames, grid=grid or task.grid)
@@ -425,10 +431,9 @@ def main(args: Args) -> dict[str, float]:
         runs.require(not getattr(args, name), f"--{name.replace('_', '-')}: needs --data")
     of_toy = args.grid != (None,) or args.toy_order is not None
     runs.require(not (args.data and of_toy), "--grid, --toy-order: not with --data")
-    bounded = args.image_tokens != (None,) or args.frame_tokens != (None,)
-    runs.require(
-        not (is_toy and bounded), "--image-tokens, --frame-tokens: not for the toy; use --grid"
-    )
+    bounded = {args.image_tokens, (args.min_image_tokens,), args.frame_tokens} != {(None,)}
+    sizes = "--image-tokens, --min-image-tokens, --frame-tokens: not for the toy; use --grid"
+    runs.require(not (is_toy and bounded), sizes)
     task = toy.Task.load(base) or toy.Task(order="image-first")
     images_only = is_toy and task.frames is None and args.frames != (None,)
     asked = f"--frames {' '.join(map(str, args.frames))}: {args.model} has learned images only"

@@ -2,12 +2,12 @@
 the token policy alone.
 
 For every prompt, the script samples a group of G responses and rewards each with 0.9 * accuracy +
-0.1 * format. It turns the rewards of a group into advantages and takes clipped policy-gradient
-steps on the same responses, with a KL penalty toward the model that the run started from.
-`ral_grpo.py` is this file plus the attention policy: `diff grpo_baseline.py ral_grpo.py` shows the
-paper's idea.
+0.1 * format. It turns the rewards of a group into advantages (eq. 8) and takes clipped
+policy-gradient steps on the same responses (eq. 1, with its sign turned: a loss is lowered), with a
+KL penalty toward the model that the run started from. `ral_grpo.py` is this file plus the attention
+policy: `diff grpo_baseline.py ral_grpo.py` shows the paper's idea.
 
-The paper leaves these choices open [ours]:
+[ours] marks what the paper does not say, or says in two ways. Here it is:
   1. The clip range is 0.2. The KL is estimated with k3. The standard deviation has ddof 1, and
      1e-4 is added to it.
   2. Every response weighs the same: the loss is the mean over its tokens, then over all responses
@@ -17,6 +17,7 @@ The paper leaves these choices open [ours]:
      the old log-probabilities: the weights are still the rollout's, in the same layout and kernel
      that the later passes use. With several, they are scored before the first step.
   4. A response cut at `--max-new-tokens` stays in the loss and earns no format reward.
+  5. The learning rate is constant, and AdamW has betas 0.9 and 0.95 and no weight decay.
 
     python sft.py && python grpo_baseline.py                    # the toy, on a CPU, in minutes
     python grpo_baseline.py --model DIR_OR_HUB_NAME --data FILE # your own model and data
@@ -57,12 +58,13 @@ class Args(runs.RunArgs):
     out: str = f"runs/{Path(__file__).stem}"
     """Run directory. A run that is already there is moved to OUT.1, OUT.2 and so on."""
     think: bool = True
-    """Respond with a thought, then the answer (paper), or with the answer alone (RAL-zero)."""
-    steps: int = 800
-    """Training steps. The paper's 51,200 examples are 800 steps of 8 prompts on 8 ranks. [ours]"""
+    """Respond with a thought, then the answer, or with the answer alone. Paper: the first, and in
+    both stages the second for RAL-zero, with a format reward for the answer alone."""
+    steps: int | None = None
+    """Training steps. Unset: one pass over the rows of --data (paper); 800 without. 51,200 rows are
+    6,400 steps on one rank and 800 on 8, at 8 prompts on each."""
     learning_rate: float | None = None
-    """Constant learning rate of AdamW. Unset: 1e-6, as in Video-R1 (a digest of the paper says
-    1e-5), or 2e-5 for adapters [ours]."""
+    """Learning rate of AdamW, constant [ours]. Unset: 1e-5 (paper), or 2e-5 for adapters [ours]."""
     train_vision: bool = False
     """Also train the vision encoder; every pass then recomputes its features. Paper: frozen."""
     lora_rank: int | None = None
@@ -76,7 +78,8 @@ class Args(runs.RunArgs):
     """Prompts per forward pass, with all their responses. It changes memory and speed, not the
     update."""
     prompts_per_step: int = 8
-    """Prompts per rollout on each rank. [ours]"""
+    """Prompts per rollout on each rank. [ours] The paper's "rollout batch size" of 8 may also count
+    the prompts of all ranks (then 1 on each of 8) or the responses to one."""
     group_size: int = 8
     """G, the responses per prompt (2 or more). Paper: 8."""
     num_iterations: int = 2
@@ -84,18 +87,19 @@ class Args(runs.RunArgs):
     num_minibatches: int = 1
     """Minibatches of different prompts into which a rollout is cut. [ours]"""
     max_new_tokens: int = 768
-    """Longest response in tokens."""
+    """Longest response in tokens. [ours]"""
     temperature: float = 1.0
-    """Temperature of the policy, in sampling and in every loss. A digest of the paper says 0.9."""
+    """Temperature of the policy, in sampling and in every loss. The paper has 1 in table 1 and 0.9
+    in its text."""
     top_p: float = 1.0
     """Probability mass for nucleus sampling, in (0, 1]. The losses use the full distribution."""
     accuracy_rule: Literal["by-type", "exact"] = "by-type"
-    """How an answer is compared with the solution: by problem type, as in Video-R1, or by exact
-    match (paper)."""
+    """How an answer is compared with the solution: by problem type [ours, as in Video-R1, whose
+    rows have numbers and free text], or by exact match (paper)."""
     clip_eps: float = 0.2
     """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]. [ours]"""
     beta: float = 0.04
-    """Weight of the KL to the starting model; 0: no reference. A digest of the paper says 0.04."""
+    """Weight of the KL to the starting model; 0: no reference. Paper: 0.04."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,7 +138,7 @@ PROMPTS = {
 
 
 def reward(accuracy: Tensor, format: Tensor) -> Tensor:
-    """The paper's reward of each response, from its accuracy and format reward."""
+    """The reward of each response, from its accuracy and format reward (paper)."""
     return 0.9 * accuracy + 0.1 * format
 
 
@@ -203,8 +207,8 @@ def score_old(model: Module, batches: list[Batch], args: Args) -> None:
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G, 1): one for all
-    tokens of a response; std with ddof 1 [ours].
+    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group (eq. 8), (B, G, 1): one
+    for all tokens of a response; std with ddof 1, and the 1e-4, are [ours].
 
     They are exactly 0 where all rewards of a group are equal. The rewards themselves decide this:
     eight float32 rewards of 0.9 have a std of 6e-8 and would otherwise get an advantage.
@@ -223,8 +227,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
 def clipped_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, clip_eps: float
 ) -> tuple[Tensor, Tensor]:
-    """GRPO's loss -min(ratio A, clip(ratio) A) of each token, and 1 where the clipped term is the
-    smaller one, else 0; both (B, G, T)."""
+    """GRPO's loss -min(ratio A, clip(ratio) A) of each token (eq. 1; the clip is [ours]), and 1
+    where the clipped term is the smaller one, else 0; both (B, G, T)."""
     ratio = torch.exp(logps - old_logps)
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
     return -torch.minimum(unclipped, clipped), (clipped < unclipped).float()
@@ -296,7 +300,9 @@ def main(args: Args) -> dict[str, float]:
     is_toy, task = toy.resolve_task(args, args.model)
     check_files(args, is_toy)
     runs.seed_everything(args.seed)
-    processor = common.load_processor(args.model, args.image_tokens, args.frame_tokens)
+    processor = common.load_processor(
+        args.model, args.image_tokens, args.frame_tokens, args.min_image_tokens
+    )
     processor.prompt_config = PromptConfig(
         prompts={} if is_toy else PROMPTS,  # a toy knows only its own words
         think=args.think,
@@ -307,10 +313,12 @@ def main(args: Args) -> dict[str, float]:
     if args.check_data:
         return check_data(args, encode, args.accuracy_rule)
     train, held_out, bad_rows = open_data(args, encode, task)
+    if args.steps is None:
+        args = replace(args, steps=train.steps(args.prompts_per_step))
     needs_reference = args.beta > 0
     args = fit_memory(args, processor.config, args.group_size, needs_reference)
     if args.learning_rate is None:
-        args = replace(args, learning_rate=2e-5 if args.lora_rank else 1e-6)
+        args = replace(args, learning_rate=2e-5 if args.lora_rank else 1e-5)
     state = runs.find_state(args)
     model = common.load_model(
         args.model,

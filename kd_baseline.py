@@ -7,17 +7,17 @@ distributions over the whole vocabulary, in addition to the GRPO loss of grpo_ba
 
     loss = rl_coef * L_RL + mu_gkd * L_GKD             (eq. 6 without its attention term)
 
+L_GKD is the reverse KL, KL(student || teacher), and L_RL stays in, as in the paper's baseline.
 `--rl-coef 0` is pure distillation and needs neither a reward nor a reference. `attn_distill.py` is
 this file plus the teacher's attention: `diff kd_baseline.py attn_distill.py`.
 
-Known from the paper: on-policy rollouts, both terms on the same tokens, full vocabulary. Our
-reading [ours]:
-  1. The divergence is KL(student || teacher) with `--gkd-beta 1` and KL(teacher || student) with 0.
-     Values between give the generalised Jensen-Shannon divergence, which vanishes toward both ends:
-     the ends are special cases, not its limits.
+[ours] marks what the paper does not say, or says in two ways: the choices of grpo_baseline.py, and
+  1. mu_gkd is 1. One optimiser step per rollout keeps distillation on policy.
   2. `--temperature` divides the logits of both models, in the loss as in sampling.
-  3. mu_gkd and rl_coef are 1. One optimiser step per rollout keeps distillation on policy.
-  4. E_t is the mean of grpo_baseline.py: over a response's tokens, then over responses.
+  3. L_GKD is the mean over a response's tokens, then over responses, as L_RL is.
+  4. Other divergences: KL(teacher || student) with `--gkd-beta 0`, and between 0 and 1 the
+     generalised Jensen-Shannon divergence, which vanishes toward both ends: the ends are special
+     cases, not its limits.
 
     python sft.py --toy-size large --stop-accuracy 0.99 --eval-above 0.8 --out runs/teacher
     python kd_baseline.py --teacher runs/teacher/checkpoint              # from runs/sft
@@ -59,12 +59,13 @@ class Args(runs.RunArgs):
     out: str = f"runs/{Path(__file__).stem}"
     """Run directory. A run that is already there is moved to OUT.1, OUT.2 and so on."""
     think: bool = True
-    """Respond with a thought, then the answer (paper), or with the answer alone (RAL-zero)."""
-    steps: int = 800
-    """Training steps. The paper's 51,200 examples are 800 steps of 8 prompts on 8 ranks. [ours]"""
+    """Respond with a thought, then the answer, or with the answer alone. Paper: the first, and in
+    both stages the second for RAL-zero, with a format reward for the answer alone."""
+    steps: int | None = None
+    """Training steps. Unset: one pass over the rows of --data (paper); 800 without. 51,200 rows are
+    6,400 steps on one rank and 800 on 8, at 8 prompts on each."""
     learning_rate: float | None = None
-    """Constant learning rate of AdamW. Unset: 1e-6, as in Video-R1 (a digest of the paper says
-    1e-5), or 2e-5 for adapters [ours]."""
+    """Learning rate of AdamW, constant [ours]. Unset: 1e-5 (paper), or 2e-5 for adapters [ours]."""
     train_vision: bool = False
     """Also train the vision encoder; every pass then recomputes its features. Paper: frozen."""
     lora_rank: int | None = None
@@ -78,7 +79,8 @@ class Args(runs.RunArgs):
     """Prompts per forward pass, with all their responses. It changes memory and speed, not the
     update."""
     prompts_per_step: int = 8
-    """Prompts per rollout on each rank. [ours]"""
+    """Prompts per rollout on each rank. [ours] The paper's "rollout batch size" of 8 may also count
+    the prompts of all ranks (then 1 on each of 8) or the responses to one."""
     group_size: int = 8
     """G, the responses per prompt (2 or more). Paper: 8."""
     num_iterations: int = 1
@@ -86,30 +88,32 @@ class Args(runs.RunArgs):
     num_minibatches: int = 1
     """Minibatches of different prompts into which a rollout is cut. [ours]"""
     max_new_tokens: int = 768
-    """Longest response in tokens."""
+    """Longest response in tokens. [ours]"""
     temperature: float = 1.0
-    """Temperature of the policy, in sampling and in every loss. A digest of the paper says 0.9."""
+    """Temperature of the policy, in sampling and in every loss. The paper has 1 in table 1 and 0.9
+    in its text."""
     top_p: float = 1.0
     """Probability mass for nucleus sampling, in (0, 1]. The losses use the full distribution."""
     accuracy_rule: Literal["by-type", "exact"] = "by-type"
-    """How an answer is compared with the solution: by problem type, as in Video-R1, or by exact
-    match (paper)."""
+    """How an answer is compared with the solution: by problem type [ours, as in Video-R1, whose
+    rows have numbers and free text], or by exact match (paper)."""
     clip_eps: float = 0.2
     """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]. [ours]"""
     beta: float = 0.04
-    """Weight of the KL to the starting model; 0: no reference. A digest of the paper says 0.04."""
+    """Weight of the KL to the starting model; 0: no reference. Paper: 0.04."""
 
     teacher: str = "runs/teacher/checkpoint"
-    """Checkpoint directory or hub name of the teacher. It must have the student's tokenizer."""
+    """Checkpoint directory or hub name of the teacher. It must have the student's tokenizer. Paper:
+    Qwen2.5-VL-32B for a student of 7B."""
     evaluate_teacher: bool = False
     """Evaluate the teacher once, before training. With several ranks, each then holds all of the
     teacher's weights: 62 GB at 32B."""
     gkd_beta: float = 1.0
-    """1: KL(student || teacher); 0: KL(teacher || student); between: generalised JSD. [ours]"""
+    """1: KL(student || teacher) (paper); 0: KL(teacher || student); between: generalised JSD."""
     mu_gkd: float = 1.0
     """Weight of L_GKD, the distillation of the output distribution. [ours]"""
     rl_coef: float = 1.0
-    """Weight of the GRPO loss, including its KL penalty; 0: pure distillation. [ours]"""
+    """Weight of the GRPO loss, including its KL penalty. Paper: 1. 0: pure distillation."""
 
     def may_change(self) -> set[str]:
         return super().may_change() | {"evaluate_teacher"}
@@ -154,7 +158,7 @@ PROMPTS = {
 
 
 def reward(accuracy: Tensor, format: Tensor) -> Tensor:
-    """The paper's reward of each response, from its accuracy and format reward."""
+    """The reward of each response, from its accuracy and format reward (paper)."""
     return 0.9 * accuracy + 0.1 * format
 
 
@@ -227,8 +231,8 @@ def score_old(model: Module, batches: list[Batch], args: Args) -> None:
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G, 1): one for all
-    tokens of a response; std with ddof 1 [ours].
+    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group (eq. 8), (B, G, 1): one
+    for all tokens of a response; std with ddof 1, and the 1e-4, are [ours].
 
     They are exactly 0 where all rewards of a group are equal. The rewards themselves decide this:
     eight float32 rewards of 0.9 have a std of 6e-8 and would otherwise get an advantage.
@@ -247,8 +251,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
 def clipped_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, clip_eps: float
 ) -> tuple[Tensor, Tensor]:
-    """GRPO's loss -min(ratio A, clip(ratio) A) of each token, and 1 where the clipped term is the
-    smaller one, else 0; both (B, G, T)."""
+    """GRPO's loss -min(ratio A, clip(ratio) A) of each token (eq. 1; the clip is [ours]), and 1
+    where the clipped term is the smaller one, else 0; both (B, G, T)."""
     ratio = torch.exp(logps - old_logps)
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
     return -torch.minimum(unclipped, clipped), (clipped < unclipped).float()
@@ -363,7 +367,9 @@ def main(args: Args) -> dict[str, float]:
     is_toy, task = toy.resolve_task(args, args.model)
     check_files(args, is_toy)
     runs.seed_everything(args.seed)
-    processor = common.load_processor(args.model, args.image_tokens, args.frame_tokens)
+    processor = common.load_processor(
+        args.model, args.image_tokens, args.frame_tokens, args.min_image_tokens
+    )
     processor.prompt_config = PromptConfig(
         prompts={} if is_toy else PROMPTS,  # a toy knows only its own words
         think=args.think,
@@ -374,12 +380,14 @@ def main(args: Args) -> dict[str, float]:
     if args.check_data:
         return check_data(args, encode, args.accuracy_rule)
     train, held_out, bad_rows = open_data(args, encode, task)
+    if args.steps is None:
+        args = replace(args, steps=train.steps(args.prompts_per_step))
     other = common.load_processor(args.teacher, field="--teacher").config
     needs_reference = args.beta > 0 and args.rl_coef > 0
     config, evaluated = processor.config, args.evaluate_teacher
     args = fit_memory(args, config, args.group_size, needs_reference, other, evaluated)
     if args.learning_rate is None:
-        args = replace(args, learning_rate=2e-5 if args.lora_rank else 1e-6)
+        args = replace(args, learning_rate=2e-5 if args.lora_rank else 1e-5)
     state = runs.find_state(args)
     model = common.load_model(
         args.model,

@@ -16,7 +16,7 @@ from runs import UsageError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no format that runs a program
 MAX_RATIO = 200  # of an image's sides; the image processor's limit
-MAX_FRAMES, MAX_FRAME_BYTES = 768, 2**32  # of a video with only --fps; of all frames of a row
+MAX_FRAMES, MAX_FRAME_BYTES = 128, 2**32  # of a video without --frames (paper); of a row's frames
 # FFmpeg's names of containers with unusable time stamps: AVI stamps the decoding order, and MPEG-PS
 # leaves frames unstamped.
 UNSTAMPED = ("avi", "mpeg")
@@ -83,7 +83,7 @@ def frame_indices(
     total: int, rate: float, frames: int | None, fps: float | None, times: np.ndarray | None = None
 ) -> list[int]:
     """Choose from `total` frames, shown at `rate` per second: `frames` of them, evenly spaced from
-    first to last, or `fps` per second, but at most `frames` (768 if None).
+    first to last, or `fps` per second, but at most `frames` (128 if None).
 
     `times` (total,) are the seconds at which the frames of a variable-rate video are shown. With
     `times`, `fps` takes the frames nearest to evenly spaced times. `frames` alone still spaces

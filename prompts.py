@@ -152,8 +152,9 @@ class Processor:
     without torchvision.
 
     `config` is the model's. `files` are the checkpoint's own files other than the weights; every
-    saved checkpoint includes them. `image_tokens` limits the visual tokens of an image and
-    `frame_tokens` those of a pair of video frames; None keeps the image processor's own limit.
+    saved checkpoint includes them. `image_tokens` and `min_image_tokens` limit the visual tokens of
+    an image, and `frame_tokens` those of a pair of video frames; None keeps the image processor's
+    own limit.
     `end_ids` are the tokens that end a response according to the tokenizer and the chat template.
     `response_prefix` is the `<think>` with which the template of a thinking model opens the
     response inside the prompt: reward and samples see it as part of the response.
@@ -166,6 +167,7 @@ class Processor:
     files: dict[str, bytes] = field(default_factory=dict)
     image_tokens: int | None = None
     frame_tokens: int | None = None
+    min_image_tokens: int | None = None
     end_ids: set[int] = field(default_factory=set)
     response_prefix: str = ""
 
@@ -414,6 +416,8 @@ def process_media(processor: Processor, media: Media) -> tuple[Tensor, tuple[int
     smallest, largest = (image_processor.size[edge] for edge in ("shortest_edge", "longest_edge"))
     if media.is_video and smallest > token:  # the toy's minimum is a token
         smallest = max(smallest, FRAME_LEAST * token)
+    if not media.is_video and processor.min_image_tokens:
+        smallest = processor.min_image_tokens * token
     budget = processor.frame_tokens if media.is_video else processor.image_tokens
     largest = budget * token if budget else largest
     size = {"shortest_edge": min(smallest, largest), "longest_edge": largest}

@@ -5,9 +5,9 @@ The advantage that reinforces a response's tokens reinforces its attention too. 
 of response token t is its attention to the prompt and the earlier response (last layer, averaged
 over heads), without its own column and renormalised:
 
-    p^t(i) = alpha_{t,i} / sum_{j <= t-1} alpha_{t,j},  i <= t - 1
-    L_AttnRL = E_t[ A_t * JSD(p_theta^t, p_old^t) ]             (eq. 3)
-    loss = L_RL + lambda_attn * L_AttnRL
+    p^t(i) = alpha_{t,i} / sum_{j <= t-1} alpha_{t,j},  i <= t - 1      (eq. 2)
+    L_AttnRL = E_t[ A_t * JSD(p_theta^t, p_old^t) ]                     (eq. 3)
+    loss = L_RL + lambda_attn * L_AttnRL                                (eq. 4)
 
 p_old is the attention at rollout time. A positive advantage keeps a response's attention where it
 was; a negative one pushes it away. The method is the lines marked `# RAL` and the functions
@@ -18,9 +18,15 @@ rollout, RAL is therefore GRPO, whatever lambda_attn. It acts from the second st
 pass (`num_iterations`), or from the second minibatch of the first pass (`num_minibatches`).
 `train/attn_jsd_<k>` is logged for each step. See `loss_terms` for two more limits [ours].
 
-Differences from the paper, or our reading of it [ours]: the choices of grpo_baseline.py, and
-  1. A_t is the response's advantage, as in GRPO, and E_t is the same mean as in the token loss.
-  2. Options vary row, layer, anchor (rollout or frozen reference) and divergence.
+[ours] marks what the paper does not say, or says in two ways: the choices of grpo_baseline.py, and
+  1. The sign. Eq. 1 is to be raised and eq. 3 to be lowered, but eq. 4 adds them. The paper's text
+     decides: a positive advantage draws the attention toward p_old. So L_RL changes its sign.
+  2. E_t is the mean over a response's tokens. The paper's total update is a sum over them, which
+     `--attn-reduction sum` takes.
+  3. p_old is "old" where the paper defines the loss and "reference" in its introduction: the model
+     at rollout time, or with `--attn-anchor reference` the frozen starting model.
+  4. The predicting row, other layers and other divergences: the paper has its own row, the last
+     layer and JSD alone.
 
     python sft.py && python ral_grpo.py            # the toy, on a CPU, in minutes
     python ral_grpo.py --model DIR_OR_HUB_NAME --data FILE    # your own model and data
@@ -61,12 +67,13 @@ class Args(runs.RunArgs):
     out: str = f"runs/{Path(__file__).stem}"
     """Run directory. A run that is already there is moved to OUT.1, OUT.2 and so on."""
     think: bool = True
-    """Respond with a thought, then the answer (paper), or with the answer alone (RAL-zero)."""
-    steps: int = 800
-    """Training steps. The paper's 51,200 examples are 800 steps of 8 prompts on 8 ranks. [ours]"""
+    """Respond with a thought, then the answer, or with the answer alone. Paper: the first, and in
+    both stages the second for RAL-zero, with a format reward for the answer alone."""
+    steps: int | None = None
+    """Training steps. Unset: one pass over the rows of --data (paper); 800 without. 51,200 rows are
+    6,400 steps on one rank and 800 on 8, at 8 prompts on each."""
     learning_rate: float | None = None
-    """Constant learning rate of AdamW. Unset: 1e-6, as in Video-R1 (a digest of the paper says
-    1e-5), or 2e-5 for adapters [ours]."""
+    """Learning rate of AdamW, constant [ours]. Unset: 1e-5 (paper), or 2e-5 for adapters [ours]."""
     train_vision: bool = False
     """Also train the vision encoder; every pass then recomputes its features. Paper: frozen."""
     lora_rank: int | None = None
@@ -80,7 +87,8 @@ class Args(runs.RunArgs):
     """Prompts per forward pass, with all their responses. It changes memory and speed, not the
     update."""
     prompts_per_step: int = 8
-    """Prompts per rollout on each rank. [ours]"""
+    """Prompts per rollout on each rank. [ours] The paper's "rollout batch size" of 8 may also count
+    the prompts of all ranks (then 1 on each of 8) or the responses to one."""
     group_size: int = 8
     """G, the responses per prompt (2 or more). Paper: 8."""
     num_iterations: int = 2
@@ -88,36 +96,39 @@ class Args(runs.RunArgs):
     num_minibatches: int = 1
     """Minibatches of different prompts into which a rollout is cut. [ours]"""
     max_new_tokens: int = 768
-    """Longest response in tokens."""
+    """Longest response in tokens. [ours]"""
     temperature: float = 1.0
-    """Temperature of the policy, in sampling and in every loss. A digest of the paper says 0.9."""
+    """Temperature of the policy, in sampling and in every loss. The paper has 1 in table 1 and 0.9
+    in its text."""
     top_p: float = 1.0
     """Probability mass for nucleus sampling, in (0, 1]. The losses use the full distribution."""
     accuracy_rule: Literal["by-type", "exact"] = "by-type"
-    """How an answer is compared with the solution: by problem type, as in Video-R1, or by exact
-    match (paper)."""
+    """How an answer is compared with the solution: by problem type [ours, as in Video-R1, whose
+    rows have numbers and free text], or by exact match (paper)."""
     clip_eps: float = 0.2
     """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]. [ours]"""
     beta: float = 0.04
-    """Weight of the KL to the starting model; 0: no reference. A digest of the paper says 0.04."""
+    """Weight of the KL to the starting model; 0: no reference. Paper: 0.04."""
 
-    lambda_attn: float = 1.0  # RAL
-    """Weight of the attention term; 0: plain GRPO. A digest of the paper says 1 (and 0.5 and 5)."""
+    lambda_attn: float = 1.0  # RAL (eq. 4)
+    """Weight of the attention term; 0: plain GRPO. [ours] The paper tried 0.5, 1 and 5, and does
+    not say which of them made its tables."""
     attn_layer: int = -1  # RAL
     """Decoder layer whose attention is the policy, counted from 0, or from the end if negative.
     Paper: the last."""
-    attn_row: Literal["own", "predicting"] = "own"  # RAL
+    attn_row: Literal["own", "predicting"] = "own"  # RAL (eq. 2)
     """Attention row of token y_t. `own`: that of its own position, with its own column removed and
     the rest renormalised (paper). `predicting`: that of the position before, whose output predicts
     y_t [ours]."""
     attn_reduction: Literal["mean", "sum"] = "mean"  # RAL (eq. 3)
-    """A response's attention term: the mean over its tokens, since eq. 3 is an expectation over t,
-    or their sum, as the paper writes out the total update. [ours] At 300 tokens, the sum makes
-    lambda_attn weigh 300 times as much."""
+    """A response's attention term is the mean over its tokens (eq. 3 is an expectation over t) or
+    their sum, as in the paper's total update. [ours] At 300 tokens, the sum makes lambda_attn weigh
+    300 times as much."""
     attn_anchor: Literal["rollout", "reference"] = "rollout"  # RAL (eq. 3)
-    """Anchor: the attention at rollout time (paper), or that of the frozen reference."""
+    """Anchor p_old: the attention at rollout time ("old" in the paper), or that of the frozen
+    reference ("reference" in its introduction). [ours]"""
     attn_divergence: Literal["jsd", "forward-kl", "reverse-kl"] = "jsd"  # RAL
-    """JSD (paper); forward: KL(anchor || current); reverse: KL(current || anchor)."""
+    """JSD (paper), KL(anchor || current) or KL(current || anchor) [ours]."""
     attn_norm_every: int = 10  # RAL
     """Steps between measurements of each term's own gradient norm, which cost two extra passes;
     0: never. [ours]"""
@@ -160,7 +171,7 @@ PROMPTS = {
 
 
 def reward(accuracy: Tensor, format: Tensor) -> Tensor:
-    """The paper's reward of each response, from its accuracy and format reward."""
+    """The reward of each response, from its accuracy and format reward (paper)."""
     return 0.9 * accuracy + 0.1 * format
 
 
@@ -240,8 +251,8 @@ def score_old(model: Module, batches: list[Batch], args: Args) -> None:
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group, (B, G, 1): one for all
-    tokens of a response; std with ddof 1 [ours].
+    """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group (eq. 8), (B, G, 1): one
+    for all tokens of a response; std with ddof 1, and the 1e-4, are [ours].
 
     They are exactly 0 where all rewards of a group are equal. The rewards themselves decide this:
     eight float32 rewards of 0.9 have a std of 6e-8 and would otherwise get an advantage.
@@ -260,8 +271,8 @@ def group_advantages(rewards: Tensor) -> Tensor:
 def clipped_loss(
     logps: Tensor, old_logps: Tensor, advantages: Tensor, clip_eps: float
 ) -> tuple[Tensor, Tensor]:
-    """GRPO's loss -min(ratio A, clip(ratio) A) of each token, and 1 where the clipped term is the
-    smaller one, else 0; both (B, G, T)."""
+    """GRPO's loss -min(ratio A, clip(ratio) A) of each token (eq. 1; the clip is [ours]), and 1
+    where the clipped term is the smaller one, else 0; both (B, G, T)."""
     ratio = torch.exp(logps - old_logps)
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
     return -torch.minimum(unclipped, clipped), (clipped < unclipped).float()
@@ -278,7 +289,7 @@ def attention_policy(rows: Tensor, row: str) -> Tensor:
     """The attention policy of each response token, (B, G, T, P + T).
 
     `rows` (B, G, T + 1, P + T) are the attention of the prompt's last position and of each response
-    token; each sums to 1. "own" is the paper's policy, the row of y_t without its own column:
+    token; each sums to 1. "own" is the policy of eq. 2, the row of y_t without its own column:
     p^t(i) = alpha_{t,i} / sum_{j <= t - 1} alpha_{t,j} for i <= t - 1. It is all zeros where y_t
     attends only to itself. "predicting" [ours] is the row of position t - 1, whose output predicts
     y_t: it sees the same positions and needs no denominator.
@@ -404,7 +415,9 @@ def main(args: Args) -> dict[str, float]:
     is_toy, task = toy.resolve_task(args, args.model)
     check_files(args, is_toy)
     runs.seed_everything(args.seed)
-    processor = common.load_processor(args.model, args.image_tokens, args.frame_tokens)
+    processor = common.load_processor(
+        args.model, args.image_tokens, args.frame_tokens, args.min_image_tokens
+    )
     common.require_layer("--attn-layer", args.attn_layer, processor.config)  # RAL
     processor.prompt_config = PromptConfig(
         prompts={} if is_toy else PROMPTS,  # a toy knows only its own words
@@ -416,10 +429,12 @@ def main(args: Args) -> dict[str, float]:
     if args.check_data:
         return check_data(args, encode, args.accuracy_rule)
     train, held_out, bad_rows = open_data(args, encode, task)
+    if args.steps is None:
+        args = replace(args, steps=train.steps(args.prompts_per_step))
     needs_reference = args.beta > 0 or args.attn_anchor == "reference"  # RAL
     args = fit_memory(args, processor.config, args.group_size, needs_reference)
     if args.learning_rate is None:
-        args = replace(args, learning_rate=2e-5 if args.lora_rank else 1e-6)
+        args = replace(args, learning_rate=2e-5 if args.lora_rank else 1e-5)
     state = runs.find_state(args)
     model = common.load_model(
         args.model,

@@ -64,19 +64,26 @@ class RunArgs:
     """JSON, JSON lines, Parquet, a directory of a data set, or a hub name; see datafiles.py. Unset:
     the built-in task."""
     eval_data: str | None = None
-    """Data to evaluate on. Unset: up to a tenth of --data, held out."""
+    """Data to evaluate on. Unset: rows of --data behind its first ROWS, or else up to a tenth of
+    its rows, held out."""
     media_root: tuple[str, ...] = ()
     """Folders that the paths in the rows are relative to. Unset: the folder of the data file."""
+    rows: int | None = None
+    """Train on the first ROWS rows of --data. Unset: all. Paper: 51,200 of Video-R1-260k."""
     check_data: bool = False
     """Read every row once, report the rows that cannot be used, and stop."""
     frames: int | None = None
-    """Frames per video, evenly spaced. Unset: 16; on the toy, as its checkpoint."""
+    """Frames per video, evenly spaced, or at most with --fps. Unset: --fps a second, at most 128
+    (paper); on the toy, as its checkpoint."""
     fps: float | None = None
-    """Frames per second of video to sample instead; --frames is then the maximum per video."""
-    image_tokens: int | None = 256
-    """Maximum visual tokens of an image. Video-R1: 256."""
+    """Frames per second of video. Unset: 1 (paper), or --frames in all."""
+    image_tokens: int | None = 5120
+    """Maximum visual tokens of an image. Paper: 5120."""
+    min_image_tokens: int | None = 128
+    """Minimum visual tokens of an image, at most --image-tokens: smaller images are enlarged.
+    Paper: 128."""
     frame_tokens: int | None = 128
-    """Maximum visual tokens of a pair of video frames, which share them. Video-R1: 128."""
+    """Maximum visual tokens of a pair of video frames, which share them. Paper: 128."""
     max_prompt_tokens: int | None = 16384
     """Skip rows whose prompt has more tokens than this."""
     max_skipped: float = 0.01
@@ -110,7 +117,8 @@ class RunArgs:
 
     def __post_init__(self) -> None:
         """Check the ranges of these arguments, and of those that most scripts declare."""
-        require_positive(self, "frames", "fps", "image_tokens", "frame_tokens", "max_prompt_tokens")
+        require_positive(self, "rows", "frames", "fps", "max_prompt_tokens")
+        require_positive(self, "image_tokens", "min_image_tokens", "frame_tokens")
         require_positive(self, "eval_every", "eval_examples", "keep")
         require_not_negative(self, "save_every", "max_skipped", "seed")
         positive = ("steps", "learning_rate", "max_grad_norm", "micro_batch_size")
@@ -806,11 +814,12 @@ def why_equal(steps: Sequence[dict[str, float]]) -> str:
 
 # 4. States to resume from
 
-DEFINITIONS = 2  # raise it, with an entry below, when the same arguments compute something else
+DEFINITIONS = 3  # raise it, with an entry below, when the same arguments compute something else
 CHANGES = {  # by the number that introduced them
     2: "the default attention row of a token is its own (was: the one that predicts it),"
     " attn_distill.py's attention loss is a sum over the response (was: a mean), accuracy by"
-    " problem type accepts more notations, and videos have other frames and a minimum size"
+    " problem type accepts more notations, and videos have other frames and a minimum size",
+    3: "a video without --frames gives one frame a second, or --fps, and at most 128",
 }
 
 
@@ -1006,7 +1015,8 @@ def load_state(path: Path, model: Module, optimizer: Optimizer) -> None:
 def same_inputs(args: Any) -> str:
     """The model and data arguments of a run as command-line text."""
     words = []
-    for name in ("model", "teacher", "data", "eval_data", "media_root", "frames", "fps"):
+    names = ("model", "teacher", "data", "eval_data", "media_root", "rows", "frames", "fps")
+    for name in names:
         value = getattr(args, name, None)
         if value and value != getattr(type(args), name):
             values = value if isinstance(value, tuple) else (value,)

@@ -9,9 +9,10 @@ The model is evaluated at once whenever the mean probability of the answers to a
 questions exceeds `--eval-above`. Video training (`--frames N`) starts on images, since N frames
 from scratch take far longer.
 
-Differences from the paper's stage 1 [ours]: the loss is -log p of the response, averaged over the
-tokens of a response and then over responses, as in the RL scripts. It uses the same packed layout,
-with one response per prompt.
+The paper trains stage 1 on Video-R1-CoT-165k at a learning rate of 5e-6, with thought and answer in
+tags, and for RAL-zero without the thoughts (`--no-think`). [ours] marks what it does not say: the
+loss is -log p of the response, averaged over the tokens of a response and then over responses, as
+in the RL scripts; the schedule, the warm-up, the number of epochs and of demonstrations a step.
 
     python sft.py                        # the toy from scratch, about a minute on two cores
     python sft.py --think                # the same, with a thought before the answer
@@ -58,12 +59,13 @@ class Args(runs.RunArgs):
     out: str = f"runs/{Path(__file__).stem}"
     """Run directory. A run that is already there is moved to OUT.1, OUT.2 and so on."""
     think: bool = True
-    """Respond with a thought, then the answer (paper), or with the answer alone (RAL-zero)."""
+    """Respond with a thought, then the answer, or with the answer alone. Paper: the first, and in
+    both stages the second for RAL-zero, with a format reward for the answer alone."""
     steps: int | None = None
     """Largest number of training steps. Unset: as many as --epochs needs, or 800 without --data."""
     learning_rate: float | None = None
-    """Learning rate of AdamW after the warm-up. Unset: 1e-5, as in Video-R1, or 1e-4 for adapters
-    [ours]; 1.5e-3 for the small toy and 1e-3 for the large one."""
+    """Learning rate of AdamW after the warm-up. Unset: 5e-6 (paper), or 1e-4 for adapters [ours];
+    1.5e-3 for the small toy and 1e-3 for the large one."""
     lora_rank: int | None = None
     """Rank of the adapters that are trained instead of the weights; 0: train the weights. Unset: 0,
     or 64 if training the weights does not fit into memory."""
@@ -78,11 +80,11 @@ class Args(runs.RunArgs):
     max_new_tokens: int = 768
     """Longest response in an evaluation, in tokens."""
     epochs: float = 1.0
-    """Passes over --data; used if --steps is not set."""
+    """Passes over --data; used if --steps is not set. [ours]"""
     schedule: Literal["constant", "cosine"] = "cosine"
     """Schedule of the learning rate after the warm-up. [ours]"""
     warmup_steps: int = 50
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0. [ours]"""
     toy_size: Literal["small", "large"] = "small"
     """Size of a new toy model: 0.7 M or 3.9 M parameters."""
     train_vision: bool = False
@@ -236,7 +238,9 @@ def main(args: Args) -> dict[str, float]:
         base = args.model or scratch
         if args.model is None:
             toy.write_base(Path(base), args.seed, args.toy_size)
-        processor = common.load_processor(base, args.image_tokens, args.frame_tokens)
+        processor = common.load_processor(
+            base, args.image_tokens, args.frame_tokens, args.min_image_tokens
+        )
         processor.prompt_config = PromptConfig(
             prompts={} if is_toy else PROMPTS,  # a toy knows only its own words
             think=args.think,
@@ -247,13 +251,11 @@ def main(args: Args) -> dict[str, float]:
             return check_data(args, encode)
         train, held_out, bad_rows = open_data(args, encode, task)
         if args.steps is None:
-            step_size = args.prompts_per_step * runs.world_size()
-            steps = math.ceil(args.epochs * train.epoch / step_size) if args.data else 800
-            args = replace(args, steps=steps)
+            args = replace(args, steps=train.steps(args.prompts_per_step, args.epochs))
         args = fit_memory(args, processor.config)
         if args.learning_rate is None:
             small = processor.config.text_config.hidden_size < 256
-            toy_rate, rate = 1.5e-3 if small else 1e-3, 1e-4 if args.lora_rank else 1e-5
+            toy_rate, rate = 1.5e-3 if small else 1e-3, 1e-4 if args.lora_rank else 5e-6
             args = replace(args, learning_rate=toy_rate if is_toy else rate)
         state = runs.find_state(args)
         model = common.load_model(

@@ -52,7 +52,7 @@ EVAL_SEED = 20_260_204  # the held-out set is the same for every run, whatever i
 MAX_NEW_TOKENS = {False: 16, True: 64}  # of a response: without a thought, with one
 # Defaults of every script on the toy. There are no token budgets, since a cell is a token.
 RUN = {"eval_examples": 512, "workers": 0, "save_every": 0}
-RUN |= {"max_prompt_tokens": None, "image_tokens": None, "frame_tokens": None}
+RUN |= dict.fromkeys(("max_prompt_tokens", "image_tokens", "min_image_tokens", "frame_tokens"))
 
 # 1. The task
 

@@ -297,7 +297,9 @@ def main(args: Args) -> dict[str, Any]:
     is_toy, task = toy.resolve_task(args, args.model)
     check_files(args, is_toy)
     runs.seed_everything(args.seed)
-    processor = load_processor(args.model, args.image_tokens, args.frame_tokens)
+    processor = load_processor(
+        args.model, args.image_tokens, args.frame_tokens, args.min_image_tokens
+    )
     depth = processor.config.text_config.num_hidden_layers
     for layer in (*args.layers, args.attn_layer):
         require_layer("--layers, --attn-layer", layer, processor.config)

@@ -201,13 +201,13 @@ def write_base_model(directory: Path, family: str, template: str = "empty") -> N
 
 
 def write_video(path: Path, frames: int, rate: int = 10, size=(64, 48)) -> None:
-    """Frame i is grey of level 4 + 8 i, so that a decoded frame tells its number."""
+    """Frame i is grey of level 4 + 8 i (modulo 256): a decoded frame tells its number."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=rate)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         stream.bit_rate = 4_000_000
         for i in range(frames):
-            picture = np.full((size[1], size[0], 3), 4 + 8 * i, np.uint8)
+            picture = np.full((size[1], size[0], 3), (4 + 8 * i) % 256, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
 

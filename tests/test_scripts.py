@@ -309,8 +309,8 @@ def test_a_run_in_the_way_is_moved_or_replaced_but_other_files_never(tmp_path):
 
 
 def test_the_hint_what_to_run_next_names_model_and_data():
-    args = toy_args(ral_grpo, model="a b", data="rows.json", media_root=("m", "n"), frames=32)
-    words = " --model 'a b' --data rows.json --media-root m n --frames 32"
+    args = toy_args(ral_grpo, model="a b", data="rows.json", media_root=("m", "n"), rows=8)
+    words = " --model 'a b' --data rows.json --media-root m n --rows 8"
     assert runs.same_inputs(args) == words
     assert runs.same_inputs(ral_grpo.Args()) == ""
 
@@ -349,7 +349,8 @@ BAD = [  # script, command line, what the one line must name
 OUT_OF_RANGE = {
     0: "steps learning_rate max_grad_norm micro_batch_size prompts_per_step num_iterations"
     " max_new_tokens temperature clip_eps warmup_steps epochs stop_accuracy eval_above top_p keep"
-    " eval_every eval_examples frames fps image_tokens frame_tokens max_prompt_tokens",
+    " eval_every eval_examples rows frames fps image_tokens min_image_tokens frame_tokens"
+    " max_prompt_tokens",
     -1: "lora_rank beta lambda_attn gamma_attn attn_norm_every mu_gkd rl_coef seed save_every"
     " max_skipped",
     1: "group_size",

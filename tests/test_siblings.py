@@ -89,16 +89,17 @@ def test_all_scripts_and_the_evaluation_ask_in_the_same_words():
     assert all(table == tables[0] for table in tables)
 
 
-def test_only_equations_whose_number_is_known_carry_one():
-    """Readers of the paper quote the numbers of three: (3), (5) and (6)."""
-    known = {"ral_grpo.py": {"3"}, "kd_baseline.py": {"6"}, "attn_distill.py": {"5", "6"}}
+def test_a_script_names_the_papers_equations_by_their_numbers():
+    grpo = {"1", "8"}
+    known = {"grpo_baseline.py": grpo, "ral_grpo.py": grpo | {"2", "3", "4"}}
+    known |= {"kd_baseline.py": grpo | {"6"}, "attn_distill.py": grpo | {"2", "5", "6"}}
     for path in ROOT.glob("*.py"):
         numbers = re.findall(r"\b[Ee]q(?:s?\.|uations?) ?(\d+)", path.read_text())
         assert set(numbers) == known.get(path.name, set()), path.name
     rows = (ROOT / "README.md").read_text().splitlines()
     for script in SCRIPTS:
         row = next(row for row in rows if row.startswith(f"| `{script}` |")).split("|")
-        assert set(re.findall(r"\d+", row[3])) == known.get(script, set()), script
+        assert set(re.findall(r"\d+", row[3])) <= known.get(script, set()), script
 
 
 def args_fields(script: str) -> dict[str, str]:

@@ -1,0 +1,111 @@
+"""What a real model is trained with unless it is told otherwise: the paper's recipe."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import toy_args
+from PIL import Image
+from real import write_video
+from test_real import run
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+import attn_distill
+import data
+import datafiles
+import evaluate
+import grpo_baseline
+import kd_baseline
+import ral_grpo
+import runs
+import sft
+from prompts import Media, Processor, PromptConfig, process_media
+
+
+@pytest.mark.parametrize("script", [grpo_baseline, ral_grpo, kd_baseline, attn_distill])
+def test_the_defaults_are_the_papers(script):
+    args = script.Args()
+    assert (args.group_size, args.beta, args.temperature, args.think) == (8, 0.04, 1.0, True)
+    assert args.image_tokens == 5120 and args.min_image_tokens == 128
+    assert args.frame_tokens == 128 and args.max_prompt_tokens >= 64 + 64 * 128
+    evaluation = evaluate.Args("model")  # as it was trained
+    for name in ("image_tokens", "frame_tokens", "frames"):
+        assert getattr(evaluation, name) == (getattr(args, name),)
+    assert evaluation.min_image_tokens == args.min_image_tokens and evaluation.fps is args.fps
+
+
+@pytest.mark.parametrize(
+    ("script", "rate"), [(sft, 5e-6), (ral_grpo, 1e-5)], ids=["sft", "ral_grpo"]
+)
+def test_one_pass_at_the_papers_learning_rate(real, tmp_path, script, rate):
+    fields = {"learning_rate": None, "steps": None, "rows": 5, "lora_rank": 0, "eval_examples": 1}
+    lines, _ = run(script, real, tmp_path / "run", **fields)
+    args = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert args["learning_rate"] == rate
+    assert args["steps"] == len(lines) - 1 == 2  # five rows, three a step
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, 128),
+        ({"fps": 0.5}, 70),
+        ({"fps": 2.0}, 128),
+        ({"frames": 150}, 150),
+        ({"frames": 20}, 20),
+        ({"frames": 150, "fps": 1.0}, 140),
+    ],
+)
+def test_frames_of_a_video_of_140_seconds(tmp_path, fields, expected):
+    write_video(tmp_path / "v.mp4", 280, rate=2)
+    row = {"problem": "p", "solution": "s", "path": "v.mp4"}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    video = datafiles.DataFile(str(tmp_path / "rows.json"), **fields).example(0).media[0]
+    assert len(video.frames) == expected
+
+
+@pytest.mark.parametrize(
+    ("limits", "size", "expected"),
+    [
+        ((None, None), (56, 84), 2 * 3),  # the processor's own minimum is 56 x 56 pixels
+        ((5120, 128), (56, 84), 10 * 14),  # sides are rounded up
+        ((5120, 128), (560, 560), 20 * 20),
+        ((5120, 128), (4480, 4480), 71 * 71),
+        ((64, 128), (560, 560), 8 * 8),  # the maximum is never exceeded
+        ((64, None), (560, 560), 8 * 8),
+    ],
+)
+def test_an_image_has_between_its_minimum_and_its_maximum_of_tokens(limits, size, expected):
+    own = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=2**24)
+    names = ("image_tokens", "min_image_tokens")
+    fields = dict(zip(names, limits, strict=True))
+    processor = Processor(None, None, own, PromptConfig({}), **fields)
+    _, (t, h, w) = process_media(processor, Media([Image.new("RGB", size)]))
+    assert (t, h * w / 4) == (1, expected)
+
+
+def open_rows(folder, count=50, **fields):
+    """The rows to train on, and those to evaluate on, of a file of `count` rows."""
+    rows = [{"problem": str(n), "solution": "s"} for n in range(count)]
+    path = folder / "rows.json"
+    path.write_text(json.dumps(rows))
+    args = toy_args(ral_grpo, data=str(path), eval_examples=6, **fields)
+    train, held_out, _ = data.open_data(args, SimpleNamespace)
+    return train, held_out.prompts.rows.tolist()
+
+
+def test_the_first_rows_are_trained_on_and_those_behind_are_held_out(tmp_path):
+    train, held_out = open_rows(tmp_path, rows=30)
+    assert train.prompts.rows.tolist() == list(range(30)) and train.steps(8) == 4
+    assert len(held_out) == 6 and min(held_out) >= 30
+    _, held_out = open_rows(tmp_path, rows=48)
+    assert held_out == [48, 49]
+    for rows in (None, 50):  # none are left: as many as a tenth, of those themselves
+        train, held_out = open_rows(tmp_path, rows=rows)
+        assert sorted([*train.prompts.rows, *held_out]) == list(range(50)) and len(held_out) == 5
+        assert held_out == sorted(np.random.default_rng(0).permutation(50)[:5])
+    train, held_out = open_rows(tmp_path, rows=40, eval_data=str(tmp_path / "rows.json"))
+    assert train.prompts.rows.tolist() == list(range(40)) and len(held_out) == 6
+    with pytest.raises(runs.UsageError, match=r"--rows 51: --data .* has 50; leave it out"):
+        open_rows(tmp_path, rows=51)

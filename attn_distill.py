@@ -26,12 +26,11 @@ marked `# Attention` and the functions `attention_policy`, `divergence` and `fra
 """
 
 import math
-import random
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -131,8 +130,6 @@ class Args(runs.RunArgs):
     attn_reduction: Literal["sum", "mean"] = "sum"  # Attention (eq. 5)
     """A response's divergence is the sum over its tokens (paper), or their mean [ours], as in L_RL
     and L_GKD. For a response of 300 tokens, the sum makes gamma_attn weigh 300 times as much."""
-    attn_divergence: Literal["jsd", "forward-kl", "reverse-kl"] = "jsd"  # Attention
-    """JSD (paper), KL(teacher || student) or KL(student || teacher) [ours]."""
     attn_bins: Literal["tokens", "frames"] = "tokens"  # Attention
     """Compare the attention token by token (paper), or summed over each temporal patch [ours]."""
     attn_norm_every: int = 10  # Attention
@@ -340,9 +337,8 @@ def attention_policy(rows: Tensor, row: str) -> Tensor:
     return earlier / earlier.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
-def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
-    """Divergence of distributions along the last axis, in nats: by default Jensen-Shannon, which is
-    between 0 and ln 2.
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of distributions along the last axis, in nats: between 0 and ln 2.
 
     `p` is the current distribution and `q` the anchor. Zeros are safe, in value and in gradient.
     The rows are computed in chunks, see `in_chunks`.
@@ -357,8 +353,6 @@ def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
         return (p * (p.clamp_min(tiny).log() - q.clamp_min(tiny).log())).sum(-1)
 
     def chunk(p: Tensor, q: Tensor) -> tuple[Tensor]:
-        if kind != "jsd":
-            return (kl(q, p) if kind == "forward-kl" else kl(p, q),)
         middle = (p + q) / 2
         return ((kl(p, middle) + kl(q, middle)) / 2,)
 
@@ -404,7 +398,7 @@ def loss_terms(model: Module, teacher: Module, batch: Batch, args: Args) -> dict
     kl = torch.zeros_like(pg) if batch.ref_logps is None else k3(scores.logps, batch.ref_logps)
     terms = {"pg_loss": pg, "kl": kl, "entropy": scores.entropy, "clip_frac": clipped}
     terms |= {"gkd": distance}
-    terms |= {"attn_distill": divergence(*attn, args.attn_divergence)}  # Attention
+    terms |= {"attn_distill": divergence(*attn)}  # Attention
     terms = {name: common.response_mean(term, scores.mask) for name, term in terms.items()}
     weights = scores.mask.sum(-1) if args.attn_reduction == "sum" else 1  # Attention (eq. 5)
     terms["attn_loss"] = weights * terms["attn_distill"]  # Attention (eq. 5): T * mean = sum
@@ -423,24 +417,18 @@ def update(
     optimizer: Optimizer,
     batches: list[Batch],
     args: Args,
-    step: int,
+    measure: bool,  # Attention
 ) -> dict[str, float]:
     """Pass over a rollout `num_iterations` times, with an optimiser step for each minibatch.
     Returns the metrics, averaged over these steps.
 
-    The order of the minibatches in each pass depends on the seed and the step alone.
-    Every `attn_norm_every` steps, the gradient norms of the two distillation terms are measured
-    before the first one.
+    `measure` adds the gradient norms of the two distillation terms before the first step.
     """
     model.train()
     metrics = defaultdict(float)
-    rng = random.Random(f"{args.seed} {step}")
     size = len(batches) // args.num_minibatches
     minibatches = [batches[i : i + size] for i in range(0, len(batches), size)]
-    passes = [rng.sample(minibatches, len(minibatches)) for _ in range(args.num_iterations)]
-    schedule = list(chain(*passes))
-    # Attention: the two terms' gradient norms cost two passes, so not every step has them.
-    measure = args.attn_norm_every > 0 and step % args.attn_norm_every == 0  # Attention
+    schedule = args.num_iterations * minibatches
     for name, term in (("gkd", "gkd"), ("attn", "attn_loss")) if measure else ():  # Attention
         terms_of = partial(loss_terms, model, teacher, args=args)  # Attention
         norm = common.gradient_norm(model, terms_of, batches, term)  # Attention
@@ -540,7 +528,7 @@ def main(args: Args) -> dict[str, float]:
         advantages = group_advantages(rewards)
         taught = collate(teacher, prompts, processor.tokenizer.pad_token_id)
         teacher_rollout = replace(rollout, prompts=taught)
-        cuts = common.cut_prompts(args)
+        cuts = common.cut_prompts(len(prompts), args.num_minibatches, args.micro_batch_size)
         batches = [Batch(rollout[cut], advantages[cut], teacher_rollout[cut]) for cut in cuts]
         if reference is not None:
             with common.without_adapters(reference):
@@ -548,7 +536,9 @@ def main(args: Args) -> dict[str, float]:
         clock.lap("reference")
         if args.num_minibatches > 1:  # with one, the first pass scores it, before any step
             score_old(model, batches, args)
-        metrics |= update(model, teacher, optimizer, batches, args, step)
+        # Attention: the two terms' gradient norms cost two passes, so not every step has them.
+        measure = args.attn_norm_every > 0 and step % args.attn_norm_every == 0  # Attention
+        metrics |= update(model, teacher, optimizer, batches, args, measure)
         run.require_finite(step, metrics, prompts)
         clock.lap("update")
         metrics |= clock.stop(tokens=int(rollout.response_mask.sum()))

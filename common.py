@@ -666,19 +666,18 @@ class Rollout:
         return [texts[i : i + group] for i in range(0, len(texts), group)]
 
 
-def cut_prompts(args: Any) -> list[slice]:
-    """Slices of a rollout's prompts, one for each microbatch. All minibatches have the same number
-    of slices, one minibatch after another.
+def cut_prompts(count: int, num_minibatches: int, micro_batch_size: int) -> list[slice]:
+    """Slices of `count` prompts, one for each microbatch. All minibatches have the same number of
+    slices, one minibatch after another.
 
     The ranks take turns in drawing prompts, so the minibatches of a step are the same on any number
     of ranks.
     """
-    part, size = args.prompts_per_step // args.num_minibatches, args.micro_batch_size
-    starts = range(0, args.prompts_per_step, part)
+    part = count // num_minibatches
     return [
-        slice(i, min(i + size, start + part))
-        for start in starts
-        for i in range(start, start + part, size)
+        slice(i, min(i + micro_batch_size, end))
+        for end in range(part, count + 1, part)
+        for i in range(end - part, end, micro_batch_size)
     ]
 
 

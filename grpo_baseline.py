@@ -23,12 +23,11 @@ policy: `diff grpo_baseline.py ral_grpo.py` shows the paper's idea.
     python grpo_baseline.py --model DIR_OR_HUB_NAME --data FILE # your own model and data
 """
 
-import random
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -258,20 +257,15 @@ def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
 
 
 def update(
-    model: Module, optimizer: Optimizer, batches: list[Batch], args: Args, step: int
+    model: Module, optimizer: Optimizer, batches: list[Batch], args: Args
 ) -> dict[str, float]:
     """Pass over a rollout `num_iterations` times, with an optimiser step for each minibatch.
-    Returns the metrics, averaged over these steps.
-
-    The order of the minibatches in each pass depends on the seed and the step alone.
-    """
+    Returns the metrics, averaged over these steps."""
     model.train()
     metrics = defaultdict(float)
-    rng = random.Random(f"{args.seed} {step}")
     size = len(batches) // args.num_minibatches
     minibatches = [batches[i : i + size] for i in range(0, len(batches), size)]
-    passes = [rng.sample(minibatches, len(minibatches)) for _ in range(args.num_iterations)]
-    schedule = list(chain(*passes))
+    schedule = args.num_iterations * minibatches
     for minibatch in schedule:
         responses = sum(batch.rollout.truncated.numel() for batch in minibatch)
         for batch in minibatch:
@@ -352,7 +346,7 @@ def main(args: Args) -> dict[str, float]:
         rollout, texts, rewards, metrics = roll_out(model, processor, prompts, batch, args)
         clock.lap("rollout")
         advantages = group_advantages(rewards)
-        cuts = common.cut_prompts(args)
+        cuts = common.cut_prompts(len(prompts), args.num_minibatches, args.micro_batch_size)
         batches = [Batch(rollout[cut], advantages[cut]) for cut in cuts]
         if reference is not None:
             with common.without_adapters(reference):
@@ -360,7 +354,7 @@ def main(args: Args) -> dict[str, float]:
         clock.lap("reference")
         if args.num_minibatches > 1:  # with one, the first pass scores it, before any step
             score_old(model, batches, args)
-        metrics |= update(model, optimizer, batches, args, step)
+        metrics |= update(model, optimizer, batches, args)
         run.require_finite(step, metrics, prompts)
         clock.lap("update")
         metrics |= clock.stop(tokens=int(rollout.response_mask.sum()))

@@ -160,7 +160,7 @@ def diagnose(
     try:
         optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
         grpo = replace(args, lambda_attn=0.0, beta=0.0, num_iterations=1)
-        norm = ral_grpo.update(model, optimizer, batches, grpo, step=1)["train/grad_norm"]
+        norm = ral_grpo.update(model, optimizer, batches, grpo, measure=False)["train/grad_norm"]
         require(math.isfinite(norm), f"--model {args.model}: the gradient of GRPO is {norm}")
         del optimizer
         moved = {key: [] for key in product(layers, ROWS)}
@@ -170,7 +170,7 @@ def diagnose(
                 # Float32 would round away what moves at a learning rate of 1e-6.
                 both = (x[layer].to(model.device).double() for x in (new, old))
                 policies = [attention_policy(x, row) for x in both]
-                moved[layer, row].append(divergence(*policies, args.attn_divergence))
+                moved[layer, row].append(divergence(*policies))
         model.train()  # gradient checkpointing needs it
         terms_of = partial(loss_terms, model, args=args)
         tokens = gradient_norm(model, terms_of, batches, "pg_loss")

@@ -1,4 +1,4 @@
-"""Other tasks for the toy, each a context manager under which a script's `main` trains on it.
+"""Other tasks for the toy and another divergence, each a context manager around a script's `main`.
 `reproduce.py` runs them as tasks of its claims. Other methods are forks, in `forks/`."""
 
 import random
@@ -7,7 +7,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 import evaluate
+import ral_grpo
 import toy
 from prompts import Example, Media
 
@@ -22,6 +26,18 @@ def replaced(owner: Any, **functions: Callable) -> Iterator[None]:
     finally:
         for name, function in kept.items():
             setattr(owner, name, function)
+
+
+@contextmanager
+def forward_kl() -> Iterator[None]:
+    """RAL with KL(anchor || current) in place of the Jensen-Shannon divergence."""
+
+    def divergence(p: Tensor, q: Tensor) -> Tensor:
+        tiny = torch.finfo(p.dtype).tiny
+        return (q * (q.clamp_min(tiny).log() - p.clamp_min(tiny).log())).sum(-1)
+
+    with replaced(ral_grpo, divergence=divergence):
+        yield
 
 
 @contextmanager

@@ -54,7 +54,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from forks import fixed_fraction, one_sided, oracle, posterior_gaze
-from probes import guessable, half_of_the_shapes, replaced, three_shapes
+from probes import forward_kl, guessable, half_of_the_shapes, replaced, three_shapes
 
 import attn_distill
 import common
@@ -220,7 +220,7 @@ CLAIMS = {
             "RAL, layer 0, lambda 100": ral(attn_layer=0, lambda_attn=100.0),
             "RAL, own row, lambda 100": ral(attn_row="own", lambda_attn=100.0),
             "RAL, reference anchor, lambda 10": ral(attn_anchor="reference", lambda_attn=10.0),
-            "RAL, forward KL, lambda 100": ral(attn_divergence="forward-kl", lambda_attn=100.0),
+            "RAL, forward KL, lambda 100": (*ral(lambda_attn=100.0), forward_kl),
         }
     },
     **{

@@ -169,13 +169,13 @@ def update_work(variant: str, p: int, t: int) -> Callable[[], None]:
     rollout = common.Rollout(prompts, completions, full, torch.zeros(1, GROUP, dtype=torch.bool))
     advantages = torch.linspace(-1, 1, GROUP)[None, :, None]
     if variant in IN_TURN:
-        script, fields = grpo_baseline, {}
+        script, more, fields = grpo_baseline, (), {}
         if variant != "grpo":
             row = "predicting" if variant == "ral-predicting" else "own"
-            script, fields = ral_grpo, {"attn_row": row}
+            script, more, fields = ral_grpo, (False,), {"attn_row": row}
         args = script.Args(num_iterations=1, beta=0.0, **fields)
         return lambda: script.update(
-            model, optimizer, [script.Batch(rollout, advantages)], args, step=1
+            model, optimizer, [script.Batch(rollout, advantages)], args, *more
         )
     model.set_attn_implementation("eager" if variant == "eager" else "sdpa")
     model.train()
@@ -267,13 +267,14 @@ def step_work(variant: str, p: int, t: int) -> Callable[[], None]:
     args = script.Args(num_iterations=1, beta=0.0, max_new_tokens=t, think=False)
     parameters = [x for x in model.parameters() if x.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+    more = (False,) if variant == "step-ral" else ()
 
     def work() -> None:
         prompt = prompt_of(processor, model, p)
         batch = collate(model, [prompt], processor.tokenizer.pad_token_id)
         rollout, _, rewards, _ = script.roll_out(model, processor, [prompt], batch, args)
         advantages = torch.linspace(-1, 1, GROUP)[None, :, None] + script.group_advantages(rewards)
-        script.update(model, optimizer, [script.Batch(rollout, advantages)], args, step=1)
+        script.update(model, optimizer, [script.Batch(rollout, advantages)], args, *more)
 
     return work
 

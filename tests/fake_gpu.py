@@ -386,7 +386,8 @@ def step(
                 script.loss_terms(model, *teachers, batches[-1], args)
             phase("update")
             return peaks
-        script.update(model, *teachers, optimizer, batches[-2:], args, step=1)
+        measured = {"measure": False} if hasattr(args, "attn_norm_every") else {}
+        script.update(model, *teachers, optimizer, batches[-2:], args, **measured)
         phase("update")
         assert all(p.grad is None for p in parameters)
     return peaks

@@ -102,7 +102,7 @@ def test_fixed_fraction_scales_the_attention_gradient(batch, monkeypatch):
 
     monkeypatch.setattr(script, "loss_terms", keep)
     args = toy_args(script, num_iterations=2, attn_fraction=0.25)
-    metrics = script.update(model, optimizer, [batch], args, step=1)
+    metrics = script.update(model, optimizer, [batch], args, measure=False)
     assert lambdas[0] == 0 and lambdas[-1] > 0
     weighted = lambdas[-1] * metrics["train/attn_grad_norm"]
     assert weighted == pytest.approx(0.25 * metrics["train/pg_grad_norm"], rel=1e-5)
@@ -176,9 +176,10 @@ def test_posterior_gaze_asks_where_a_response_should_have_looked(batch, monkeypa
 
 def test_posterior_gaze_refuses_what_it_would_ignore(cold_start, tmp_path):
     script = fork("posterior_gaze")
-    for name, value in (("attn_anchor", "reference"), ("attn_divergence", "forward-kl")):
-        with pytest.raises(runs.UsageError, match="--attn-divergence: not in this fork"):
-            script.Args(**{name: value})
+    with pytest.raises(runs.UsageError, match="--attn-anchor: not in this fork"):
+        script.Args(attn_anchor="reference")
+    with pytest.raises(runs.UsageError, match="--num-minibatches 2: must be 1"):
+        script.Args(num_minibatches=2)
     real = tmp_path / "real"  # a checkpoint without a toy's task
     shutil.copytree(cold_start, real)
     (real / "toy_task.json").unlink()

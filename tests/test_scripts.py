@@ -73,7 +73,6 @@ def test_lambda_acts_from_the_second_inner_iteration_on(train):
 
 
 OPTIONS = {"attn_layer": 0, "attn_row": "predicting", "attn_anchor": "reference"}
-OPTIONS |= {"attn_divergence": "reverse-kl"}
 
 
 @pytest.mark.parametrize("field", OPTIONS)
@@ -86,8 +85,6 @@ def test_options_change_the_term(train, field):
     if field == "attn_anchor":  # at first the rollout's model is the reference
         assert after == pytest.approx(before, rel=1e-4)
         assert default[2]["train/attn_jsd_1"] == 0 < changed[2]["train/attn_jsd_1"]
-    elif field == "attn_divergence":  # to second order, KL is four times JSD
-        assert after == pytest.approx(4 * before, rel=0.1)
     else:
         assert after > 0 and not 0.95 < after / before < 1.05
 
@@ -108,14 +105,13 @@ def planted_batch(model, processor, sign: float, row: str) -> tuple[ral_grpo.Bat
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-@pytest.mark.parametrize("kind", ["jsd", "forward-kl", "reverse-kl"])
 @pytest.mark.parametrize("row", ["own", "predicting"])
-def test_ral_acts(checkpoints, monkeypatch, sign, kind, row):
+def test_ral_acts(checkpoints, monkeypatch, sign, row):
     """Token term off, anchor planted: one update of the script moves the gaze to it, or away from
     it."""
     model, processor = load(checkpoints["qwen2_vl"])
     monkeypatch.setattr(ral_grpo, "clipped_loss", lambda logps, *_: (0 * logps, 0 * logps))
-    args = toy_args(ral_grpo, num_iterations=1, beta=0.0, attn_divergence=kind, attn_row=row)
+    args = toy_args(ral_grpo, num_iterations=1, beta=0.0, attn_row=row)
     batch, target = planted_batch(model, processor, sign, row)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1e-2)
@@ -125,11 +121,11 @@ def test_ral_acts(checkpoints, monkeypatch, sign, kind, row):
             rows = common.score(model, batch.rollout, attn_layers=[-1]).attentions[-1]
         attention = ral_grpo.attention_policy(rows, row)
         seen = batch.rollout.response_mask
-        divergence = ral_grpo.divergence(attention, batch.old_attn, kind)[seen].mean()
+        divergence = ral_grpo.divergence(attention, batch.old_attn)[seen].mean()
         return divergence.item(), (attention * target).sum(-1)[seen].mean().item()
 
     divergence, mass = measure()
-    ral_grpo.update(model, optimizer, [batch], args, step=1)
+    ral_grpo.update(model, optimizer, [batch], args, measure=False)
     after, mass_after = measure()
     assert (after - divergence) * sign < -1e-6
     assert (mass_after - mass) * sign > 1e-6

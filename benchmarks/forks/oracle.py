@@ -7,13 +7,12 @@ know the target; the toy does.
     python benchmarks/forks/oracle.py --lambda-attn 0.1
 """
 
-import random
 import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -105,8 +104,6 @@ class Args(runs.RunArgs):
     attn_anchor: Literal["rollout", "reference"] = "rollout"  # RAL (eq. 3)
     """Anchor p_old: the attention at rollout time ("old" in the paper), or that of the frozen
     reference ("reference" in its introduction). [ours]"""
-    attn_divergence: Literal["jsd", "forward-kl", "reverse-kl"] = "jsd"  # RAL
-    """JSD (paper), KL(anchor || current) or KL(current || anchor) [ours]."""
     rewarded_only: bool = False
     """Tell it in the responses with a positive advantage alone."""
     attn_norm_every: int = 10  # RAL
@@ -224,8 +221,7 @@ def score_old(model: Module, batches: list[Batch], args: Args) -> None:
         scores = common.score(model, batch.rollout, args.temperature, [args.attn_layer])  # RAL
         batch.old_logps = scores.logps
         if batch.old_attn is None:  # RAL: else it is the reference's
-            rows = scores.attentions[args.attn_layer]  # RAL
-            batch.old_attn = attention_policy(rows, args.attn_row)  # RAL
+            batch.old_attn = attention_policy(scores.attentions[args.attn_layer], args.attn_row)
 
 
 # 4. Loss
@@ -285,9 +281,8 @@ def attention_policy(rows: Tensor, row: str) -> Tensor:
     return earlier / earlier.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
-def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
-    """Divergence of distributions along the last axis, in nats: by default Jensen-Shannon, which is
-    between 0 and ln 2.
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of distributions along the last axis, in nats: between 0 and ln 2.
 
     `p` is the current distribution and `q` the anchor. Zeros are safe, in value and in gradient.
     The rows are computed in chunks, see `in_chunks`.
@@ -302,8 +297,6 @@ def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
         return (p * (p.clamp_min(tiny).log() - q.clamp_min(tiny).log())).sum(-1)
 
     def chunk(p: Tensor, q: Tensor) -> tuple[Tensor]:
-        if kind != "jsd":
-            return (kl(q, p) if kind == "forward-kl" else kl(p, q),)
         middle = (p + q) / 2
         return ((kl(p, middle) + kl(q, middle)) / 2,)
 
@@ -338,12 +331,12 @@ def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
         batch.old_logps = scores.logps.detach()
     pg, clipped = clipped_loss(scores.logps, batch.old_logps, batch.advantages, args.clip_eps)
     kl = torch.zeros_like(pg) if batch.ref_logps is None else k3(scores.logps, batch.ref_logps)
-    attn_jsd = divergence(attn, batch.old_attn, args.attn_divergence)  # RAL: (B, G, T)
+    attn_jsd = divergence(attn, batch.old_attn)  # RAL: (B, G, T)
     terms = {"pg_loss": pg, "kl": kl, "entropy": scores.entropy, "clip_frac": clipped}
     terms |= {"attn_jsd": attn_jsd, "attn_loss": batch.advantages * attn_jsd}  # RAL
     terms = {name: common.response_mean(term, scores.mask) for name, term in terms.items()}
-    weights = scores.mask.sum(-1) if args.attn_reduction == "sum" else 1  # RAL (eq. 3)
-    terms["attn_loss"] = weights * terms["attn_loss"]  # RAL: T * mean = sum
+    # RAL (eq. 3): T * mean = sum
+    terms["attn_loss"] *= scores.mask.sum(-1) if args.attn_reduction == "sum" else 1  # RAL
     rows = scores.attentions[args.attn_layer][:, :, 1]  # of <answer>, which emits the answer
     p = batch.rollout.prompts.ids.shape[1]  # padding on the left may have been cut
     mass = (rows[..., :p] * batch.target[:, None, -p:]).sum(-1)
@@ -359,24 +352,19 @@ def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
 
 
 def update(
-    model: Module, optimizer: Optimizer, batches: list[Batch], args: Args, step: int
+    model: Module, optimizer: Optimizer, batches: list[Batch], args: Args, measure: bool
 ) -> dict[str, float]:
     """Pass over a rollout `num_iterations` times, with an optimiser step for each minibatch.
     Returns the metrics, averaged over these steps.
 
-    The order of the minibatches in each pass depends on the seed and the step alone.
-    `train/attn_jsd_<k>` is the divergence before the k-th optimiser step. Every `attn_norm_every`
-    steps, the gradient norms of the two terms are measured before the last one.
+    `train/attn_jsd_<k>` is the divergence before the k-th optimiser step. `measure` adds the
+    gradient norms of the two terms before the last one.
     """
     model.train()
     metrics = defaultdict(float)
-    rng = random.Random(f"{args.seed} {step}")
     size = len(batches) // args.num_minibatches
     minibatches = [batches[i : i + size] for i in range(0, len(batches), size)]
-    passes = [rng.sample(minibatches, len(minibatches)) for _ in range(args.num_iterations)]
-    schedule = list(chain(*passes))
-    # RAL: the two terms' gradient norms cost two passes, so not every step has them.
-    measure = args.attn_norm_every > 0 and step % args.attn_norm_every == 0  # RAL
+    schedule = args.num_iterations * minibatches
     for k, minibatch in enumerate(schedule, 1):  # RAL
         responses = sum(batch.rollout.truncated.numel() for batch in minibatch)
         for term in ("pg", "attn") if measure and k == len(schedule) else ():  # RAL
@@ -465,7 +453,7 @@ def main(args: Args) -> dict[str, float]:
         rollout, texts, rewards, metrics = roll_out(model, processor, prompts, batch, args)
         clock.lap("rollout")
         advantages = group_advantages(rewards)
-        cuts = common.cut_prompts(args)
+        cuts = common.cut_prompts(len(prompts), args.num_minibatches, args.micro_batch_size)
         batches = [Batch(rollout[cut], advantages[cut]) for cut in cuts]
         target = target_mask(prompts, batch)
         for part, cut in zip(batches, cuts, strict=True):
@@ -476,7 +464,9 @@ def main(args: Args) -> dict[str, float]:
         clock.lap("reference")
         if args.num_minibatches > 1:  # with one, the first pass scores it, before any step
             score_old(model, batches, args)
-        metrics |= update(model, optimizer, batches, args, step)
+        # RAL: the two terms' gradient norms cost two passes, so not every step has them.
+        measure = args.attn_norm_every > 0 and step % args.attn_norm_every == 0
+        metrics |= update(model, optimizer, batches, args, measure)
         run.require_finite(step, metrics, prompts)
         clock.lap("update")
         metrics |= clock.stop(tokens=int(rollout.response_mask.sum()))

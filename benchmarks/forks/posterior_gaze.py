@@ -16,7 +16,6 @@ tokens alone, and so are the layers above it. The row is always the predicting o
     python benchmarks/forks/posterior_gaze.py --eta 8 --lambda-attn 10
 """
 
-import random
 import sys
 import time
 from collections import defaultdict
@@ -24,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -117,8 +116,6 @@ class Args(runs.RunArgs):
     attn_anchor: Literal["rollout", "reference"] = "rollout"  # RAL (eq. 3)
     """Anchor p_old: the attention at rollout time ("old" in the paper), or that of the frozen
     reference ("reference" in its introduction). [ours]"""
-    attn_divergence: Literal["jsd", "forward-kl", "reverse-kl"] = "jsd"  # RAL
-    """JSD (paper), KL(anchor || current) or KL(current || anchor) [ours]."""
     eta: float = 8.0
     """Exponent of L: how far the target moves from where the response looked; 0: not at all."""
     shuffle_keys: bool = False
@@ -136,8 +133,7 @@ class Args(runs.RunArgs):
         )
         runs.require(self.num_minibatches == 1, cut)
         runs.require_not_negative(self, "lambda_attn", "attn_norm_every")
-        fixed = self.attn_anchor == "rollout" and self.attn_divergence == "jsd"
-        runs.require(fixed, "--attn-anchor, --attn-divergence: not in this fork")
+        runs.require(self.attn_anchor == "rollout", "--attn-anchor: not in this fork")
 
 
 # Defaults of a toy checkpoint, in place of those of `Args`.
@@ -241,8 +237,7 @@ def score_old(model: Module, batches: list[Batch], args: Args) -> None:
         scores = common.score(model, batch.rollout, args.temperature, [args.attn_layer])  # RAL
         batch.old_logps = scores.logps
         if batch.old_attn is None:  # RAL: else it is the reference's
-            rows = scores.attentions[args.attn_layer]  # RAL
-            batch.old_attn = attention_policy(rows, args.attn_row)  # RAL
+            batch.old_attn = attention_policy(scores.attentions[args.attn_layer], args.attn_row)
 
 
 # 4. Loss
@@ -302,16 +297,11 @@ def attention_policy(rows: Tensor, row: str) -> Tensor:
     return earlier / earlier.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
-def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
-    """Divergence of distributions along the last axis, in nats: by default Jensen-Shannon, which is
-    between 0 and ln 2.
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(q || p) of distributions along the last axis, in nats.
 
     `p` is the current distribution and `q` the anchor. Zeros are safe, in value and in gradient.
     The rows are computed in chunks, see `in_chunks`.
-
-    >>> p, q = torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[0.0, 1.0], [0.5, 0.5]])
-    >>> divergence(p, q)
-    tensor([0.6931, 0.0000])
     """
 
     def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -319,10 +309,7 @@ def divergence(p: Tensor, q: Tensor, kind: str = "jsd") -> Tensor:
         return (p * (p.clamp_min(tiny).log() - q.clamp_min(tiny).log())).sum(-1)
 
     def chunk(p: Tensor, q: Tensor) -> tuple[Tensor]:
-        if kind != "jsd":
-            return (kl(q, p) if kind == "forward-kl" else kl(p, q),)
-        middle = (p + q) / 2
-        return ((kl(p, middle) + kl(q, middle)) / 2,)
+        return (kl(q, p),)
 
     rows = (x.reshape(-1, x.shape[-1]) for x in (p, q))
     return common.in_chunks(chunk, *rows, elements=common.ATTENTION_CHUNK)[0].view(p.shape[:-1])
@@ -442,13 +429,13 @@ def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
         batch.old_logps = scores.logps.detach()
     pg, clipped = clipped_loss(scores.logps, batch.old_logps, batch.advantages, args.clip_eps)
     kl = torch.zeros_like(pg) if batch.ref_logps is None else k3(scores.logps, batch.ref_logps)
-    attn_jsd = divergence(attn, batch.old_attn, "forward-kl")
+    attn_jsd = divergence(attn, batch.old_attn)
     terms = {"pg_loss": pg, "kl": kl, "entropy": scores.entropy, "clip_frac": clipped}
     terms |= {"attn_jsd": attn_jsd, "attn_loss": batch.advantages.clamp_min(0) * attn_jsd}
     terms["attn_loss"] = (1 - scores.logps.detach().exp()) * terms["attn_loss"]
     terms = {name: common.response_mean(term, scores.mask) for name, term in terms.items()}
-    weights = scores.mask.sum(-1) if args.attn_reduction == "sum" else 1  # RAL (eq. 3)
-    terms["attn_loss"] = weights * terms["attn_loss"]  # RAL: T * mean = sum
+    # RAL (eq. 3): T * mean = sum
+    terms["attn_loss"] *= scores.mask.sum(-1) if args.attn_reduction == "sum" else 1  # RAL
     terms["loss"] = terms["pg_loss"] + args.beta * terms["kl"]
     terms["loss"] = terms["loss"] + args.lambda_attn * terms["attn_loss"]  # RAL
     return terms
@@ -458,24 +445,19 @@ def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
 
 
 def update(
-    model: Module, optimizer: Optimizer, batches: list[Batch], args: Args, step: int
+    model: Module, optimizer: Optimizer, batches: list[Batch], args: Args, measure: bool
 ) -> dict[str, float]:
     """Pass over a rollout `num_iterations` times, with an optimiser step for each minibatch.
     Returns the metrics, averaged over these steps.
 
-    The order of the minibatches in each pass depends on the seed and the step alone.
-    `train/attn_jsd_<k>` is the divergence before the k-th optimiser step. Every `attn_norm_every`
-    steps, the gradient norms of the two terms are measured before the last one.
+    `train/attn_jsd_<k>` is the divergence before the k-th optimiser step. `measure` adds the
+    gradient norms of the two terms before the last one.
     """
     model.train()
     metrics = defaultdict(float)
-    rng = random.Random(f"{args.seed} {step}")
     size = len(batches) // args.num_minibatches
     minibatches = [batches[i : i + size] for i in range(0, len(batches), size)]
-    passes = [rng.sample(minibatches, len(minibatches)) for _ in range(args.num_iterations)]
-    schedule = list(chain(*passes))
-    # RAL: the two terms' gradient norms cost two passes, so not every step has them.
-    measure = args.attn_norm_every > 0 and step % args.attn_norm_every == 0  # RAL
+    schedule = args.num_iterations * minibatches
     for k, minibatch in enumerate(schedule, 1):  # RAL
         responses = sum(batch.rollout.truncated.numel() for batch in minibatch)
         for term in ("pg", "attn") if measure and k == len(schedule) else ():  # RAL
@@ -565,7 +547,7 @@ def main(args: Args) -> dict[str, float]:
         rollout, texts, rewards, metrics = roll_out(model, processor, prompts, batch, args)
         clock.lap("rollout")
         advantages = group_advantages(rewards)
-        cuts = common.cut_prompts(args)
+        cuts = common.cut_prompts(len(prompts), args.num_minibatches, args.micro_batch_size)
         batches = [Batch(rollout[cut], advantages[cut]) for cut in cuts]
         if reference is not None:
             with common.without_adapters(reference):
@@ -573,7 +555,9 @@ def main(args: Args) -> dict[str, float]:
         clock.lap("reference")
         if args.num_minibatches > 1:  # with one, the first pass scores it, before any step
             score_old(model, batches, args)
-        metrics |= update(model, optimizer, batches, args, step)
+        # RAL: the two terms' gradient norms cost two passes, so not every step has them.
+        measure = args.attn_norm_every > 0 and step % args.attn_norm_every == 0
+        metrics |= update(model, optimizer, batches, args, measure)
         run.require_finite(step, metrics, prompts)
         clock.lap("update")
         metrics |= clock.stop(tokens=int(rollout.response_mask.sum()))

@@ -1,14 +1,18 @@
 """Estimate how much GPU memory a run needs, before any weights are loaded."""
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch.nn import Linear, Module
 
 from common import ATTENTION_CHUNK, LOGIT_CHUNK, compute_dtype, empty_model
+from media import MAX_FRAMES
+from prompts import ENCODER_CHUNK
 from runs import UsageError, print_on_rank_0, read_state, require, world_size
 
 GIB = 2**30
@@ -60,8 +64,19 @@ def memory_gb(
     hidden, wide = text.hidden_size, text.intermediate_size
     heads, shared = text.num_attention_heads, text.num_key_value_heads
     head_dim = getattr(text, "head_dim", None) or hidden // heads
+    vision = config.vision_config
+    levels = len(getattr(vision, "deepstack_visual_indexes", ()))
     # Qwen3-VL's deeper visual features: bytes a token. Each pass makes a second copy.
-    deeper = width * hidden * len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+    deeper = width * hidden * levels
+    patches, dim = prompt * vision.spatial_merge_size**2, visual.patch_embed.embed_dim
+    pixels = 3 * vision.temporal_patch_size * vision.patch_size**2
+
+    def encoding(prompts: int) -> float:
+        """Bytes of the vision encoder, most of them for the rotation of queries and keys, which
+        computes in float32, of its pixels, and of the features of all prompts."""
+        chunk = min(prompts * patches, max(ENCODER_CHUNK, patches))
+        features = prompts * prompt * (width * hidden + deeper)
+        return chunk * ((5 * width + 28) * dim + (4 + width) * pixels) + features
 
     def decoding(prompts: int, group: int) -> float:
         """Bytes of the keys and values of the prompts and their responses, and of the prefill's
@@ -75,6 +90,7 @@ def memory_gb(
         gathered = max(gathered, width * numel(empty_model(evaluated)))
     step = args.prompts_per_step
     need = {
+        "vision": {"gathered": gathered, "activations": encoding(2 * step)},
         "rollout": {"gathered": gathered, "activations": decoding(step, group_size)},
         "evaluation": {"gathered": gathered, "activations": decoding(2 * step, 1)},
     }
@@ -86,6 +102,9 @@ def memory_gb(
         checkpoints = width * tokens * (4 * wide + 10 * hidden) * len(layers)
     head = width * text.vocab_size * hidden if trained_root else 0
     attention = 4 * responses * (prompt + new)  # per prompt, in float32
+    # A trained encoder's activations stay until the language model's are gone.
+    seen = width * size * patches * dim * args.train_vision
+    kept = (1 if args.gradient_checkpointing else 24) * vision.depth + 18 + 23 * levels
     # Float32 gradients still in transit to the other ranks.
     reduced = (width + 4) * trained_layer + 4 * trained_root / processes if processes > 1 else 0
     update = max(
@@ -93,7 +112,9 @@ def memory_gb(
         checkpoints + 2 * size * attention + 12 * ATTENTION_CHUNK,
         checkpoints + head + in_layer + (width + 4) * trained_layer,
         (width + 4) * trained_root + reduced,
+        29 * seen,
     )
+    update += seen * kept
     need["update"] = {
         "gathered": width * (root + 2 * layer) if gathers else 0,
         "gradients": 4 * trained / processes,
@@ -104,13 +125,13 @@ def memory_gb(
     return need
 
 
-def prompt_tokens(args: Any) -> float:
-    """Positions of the longest prompt: its visual tokens and 64 text tokens."""
-    if args.data and args.fps and not args.frames:  # as many frames as fit into a prompt
-        return args.max_prompt_tokens or 16384
-    video = (args.frames or 16) / 2 * (args.frame_tokens or 0)
-    if visual := max(args.image_tokens or 0, video):
-        return 64 + visual
+def prompt_tokens(args: Any) -> int:
+    """Positions of the longest prompt with one image or video: its visual tokens and 64 of text."""
+    frames = args.frames or (MAX_FRAMES if args.data else 0)
+    video = (frames + 1) // 2 * (args.frame_tokens or 0)
+    image = args.image_tokens if args.data else args.min_image_tokens  # the toy's images are small
+    if visual := max(image or 0, video):
+        return min(64 + visual, args.max_prompt_tokens or sys.maxsize)
     return args.max_prompt_tokens or 64 + 16  # without budgets; the toy has 16 visual tokens
 
 
@@ -145,10 +166,10 @@ def fit_memory(
     teachers = [teacher] if teacher is not None else []
     evaluated = teacher if evaluate_teacher else None
 
-    def need(lora_rank: int, processes: int = 0) -> float:
+    def need(lora_rank: int, processes: int = 0, **fields: int) -> float:
         frozen = teachers + [config] * (needs_reference and not lora_rank)
-        processes = processes or world_size()
-        phases = memory_gb(config, args, lora_rank, group_size, frozen, evaluated, processes)
+        processes, changed = processes or world_size(), replace(args, **fields)
+        phases = memory_gb(config, changed, lora_rank, group_size, frozen, evaluated, processes)
         return max(sum(parts.values()) for parts in phases.values())
 
     both = f"--train-vision, --lora-rank {args.lora_rank}: adapters cover only the language model"
@@ -162,10 +183,26 @@ def fit_memory(
                 print_on_rank_0(f"{why}: training adapters, --lora-rank {lora_rank}")
             return replace(args, lora_rank=lora_rank)
     asked = choices[-1]
-    remedies = {} if asked or args.train_vision else {"--lora-rank 64": need(64)}
-    remedies |= {f"{n} processes": need(asked, n) for n in (2, 4, 8, 16, 32) if n > world_size()}
-    ways = [words for words, gb in remedies.items() if gb < 0.95 * have]
-    ways += ["a smaller --max-new-tokens, --frames or --micro-batch-size", "a smaller model"]
+
+    def fits(lora_rank: int, processes: int = 0, **fields: int) -> bool:
+        return need(lora_rank, processes, **fields) < 0.95 * have
+
+    ways = ["--lora-rank 64"] if not asked and not args.train_vision and fits(64) else []
+    numbers = (n for n in (2, 4, 8, 16, 32) if n > world_size() and fits(asked, n))
+    ways += [f"{n} processes" for n in islice(numbers, 1)]
+    lower = (shorter(args, tokens) for tokens in (4096, 2048, 1024))
+    for fields in islice((fields for fields in lower if fields and fits(asked, **fields)), 1):
+        ways.append(" ".join(f"--{k.replace('_', '-')} {v}" for k, v in fields.items()))
+    others = ["a smaller --max-new-tokens or --prompts-per-step", "a smaller model"]
+    *ways, last = (ways + others)[: max(2, len(ways))]
     short = f"needs about {need(asked):.0f} GB per process; {have:.0f} GB are available"
-    short += ", 5% of them reserved"
-    raise UsageError(f"--model {args.model}: {short}; {ways[0]} or {ways[1]} would make it fit")
+    short += f", 5% of them reserved; {', '.join(ways)} or {last} would make it fit"
+    raise UsageError(f"--model {args.model}: {short}")
+
+
+def shorter(args: Any, tokens: int) -> dict[str, int]:
+    """Values of the arguments that would limit an image or a video to so many visual tokens."""
+    now = {"frames": args.frames or (MAX_FRAMES if args.data else 0)}
+    now |= {"image_tokens": (args.image_tokens or sys.maxsize) if args.data else 0}
+    limits = {"frames": 2 * tokens // (args.frame_tokens or tokens), "image_tokens": tokens}
+    return {name: value for name, value in limits.items() if value < now[name]}

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import toy_args
 from PIL import Image
 from real import write_video
+from test_gpu import config_of
 from test_real import run
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -17,6 +19,7 @@ import datafiles
 import evaluate
 import grpo_baseline
 import kd_baseline
+import memory
 import ral_grpo
 import runs
 import sft
@@ -109,3 +112,36 @@ def test_the_first_rows_are_trained_on_and_those_behind_are_held_out(tmp_path):
     assert train.prompts.rows.tolist() == list(range(40)) and len(held_out) == 6
     with pytest.raises(runs.UsageError, match=r"--rows 51: --data .* has 50; leave it out"):
         open_rows(tmp_path, rows=51)
+
+
+@pytest.mark.parametrize(
+    ("fields", "positions"),
+    [
+        ({}, 64 + 64 * 128),  # 128 frames
+        ({"frames": 32}, 64 + 5120),  # an image
+        ({"frames": 33, "image_tokens": 128}, 64 + 17 * 128),
+        ({"max_prompt_tokens": 4000}, 4000),
+        ({"data": None}, 64 + 128),
+        ({"data": None, "frames": 32}, 64 + 16 * 128),
+    ],
+)
+def test_positions_of_the_longest_prompt(fields, positions):
+    assert memory.prompt_tokens(ral_grpo.Args(**{"data": "rows.json"} | fields)) == positions
+
+
+@pytest.mark.parametrize(
+    ("gb", "fields", "remedy"),
+    [
+        (40, {}, "--frames 64 --image-tokens 4096 or a smaller --max-new-tokens"),
+        (40, {"frames": 32}, "--image-tokens 4096"),
+        (24, {"image_tokens": 512}, "--frames 16 or a smaller"),
+        (80, {"lora_rank": 0}, "--lora-rank 64 or 4 processes would"),
+    ],
+)
+def test_what_does_not_fit_says_what_to_lower(monkeypatch, gb, fields, remedy):
+    config = config_of("7B", layers=28)
+    monkeypatch.setattr(memory, "available_gb", lambda: gb)
+    monkeypatch.setattr(memory, "compute_dtype", lambda: torch.bfloat16)
+    args = {"model": "m", "data": "rows.json", "lora_rank": 64, "gradient_checkpointing": True}
+    with pytest.raises(runs.UsageError, match=f"; (16 processes or )?{remedy}"):
+        memory.fit_memory(ral_grpo.Args(**args | fields), config, 8, True)

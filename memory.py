@@ -9,6 +9,7 @@ import torch
 from torch.nn import Linear, Module
 
 from common import ATTENTION_CHUNK, LOGIT_CHUNK, compute_dtype, empty_model
+from prompts import ENCODER_CHUNK
 from runs import UsageError, print_on_rank_0, read_state, require, world_size
 
 GIB = 2**30
@@ -60,8 +61,19 @@ def memory_gb(
     hidden, wide = text.hidden_size, text.intermediate_size
     heads, shared = text.num_attention_heads, text.num_key_value_heads
     head_dim = getattr(text, "head_dim", None) or hidden // heads
+    vision = config.vision_config
+    levels = len(getattr(vision, "deepstack_visual_indexes", ()))
     # Qwen3-VL's deeper visual features: bytes a token. Each pass makes a second copy.
-    deeper = width * hidden * len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+    deeper = width * hidden * levels
+    patches, dim = prompt * vision.spatial_merge_size**2, visual.patch_embed.embed_dim
+    pixels = 3 * vision.temporal_patch_size * vision.patch_size**2
+
+    def encoding(prompts: int) -> float:
+        """Bytes of the vision encoder, most of them for the rotation of queries and keys, which
+        computes in float32, of its pixels, and of the features of all prompts."""
+        chunk = min(prompts * patches, max(ENCODER_CHUNK, patches))
+        features = prompts * prompt * (width * hidden + deeper)
+        return chunk * ((5 * width + 28) * dim + (4 + width) * pixels) + features
 
     def decoding(prompts: int, group: int) -> float:
         """Bytes of the keys and values of the prompts and their responses, and of the prefill's
@@ -75,6 +87,7 @@ def memory_gb(
         gathered = max(gathered, width * numel(empty_model(evaluated)))
     step = args.prompts_per_step
     need = {
+        "vision": {"gathered": gathered, "activations": encoding(2 * step)},
         "rollout": {"gathered": gathered, "activations": decoding(step, group_size)},
         "evaluation": {"gathered": gathered, "activations": decoding(2 * step, 1)},
     }
@@ -86,6 +99,9 @@ def memory_gb(
         checkpoints = width * tokens * (4 * wide + 10 * hidden) * len(layers)
     head = width * text.vocab_size * hidden if trained_root else 0
     attention = 4 * responses * (prompt + new)  # per prompt, in float32
+    # A trained encoder's activations stay until the language model's are gone.
+    seen = width * size * patches * dim * args.train_vision
+    kept = (1 if args.gradient_checkpointing else 24) * vision.depth + 18 + 23 * levels
     # Float32 gradients still in transit to the other ranks.
     reduced = (width + 4) * trained_layer + 4 * trained_root / processes if processes > 1 else 0
     update = max(
@@ -93,7 +109,9 @@ def memory_gb(
         checkpoints + 2 * size * attention + 12 * ATTENTION_CHUNK,
         checkpoints + head + in_layer + (width + 4) * trained_layer,
         (width + 4) * trained_root + reduced,
+        29 * seen,
     )
+    update += seen * kept
     need["update"] = {
         "gathered": width * (root + 2 * layer) if gathers else 0,
         "gradients": 4 * trained / processes,

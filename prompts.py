@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import Module
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from runs import require
+from runs import gather, require
 
 # The minimum tokens of a video frame. Checkpoints do not state it; it is that of qwen-vl-utils.
 FRAME_LEAST = 128
@@ -485,24 +485,41 @@ class PromptBatch:
         )
 
 
-def visual_features(model: Module, blocks: Sequence[Sequence[Block]]) -> list[list[Features]]:
-    """Visual features of the blocks of each prompt, in one call of the encoder: of each block
-    (visual tokens, hidden) and, with Qwen3-VL, those that are added after the first layers.
+# Patches that the vision encoder takes at once, unless one block has more: 128 frames of 128 tokens
+# a pair. It needs some 50 KB for each.
+ENCODER_CHUNK = 2**15
 
-    Every rank must call the encoder, and its gradient. So a batch of text alone encodes a blank
-    image and gives an empty slice of its features to the first prompt.
+
+def visual_features(model: Module, blocks: Sequence[Sequence[Block]]) -> list[list[Features]]:
+    """Visual features of the blocks of each prompt: of each block (visual tokens, hidden) and, with
+    Qwen3-VL, those that are added after the first layers.
+
+    The encoder takes blocks of up to `ENCODER_CHUNK` patches in a call. Every rank must call it
+    equally often, and its gradient, unless the weights are gathered. So a rank without blocks left
+    encodes a blank image and gives an empty slice of its features to the last prompt.
     """
     config = model.config.vision_config
     merge, values = config.spatial_merge_size, 3 * config.temporal_patch_size * config.patch_size**2
-    flat = [block for row in blocks for block in row]
-    flat = flat or [Block(torch.zeros(merge**2, values), (1, 1, 1))]
-    pixels = torch.cat([block.pixels for block in flat]).to(model.device)
-    grids = [(t, merge * h, merge * w) for t, h, w in (block.shape for block in flat)]
-    output = model.get_image_features(pixels, torch.tensor(grids, device=model.device))
-    levels = [output.pooler_output, *getattr(output, "deepstack_features", ())]
-    features = zip(*levels, strict=True)
-    rows = [[next(features) for _ in row] for row in blocks]
-    rows[0] += [tuple(level[:0] for level in blank) for blank in features]
+    calls, room = [], 0
+    for block in (block for row in blocks for block in row):
+        if not calls or len(block.pixels) > room:
+            calls.append([])
+            room = ENCODER_CHUNK
+        calls[-1].append(block)
+        room -= len(block.pixels)
+    counts = [len(calls)] if getattr(model, "is_gathered", False) else gather([len(calls)])
+    blank = Block(torch.zeros(merge**2, values), (1, 1, 1))
+    calls += [[blank]] * (max(1, *counts) - len(calls))
+    features = []
+    for call in calls:
+        pixels = torch.cat([block.pixels for block in call]).to(model.device)
+        grids = [(t, merge * h, merge * w) for t, h, w in (block.shape for block in call)]
+        output = model.get_image_features(pixels, torch.tensor(grids, device=model.device))
+        levels = [output.pooler_output, *getattr(output, "deepstack_features", ())]
+        features += zip(*levels, strict=True)
+    left = iter(features)
+    rows = [[next(left) for _ in row] for row in blocks]
+    rows[-1] += [tuple(level[:0] for level in blank) for blank in left]
     return rows
 
 
@@ -539,7 +556,8 @@ def encoder_outputs(model: Module, prompts: PromptBatch) -> dict[str, Any]:
     of all images in order, and those of all videos."""
     rows = prompts.features or visual_features(model, prompts.blocks)
     features = [feature for row in rows for feature in row]
-    kinds = [block.is_video for row in prompts.blocks for block in row] or [False] * len(features)
+    kinds = [block.is_video for row in prompts.blocks for block in row]
+    kinds += [False] * (len(features) - len(kinds))  # blank images
     outputs = {}
     for kind, is_video in (("image", False), ("video", True)):
         chosen = [f for f, video in zip(features, kinds, strict=True) if video == is_video]

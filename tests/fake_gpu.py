@@ -30,7 +30,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, Qwen3VLTextModel
 
 import common
-from prompts import Block, PromptBatch
+import prompts as prompts_module
+from prompts import Block, PromptBatch, visual_features
 
 GIB = 2**30
 
@@ -251,6 +252,7 @@ def fake_gpu(device: str, processes: int, answers: dict[str, Any], length: int) 
         # Indexing by a mask needs its values. The original, too, keeps one clone.
         patch(Qwen3VLTextModel, "_deepstack_process", lambda self, hidden, *_: hidden.clone())
         patch(common, "gather", lambda items: items)
+        patch(prompts_module, "gather", lambda items: items)
         patch(common, "on_rank_0", lambda action: action())
         patch(common, "ATTENTION_CHUNK", 2**26)
         patch(common, "LOGIT_CHUNK", 2**26)
@@ -262,6 +264,29 @@ def fake_gpu(device: str, processes: int, answers: dict[str, Any], length: int) 
         if device == "cuda":
             stack.enter_context(Indexing())
         yield stack.enter_context(Memory(device, answers, length))
+
+
+PATCHES = 8192  # of a prompt's video; one call of attention stands for those of its frames
+
+
+def see(visual: torch.nn.Module) -> None:
+    """Give a vision encoder what it would compute from the numbers of its grid."""
+    forward = visual.forward
+
+    def fake_forward(pixels: Tensor, grid_thw: Tensor, **options: Any) -> Any:
+        n, device = len(pixels), pixels.device
+        lengths = {"cu_seqlens": n // PATCHES + 1}
+        if visual.config.model_type.startswith("qwen2_5_vl"):
+            lengths |= {"cu_window_seqlens": n // PATCHES + 1, "window_index": n // 4}
+        if visual.config.model_type.startswith("qwen3_vl"):
+            options["interp_weights"] = torch.zeros(n, 4, device=device)
+            options["interp_indices"] = torch.zeros(n, 4, dtype=torch.long, device=device)
+        for name, length in lengths.items():
+            options[name] = torch.zeros(length, dtype=torch.long, device=device)
+        positions = torch.zeros(n, 2, dtype=torch.long, device=device)
+        return forward(pixels, grid_thw=grid_thw, position_ids=positions, **options)
+
+    visual.forward = fake_forward
 
 
 def load(config: Any, **fields: Any) -> torch.nn.Module:
@@ -289,7 +314,9 @@ def load(config: Any, **fields: Any) -> torch.nn.Module:
         mock.patch.object(common, "load_processor", lambda *_, **__: processor),
         mock.patch.object(common, "add_adapters", add_adapters_without_storage),
     ):
-        return common.load_model("checkpoint", **fields)
+        model = common.load_model("checkpoint", **fields)
+    see(model.model.visual)
+    return model
 
 
 def step(
@@ -306,13 +333,15 @@ def step(
 
     The rollout stops after `decoded` tokens. On `cuda` the update is its forward pass alone.
     """
-    prompt, visual, hidden = 2112, 2048, config.text_config.hidden_size
+    prompt, visual = 2112, 2048
     b, g, t = args.prompts_per_step, args.group_size, args.max_new_tokens
     asked = itertools.count(1)  # a rollout ends where all responses have ended
     answers = {
         "done.all": lambda: next(asked) % (decoded + 1) == 0,
         "argmax": 0,
         ".all())": not padded,
+        "lengths.tolist": PATCHES,
+        "split_sizes": visual,
     }
     peaks = {}
     with fake_gpu(device, processes, answers, length=t) as memory:
@@ -321,22 +350,25 @@ def step(
             peaks[name] = memory.at
             memory.reset()
 
-        def features(*shape: int, **options: Any) -> tuple[torch.Tensor, ...]:
-            deeper = getattr(config.vision_config, "deepstack_visual_indexes", ())
-            return tuple(torch.empty(*shape, **options) for _ in range(1 + len(deeper)))
-
         def make_prompts(count: int) -> PromptBatch:
-            bfloat16 = {"dtype": torch.bfloat16, "device": device}
+            vision = config.vision_config
+            channels = getattr(vision, "in_channels", 3)
+            values = channels * vision.temporal_patch_size * vision.patch_size**2
+            blocks = [[Block(torch.empty(PATCHES, values), (16, 8, 16), is_video=True)]] * count
+            features = None
+            if not args.train_vision:
+                with torch.no_grad():
+                    features = visual_features(model, blocks)
             return PromptBatch(
                 torch.zeros(count, prompt, dtype=torch.long, device=device),
                 torch.zeros(3, count, prompt, dtype=torch.long, device=device),
                 torch.ones(count, prompt, dtype=torch.bool, device=device) if padded else None,
                 torch.full((count, prompt), -1),
-                [[Block(torch.empty(0), (16, 8, 16), is_video=True)]] * count,
-                [[features(visual, hidden, **bfloat16)] for _ in range(count)],
+                blocks,
+                features,
             )
 
-        options = {"gradient_checkpointing": True}
+        options = {"gradient_checkpointing": True, "train_vision": args.train_vision}
         model = load(config, lora_rank=args.lora_rank, **options)
         reference = model if args.lora_rank else load(config, frozen=True)
         for parameter in model.parameters():
@@ -358,6 +390,7 @@ def step(
         with common.gathered(model):
             memory.new = "activations"
             prompts = make_prompts(2 * b)
+            phase("vision")
             common.generate_group(model, prompts, 1, t)
             phase("evaluation")
             prompts = make_prompts(b)

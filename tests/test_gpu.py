@@ -1,6 +1,7 @@
 """What only a GPU would show: the scripts' step at 7B width on fake tensors, with the kernels'
 layouts, and the memory that it takes."""
 
+from dataclasses import replace
 from unittest import mock
 
 import fake_gpu
@@ -77,17 +78,19 @@ def make_args(script, lora_rank: int, size: int = 1):
 
 
 STEPS = {
-    "7B, all weights, 8 processes": ("7B", 0, 8),
-    "7B, adapters, 1 process": ("7B", 64, 1),
-    "2B, all weights, 1 process": ("2B", 0, 1),
-    "Qwen3-VL-8B, all weights, 8 processes": ("8B", 0, 8),
+    "7B, all weights, 8 processes": ("7B", 8, {}),
+    "7B, adapters, 1 process": ("7B", 1, {"lora_rank": 64}),
+    "2B, all weights, 1 process": ("2B", 1, {}),
+    "2B, trained vision, 1 process": ("2B", 1, {"train_vision": True, "max_new_tokens": 64}),
+    "Qwen3-VL-8B, all weights, 8 processes": ("8B", 8, {}),
 }
 
 
-@pytest.mark.parametrize(("size", "lora_rank", "processes"), STEPS.values(), ids=STEPS)
-def test_a_step_runs_in_the_memory_it_was_expected_to_need(size, lora_rank, processes):
+@pytest.mark.parametrize(("size", "processes", "fields"), STEPS.values(), ids=STEPS)
+def test_a_step_runs_in_the_memory_it_was_expected_to_need(size, processes, fields):
     family = Qwen3VLConfig if size == "8B" else Qwen2VLConfig
-    config, args = config_of(size, family), make_args(ral_grpo, lora_rank)
+    config, lora_rank = config_of(size, family), fields.get("lora_rank", 0)
+    args = replace(make_args(ral_grpo, lora_rank), **fields)
     fake_gpu.KERNELS.clear()
     peaks = fake_gpu.step(ral_grpo, config, args, processes)
     # One prompt a microbatch: nothing is padded, and no mask keeps flash attention away.
@@ -97,6 +100,8 @@ def test_a_step_runs_in_the_memory_it_was_expected_to_need(size, lora_rank, proc
     ):
         frozen = [] if lora_rank else [config]
         need = memory.memory_gb(config, args, lora_rank, 8, frozen, processes=processes)
+    if args.train_vision:  # each pass encodes
+        del need["vision"]
     for phase, parts in need.items():
         traced = peaks[phase].total() / fake_gpu.GIB
         assert sum(parts.values()) == pytest.approx(traced, rel=0.1), phase

@@ -34,6 +34,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
@@ -219,6 +220,8 @@ def load_model(
         shard(model)
     else:
         model.to(device())
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # perf/peak_mem_gb is that of the steps
     return model
 
 
@@ -264,7 +267,10 @@ def shard(model: Module) -> None:
     buffers = dict(model.named_buffers())
     model.to("meta")
     model.tie_weights()  # `to` creates one parameter per name
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype(), reduce_dtype=torch.float32)
+    # Inputs keep their dtype: the rotary tables of the vision encoder are float32.
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype(), reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     outside = {
         parameter
         for parameter in model.parameters()
@@ -282,7 +288,11 @@ def shard(model: Module) -> None:
 
 def fill(model: Module, weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
     """Send each rank its shard of the weights and a copy of the buffers that rank 0 holds."""
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    with torch.no_grad():  # what is not sharded, one at a time: else it would be there twice
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if not isinstance(parameter, DTensor):
+                parameter.copy_(weights.pop(name))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_model_state_dict(model, weights, options=options)
     # Checkpoints lack the rotary frequencies.
     for name, buffer in model.named_buffers():

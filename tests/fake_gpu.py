@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp._fully_shard import _fully_shard
@@ -191,6 +192,8 @@ CUDA = {
     "default_stream": Stub,
     "stream": lambda stream: contextlib.nullcontext(),
     "_lazy_init": lambda: None,
+    "reset_peak_memory_stats": lambda: None,
+    "is_current_stream_capturing": lambda: False,
 }
 
 
@@ -240,6 +243,7 @@ def fake_gpu(device: str, processes: int, answers: dict[str, Any], length: int) 
         if device == "cuda":
             stack.enter_context(mock.patch.multiple(torch.cuda, **CUDA))
             patch(torch, "Event", Stub)
+            patch(fake_tensor, "init_gpu_context", lambda device: None)  # it needs a driver
             patch(FakeTensorMode, "avoid_device_init", property(lambda self: True))
         patch(common, "device", lambda: device)
         patch(common, "compute_dtype", lambda: torch.bfloat16)

@@ -9,9 +9,12 @@ import pytest
 import torch
 from ranks import run_all
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import set_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
 
 import common
+from conftest import make_prompts, make_rollout
 
 RL = {"group_size": 4, "micro_batch_size": 2, "max_new_tokens": 6, "eval_examples": 5}
 RL |= {"learning_rate": 3e-4, "steps": 3, "eval_every": 2}
@@ -144,3 +147,42 @@ def test_bfloat16_trains_float32_weights(group_of_one, cold_start, tmp_path, lor
     }
     assert any("q_proj" in name for name in changed) and not any("visual" in n for n in changed)
     assert (tmp_path / "0" / "adapter").exists() == (lora_rank > 0)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_a_sharded_model_computes_what_the_saved_one_does(
+    group_of_one, checkpoints, family, lora_rank
+):
+    """To the bit: the rotary tables of the vision encoder, too, keep their dtype."""
+    processor = common.load_processor(checkpoints[family])
+    scores, features = [], []
+    for fields in ({"frozen": True}, {"lora_rank": lora_rank}):
+        model = common.load_model(checkpoints[family], **fields)
+        assert bool(lora_rank or fields.get("frozen")) or isinstance(model.lm_head.weight, DTensor)
+        prompts = make_prompts(model, processor, ("mixed", "video"))
+        rollout = make_rollout(model, processor, prompts)
+        with torch.no_grad():
+            scores.append(common.score(model, rollout, attn_layers=[-1]))
+        rows = rollout.prompts.features
+        features.append([level for row in rows for block in row for level in block])
+    assert torch.equal(scores[0].logps, scores[1].logps)
+    assert torch.equal(scores[0].attentions[-1], scores[1].attentions[-1])
+    assert all(torch.equal(*pair) for pair in zip(*features, strict=True))
+
+
+@pytest.mark.parametrize("model", ["qwen3_vl", "tied"])
+def test_what_is_not_sharded_is_loaded_once(group_of_one, real, monkeypatch, model):
+    """Weights in one dictionary are on the GPU together, beside the model's own."""
+    given = []
+
+    def load(model, weights, **options):
+        given.extend(weights)
+        return set_model_state_dict(model, weights, **options)
+
+    monkeypatch.setattr(common, "set_model_state_dict", load)
+    loaded = common.load_model(real / model, lora_rank=4)
+    assert given and all("lora_" in name for name in given)
+    frozen = common.load_model(real / model, frozen=True).state_dict()
+    for name, parameter in loaded.named_parameters(remove_duplicate=False):
+        if "lora_" not in name:
+            assert torch.equal(parameter, frozen[name.replace(".base_layer", "")]), name

@@ -10,7 +10,10 @@ and without torchvision.
 
 import json
 import math
+import os
 import re
+import resource
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -154,7 +157,8 @@ class Processor:
     `config` is the model's. `files` are the checkpoint's own files other than the weights; every
     saved checkpoint includes them. `image_tokens` limits the visual tokens of an image and
     `frame_tokens` those of a pair of video frames; None keeps the image processor's own limit.
-    `end_ids` are the tokens that end a response according to the tokenizer and the chat template.
+    `end_ids` are the tokens that end a response according to the tokenizer, the chat template and
+    the generation config.
     `response_prefix` is the `<think>` with which the template of a thinking model opens the
     response inside the prompt: reward and samples see it as part of the response.
     """
@@ -171,6 +175,9 @@ class Processor:
 
     def save(self, directory: Path) -> None:
         files = self.files | {"prompt.json": self.prompt_config.content()}
+        generation = json.loads(files.get("generation_config.json", "{}"))
+        generation["eos_token_id"] = sorted(self.end_ids)
+        files["generation_config.json"] = json.dumps(generation, indent=2).encode()
         for name, content in files.items():
             (directory / name).write_bytes(content)
 
@@ -207,9 +214,11 @@ TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, 
 TEMPLATE_ERRORS += (ValueError,)
 
 
-def render_turn(tokenizer: Any, kinds: Sequence[str], template: str | None = None) -> list[str]:
-    """Render a user's turn of parts, each an "image", a "video" or a "text"; returns the template's
-    own text before, between and after them.
+def render_turn(
+    tokenizer: Any, kinds: Sequence[str], template: str | None = None, open_response: bool = True
+) -> list[str]:
+    """Render a user's turn of parts, each an "image", a "video" or a "text", and the opening of the
+    response; returns the template's own text before, between and after them.
 
     Raises:
         ValueError: the chat template does not render every part once, in order.
@@ -221,7 +230,7 @@ def render_turn(tokenizer: Any, kinds: Sequence[str], template: str | None = Non
         [{"role": "user", "content": content}],
         chat_template=template,
         tokenize=False,
-        add_generation_prompt=True,
+        add_generation_prompt=open_response,
     )
     asked = f"the question's {' and '.join(dict.fromkeys(kinds))}"
     if not turn.strip():
@@ -261,11 +270,42 @@ def template_fault(tokenizer: Any, template: str) -> str:
             ["video", "text"],
             ["text"],
             ["text", "video"] * 2 + ["image"],
+            ["image"] * 16,
         ):
-            render_turn(tokenizer, kinds, template)
+            pieces = render_turn(tokenizer, kinds, template)
+        opens = pieces != render_turn(tokenizer, kinds, template, open_response=False)
+        return "" if opens or "assistant" in pieces[-1] else "ignores add_generation_prompt"
     except TEMPLATE_ERRORS as error:
         return next(iter(str(error).splitlines()), type(error).__name__)
-    return ""
+
+
+def require_bounded(tokenizer: Any, templates: Sequence[str]) -> None:
+    """Try chat templates in a process of their own, which has 5 seconds and 1 GB: a template is a
+    program, and may render for ever.
+
+    Raises:
+        ValueError: that is not enough.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(60)  # in case it waits for a lock that another thread held
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            spent = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
+            for limit, value in (
+                (resource.RLIMIT_CORE, 0),
+                (resource.RLIMIT_CPU, spent + 5),
+                (resource.RLIMIT_AS, used + 2**30),
+            ):
+                resource.setrlimit(limit, (value, value))
+            for template in templates:
+                template_fault(tokenizer, template)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if os.waitpid(child, 0)[1] != 0:
+        raise ValueError("its chat template takes more than 5 seconds or 1 GB to render; mend it")
 
 
 def repair_turns(processor: Processor) -> str:
@@ -288,6 +328,7 @@ def repair_turns(processor: Processor) -> str:
                 "its chat_template.json holds no chat_template; fix or delete that file"
             )
     templates = [x for x in (own, legacy) if isinstance(x, str) and x]
+    require_bounded(tokenizer, templates)
     faults = {template: template_fault(tokenizer, template) for template in templates}
     if not own or any(faults.values()):
         good = [template for template, fault in faults.items() if not fault]
@@ -306,7 +347,11 @@ def repair_turns(processor: Processor) -> str:
         tokenizer.eos_token = END_OF_TURN
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             processor.set_in_file(name, eos_token=END_OF_TURN)
-    processor.end_ids = (ends | {tokenizer.eos_token_id}) - {None}
+    generated = getattr(processor.config.get_text_config(), "eos_token_id", None)
+    if "generation_config.json" in files:
+        generated = json.loads(files["generation_config.json"]).get("eos_token_id")
+    ends |= {tokenizer.eos_token_id, *(generated if isinstance(generated, list) else [generated])}
+    processor.end_ids = ends - {None}
     processor.response_prefix = "".join(re.findall(r"<think>\s*$", after))
     return "; ".join(changes)
 

@@ -136,7 +136,8 @@ def loading(named: str) -> Iterator[None]:
             reason = f"lacks {reason}"
         elif not reason or not isinstance(error, (OSError, ValueError)):
             reason = f"{type(error).__name__} {reason}".strip()
-        raise UsageError(f"{named}: {reason}; {REMEDY}") from None
+        remedy = "repair that, or give another checkpoint"
+        raise UsageError(f"{named}: {reason}; {remedy}") from None
 
 
 def checkpoint_folder(path: str | Path, field: str, names: Sequence[str]) -> Path:
@@ -163,8 +164,8 @@ def read_files(folder: Path) -> dict[str, bytes]:
     """The content of those of `FILES` that a checkpoint has.
 
     Raises:
-        ValueError: one of them is too large, or a link out of the checkpoint (other than into the
-            hub's cache), which a saved checkpoint would pass on.
+        ValueError: one of them is too large, no JSON, or a link out of the checkpoint (other than
+            into the hub's cache), which a saved checkpoint would pass on.
     """
     homes = [folder.resolve(), folder.resolve().parents[1] / "blobs"]
     files = {}
@@ -172,11 +173,16 @@ def read_files(folder: Path) -> dict[str, bytes]:
         if not path.is_file():
             continue
         if not any(path.resolve().is_relative_to(home) for home in homes):
-            raise ValueError(f"its {path.name} is a link to a file elsewhere; put a copy there")
+            raise ValueError(f"its {path.name} is a link to a file elsewhere")
         limit = 2**26 if path.name in LARGE else 2**22
         if path.stat().st_size > limit:
             raise ValueError(f"its {path.name} is larger than {limit >> 20} MB")
         files[path.name] = path.read_bytes()
+        try:
+            if path.suffix == ".json" and not isinstance(json.loads(files[path.name]), dict):
+                raise ValueError("it is no JSON object")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"its {path.name} cannot be used ({error})") from None
     return files
 
 
@@ -196,15 +202,16 @@ def read_config(content: Any, named: str) -> Any:
         note = "its linear attention would carry a state from one packed response to the next"
     require(content["model_type"] in FAMILIES, f"{family}; {note}")
     for part in (content, text, content["vision_config"]):
-        quantised = {"quantization_config", "compression_config"} & {k for k in part if part[k]}
-        remedy = "give the checkpoint that it was made from"
-        require(not quantised, f"{named}: its weights are quantised ({quantised}); {remedy}")
+        quantised = part.get("quantization_config") or part.get("compression_config")
+        found = f"{named}: its weights are quantised, as its config.json says"
+        require(not quantised, f"{found}; give the checkpoint that it was made from")
         for name, value in part.items():
             limit = 1024 if name in ("num_hidden_layers", "depth") else 2**24
             possible = not isinstance(value, int) or value <= limit
             require(possible, f"{named}: its config.json has {name} {value}, above {limit}")
-    # Of these keys some change what transformers loads, and some name code.
+    # Keys that name code or other weights, or change how the model computes.
     ours = ("auto_map", "attn_implementation", "_attn_implementation", "fusion_config")
+    ours += ("transformers_weights",)
     config = AutoConfig.for_model(**{k: v for k, v in content.items() if k not in ours})
     layers = getattr(config.get_text_config(), "layer_types", None) or ()
     sliding = "sliding_attention" in layers
@@ -223,10 +230,10 @@ def weight_files(folder: Path) -> list[str]:
     if not (folder / INDEX).is_file():
         other = "; convert its .bin files to safetensors" if [*folder.glob("*.bin")] else ""
         raise ValueError(f"has no {WEIGHTS} and no {INDEX}{other}")
-    names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    names = sorted({*map(str, json.loads((folder / INDEX).read_text())["weight_map"].values())})
     for name in names:
         if not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise ValueError(f"its {INDEX} names {name!r}; it may name *.safetensors beside it")
+            raise ValueError(f"its {INDEX} names {name!r}, not a *.safetensors file beside it")
     return names
 
 
@@ -285,7 +292,7 @@ def try_processor(processor: Processor) -> None:
     text, vision = config.get_text_config(), config.vision_config
     largest = max(tokenizer.get_vocab().values())
     if largest >= text.vocab_size:
-        raise ValueError(f"its tokenizer has a token {largest}, its config {text.vocab_size}")
+        raise ValueError(f"its tokenizer has a token {largest}, its config only {text.vocab_size}")
     for kind in ("image", "video"):
         names = ("vision_start_token_id", f"{kind}_token_id", "vision_end_token_id")
         known = [getattr(config, name) for name in names]
@@ -298,14 +305,17 @@ def try_processor(processor: Processor) -> None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(min(usable))
     if text.pad_token_id not in usable:
         text.pad_token_id = min(usable) or None  # `score` takes 0 for None
-    processor.end_ids = {token for token in processor.end_ids if token in usable}
+    if strange := [token for token in processor.end_ids if token not in range(text.vocab_size)]:
+        raise ValueError(f"its eos_token_id has {strange}, which are no tokens of the model")
     ours = processor.image_processor
     for name in ("patch_size", "temporal_patch_size", "merge_size"):
         values = getattr(ours, name), getattr(vision, name.replace("merge", "spatial_merge"))
         if values[0] != values[1]:
             raise ValueError(f"its image processor has {name} {values[0]}, its config {values[1]}")
-    if not 0 < ours.size["shortest_edge"] <= min(ours.size["longest_edge"], 2**24):
-        raise ValueError(f"its image processor has size {dict(ours.size)}")
+    edges = [ours.size.get(edge) or 0 for edge in ("shortest_edge", "longest_edge")]
+    if not 0 < edges[0] <= min(edges[1], 2**24):
+        needs = f"needs shortest_edge (at most {2**24} pixels) and longest_edge"
+        raise ValueError(f"the size {dict(ours.size)} of its image processor {needs}")
     image, plain = Image.new("RGB", (64, 64)), replace(processor, prompt_config=PromptConfig({}))
     prompt = encode_prompt(plain, Example("a", "", [Media([image]), Media([image] * 2, True)]))
     if not all(block.pixels.isfinite().all() for block in prompt.blocks):
@@ -404,12 +414,15 @@ def read_model(
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,
             **options,
         )
-    for kind, verb in (("missing", "lack"), ("unexpected", "hold unknown")):
+    remedies = {"missing": "download it again", "unexpected": "merge an adapter into its weights"}
+    remedies["mismatched"] = "give the config.json of these weights"
+    for kind, remedy in remedies.items():
         keys = sorted(info[f"{kind}_keys"])
-        found = f"{field} {path}: its files {verb} {len(keys)} weights, as {keys[:1]}"
-        require(not keys, f"{found}; download it again, or merge its adapter")
+        found = f"its files and its config.json do not agree: {len(keys)} {kind} weights"
+        require(not keys, f"{field} {path}: {found}, as {keys[:1]}; {remedy}")
     model.config.tie_word_embeddings = is_tied(model)
     return model
 

@@ -15,6 +15,7 @@ import re
 import resource
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -212,6 +213,7 @@ CHATML = (
 # list of parts to a string.
 TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError)
 TEMPLATE_ERRORS += (ValueError,)
+MAX_TURN = 100_000  # characters
 
 
 def render_turn(
@@ -232,6 +234,8 @@ def render_turn(
         tokenize=False,
         add_generation_prompt=open_response,
     )
+    if len(turn) > MAX_TURN:
+        raise ValueError(f"renders {len(turn):,} characters for {len(kinds)} parts")
     asked = f"the question's {' and '.join(dict.fromkeys(kinds))}"
     if not turn.strip():
         raise ValueError(f"renders nothing for {asked}")
@@ -253,6 +257,8 @@ def read_prompt_config(files: dict[str, bytes]) -> PromptConfig | None:
         config = PromptConfig(**json.loads(files["prompt.json"]))
         if not all(isinstance(text, str) for text in config.prompts.values()):
             raise TypeError("a prompt is not text")
+        if any(re.search("<image>|<video>", text) for text in config.prompts.values()):
+            raise ValueError("a prompt holds the marker of a medium")
         if not isinstance(config.think, bool) or not isinstance(config.question_first, bool):
             raise TypeError("think or question_first is not true or false")
         if config.accuracy_rule not in ("by-type", "exact"):
@@ -270,7 +276,6 @@ def template_fault(tokenizer: Any, template: str) -> str:
             ["video", "text"],
             ["text"],
             ["text", "video"] * 2 + ["image"],
-            ["image"] * 16,
         ):
             pieces = render_turn(tokenizer, kinds, template)
         opens = pieces != render_turn(tokenizer, kinds, template, open_response=False)
@@ -280,7 +285,7 @@ def template_fault(tokenizer: Any, template: str) -> str:
 
 
 def require_bounded(tokenizer: Any, templates: Sequence[str]) -> None:
-    """Try chat templates in a process of their own, which has 5 seconds and 1 GB: a template is a
+    """Try chat templates in a process of their own, which has 2 seconds and 1 GB: a template is a
     program, and may render for ever.
 
     Raises:
@@ -295,17 +300,19 @@ def require_bounded(tokenizer: Any, templates: Sequence[str]) -> None:
             spent = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
             for limit, value in (
                 (resource.RLIMIT_CORE, 0),
-                (resource.RLIMIT_CPU, spent + 5),
+                (resource.RLIMIT_CPU, spent + 2),
                 (resource.RLIMIT_AS, used + 2**30),
             ):
                 resource.setrlimit(limit, (value, value))
             for template in templates:
                 template_fault(tokenizer, template)
+                with suppress(*TEMPLATE_ERRORS):
+                    render_turn(tokenizer, ["text", "image"] * 16, template)
             os._exit(0)
         finally:
             os._exit(1)
     if os.waitpid(child, 0)[1] != 0:
-        raise ValueError("its chat template takes more than 5 seconds or 1 GB to render; mend it")
+        raise ValueError("its chat template takes more than 2 seconds or 1 GB to render")
 
 
 def repair_turns(processor: Processor) -> str:

@@ -10,8 +10,12 @@ and without torchvision.
 
 import json
 import math
+import os
 import re
+import resource
+import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -154,8 +158,8 @@ class Processor:
     `config` is the model's. `files` are the checkpoint's own files other than the weights; every
     saved checkpoint includes them. `image_tokens` and `min_image_tokens` limit the visual tokens of
     an image, and `frame_tokens` those of a pair of video frames; None keeps the image processor's
-    own limit.
-    `end_ids` are the tokens that end a response according to the tokenizer and the chat template.
+    own limit. `end_ids` are the tokens that end a response according to the tokenizer, the chat
+    template and the generation config.
     `response_prefix` is the `<think>` with which the template of a thinking model opens the
     response inside the prompt: reward and samples see it as part of the response.
     """
@@ -173,6 +177,9 @@ class Processor:
 
     def save(self, directory: Path) -> None:
         files = self.files | {"prompt.json": self.prompt_config.content()}
+        generation = json.loads(files.get("generation_config.json", "{}"))
+        generation["eos_token_id"] = sorted(self.end_ids)
+        files["generation_config.json"] = json.dumps(generation, indent=2).encode()
         for name, content in files.items():
             (directory / name).write_bytes(content)
 
@@ -207,11 +214,14 @@ CHATML = (
 # list of parts to a string.
 TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError)
 TEMPLATE_ERRORS += (ValueError,)
+MAX_TURN = 100_000  # characters
 
 
-def render_turn(tokenizer: Any, kinds: Sequence[str], template: str | None = None) -> list[str]:
-    """Render a user's turn of parts, each an "image", a "video" or a "text"; returns the template's
-    own text before, between and after them.
+def render_turn(
+    tokenizer: Any, kinds: Sequence[str], template: str | None = None, open_response: bool = True
+) -> list[str]:
+    """Render a user's turn of parts, each an "image", a "video" or a "text", and the opening of the
+    response; returns the template's own text before, between and after them.
 
     Raises:
         ValueError: the chat template does not render every part once, in order.
@@ -223,8 +233,10 @@ def render_turn(tokenizer: Any, kinds: Sequence[str], template: str | None = Non
         [{"role": "user", "content": content}],
         chat_template=template,
         tokenize=False,
-        add_generation_prompt=True,
+        add_generation_prompt=open_response,
     )
+    if len(turn) > MAX_TURN:
+        raise ValueError(f"renders {len(turn):,} characters for {len(kinds)} parts")
     asked = f"the question's {' and '.join(dict.fromkeys(kinds))}"
     if not turn.strip():
         raise ValueError(f"renders nothing for {asked}")
@@ -246,6 +258,8 @@ def read_prompt_config(files: dict[str, bytes]) -> PromptConfig | None:
         config = PromptConfig(**json.loads(files["prompt.json"]))
         if not all(isinstance(text, str) for text in config.prompts.values()):
             raise TypeError("a prompt is not text")
+        if any(re.search("<image>|<video>", text) for text in config.prompts.values()):
+            raise ValueError("a prompt holds the marker of a medium")
         if not isinstance(config.think, bool) or not isinstance(config.question_first, bool):
             raise TypeError("think or question_first is not true or false")
         if config.accuracy_rule not in ("by-type", "exact"):
@@ -264,10 +278,42 @@ def template_fault(tokenizer: Any, template: str) -> str:
             ["text"],
             ["text", "video"] * 2 + ["image"],
         ):
-            render_turn(tokenizer, kinds, template)
+            pieces = render_turn(tokenizer, kinds, template)
+        opens = pieces != render_turn(tokenizer, kinds, template, open_response=False)
+        return "" if opens or "assistant" in pieces[-1] else "ignores add_generation_prompt"
     except TEMPLATE_ERRORS as error:
         return next(iter(str(error).splitlines()), type(error).__name__)
-    return ""
+
+
+def require_bounded(tokenizer: Any, templates: Sequence[str]) -> None:
+    """Try chat templates in a process of their own, which has 2 seconds and 1 GB: a template is a
+    program, and may render for ever.
+
+    Raises:
+        ValueError: that is not enough.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(60)  # in case it waits for a lock that another thread held
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            spent = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
+            for limit, value in (
+                (resource.RLIMIT_CORE, 0),
+                (resource.RLIMIT_CPU, spent + 2),
+                (resource.RLIMIT_AS, used + 2**30),
+            ):
+                resource.setrlimit(limit, (value, value))
+            for template in templates:
+                template_fault(tokenizer, template)
+                with suppress(*TEMPLATE_ERRORS):
+                    render_turn(tokenizer, ["text", "image"] * 16, template)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if os.waitpid(child, 0)[1] != 0:
+        raise ValueError("its chat template takes more than 2 seconds or 1 GB to render")
 
 
 def repair_turns(processor: Processor) -> str:
@@ -290,6 +336,7 @@ def repair_turns(processor: Processor) -> str:
                 "its chat_template.json holds no chat_template; fix or delete that file"
             )
     templates = [x for x in (own, legacy) if isinstance(x, str) and x]
+    require_bounded(tokenizer, templates)
     faults = {template: template_fault(tokenizer, template) for template in templates}
     if not own or any(faults.values()):
         good = [template for template, fault in faults.items() if not fault]
@@ -308,7 +355,11 @@ def repair_turns(processor: Processor) -> str:
         tokenizer.eos_token = END_OF_TURN
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             processor.set_in_file(name, eos_token=END_OF_TURN)
-    processor.end_ids = (ends | {tokenizer.eos_token_id}) - {None}
+    generated = getattr(processor.config.get_text_config(), "eos_token_id", None)
+    if "generation_config.json" in files:
+        generated = json.loads(files["generation_config.json"]).get("eos_token_id")
+    ends |= {tokenizer.eos_token_id, *(generated if isinstance(generated, list) else [generated])}
+    processor.end_ids = ends - {None}
     processor.response_prefix = "".join(re.findall(r"<think>\s*$", after))
     return "; ".join(changes)
 

@@ -50,6 +50,7 @@ COLOURS = {
 BACKGROUND = (235, 235, 235)
 EVAL_SEED = 20_260_204  # the held-out set is the same for every run, whatever its seed
 MAX_NEW_TOKENS = {False: 16, True: 64}  # of a response: without a thought, with one
+ORDERS = ("question-first", "image-first")
 # Defaults of every script on the toy. There are no token budgets, since a cell is a token.
 RUN = {"eval_examples": 512, "workers": 0, "save_every": 0}
 RUN |= dict.fromkeys(("max_prompt_tokens", "image_tokens", "min_image_tokens", "frame_tokens"))
@@ -78,9 +79,17 @@ class Task:
     def load(directory: Path) -> "Task | None":
         """The task of a toy checkpoint, or None if `directory` is not one."""
         path = directory / "toy_task.json"
+        if not path.is_file():
+            return None
         try:
-            return Task(**json.loads(path.read_text())) if path.is_file() else None
-        except (ValueError, TypeError) as error:
+            if path.stat().st_size > 2**12:
+                raise ValueError("it is larger than 4 kB")
+            task = Task(**json.loads(path.read_text()))
+            sizes = task.grid in range(3, 65) and (task.frames or 1) in range(1, 1025)
+            if not sizes or type(task.think) is not bool or task.order not in ORDERS:
+                raise ValueError(f"{task} is out of range")
+            return task
+        except (ValueError, TypeError, RecursionError) as error:
             raise UsageError(f"{path}: not a toy's task ({error}); train it again") from None
 
     def open_data(

@@ -21,12 +21,14 @@ from datafiles import DataFile
 from media import BadRow
 from prompts import Example, Prompt
 from runs import (
+    STOP_SIGNALS,
     BadRows,
     UsageError,
     print_on_rank_0,
     rank,
     require,
     require_not_negative,
+    require_same_on_ranks,
     world_size,
 )
 
@@ -144,7 +146,7 @@ def guard_reader(worker: int) -> None:
     A scheduler signals all processes of a run, but the training loop still needs its prompts to
     finish the step.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
 
@@ -215,7 +217,8 @@ def open_data(
     if args.eval_data:
         held_out = DataFile(args.eval_data, args.media_root, args.frames, args.fps, "--eval-data")
         apart = np.random.default_rng(0).permutation(len(held_out))[: args.eval_examples]
-    else:
+    require_same_on_ranks({"--data": f"{len(train)} rows", "--eval-data": f"{len(held_out)} rows"})
+    if not args.eval_data:
         require(len(rows) > 1, f"--data {args.data}: has one row; give --eval-data")
         apart, rows = np.split(rows, [min(args.eval_examples, max(1, len(rows) // 10))])
     apart, rows, max_tokens = np.sort(apart), np.sort(rows), args.max_prompt_tokens

@@ -114,7 +114,8 @@ class RunArgs:
     resume: str | None = None
     """Resume from this state; `auto`: from the newest intact state in OUT, if there is one."""
     allow_changed_args: bool = False
-    """Resume even if arguments that affect the result differ from those of the state."""
+    """Resume even if arguments that affect the result, or input files, differ from those of the
+    state."""
 
     def __post_init__(self) -> None:
         """Check the ranges of these arguments, and of those that most scripts declare."""
@@ -649,6 +650,7 @@ class Run:
         with writing(self.out, "the run directory"):
             self.out.mkdir(parents=True, exist_ok=True)
             lock = lock_directory(self.out)
+        require_kind(self.out, TRAINING_RUN)
         if self.args.track:  # before anything is moved, as it may fail
             self.wandb = start_wandb(self.args, self.state)
         with writing(self.out, "the run directory"):
@@ -667,7 +669,8 @@ class Run:
                     left.rename(self.out / "checkpoint")
                 else:
                     shutil.rmtree(left)
-            write_record(self.out, TRAINING_RUN, asdict(self.args))
+            record = asdict(self.args) | {"inputs": self.inputs}
+            write_record(self.out, TRAINING_RUN, record)
             for name, length in lengths.items():
                 self.files[name] = open_lines(self.out / name)
                 self.files[name].seek(self.files[name].truncate(length))
@@ -702,7 +705,6 @@ class Run:
     def make_room(self, lock: TextIO) -> TextIO:
         """Move or delete an earlier run; returns the lock of the directory, or of the one that
         takes its place."""
-        require_kind(self.out, TRAINING_RUN)
         if self.args.overwrite:
             clear(self.out, RUN_FILES)
         elif content_of(self.out):
@@ -1029,7 +1031,8 @@ def choose_state(args: Any) -> dict[str, Any] | None:
         state = json.loads(own_file(path / "state.json").read_bytes()) | {"path": path}
         state["checkpoint"] = Path(args.out, "checkpoint").is_dir()
         lengths = [state["step"], state["read"], *state["lengths"].values()]
-        if step_of(path) != state["step"] or not all(type(n) is int and n >= 0 for n in lengths):
+        counts = all(type(n) is int and n >= 0 for n in lengths)
+        if step_of(path) != state["step"] or not counts or type(state["extra"]) is not dict:
             raise ValueError("state.json is damaged")
         by = state.get("definitions", 1)
         changes = [CHANGES[n] for n in range(by + 1, DEFINITIONS + 1)]

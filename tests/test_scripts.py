@@ -303,6 +303,7 @@ def test_a_run_in_the_way_is_moved_or_replaced_but_other_files_never(tmp_path):
         with pytest.raises(runs.UsageError, match="is no training run"):
             runs.check_run(replace(args, out=str(thesis), overwrite=overwrite))
     assert (thesis / "chapter1.tex").exists()
+    (tmp_path / "run" / "checkpoint").mkdir()
     for inside in ("run/checkpoint", "run"):  # a run that is read is neither moved nor replaced
         with pytest.raises(runs.UsageError, match="which this command reads"):
             runs.check_run(replace(args, model=str(tmp_path / inside)), "model")

@@ -552,13 +552,13 @@ def main(args: Args) -> dict[str, float]:
             run.close()
             return metrics
     run.save_checkpoint(partial(common.save_model, model=model, processor=processor))
-    run.save_state(args.steps, model, optimizer, done=True)
-    run.close()
     names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/gkd", "train/grad_norm")
     names += ("train/attn_distill",)  # Attention
     shown = {"before": shown_before, "after": shown_after}
     shown |= {"teacher": shown_teacher} if shown_teacher else {}
     draw_run(run.out, shown, names)
+    run.save_state(args.steps, model, optimizer, done=True)
+    run.close()
     runs.print_summary(run, before, after, args.steps, start, "kd_baseline.py", args)
     return metrics
 

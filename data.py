@@ -22,12 +22,14 @@ from datafiles import DataFile
 from media import BadRow
 from prompts import Example, Prompt
 from runs import (
+    STOP_SIGNALS,
     BadRows,
     UsageError,
     print_on_rank_0,
     rank,
     require,
     require_not_negative,
+    require_same_on_ranks,
     world_size,
 )
 
@@ -147,7 +149,7 @@ def guard_reader(worker: int) -> None:
     A scheduler signals all processes of a run, but the training loop still needs its prompts to
     finish the step.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
 
@@ -223,7 +225,8 @@ def open_data(
         apart = np.random.default_rng(0).permutation(len(held_out))[: args.eval_examples]
     elif len(behind):
         apart = np.random.default_rng(0).permutation(behind)[: args.eval_examples]
-    else:
+    require_same_on_ranks({"--data": f"{len(train)} rows", "--eval-data": f"{len(held_out)} rows"})
+    if not args.eval_data and not len(behind):
         require(len(rows) > 1, f"--data {args.data}: has one row; give --eval-data")
         rows = np.random.default_rng(0).permutation(rows)
         apart, rows = np.split(rows, [min(args.eval_examples, max(1, len(rows) // 10))])

@@ -10,6 +10,7 @@ evaluation that the training scripts call.
 """
 
 import json
+import os
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -302,6 +303,9 @@ PROMPTS = {
     "free-form": "The answer is a short text.",
 }
 
+# What an evaluation writes.
+FILES = "args.json predictions.jsonl skipped*.jsonl table.txt gaze*.html sweep.png"
+
 NAMES = ("frames", "image_tokens", "frame_tokens", "grid")
 Setting = tuple[int | None, ...]  # a value of each
 
@@ -324,11 +328,10 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
     the file."""
     if not path.exists():
         return []
-    lines = path.read_bytes().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith(b"\n")]
-    if len(whole) < len(lines):
-        path.write_bytes(b"".join(whole))
-    return [json.loads(line) for line in whole]
+    content = path.read_bytes()
+    content = content[: content.rfind(b"\n") + 1]
+    os.truncate(path, len(content))
+    return [json.loads(line) for line in content.splitlines()]
 
 
 def open_out(args: Args) -> tuple[Path, TextIO]:
@@ -338,37 +341,30 @@ def open_out(args: Args) -> tuple[Path, TextIO]:
         UsageError: the directory belongs to something else, is in use by another process, or cannot
             be written.
     """
-    out, file = Path(args.out), Path(args.out) / "args.json"
-    trained = (out / "metrics.jsonl").exists() or (out / "checkpoint").exists()
-    holds = out.resolve() in (Path(args.model).resolve(), *Path(args.model).resolve().parents)
-    runs.require(not trained and not holds, f"--out {out}: holds a training run; choose another")
+    out = Path(args.out)
+    runs.require_outside(out, args)
     settings = asdict(args)
     for name in ("out", "overwrite", "gaze", "batch_size", "workers", "max_skipped"):
         del settings[name]  # these affect no prediction
-    inputs = runs.data_files(args.data)
-    inputs += sorted(Path(args.model).glob("*.safetensors"))
-    stats = {str(path): path.stat() for path in inputs}
-    settings["inputs"] = {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}
+    settings["inputs"] = runs.fingerprint_inputs(args)
     settings["definitions"] = runs.DEFINITIONS
     settings = json.loads(json.dumps(settings))  # JSON turns tuples into lists
-    busy = out.is_file() or (not file.exists() and bool(runs.content_of(out)))
-    runs.require(not busy, f"--out {out}: exists and is no evaluation; choose another")
+    runs.require_kind(out, runs.EVALUATION)
     with runs.writing(out, "the directory"):
         out.mkdir(parents=True, exist_ok=True)
         lock = runs.lock_directory(out)
+        runs.require_kind(out, runs.EVALUATION)  # again: nobody else changes it now
         if args.overwrite:
-            runs.clear(out)
-        if file.exists():
-            before = json.loads(file.read_text())
+            runs.clear(out, FILES)
+        if before := runs.read_record(out):
             differ = [name for name in settings if settings[name] != before.get(name)]
-            remedy = "give another --out, or --overwrite"
-            runs.require(
-                not differ, f"--out {out}: was made with different {', '.join(differ)}; {remedy}"
-            )
+            if differ == ["inputs"]:
+                old, new = before.get("inputs") or {}, settings["inputs"]
+                differ = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+            different, remedy = ", ".join(differ[:4]), "give another --out, or --overwrite"
+            runs.require(not differ, f"--out {out}: was made with different {different}; {remedy}")
         else:
-            aside = out.with_name(f"{out.name}.args")
-            aside.write_text(json.dumps(settings, indent=2) + "\n")
-            aside.rename(file)
+            runs.write_record(out, runs.EVALUATION, settings)
     return out, lock
 
 
@@ -488,7 +484,7 @@ def main(args: Args) -> dict[str, float]:
     results = {setting: results[setting] for setting in sweep}
     text = table(results, varied)
     with runs.writing(out, "table.txt"):
-        (out / "table.txt").write_text(text.strip() + "\n")
+        runs.write_aside(out / "table.txt", text.strip() + "\n")
     print(text)
     if varied:
         draw_sweep(out / "sweep.png", results, NAMES, varied)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from prompts import Media
-from runs import writing
+from runs import write_aside, writing
 
 LIMIT = 10_000_000  # bytes of a page
 KEPT = 0.95  # share of a row's mass on vision whose cells are stored
@@ -84,7 +84,7 @@ def write_page(path: Path, gazes: dict[str, list[Gaze]], title: str) -> int:
     data = f'{head[:-1]},"examples":[{",".join(texts)}]}}'
     html = template.replace("{{policy}}", policy).replace("{{data}}", data)
     with writing(path.parent, path.name):
-        path.write_bytes(html.encode())
+        write_aside(path, html)
     return len(texts)
 
 

@@ -441,12 +441,12 @@ def main(args: Args) -> dict[str, float]:
             run.close()
             return metrics
     run.save_checkpoint(partial(common.save_model, model=model, processor=processor))
-    run.save_state(args.steps, model, optimizer, done=True)
-    run.close()
     names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/gkd", "train/grad_norm")
     shown = {"before": shown_before, "after": shown_after}
     shown |= {"teacher": shown_teacher} if shown_teacher else {}
     draw_run(run.out, shown, names)
+    run.save_state(args.steps, model, optimizer, done=True)
+    run.close()
     runs.print_summary(run, before, after, args.steps, start, "attn_distill.py", args)
     return metrics
 

@@ -1,10 +1,12 @@
 """Estimate how much GPU memory a run needs, before any weights are loaded."""
 
+import math
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch.nn import Linear, Module
 from common import ATTENTION_CHUNK, LOGIT_CHUNK, compute_dtype, empty_model
 from media import MAX_FRAMES
 from prompts import ENCODER_CHUNK
-from runs import UsageError, print_on_rank_0, read_state, require, world_size
+from runs import UsageError, gather, print_on_rank_0, read_state, require, world_size
 
 GIB = 2**30
 
@@ -139,8 +141,28 @@ def available_gb() -> float:
     """GB of memory that this process may use: the GPU's, or its share of the machine's."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory / 2**30
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return machine / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(machine, container_limit()) / 2**30 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def container_limit(
+    groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> float:
+    """Bytes of memory that the container or scheduler allows this process: the smallest limit of
+    its control groups (versions 1 and 2); infinity without one.
+
+    A line of `groups` is NUMBER:CONTROLLERS:PATH. A container sees its own group at `root`, or
+    the path from the host's, of which it has no folders.
+    """
+    limits = [math.inf]
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controller, path = line.split(":", 2)  # version 2 has no controller here
+        names = {"": "memory.max", "memory": "memory.limit_in_bytes"}
+        for group in (Path(path), *Path(path).parents) if controller in names else ():
+            file = root / controller / group.relative_to("/") / names[controller]
+            text = file.read_text() if file.is_file() else "max"
+            limits += [int(text)] if text.strip().isdecimal() else []
+    return min(limits)
 
 
 def fit_memory(
@@ -162,7 +184,7 @@ def fit_memory(
         args = replace(args, gradient_checkpointing=torch.cuda.is_available())
     if args.lora_rank is None and (state := read_state(args)):  # resuming keeps the choice
         args = replace(args, lora_rank=state["args"]["lora_rank"])
-    have = available_gb()
+    have = min(gather([available_gb()]))  # ranks on other hosts must not choose differently
     teachers = [teacher] if teacher is not None else []
     evaluated = teacher if evaluate_teacher else None
 

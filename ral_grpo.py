@@ -480,11 +480,11 @@ def main(args: Args) -> dict[str, float]:
             run.close()
             return metrics
     run.save_checkpoint(partial(common.save_model, model=model, processor=processor))
-    run.save_state(args.steps, model, optimizer, done=True)
-    run.close()
     names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
     names += ("train/attn_jsd",)  # RAL
     draw_run(run.out, {"before": shown_before, "after": shown_after}, names)
+    run.save_state(args.steps, model, optimizer, done=True)
+    run.close()
     runs.print_summary(run, before, after, args.steps, start, "grpo_baseline.py", args)
     return metrics
 

@@ -8,6 +8,7 @@ at the state, so that no line is written twice.
 
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
 from importlib.util import find_spec
 from io import FileIO
 from pathlib import Path
@@ -36,6 +38,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -48,6 +51,11 @@ from torch.optim import Optimizer
 
 class UsageError(Exception):
     """An error that the user can fix; its one line names the field, the value and the remedy."""
+
+
+class Finished(Exception):
+    """Nothing is left to do: the process prints the message and ends with status 0, as a queue
+    that starts a finished run again expects."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -113,7 +121,8 @@ class RunArgs:
     resume: str | None = None
     """Resume from this state; `auto`: from the newest intact state in OUT, if there is one."""
     allow_changed_args: bool = False
-    """Resume even if arguments that affect the result differ from those of the state."""
+    """Resume even if arguments that affect the result, or input files, differ from those of the
+    state."""
 
     def __post_init__(self) -> None:
         """Check the ranges of these arguments, and of those that most scripts declare."""
@@ -146,7 +155,7 @@ def run_script(
 ) -> None:
     """Parse the command line into `args_class`, with `defaults()` in place of the class's own
     defaults, and run `main`. A `UsageError` becomes one line and exit status 2, Ctrl-C one line and
-    130."""
+    130, `Finished` one line and 0."""
     try:
         start_ranks()
         changed = defaults()
@@ -156,6 +165,8 @@ def run_script(
         fail(130, "\nstopped by Ctrl-C; what was saved before is intact")
     except UsageError as error:
         fail(2, f"error: {error}")
+    except Finished as message:
+        print_on_rank_0(str(message))
     except Exception:
         if world_size() == 1:
             raise
@@ -181,6 +192,16 @@ def fail(status: int, message: str) -> NoReturn:
     if world_size() > 1:
         os._exit(status)
     raise SystemExit(status)
+
+
+def option(name: str) -> str:
+    """The option of the command line that sets the field `name`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def options(args: Any) -> dict[str, Any]:
+    """The value of every option."""
+    return {option(name): value for name, value in asdict(args).items()}
 
 
 def require_positive(args: Any, *names: str) -> None:
@@ -310,6 +331,24 @@ def on_rank_0(action: Callable[[], Any]) -> Any:
     return result
 
 
+def from_rank_0(action: Callable[[], Any]) -> Any:
+    """Run `action` on rank 0 and return its result on all ranks, as for files that only rank 0's
+    disk holds. Raises as `on_rank_0` does."""
+    return gather([on_rank_0(action)])[0]
+
+
+def require_same_on_ranks(facts: dict[str, Any]) -> None:
+    """Refuse facts that differ between ranks, such as the number of rows that each has on its disk:
+    ranks that decide differently wait for each other without end. The keys name the facts."""
+    ours, *others = gather([facts])
+    for number, theirs in enumerate(others, 1):
+        for name in ours | theirs:
+            values = [str(x.get(name, "none"))[:80] for x in (theirs, ours)]
+            differ = f"{name}: rank {number} has {values[0]}, rank 0 has {values[1]}"
+            remedy = "start all with the same command, on the same files"
+            require(theirs.get(name) == ours.get(name), f"{differ}; {remedy}")
+
+
 def over_ranks(metrics: dict[str, float]) -> dict[str, float]:
     """Average metrics over ranks; `perf/*` takes the maximum, tokens per second the sum."""
     if world_size() == 1:
@@ -337,6 +376,7 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
 # 3. The run directory
 
 LOCK = ".lock"  # in a run directory: names and is locked by the process that uses it
+PART = ".part"  # ends the name of a file or directory that is still being written
 
 
 def lock_directory(out: Path) -> TextIO:
@@ -374,13 +414,64 @@ def lock_directory(out: Path) -> TextIO:
 
 
 def content_of(out: Path) -> list[Path]:
-    """The content of a directory except its lock; empty if the directory does not exist."""
-    return [path for path in out.iterdir() if path.name != LOCK] if out.is_dir() else []
+    """The content of a directory except its lock and a half-written `args.json`; empty if the
+    directory does not exist."""
+    own = (LOCK, f".args.json{PART}")
+    return [path for path in out.iterdir() if path.name not in own] if out.is_dir() else []
 
 
-def clear(out: Path) -> None:
-    """Delete the content of a directory, but keep the directory and its lock."""
-    for path in content_of(out):
+TRAINING_RUN, EVALUATION, DIAGNOSIS = "training run", "evaluation", "diagnosis"
+RUN_FILES = "args.json metrics.jsonl samples.jsonl skipped.jsonl tensorboard gaze.html"
+RUN_FILES += " attention.png curves.png checkpoint .checkpoint-* adapter state"
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a text file under another name and rename it, so that it is never incomplete."""
+    aside = path.with_name(f".{path.name}{PART}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.rename(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def write_record(out: Path, kind: str, settings: dict[str, Any]) -> None:
+    """Write `args.json`, the first file of a directory: what made it, and the arguments."""
+    write_aside(out / "args.json", json.dumps({"made_by": kind, **settings}, indent=2) + "\n")
+
+
+def read_record(out: Path) -> dict[str, Any]:
+    """The content of `args.json`; empty if it is missing or nothing that `write_record` wrote."""
+    try:
+        record = json.loads((out / "args.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) and "made_by" in record else {}
+
+
+def require_kind(out: Path, kind: str) -> None:
+    """Refuse an `--out` that is a file, or whose content was not made by this `kind` of program."""
+    require(not out.exists() or out.is_dir(), f"--out {out}: is a file; choose another")
+    found = read_record(out).get("made_by")
+    other = f"holds another program's {found}" if found else f"exists and is no {kind}"
+    require(not content_of(out) or found == kind, f"--out {out}: {other}; choose another")
+
+
+def require_outside(out: Path, args: Any) -> None:
+    """Refuse an `--out` that holds anything that `args` read: it would be moved or deleted."""
+    for name in ("model", "teacher", "data", "eval_data", "media_root"):
+        values = getattr(args, name, None) or ()
+        for value in values if isinstance(values, tuple) else (values,):
+            whole = Path(value if Path(value).exists() else value.rpartition(":")[0] or value)
+            inside = out.resolve() in (whole.resolve(), *whole.resolve().parents)
+            holds = f"--out {out}: holds {option(name)} {value}, which this command reads"
+            require(not inside or not whole.exists(), f"{holds}; choose another")
+
+
+def clear(out: Path, names: str) -> None:
+    """Delete what a program writes into its directory, by patterns of names; keep all else."""
+    for path in sorted(path for name in names.split() for path in out.glob(name)):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
@@ -421,29 +512,20 @@ def append(file: FileIO, rows: Iterable[dict[str, Any]]) -> None:
                 data = data[file.write(data) :]
 
 
-def check_run(args: Any, *models: str) -> None:
-    """Refuse, before any work is done, empty file names, a default checkpoint that is not there,
-    and an `--out` that cannot become this run's directory.
+def check_run(args: Any, *models: str, kind: str = TRAINING_RUN) -> None:
+    """Refuse, before any work is done, empty file names, arguments that differ between ranks, a
+    default checkpoint that is not there, and an `--out` that cannot become the directory of this
+    `kind` of program.
 
-    `models` are the names of the arguments with checkpoints that the run reads: it must not move or
-    replace them.
+    `models` are the names of the arguments with checkpoints that the run reads. Nothing that it
+    reads may lie in `--out`, which is moved or replaced.
 
     Raises:
         UsageError: the message names the argument.
     """
     require_not_empty(args, "model", "teacher", "data", "eval_data", "out", "resume")
-    out = Path(args.out)
-    require(not out.exists() or out.is_dir(), f"--out {out}: is a file; choose another")
-    busy = bool(content_of(out))
-    is_run = (out / "args.json").is_file()
-    require(not busy or is_run, f"--out {out}: exists and is not a run; choose another")
-
-    def try_lock() -> None:  # `Run` keeps its lock
-        if (out / LOCK).exists() and not args.check_data:
-            with writing(out, LOCK):
-                lock_directory(out).close()
-
-    on_rank_0(try_lock)
+    require_same_on_ranks(options(args))
+    on_rank_0(partial(check_out, args, kind))
     for name in models:
         path = getattr(args, name)
         if path is None:
@@ -453,14 +535,48 @@ def check_run(args: Any, *models: str) -> None:
         if name == "teacher":
             command += " --toy-size large --stop-accuracy 0.99 --eval-above 0.8 --out runs/teacher"
         require(made, f"--{name}: there is no checkpoint at {path}; make it with `{command}`")
-        holds = out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents)
-        require(not holds, f"--out {out}: holds {path}, which this run reads; choose another")
+    if args.track:
+        on_rank_0(check_wandb)
+
+
+def check_out(args: Any, kind: str) -> None:
+    """Refuse an `--out` that cannot become the directory of this `kind` of program. Only rank 0's
+    disk holds a run; `Run` checks again once it has the lock, and keeps it."""
+    out = Path(args.out)
+    require_kind(out, kind)
+    require_outside(out, args)
+    if (out / LOCK).exists() and not args.check_data:
+        with writing(out, LOCK):
+            lock_directory(out).close()
     parent = next(parent for parent in out.resolve().parents if parent.exists())
     writable = parent.is_dir() and os.access(parent, os.W_OK)
     require(writable, f"--out {out}: {parent} cannot be written to; choose another")
+
+
+def check_wandb() -> None:
+    """Refuse `--track` where wandb is not installed or not logged in."""
     # `find_spec` also finds a leftover folder `wandb/`, as a package without an origin.
-    if args.track and getattr(find_spec("wandb"), "origin", None) is None:
+    if getattr(find_spec("wandb"), "origin", None) is None:
         raise UsageError("--track: wandb is not installed; `pip install wandb`, or leave it out")
+    import wandb
+
+    try:
+        wandb.login(verify=True)
+    except wandb.Error as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--track: {reason}; `wandb login`, or WANDB_MODE=offline") from None
+
+
+def start_wandb(args: Any, state: "State | None") -> Any:
+    """Start a run at Weights & Biases, or continue the one whose id the state has. It ignores the
+    steps that it already has."""
+    import wandb
+
+    known = {"id": state.wandb, "resume": "allow"} if state and state.wandb else {}
+    try:
+        return wandb.init(project="ral", name=Path(args.out).name, config=asdict(args), **known)
+    except wandb.Error as error:
+        raise UsageError(f"--track: {str(error).splitlines()[0]}; or leave it out") from None
 
 
 @dataclass
@@ -508,63 +624,97 @@ class BadRows:
         append(self.file, [{"row": name, "reason": reason} for name, reason in bad.items()])
 
 
+# A scheduler sends one of them some time before it kills a job.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
 class Run:
     """The directory of a run, with all its files: `args.json`, `metrics.jsonl`, `samples.jsonl`,
     `skipped.jsonl`, `tensorboard/`, pictures, `state/`, `checkpoint/` and, for a run that trains
     adapters, `adapter/`.
 
     An existing run at `out` is moved to `<out>.1` and so on, or replaced with `--overwrite`;
-    `check_run` says what is never touched. With a `state`, the existing run is resumed instead: its
-    files are cut back to the state. `--track` also sends the metrics to Weights & Biases. Only rank
-    0 writes. The directory stays locked until the script's `main` returns.
+    `check_run` says what is never touched. With a `state`, the existing run is resumed instead:
+    `restore` cuts its files back to the state. `--track` also sends the metrics to Weights &
+    Biases. Only rank 0 writes. The directory stays locked until the script's `main` returns.
     """
 
     def __init__(self, args: Any, bad_rows: BadRows, state: "State | None" = None):
         self.out, self.args, self.wandb, self.bad_rows = Path(args.out), args, None, bad_rows
-        self.state, self.signal, self.files = state, None, {}
-        self.data_bytes = data_bytes(args)  # at the start of the run
-        self.handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.state, self.signal, self.files, self.tensorboard = state, None, {}, None
+        self.inputs = on_rank_0(partial(fingerprint_inputs, args))  # at the start of the run
+        self.handlers = {s: signal.getsignal(s) for s in STOP_SIGNALS}
+        if self.handlers[signal.SIGHUP] == signal.SIG_IGN:  # as nohup wants it
+            del self.handlers[signal.SIGHUP]
         for number in self.handlers:
             signal.signal(number, self.interrupt)
         self.equal, self.noted = [], False  # see `note_equal_rewards`
-        if args.track and rank() == 0:  # before anything is moved, as it may fail
-            import wandb
+        self.lock = on_rank_0(self.claim)
+        if state is None:
+            on_rank_0(self.begin)
 
-            self.wandb = wandb.init(project="ral", name=self.out.name, config=asdict(args))
-        self.lock = on_rank_0(self.begin)
-
-    def begin(self) -> TextIO:
-        """Lock the directory, make room in it, and open its files; returns the lock."""
+    def claim(self) -> TextIO:
+        """Lock the directory, and make room in it for a new run; returns the lock."""
         with writing(self.out, "the run directory"):
-            lock = self.make_room()
+            self.out.mkdir(parents=True, exist_ok=True)
+            lock = lock_directory(self.out)
+        require_kind(self.out, TRAINING_RUN)
+        if self.args.track:  # before anything is moved, as it may fail
+            self.wandb = start_wandb(self.args, self.state)
+        with writing(self.out, "the run directory"):
+            return lock if self.state else self.make_room(lock)
+
+    def begin(self) -> None:
+        """Open the files of the run, cut back to the state."""
+        names = ["metrics.jsonl", "samples.jsonl"] + ["skipped.jsonl"] * bool(self.args.data)
+        lengths = {name: self.state.lengths.get(name, 0) if self.state else 0 for name in names}
+        with writing(self.out, "the run directory"):
+            for name, length in lengths.items():
+                self.require_length(name, length)
+            self.move_later_states()
             for left in list(self.out.glob(".checkpoint-*")):  # left by a killed process
                 if left.suffix == ".old" and not (self.out / "checkpoint").exists():
                     left.rename(self.out / "checkpoint")
                 else:
                     shutil.rmtree(left)
-            args = json.dumps(asdict(self.args), indent=2)
-            (self.out / "args.json").write_text(args + "\n")
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                self.files[name] = self.open(name)
+            record = asdict(self.args) | {"inputs": self.inputs}
+            write_record(self.out, TRAINING_RUN, record)
+            for name, length in lengths.items():
+                self.files[name] = open_lines(self.out / name)
+                self.files[name].seek(self.files[name].truncate(length))
             if self.args.data:
-                self.files["skipped.jsonl"] = self.open("skipped.jsonl")
                 self.bad_rows.attach(self.files["skipped.jsonl"])
             shutil.rmtree(self.out / "tensorboard", ignore_errors=True)
             self.open_tensorboard()
         for line in self.metrics():
             self.log_tensorboard(line)
-        return lock
 
-    def make_room(self) -> TextIO:
-        """Lock the directory, and move or delete what is not part of this run; returns the lock."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        lock = lock_directory(self.out)
-        if self.state is not None:  # the resumed run replaces later states
-            for later in good_states(self.out):
-                if int(later.name.removeprefix("step-")) > self.state.step:
-                    shutil.rmtree(later)
-        elif self.args.overwrite:
-            clear(self.out)
+    def require_length(self, name: str, length: int) -> None:
+        """Refuse a file of lines that is shorter than at the state, or has no line's end there."""
+        path, last = self.out / name, b""
+        there = path.stat().st_size if path.exists() else 0
+        if there >= length > 0:
+            with path.open("rb") as file:
+                file.seek(length - 1)
+                last = file.read(1)
+        short = f"--resume {self.args.resume}: {path} is shorter than at the state, or another file"
+        intact = length == 0 or last == b"\n"
+        require(intact, f"{short} ({there} of {length} bytes); give an earlier one")
+
+    def move_later_states(self) -> None:
+        """Rename the states after the one that is resumed, so that `auto` does not find them.
+        `write_state` deletes them once it has written the first new one."""
+        for later in good_states(self.out):
+            if self.state is not None and step_of(later) > self.state.step:
+                aside = later.with_suffix(".later")
+                shutil.rmtree(aside, ignore_errors=True)
+                later.rename(aside)
+
+    def make_room(self, lock: TextIO) -> TextIO:
+        """Move or delete an earlier run; returns the lock of the directory, or of the one that
+        takes its place."""
+        if self.args.overwrite:
+            clear(self.out, RUN_FILES)
         elif content_of(self.out):
             numbers = range(1, sys.maxsize)
             aside = next(p for n in numbers if not (p := Path(f"{self.out}.{n}")).exists())
@@ -574,15 +724,6 @@ class Run:
             with lock:  # the lock moved along; hold it until the new one is taken
                 return lock_directory(self.out)
         return lock
-
-    def open(self, name: str) -> FileIO:
-        """Open a file of lines for appending, cut back to its length at the state."""
-        file = open_lines(self.out / name)
-        length, there = self.state.lengths.get(name, 0) if self.state else 0, file.tell()
-        short = f"--resume {self.args.resume}: {self.out / name} is shorter than at the state"
-        require(there >= length, f"{short} ({there} of {length} bytes); give an earlier one")
-        file.seek(file.truncate(length))
-        return file
 
     def metrics(self) -> list[dict[str, float]]:
         """All lines of metrics written so far."""
@@ -658,13 +799,14 @@ class Run:
         """
         if not math.isfinite(metrics["train/grad_norm"]):
             rows = ", ".join(prompt.example.name or "of the toy" for prompt in prompts[:8])
-            saved = good_states(self.out)
+            saved = from_rank_0(partial(good_states, self.out))
             last = f"the last good state is {saved[-1]}" if saved else "no state yet"
             raise UsageError(f"step {step}: the gradient is not finite; prompts: {rows}; {last}")
 
     def interrupt(self, number: int, frame: Any) -> None:
-        """Handle SIGINT or SIGTERM: finish the step. A second signal kills a single-process run at
-        once. Multi-process runs ignore it, because the scheduler and torchrun may each send one."""
+        """Handle one of `STOP_SIGNALS`: finish the step. A second signal kills a single-process run
+        at once. Multi-process runs ignore it, because the scheduler and torchrun may each send
+        one."""
         self.signal = number
         if world_size() == 1:
             signal.signal(number, self.handlers[number])
@@ -674,7 +816,7 @@ class Run:
             signal.signal(number, handler)
         for file in self.files.values():
             file.close()
-        if rank() == 0:
+        if self.tensorboard:
             with writing(self.out, "tensorboard"):
                 self.tensorboard.close()
         if self.wandb:
@@ -747,7 +889,8 @@ class Run:
                         "read": self.bad_rows.read * world_size(),
                         "prompts": self.args.prompts_per_step * world_size(),
                         "extra": extra or {},
-                        "data_bytes": self.data_bytes,
+                        "inputs": self.inputs,
+                        "wandb": self.wandb and self.wandb.id,
                         "definitions": DEFINITIONS,
                     }
                     write_state(self.out, state, tensors, self.args)
@@ -766,12 +909,12 @@ class Run:
         return stop
 
     def restore(self, model: Module, optimizer: Optimizer) -> dict[str, Any]:
-        """Load the state into model and optimizer, and restore the random number generators;
-        returns the state's `extra`."""
+        """Load the state into model and optimizer, restore the random number generators, and only
+        then cut the files back to the state; returns the state's `extra`."""
         if self.state is None:
             return {}
-        with readable(f"--resume {self.args.resume}", self.state.path):
-            load_state(self.state.path, model, optimizer)
+        load_state(f"--resume {self.args.resume}", self.state.path, model, optimizer)
+        on_rank_0(self.begin)
         self.bad_rows.read = self.state.read // world_size()
         return self.state.extra
 
@@ -826,18 +969,30 @@ CHANGES = {  # by the number that introduced them
 @dataclass
 class State:
     """A state to resume from: its path, the number of steps done, the length of each file, the
-    number of rows read, and what else the script saved."""
+    number of rows read, what else the script saved, and the id of the run at Weights & Biases."""
 
     path: Path
     step: int
     lengths: dict[str, int]
     read: int
     extra: dict[str, Any]
+    wandb: str | None = None
 
 
 def good_states(out: Path) -> list[Path]:
     """Complete states of a run, oldest first. A state still being written has another name."""
-    return sorted(p for p in (out / "state").glob("step-*") if re.fullmatch(r"step-\d+", p.name))
+    named = (p for p in (out / "state").glob("step-*") if re.fullmatch(r"step-\d{1,9}", p.name))
+    return sorted((p for p in named if p.is_dir() and not p.is_symlink()), key=step_of)
+
+
+def step_of(state: Path) -> int:
+    """The number of steps done at a state, from its name."""
+    return int(state.name.removeprefix("step-"))
+
+
+# What the content of a damaged state raises; the files are as untrusted as any other.
+BROKEN = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
+BROKEN += (ArithmeticError, SafetensorError)
 
 
 @contextmanager
@@ -845,23 +1000,34 @@ def readable(named: str, path: Path) -> Iterator[None]:
     """Turn an exception raised while reading a state into a one-line `UsageError`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except BROKEN as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         reason = f"lacks {reason}" if isinstance(error, KeyError) else reason
         remedy = "give an earlier one"
         raise UsageError(f"{named}: {path} is not readable ({reason}); {remedy}") from None
 
 
+def own_file(path: Path) -> Path:
+    """`path`, if it is a plain file: a state has no links, which might lead anywhere."""
+    if path.is_symlink() or not path.is_file():
+        raise OSError(f"{path.name} is missing or a link")
+    return path
+
+
 def read_state(args: Any) -> dict[str, Any] | None:
-    """Read `state.json` of the state that `--resume` names, and add its path; None if there is no
-    state to resume.
+    """Read `state.json` of the state that `--resume` names, and add its path and whether the run
+    has a checkpoint; None if there is no state to resume. Only rank 0's disk holds a run, so rank 0
+    chooses and reads for all.
 
     Raises:
         UsageError: the state is not one of this run, is unreadable, or was written by a version
             that computes something else.
     """
-    if args.resume is None:
-        return None
+    return None if args.resume is None else from_rank_0(partial(choose_state, args))
+
+
+def choose_state(args: Any) -> dict[str, Any] | None:
+    """What `read_state` returns, from this rank's disk."""
     saved = good_states(Path(args.out))
     if args.resume == "auto" and not saved:
         return None
@@ -871,7 +1037,12 @@ def read_state(args: Any) -> dict[str, Any] | None:
     choices = f"is no state of --out {args.out}; give one of its state/step-*, or auto"
     require(known, f"{named}: {choices}")
     with readable(named, path):
-        state = json.loads((path / "state.json").read_text()) | {"path": path}
+        state = json.loads(own_file(path / "state.json").read_bytes()) | {"path": path}
+        state["checkpoint"] = Path(args.out, "checkpoint").is_dir()
+        lengths = [state["step"], state["read"], *state["lengths"].values()]
+        counts = all(type(n) is int and n >= 0 for n in lengths)
+        if step_of(path) != state["step"] or not counts or type(state["extra"]) is not dict:
+            raise ValueError("state.json is damaged")
         by = state.get("definitions", 1)
         changes = [CHANGES[n] for n in range(by + 1, DEFINITIONS + 1)]
         changes = changes or ["those of a later version"]
@@ -886,11 +1057,15 @@ def read_state(args: Any) -> dict[str, Any] | None:
 
 def find_state(args: Any) -> State | None:
     """The state that `--resume` names, or with `auto` the newest good one of the run, if there is
-    one.
+    one. On all ranks, arguments and input files must be the same.
 
     Raises:
-        UsageError: there is no such state, it was made with other arguments, or no steps are left.
+        Finished: no steps are left.
+        UsageError: there is no such state, or it was made with other arguments or input files.
     """
+    inputs = fingerprint_inputs(args)
+    require_same_on_ranks(inputs)
+    require_same_on_ranks(options(args))
     state, named = read_state(args), f"--resume {args.resume}"
     if state is None:
         return None
@@ -903,16 +1078,20 @@ def find_state(args: Any) -> State | None:
         prompts = args.prompts_per_step * world_size()
         if state["prompts"] != prompts:
             differ.append(f"prompts_per_step times processes {state['prompts']} -> {prompts}")
-        names = ("data", "eval_data")
-        sizes = zip(names, state.get("data_bytes", []), data_bytes(args), strict=False)
-        differ += [f"bytes of {name} {old} -> {new}" for name, old, new in sizes if old != new]
+        known = state.get("inputs", inputs)
+        changed = [x for x in {**known, **inputs} if known.get(x) != inputs.get(x)]
+        differ += [f"other content: {', '.join(changed[:3])}"] if changed else []
         remedy = "give them as they were, or --allow-changed-args"
         same = args.allow_changed_args or not differ
         require(same, f"{named}: was made with other arguments ({'; '.join(differ)}); {remedy}")
         stopped = state["done"] and not differ and before["steps"] == args.steps  # as SFT may
-        over = stopped or state["step"] >= args.steps
-        require(not over, f"{named}: the run has finished (step {state['step']})")
-        return State(state["path"], state["step"], state["lengths"], state["read"], state["extra"])
+        if stopped or state["step"] >= args.steps:
+            over = f"the run at {args.out} has finished (step {state['step']})"
+            again = "--resume one of its earlier states makes it again"
+            require(state["checkpoint"], f"{named}: {over}, but its checkpoint is gone; {again}")
+            raise Finished(over)
+        names = ("path", "step", "lengths", "read", "extra")
+        return State(*(state[name] for name in names), state.get("wandb"))
 
 
 def data_files(path: str | None) -> list[Path]:
@@ -924,13 +1103,49 @@ def data_files(path: str | None) -> list[Path]:
     return [place] if place.is_file() else sorted(f for kind in kinds for f in place.rglob(kind))
 
 
-def data_bytes(args: Any) -> list[int | None]:
-    """Sizes of the data in bytes. Rows are drawn and held out by number, so changed files would
-    give other rows."""
-    return [
-        sum(file.stat().st_size for file in data_files(path)) if path else None
-        for path in (args.data, args.eval_data)
-    ]
+BLOCK, BLOCKS = 2**18, 2**10  # bytes of a block, and the number that is read of an argument's files
+
+
+def fingerprint(path: Path, blocks: int) -> str:
+    """A hash of a file's size and content: of all of it up to `blocks` blocks of 256 KB, otherwise
+    of that many, evenly spaced from its first byte to its last."""
+    size = path.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
+    with path.open("rb") as file:
+        for place in np.linspace(0, max(0, size - BLOCK), min(blocks, size // BLOCK + 1)):
+            file.seek(int(place))
+            digest.update(file.read(BLOCK))
+    return digest.hexdigest()
+
+
+def fingerprint_inputs(args: Any) -> dict[str, str]:
+    """The fingerprint of every file of `--model`, `--teacher`, `--data` and `--eval-data`, by
+    argument and name; for what comes from the hub, the commit.
+
+    It takes at most 256 MB of an argument, but both ends of each file: a changed label of a JSON
+    file is seen up to that size, and Parquet's footer always.
+    """
+    prints = {}
+    for name in ("model", "teacher", "data", "eval_data"):
+        if not (path := getattr(args, name, None)):
+            continue
+        label, of_data = option(name), name.endswith("data")
+        files = data_files(path)
+        if not of_data:
+            kinds = ("*.json", "*.txt", "*.jinja", "*.safetensors")
+            files = sorted(file for kind in kinds for file in Path(path).glob(kind))
+        try:
+            for file in files:
+                root, blocks = os.path.commonpath([x.parent for x in files]), BLOCKS // len(files)
+                prints[f"{label} {file.relative_to(root)}"] = fingerprint(file, max(2, blocks))
+        except OSError as error:
+            raise UsageError(f"{label}: {file} cannot be read ({error.strerror})") from None
+        if not files:
+            kind = "dataset" if of_data else "model"
+            folder = f"{kind}s--{path.partition(':')[0].replace('/', '--')}"
+            commit = Path(HF_HUB_CACHE, folder, "refs", "main")
+            prints[label] = commit.read_text() if commit.is_file() else "none"
+    return prints
 
 
 def state_tensors(model: Module, optimizer: Optimizer) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -946,7 +1161,9 @@ def write_state(
     out: Path, state: dict[str, Any], tensors: Iterable[tuple[str, dict[str, Tensor]]], args: Any
 ) -> None:
     """Write a state aside, flush it to disk, rename it, and delete all but the newest `keep`
-    states. Each trained parameter has its own file, so that rank 0 holds only one at a time.
+    states, and those that `Run.move_later_states` has renamed.
+
+    Each trained parameter has its own file, so that rank 0 holds only one at a time.
 
     Raises:
         UsageError: it cannot be written, as on a full disk; earlier states are unchanged.
@@ -972,7 +1189,7 @@ def write_state(
         shutil.rmtree(final, ignore_errors=True)  # left from before a resume at an earlier step
         aside.rename(final)
         flush(folder)
-    for old in good_states(out)[: -args.keep]:
+    for old in (*good_states(out)[: -args.keep], *folder.glob("step-*.later")):
         shutil.rmtree(old)
 
 
@@ -992,11 +1209,30 @@ def random_state() -> dict[str, Any]:
     return {"python": random.getstate(), "numpy": numpy_state, "torch": torch_state}
 
 
-def load_state(path: Path, model: Module, optimizer: Optimizer) -> None:
-    """Load weights, moments and random number generators from a state."""
+def load_state(named: str, path: Path, model: Module, optimizer: Optimizer) -> None:
+    """Load weights, moments and random number generators from a state that rank 0 reads, one
+    parameter at a time, and sends to the other ranks in shards. `named` begins an error."""
+
+    def read(name: str, shape: torch.Size) -> dict[str, Tensor]:
+        with readable(named, path):
+            tensors = load_file(own_file(path / f"{name}.safetensors"))
+            moments = [x for x in tensors.values() if x.ndim]
+            if any(x.shape != shape for x in (tensors["weight"], *moments)):
+                raise ValueError(f"{name} has another size")
+            return tensors
+
+    def read_random() -> dict[str, Any]:
+        with readable(named, path):
+            return json.loads(own_file(path / "random.json").read_bytes())
+
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            tensors = load_file(path / f"{name}.safetensors")
+            tensors = on_rank_0(partial(read, name, parameter.shape)) or {}
+            # The other ranks learn shapes and dtypes here, and get the numbers in `shard_like`.
+            sent = {key: x.to("meta") if x.ndim else x for key, x in tensors.items()}
+            sent = gather([sent])[0]
+            empty = {key: torch.empty_like(x, device="cpu") for key, x in sent.items() if x.ndim}
+            tensors = tensors or sent | empty
             with torch.no_grad():
                 parameter.copy_(shard_like(tensors.pop("weight"), parameter))
             # A fused optimizer counts its steps on the parameter's device.
@@ -1005,11 +1241,12 @@ def load_state(path: Path, model: Module, optimizer: Optimizer) -> None:
                 key: shard_like(value, parameter) if value.ndim else value.to(device)
                 for key, value in tensors.items()
             }
-    random_numbers = json.loads((path / "random.json").read_text())
-    version, keys, gauss = random_numbers["python"]
-    random.setstate((version, tuple(keys), gauss))
-    np.random.set_state(random_numbers["numpy"])
-    torch.set_rng_state(torch.tensor(random_numbers["torch"], dtype=torch.uint8))
+    random_numbers = from_rank_0(read_random)
+    with readable(named, path):
+        version, keys, gauss = random_numbers["python"]
+        random.setstate((version, tuple(keys), gauss))
+        np.random.set_state(random_numbers["numpy"])
+        torch.set_rng_state(torch.tensor(random_numbers["torch"], dtype=torch.uint8))
 
 
 def same_inputs(args: Any) -> str:

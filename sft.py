@@ -319,10 +319,10 @@ def main(args: Args) -> dict[str, float]:
             f"did not reach --stop-accuracy {args.stop_accuracy}; try more --steps or a --seed"
         )
     run.save_checkpoint(partial(common.save_model, model=model, processor=processor))
-    run.save_state(step, model, optimizer, {"images_only": images_only}, done=True)
-    run.close()
     names = ("train/loss", "train/demo_prob", "eval/accuracy", "eval/target_attn")
     draw_run(run.out, {"before": shown_before, "after": shown_after}, names)
+    run.save_state(step, model, optimizer, {"images_only": images_only}, done=True)
+    run.close()
     trained = None if args.out == Args.out else f"{run.out}/checkpoint"
     inputs = replace(args, model=trained, toy_size="small")
     runs.print_summary(run, before, after, step, start, "ral_grpo.py", inputs)

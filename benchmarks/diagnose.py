@@ -290,10 +290,11 @@ def main(args: Args) -> dict[str, Any]:
     require(runs.world_size() == 1, "a diagnosis is made by one process; start it without torchrun")
     require(not args.check_data, "--check-data: is for the training scripts")
     runs.require_positive(args, "prompts")
-    runs.check_run(args, "model")
+    runs.check_run(args, "model", kind=runs.DIAGNOSIS)
     out = Path(args.out)
-    is_run = (out / "metrics.jsonl").exists()
-    require(not is_run, f"--out {out}: holds a training run; choose another")
+    with runs.writing(out, "the directory"):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = runs.lock_directory(out)
     is_toy, task = toy.resolve_task(args, args.model)
     check_files(args, is_toy)
     runs.seed_everything(args.seed)
@@ -334,13 +335,14 @@ def main(args: Args) -> dict[str, Any]:
     report["conclusion"] = conclude(report, args)
     print(f"\n{table(report)}")
     lines = [json.dumps(sample, ensure_ascii=False) for sample in samples]
-    files = {"args.json": json.dumps(asdict(args), indent=2), "samples.jsonl": "\n".join(lines)}
-    files |= {"diagnosis.json": json.dumps(report), "diagnosis.txt": table(report)}
+    files = {"samples.jsonl": "\n".join(lines), "diagnosis.json": json.dumps(report)}
+    files["diagnosis.txt"] = table(report)
     with runs.writing(out, "the diagnosis"):
-        out.mkdir(parents=True, exist_ok=True)
+        runs.write_record(out, runs.DIAGNOSIS, asdict(args))
         for name, content in files.items():
-            (out / name).write_text(f"{content}\n")
+            runs.write_aside(out / name, f"{content}\n")
         draw(out / "diagnosis.png", report)
+    lock.close()
     print(f"results: {out}")
     return report
 

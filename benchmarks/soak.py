@@ -117,7 +117,7 @@ def soak_kills(args: Args, folder: Path) -> None:
                 process.send_signal(signal.SIGKILL)
                 kills, killed_here = kills + 1, killed_here + 1
             status = process.wait()
-            over = status == 1 and "its end" in log.read_text()[-500:]
+            over = status == 1 and "has finished" in log.read_text()[-500:]
             finished = status == 0 or over
             assert finished or status == -signal.SIGKILL, log.read_text()[-3000:]
             assert time.time() - begun < 600

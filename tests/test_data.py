@@ -607,14 +607,18 @@ def test_a_hostile_parquet_file_is_one_line(tmp_path, columns, features, words):
 
 
 def test_a_changed_data_set_is_noticed(tmp_path):
-    """A run is not resumed on other data: the sizes of its files are compared."""
+    """A run is not resumed on other data: the content of its files is compared."""
     write_hub(tmp_path / "hub")
     (tmp_path / "rows.json").write_text("[]")
     args = SimpleNamespace(data=str(tmp_path / "rows.json"), eval_data=f"{tmp_path}/hub:test")
-    parquet = sum(file.stat().st_size for file in (tmp_path / "hub" / "data").iterdir())
-    assert runs.data_bytes(args) == [2, parquet]
+    shards = sorted(file.name for file in (tmp_path / "hub" / "data").iterdir())
+    before = runs.fingerprint_inputs(args)
+    assert list(before) == ["--data rows.json", *(f"--eval-data {name}" for name in shards)]
+    (tmp_path / "rows.json").write_text("{}")
+    after = runs.fingerprint_inputs(args)
+    assert [name for name in before if before[name] != after[name]] == ["--data rows.json"]
     args = SimpleNamespace(data="owner/name:train", eval_data=None)
-    assert runs.data_bytes(args) == [0, None]
+    assert runs.fingerprint_inputs(args) == {"--data": "none"}
 
 
 def test_a_video_in_a_column_reads_like_its_file(media_dir):

@@ -439,11 +439,19 @@ def test_errors_of_the_user_are_one_line(cold_start, tmp_path, fields, message):
         diagnose.main(arguments(**fields))
 
 
+def in_use(out):
+    raise UsageError("in use")
+
+
 def test_it_writes_into_no_training_run_and_is_one_process(cold_start, tmp_path, monkeypatch):
-    (tmp_path / "args.json").write_text("{}")
-    (tmp_path / "metrics.jsonl").write_text("")
     args = arguments(model=str(cold_start), out=str(tmp_path))
-    with pytest.raises(UsageError, match="holds a training run; choose another"):
+    for kind in (runs.TRAINING_RUN, runs.EVALUATION):
+        runs.write_record(tmp_path, kind, {})
+        with pytest.raises(UsageError, match=f"holds another program's {kind}; choose another"):
+            diagnose.main(args)
+    runs.write_record(tmp_path, runs.DIAGNOSIS, {})
+    monkeypatch.setattr(runs, "lock_directory", in_use)
+    with pytest.raises(UsageError, match="in use"):
         diagnose.main(args)
     monkeypatch.setattr(runs, "world_size", lambda: 2)
     with pytest.raises(UsageError, match="one process; start it without torchrun"):

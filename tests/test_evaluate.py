@@ -76,11 +76,16 @@ def test_another_model_at_the_same_place_is_not_taken_for_the_old_one(cold_start
     args = toy_args(evaluate, model=str(model), examples=4, out=str(tmp_path / "out"))
     evaluate.main(args)
     os.utime(model / "model.safetensors", (1, 1))
-    with pytest.raises(runs.UsageError, match="different inputs"):
-        evaluate.main(args)
-    (tmp_path / "run" / "args.json").write_text("{}")
+    evaluate.main(args)  # a copy on another machine
+    for name in ("model.safetensors", "config.json", "tokenizer_config.json", "prompt.json"):
+        kept = (model / name).read_bytes()
+        (model / name).write_bytes(kept[:-2] + b" " + kept[-2:])
+        with pytest.raises(runs.UsageError, match=f"different --model {name}; .*--overwrite"):
+            evaluate.open_out(args)
+        (model / name).write_bytes(kept)
+    runs.write_record(tmp_path / "run", runs.TRAINING_RUN, {})
     for out in (tmp_path / "run", model):
-        with pytest.raises(runs.UsageError, match="holds a training run"):
+        with pytest.raises(runs.UsageError, match=r"holds --model .*, which this command reads"):
             evaluate.main(replace(args, out=str(out), overwrite=True))
     assert (model / "model.safetensors").exists()
 

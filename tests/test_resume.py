@@ -110,6 +110,7 @@ STAGES = [  # owner, function, call, when
     ("common", "save_model", 1, "halfway"),
     ("runs", "save_file", 2 * TRAINED + 1, "halfway"),  # of the state after the last step
     ("script", "draw_run", 1, "before"),
+    ("runs", "print_summary", 1, "before"),
 ]
 
 
@@ -123,17 +124,20 @@ def test_a_killed_run_goes_on(
         with pytest.raises(Killed):
             ral_grpo.main(toy_args(ral_grpo, **fields))
     restore_signals()
-    if name == "draw_run":  # the run was over, all but for its pictures
-        with pytest.raises(runs.UsageError, match=r"has finished \(step 5\)"):
+    if name == "print_summary":  # the run was over
+        with pytest.raises(runs.Finished, match=r"has finished \(step 5\)"):
             ral_grpo.main(toy_args(ral_grpo, resume="auto", **fields))
     else:
         ral_grpo.main(toy_args(ral_grpo, resume="auto", **fields))
     assert_same(tmp_path / "run", whole_runs(ral_grpo))
+    drawn = ("gaze.html", "attention.png", "curves.png")
+    assert all((tmp_path / "run" / name).exists() for name in drawn)
 
 
 def restore_signals() -> None:
     """What the end of the process would do."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in runs.STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -181,7 +185,8 @@ def test_an_older_state_gives_up_the_branch_after_it(whole_runs, cold_start, tea
         with pytest.raises(Killed):
             ral_grpo.main(toy_args(ral_grpo, **fields, resume=older))
     restore_signals()
-    assert [p.name for p in (tmp_path / "run" / "state").iterdir()] == ["step-000004"]
+    names = ["step-000004", "step-000005.later"]  # until the first new state is written
+    assert sorted(p.name for p in (tmp_path / "run" / "state").iterdir()) == names
     ral_grpo.main(toy_args(ral_grpo, **fields, resume="auto"))
     assert_same(tmp_path / "run", whole_runs(ral_grpo))
 
@@ -209,7 +214,7 @@ def test_sft_that_reached_its_accuracy_is_over(cold_start, tmp_path):
         patch.setattr(sft, "draw_run", lambda *_: None)
         sft.main(toy_args(sft, **fields, stop_accuracy=0.5))
     assert runs.good_states(tmp_path / "run")[-1].name == "step-000003"
-    with pytest.raises(runs.UsageError, match=r"has finished \(step 3\)"):
+    with pytest.raises(runs.Finished, match=r"has finished \(step 3\)"):
         sft.main(toy_args(sft, **fields, stop_accuracy=0.5, resume="auto"))
     sft.main(toy_args(sft, **fields, stop_accuracy=2.0, resume="auto", allow_changed_args=True))
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 10
@@ -260,7 +265,8 @@ def test_a_signal_to_all_processes_does_not_end_the_readers(real, tmp_path, monk
             readers = multiprocessing.active_children()
             assert len(readers) == 2
             for process in (*(reader.pid for reader in readers), os.getpid()):
-                os.kill(process, signal.SIGTERM)
+                for number in runs.STOP_SIGNALS if process != os.getpid() else [signal.SIGUSR1]:
+                    os.kill(process, number)
             time.sleep(0.2)
             assert all(reader.is_alive() for reader in readers)
         return update(*args)
@@ -298,7 +304,7 @@ def test_a_changed_data_file_is_refused_and_a_weaker_limit_is_not(real, tmp_path
     best.mkdir()
     content = rows.read_bytes()
     rows.write_bytes(content + content.splitlines(keepends=True)[0])
-    with pytest.raises(runs.UsageError, match=r"bytes of data \d+ -> \d+"):
+    with pytest.raises(runs.UsageError, match=r"other content: --data rows.jsonl"):
         ral_grpo.main(toy_args(ral_grpo, **fields, max_skipped=0.3, resume="auto"))
     rows.write_bytes(content)
     ral_grpo.main(toy_args(ral_grpo, **fields, max_skipped=0.4, resume="auto"))

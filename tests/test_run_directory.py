@@ -35,7 +35,7 @@ CHILD_ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 @pytest.fixture(autouse=True)
 def restored():
     """A run that fails leaves its signal handlers."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in runs.STOP_SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -130,7 +130,7 @@ def test_a_run_killed_after_it_took_the_lock_is_not_in_the_way(tmp_path):
 def test_checking_data_needs_no_lock(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").touch()
-    (tmp_path / "run" / "args.json").write_text("{}")
+    runs.write_record(tmp_path / "run", runs.TRAINING_RUN, {})
     monkeypatch.setattr(runs, "lock_directory", lambda out: pytest.fail("locked"))
     runs.check_run(toy_args(grpo_baseline, out=str(tmp_path / "run"), check_data=True))
 
@@ -138,7 +138,7 @@ def test_checking_data_needs_no_lock(tmp_path, monkeypatch):
 def test_all_ranks_learn_of_a_refusal(cold_start, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    (out / "args.json").write_text("{}")
+    runs.write_record(out, runs.TRAINING_RUN, {})
     with runs.lock_directory(out):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node=2", "grpo_baseline.py", "--model", cold_start, "--out", out]
@@ -175,8 +175,8 @@ def limits_end():
         ("update", 1, 3000, "metrics.jsonl", "nothing is saved there yet"),
         ("update", 2, 300_000, "state/step-000002", "nothing is saved there yet"),
         ("save_model", 1, 100_000, "checkpoint", "step-000002"),
-        ("draw_attention", 1, 1000, "attention.png", "step-000004, .*/checkpoint"),
-        ("draw_curves", 1, 1000, "curves.png", "step-000004, .*/checkpoint"),
+        ("draw_attention", 1, 1000, "attention.png", "step-000002, .*/checkpoint"),
+        ("draw_curves", 1, 1000, "curves.png", "step-000002, .*/checkpoint"),
     ],
 )
 def test_what_cannot_be_written_is_one_line(
@@ -301,7 +301,9 @@ def test_a_failed_checkpoint_leaves_the_old_one(tmp_path, monkeypatch):
     (out / "checkpoint").rename(out / ".checkpoint-a.old")
     (out / ".checkpoint-a").mkdir()
     state = runs.State(out / "state" / "step-000001", 1, {}, 0, {})
-    runs.Run(toy_args(grpo_baseline, out=str(out)), runs.BadRows(), state).close()
+    run = runs.Run(toy_args(grpo_baseline, out=str(out)), runs.BadRows(), state)
+    run.begin()
+    run.close()
     assert (out / "checkpoint" / "weights").read_text() == "old"
     assert not list(out.glob(".checkpoint-*"))
 
@@ -413,7 +415,7 @@ def test_a_leftover_folder_is_not_taken_for_wandb(tmp_path, monkeypatch):
     args = toy_args(grpo_baseline, out=str(tmp_path / "run"), track=True)
     with pytest.raises(runs.UsageError, match="wandb is not installed; `pip install wandb`"):
         runs.check_run(args)
-    (tmp_path / "wandb" / "__init__.py").touch()
+    (tmp_path / "wandb" / "__init__.py").write_text("def login(verify): pass")
     runs.find_spec.__globals__["sys"].path_importer_cache.clear()
     runs.check_run(args)
 

@@ -296,11 +296,12 @@ def test_a_run_in_the_way_is_moved_or_replaced_but_other_files_never(tmp_path):
     thesis.mkdir()
     (thesis / "chapter1.tex").write_text("...")
     for overwrite in (False, True):
-        with pytest.raises(runs.UsageError, match="is not a run"):
+        with pytest.raises(runs.UsageError, match="is no training run"):
             runs.check_run(replace(args, out=str(thesis), overwrite=overwrite))
     assert (thesis / "chapter1.tex").exists()
+    (tmp_path / "run" / "checkpoint").mkdir()
     for inside in ("run/checkpoint", "run"):  # a run that is read is neither moved nor replaced
-        with pytest.raises(runs.UsageError, match="which this run reads"):
+        with pytest.raises(runs.UsageError, match="which this command reads"):
             runs.check_run(replace(args, model=str(tmp_path / inside)), "model")
 
 
@@ -338,7 +339,7 @@ BAD = [  # script, command line, what the one line must name
         ["--image-tokens", "a cell is a token"],
     ),
     (sft, ["--track"], ["--track", "wandb", "pip install"]),
-    (sft, ["--out", "BUSY"], ["--out", "is not a run"]),
+    (sft, ["--out", "BUSY"], ["--out", "is no training run"]),
 ]
 
 

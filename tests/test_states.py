@@ -1,0 +1,362 @@
+"""What a state, a run directory and several hosts may and may not do; a model of two numbers is
+enough for most of it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import toy_args
+from safetensors.torch import load_file, save_file
+
+import evaluate
+import grpo_baseline
+import kd_baseline
+import memory
+import runs
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    handlers = {number: signal.getsignal(number) for number in runs.STOP_SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def tiny() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1, 2)
+    return model, torch.optim.AdamW(model.parameters())
+
+
+def train(args, steps) -> None:
+    """A run of `tiny`, or the rest of one that is resumed."""
+    state = runs.find_state(args)
+    model, optimizer = tiny()
+    run = runs.Run(args, runs.BadRows(), state)
+    run.restore(model, optimizer)
+    for step in steps:
+        model(torch.ones(1, 1)).sum().backward()
+        optimizer.step()
+        run.log(step, {"train/loss": float(step)})
+        run.save_state(step, model, optimizer)
+    run.close()
+
+
+@pytest.fixture
+def args(tmp_path):
+    fields = {"model": str(tmp_path / "model"), "out": str(tmp_path / "run"), "keep": 9}
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "chat_template.jinja", "preprocessor_config.json"):
+        (tmp_path / "model" / name).write_text(name)
+    return toy_args(kd_baseline, **fields, teacher=fields["model"], save_every=1, steps=9)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """All files, but for what a process that is refused may write."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def damage(state: Path, how: str) -> None:
+    weight, record = state / "weight.safetensors", state / "state.json"
+    content = json.loads(record.read_text())
+    if how == "cut":
+        os.truncate(weight, 100)
+    elif how == "missing":
+        weight.unlink()
+    elif how == "link":
+        weight.rename(state.parent.parent / "elsewhere")
+        weight.symlink_to(state.parent.parent / "elsewhere")
+    elif how == "size":
+        save_file({name: x.flatten()[:1] for name, x in load_file(weight).items()}, weight)
+    elif how == "random":
+        (state / "random.json").write_text('{"python": [3, 5, null]}')
+    else:
+        record.write_text(json.dumps(content | json.loads(how)))
+
+
+DAMAGE = ["cut", "missing", "link", "size", "random", '{"step": 3}', '{"step": "2"}']
+DAMAGE += ['{"lengths": {"metrics.jsonl": -1}}', '{"lengths": {"metrics.jsonl": 3}}']
+DAMAGE += ['{"lengths": {"metrics.jsonl": 999999}}', '{"lengths": 3}', '{"args": [1]}']
+DAMAGE += ['{"extra": 3}']
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_state_costs_nothing(args, how):
+    """No file is cut, and no later state deleted, before the state is loaded."""
+    train(args, range(1, 7))
+    out = Path(args.out)
+    state = out / "state" / "step-000002"
+    damage(state, how)
+    before = tree(out)
+    with pytest.raises(runs.UsageError, match=r"^--resume [^\n]*give an earlier one$"):
+        train(replace(args, resume=str(state)), [])
+    assert tree(out) == before
+
+
+def test_later_states_stay_until_a_new_one_is_written(args):
+    train(args, range(1, 5))
+    out = Path(args.out)
+    older = replace(args, resume=str(out / "state" / "step-000002"))
+    train(older, [])  # killed at once
+    names = ["step-000001", "step-000002", "step-000003.later", "step-000004.later"]
+    assert sorted(path.name for path in (out / "state").iterdir()) == names
+    assert runs.find_state(replace(args, resume="auto")).step == 2
+    train(older, [3])
+    assert sorted(path.name for path in (out / "state").iterdir()) == [*names[:2], "step-000003"]
+    assert [line["step"] for line in map(json.loads, (out / "metrics.jsonl").open())] == [1, 2, 3]
+
+
+# Inputs
+
+
+def write_weights(path: Path, place: int) -> None:
+    content = bytearray(3 * runs.BLOCK)
+    content[place] = 1
+    path.write_bytes(content)
+
+
+def test_other_inputs_are_refused(args, tmp_path, monkeypatch):
+    """Of the same names and sizes; a copy with other times is the same."""
+    (tmp_path / "rows.json").write_text('[{"solution": "A"}]')
+    write_weights(tmp_path / "model" / "model.safetensors", 5)
+    args = replace(args, data=str(tmp_path / "rows.json"))
+    train(args, [1])
+    again = replace(args, resume="auto")
+    inputs = [*(tmp_path / "model").iterdir(), tmp_path / "rows.json"]
+    for file in inputs:
+        kept = file.read_bytes()
+        file.write_bytes(kept[:-4] + b"B" + kept[-3:])
+        option = "--data" if file.suffix == ".json" and "rows" in file.name else "--model"
+        words = rf"other arguments \(other content: {option} {file.name}.*allow-changed-args"
+        with pytest.raises(runs.UsageError, match=words):
+            runs.find_state(again)
+        assert runs.find_state(replace(again, allow_changed_args=True)).step == 1
+        file.write_bytes(kept)
+        os.utime(file, (1, 1))
+    assert runs.find_state(again).step == 1
+    (tmp_path / "teacher").mkdir()
+    with pytest.raises(runs.UsageError, match=r"teacher .* -> .*other content: --teacher"):
+        runs.find_state(replace(again, teacher=str(tmp_path / "teacher")))
+
+
+def test_a_fingerprint_covers_a_small_file_and_both_ends_of_a_large_one(tmp_path):
+    prints = {}
+    for place in (0, 300_000, 3 * runs.BLOCK - 1):
+        write_weights(tmp_path / "file", place)
+        prints[place] = [runs.fingerprint(tmp_path / "file", blocks) for blocks in (2, 3)]
+    few, all_of_it = zip(*prints.values(), strict=True)
+    assert len(set(all_of_it)) == 3 and few[0] != few[2] and few[1] not in (few[0], few[2])
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "HF_HUB_CACHE", str(tmp_path))
+    commit = tmp_path / "models--owner--name" / "refs" / "main"
+    commit.parent.mkdir(parents=True)
+    for text in ("abc", "def"):
+        commit.write_text(text)
+        assert runs.fingerprint_inputs(SimpleNamespace(model="owner/name")) == {"--model": text}
+
+
+# The run directory
+
+
+@pytest.mark.parametrize("name", ["model", "teacher", "data", "eval_data", "media_root"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_no_input_lies_in_out(args, name, overwrite):
+    train(args, [1])
+    inside = Path(args.out) / "mine"
+    inside.mkdir()
+    value = f"{inside}:train" if name == "data" else str(inside)
+    changed = {name: (str(inside),) if name == "media_root" else value, "overwrite": overwrite}
+    words = f"^--out .*: holds --{name.replace('_', '-')} {value}, which this command reads"
+    before = tree(Path(args.out))
+    with pytest.raises(runs.UsageError, match=words):
+        runs.check_run(replace(args, **changed))
+    if name in ("model", "data", "media_root"):
+        fields = {"model": args.model, "out": args.out} | changed
+        with pytest.raises(runs.UsageError, match=words):
+            evaluate.open_out(evaluate.Args(**fields))
+    assert tree(Path(args.out)) == before
+
+
+def test_only_what_a_run_writes_is_deleted(args):
+    train(args, [1])
+    out = Path(args.out)
+    (out / "checkpoint.best").mkdir()
+    (out / "notes.txt").touch()
+    train(replace(args, overwrite=True), [])
+    names = {".lock", "args.json", "metrics.jsonl", "samples.jsonl", "tensorboard"}
+    assert {path.name for path in out.iterdir()} == names | {"checkpoint.best", "notes.txt"}
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "not JSON", '{"made_by": "evaluation"}'])
+def test_an_args_json_of_another_program_is_no_run(args, content):
+    out = Path(args.out)
+    out.mkdir()
+    (out / "args.json").write_text(content)
+    for overwrite in (False, True):
+        changed = replace(args, overwrite=overwrite)
+        for refused in (runs.check_run, lambda x: runs.Run(x, runs.BadRows())):
+            with pytest.raises(runs.UsageError, match=f"^--out {out}: (exists|holds)"):
+                refused(changed)
+    assert (out / "args.json").read_text() == content and not Path(f"{out}.1").exists()
+
+
+# Signals and Weights & Biases
+
+
+@pytest.mark.parametrize("number", runs.STOP_SIGNALS)
+def test_each_signal_of_a_scheduler_saves_a_state(args, number, capsys):
+    model, optimizer = tiny()
+    run = runs.Run(replace(args, save_every=0), runs.BadRows())
+    os.kill(os.getpid(), number)
+    assert run.save_state(1, model, optimizer)
+    run.close()
+    assert "stopped after step 1; resume with: python" in capsys.readouterr().out
+    assert [path.name for path in runs.good_states(Path(args.out))] == ["step-000001"]
+
+
+def test_nohup_keeps_its_meaning(args):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    run = runs.Run(args, runs.BadRows())
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert run.signal is None
+    run.close()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in that records its runs."""
+    fake = SimpleNamespace(Error=type("Error", (Exception,), {}), runs=[])
+    fake.login = lambda verify: True
+    run = SimpleNamespace(id="abc", log=lambda *_, **__: None, finish=lambda: None)
+    fake.init = lambda **options: fake.runs.append(options) or run
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(runs, "find_spec", lambda name: SimpleNamespace(origin=name))
+    return fake
+
+
+def test_a_resumed_run_is_one_run_at_wandb(args, wandb):
+    args = replace(args, track=True)
+    train(args, [1])
+    assert "id" not in wandb.runs[0]
+    train(replace(args, resume="auto"), [2])
+    assert wandb.runs[1]["id"] == "abc" and wandb.runs[1]["resume"] == "allow"
+
+
+def test_wandb_starts_after_the_lock_and_its_errors_are_one_line(args, wandb):
+    args = replace(args, track=True)
+    Path(args.out).mkdir()
+    code = "import sys, time, runs; x = runs.lock_directory(runs.Path(sys.argv[1]));"
+    code += "print(flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", code, args.out]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(runs.UsageError, match="in use by process"):
+            runs.Run(args, runs.BadRows())
+        process.kill()
+    assert not wandb.runs
+
+    def refuse(**_):
+        raise wandb.Error("no API key\nat all")
+
+    wandb.login = wandb.init = refuse
+    for start in (runs.check_run, lambda x: runs.Run(x, runs.BadRows())):
+        with pytest.raises(runs.UsageError, match=r"^--track: no API key; [^\n]*$"):
+            start(args)
+
+
+# Memory
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "limit"),
+    [
+        ("0::/job/step\n", {"job/memory.max": "500", "job/step/memory.max": "max"}, 500),
+        ("0::/\n", {"memory.max": "300\n"}, 300),
+        ("4:memory:/docker/1\n2:cpu:/\n", {"memory/memory.limit_in_bytes": "200"}, 200),
+        ("4:memory:/a\n0::/\n", {"memory/a/memory.limit_in_bytes": str(2**63)}, 2**63),
+        ("0::/\n", {}, float("inf")),
+    ],
+)
+def test_a_container_limits_memory(tmp_path, groups, files, limit):
+    (tmp_path / "cgroup").write_text(groups)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert memory.container_limit(tmp_path / "cgroup", tmp_path) == limit
+    assert memory.available_gb() <= memory.container_limit() / 2**30
+
+
+# Several hosts
+
+
+def test_what_differs_between_ranks_is_named(args, monkeypatch):
+    other = []
+    monkeypatch.setattr(runs, "gather", lambda items: items + other)
+    facts = {"--data": "120 rows", "--eval-data": "9 rows"}
+    runs.require_same_on_ranks(facts)
+    other.append(facts | {"--data": "100 rows"})
+    words = "^--data: rank 1 has 100 rows, rank 0 has 120 rows; start all with the same command"
+    with pytest.raises(runs.UsageError, match=words):
+        runs.require_same_on_ranks(facts)
+    other[0] = runs.options(replace(args, seed=2))
+    with pytest.raises(runs.UsageError, match=r"^--seed: rank 1 has 2, rank 0 has 1; start"):
+        runs.check_run(args)
+
+
+def test_only_the_disk_of_rank_0_holds_a_run(cold_start, tmp_path):
+    """Two processes in two folders, as on two hosts that share no disk, stop and go on; one process
+    on the same prompts gives the same weights."""
+    fields = {"model": cold_start, "out": "run", "group_size": 4, "micro_batch_size": 1}
+    fields |= {"eval_examples": 4, "save_every": 1, "learning_rate": 3e-4, "resume": "auto"}
+    hosts = [tmp_path / "host0", tmp_path / "host1"]
+    for host in hosts:
+        host.mkdir()
+
+    def start(steps: int) -> None:
+        with socket.create_server(("localhost", 0)) as free:
+            port = str(free.getsockname()[1])
+        words = [f"--{k.replace('_', '-')}={v}" for k, v in (fields | {"steps": steps}).items()]
+        command = [sys.executable, ROOT / "grpo_baseline.py", "--prompts-per-step=1", *words]
+        setting = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        setting |= {"OMP_NUM_THREADS": "1", "LOCAL_RANK": "0"}
+        processes = []
+        for number, host in enumerate(hosts):
+            environment = os.environ | setting | {"RANK": str(number)}
+            log = (host.parent / f"{host.name}.log").open("w")
+            output = {"stdout": log, "stderr": log}
+            processes.append(subprocess.Popen(command, cwd=host, env=environment, **output))
+        try:
+            for host, process in zip(hosts, processes, strict=True):
+                log = host.parent / f"{host.name}.log"
+                assert process.wait(300) == 0, log.read_text()[-3000:]
+        finally:
+            for process in processes:
+                process.kill()
+
+    start(2)
+    start(3)
+    start(3)  # has finished
+    assert not list(hosts[1].iterdir())
+    one = replace(toy_args(grpo_baseline, **fields | {"out": str(tmp_path / "one")}), steps=3)
+    grpo_baseline.main(replace(one, model=str(cold_start), prompts_per_step=2))
+    metrics = (hosts[0] / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == [0, 1, 2, 3]
+    runs_of = (hosts[0] / "run", tmp_path / "one")
+    ours, other = (load_file(x / "checkpoint" / "model.safetensors") for x in runs_of)
+    for name in other:
+        torch.testing.assert_close(ours[name], other[name], atol=1e-5, rtol=0, msg=name)

@@ -25,6 +25,8 @@ choices of kd_baseline.py, and
     python attn_distill.py --teacher runs/teacher/checkpoint --rl-coef 0 # pure distillation
 """
 
+import startup
+
 import math
 import time
 from collections import defaultdict

@@ -21,6 +21,8 @@ The paper leaves these choices open [ours]:
     python grpo_baseline.py --model DIR_OR_HUB_NAME --data FILE # your own model and data
 """
 
+import startup
+
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace

@@ -23,6 +23,8 @@ reading [ours]:
     python kd_baseline.py --teacher runs/teacher/checkpoint              # from runs/sft
 """
 
+import startup
+
 import math
 import time
 from collections import defaultdict

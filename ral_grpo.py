@@ -25,6 +25,8 @@ Differences from the paper, or our reading of it [ours]: the choices of grpo_bas
     python ral_grpo.py --model DIR_OR_HUB_NAME --data FILE    # your own model and data
 """
 
+import startup
+
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace

@@ -6,6 +6,8 @@ then renamed, an existing run in the way is moved, and `--resume` cuts every fil
 at the state, so that no line is written twice.
 """
 
+import startup
+
 import errno
 import fcntl
 import json
@@ -142,6 +144,8 @@ def run_script(
     130."""
     unprinted = keep_printing()
     try:
+        if signal.getsignal(signal.SIGINT) is startup.stop:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         changed = defaults()
         default = {"default": args_class(**changed)} if changed else {}
         args = tyro.cli(args_class, description=description, **default)  # --help ends here

@@ -21,6 +21,8 @@ with one response per prompt.
 Rows of data files need a thought (datafiles.py). Training on files is measured in epochs.
 """
 
+import startup
+
 import math
 import tempfile
 import time

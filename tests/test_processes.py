@@ -1,10 +1,15 @@
 """What a script does with its output, the variables of its launcher, and its readers' messages."""
 
+import startup
+
 import errno
 import io
 import os
+import signal
+import subprocess
 import sys
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +18,8 @@ import torch
 
 import runs
 from data import Prompts, Reader
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EPIPE])
@@ -51,6 +58,24 @@ def test_processes_of_a_scheduler_are_refused(monkeypatch):
     )
     with pytest.raises(runs.UsageError, match=words):
         runs.start_ranks()
+
+
+@pytest.mark.parametrize("script", ["sft", "ral_grpo", "evaluate"])
+def test_ctrl_c_during_imports_is_one_line(tmp_path, script):
+    for library in ("numpy", "torch"):
+        (tmp_path / f"{library}.py").write_text("print(flush=True); import time; time.sleep(99)")
+    program = subprocess.Popen(
+        [sys.executable, ROOT / f"{script}.py"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    program.stdout.readline()
+    program.send_signal(signal.SIGINT)
+    assert program.communicate()[1] == b"\nstopped by Ctrl-C before the start\n"
+    assert program.returncode == 130
+    assert signal.getsignal(signal.SIGINT) is not startup.stop  # though scripts are imported here
 
 
 def test_help_joins_no_group(monkeypatch, capsys):

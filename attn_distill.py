@@ -25,6 +25,8 @@ marked `# Attention` and the functions `attention_policy`, `divergence` and `fra
     python attn_distill.py --teacher runs/teacher/checkpoint --rl-coef 0 # pure distillation
 """
 
+import startup
+
 import math
 import time
 from collections import defaultdict

@@ -4,6 +4,7 @@ import atexit
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import time
@@ -25,6 +26,7 @@ from runs import (
     STOP_SIGNALS,
     BadRows,
     UsageError,
+    end_readers,
     print_on_rank_0,
     rank,
     require,
@@ -120,16 +122,8 @@ class Reader:
         return iter(replace(self, numbers=range(number, 2**62, world_size())))
 
     def __iter__(self) -> Iterator[Prompt]:
-        loader = DataLoader(
-            self.prompts,
-            batch_size=None,
-            sampler=self.numbers,
-            num_workers=min(self.workers, os.cpu_count()),
-            collate_fn=unchanged,
-            worker_init_fn=guard_reader,
-            prefetch_factor=4 if self.workers else None,
-        )
-        for prompt, bad in loader:
+        items = self.read_ahead() if self.workers else map(self.prompts.__getitem__, self.numbers)
+        for prompt, bad in items:
             self.bad_rows.add(bad, good=int(prompt is not None))
             if isinstance(prompt, UsageError):
                 raise prompt
@@ -138,9 +132,25 @@ class Reader:
             elif self.prompts.seed is not None:
                 raise UsageError(f"100 bad rows one after another; the last: {bad.popitem()}")
 
-
-def unchanged(item: Any) -> Any:
-    return item
+    def read_ahead(self) -> Iterator[tuple[Prompt | UsageError | None, dict[str, str]]]:
+        """The items of `prompts`, read by workers. They arrive as bytes: PyTorch would put each of
+        their tensors into shared memory, of which a container has little, and open a file for it.
+        """
+        loader = DataLoader(
+            self.prompts,
+            batch_size=None,
+            sampler=self.numbers,
+            num_workers=min(self.workers, os.cpu_count()),
+            collate_fn=pickle.dumps,
+            worker_init_fn=guard_reader,
+            prefetch_factor=4,
+        )
+        try:
+            items = iter(loader)
+        except OSError as error:
+            reason = f"cannot be started ({error.strerror}); give fewer, or 0"
+            raise UsageError(f"--workers {self.workers}: {reason}") from None
+        return map(pickle.loads, items)
 
 
 def guard_reader(worker: int) -> None:
@@ -165,19 +175,7 @@ def end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-@atexit.register
-def end_readers() -> None:
-    """Kill the remaining readers when the interpreter exits.
-
-    Python would send them SIGTERM, which they ignore, and then wait for them without limit. Usually
-    no readers remain, because PyTorch ends its workers when their iterator is deleted. But an
-    exception keeps the iterators alive in its traceback, and a worker inside a decoder does not
-    respond.
-    """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises if a worker is killed
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+atexit.register(end_readers)  # where a script does not, as in a notebook
 
 
 def check_files(args: Any, is_toy: bool) -> None:

@@ -9,6 +9,8 @@ same command resumes the evaluation, and its averages cover all rows. The first 
 evaluation that the training scripts call.
 """
 
+import startup
+
 import json
 import os
 from bisect import bisect_left

@@ -23,6 +23,8 @@ policy: `diff grpo_baseline.py ral_grpo.py` shows the paper's idea.
     python grpo_baseline.py --model DIR_OR_HUB_NAME --data FILE # your own model and data
 """
 
+import startup
+
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace

@@ -23,6 +23,8 @@ this file plus the teacher's attention: `diff kd_baseline.py attn_distill.py`.
     python kd_baseline.py --teacher runs/teacher/checkpoint              # from runs/sft
 """
 
+import startup
+
 import math
 import time
 from collections import defaultdict

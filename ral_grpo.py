@@ -31,6 +31,8 @@ pass (`num_iterations`), or from the second minibatch of the first pass (`num_mi
     python ral_grpo.py --model DIR_OR_HUB_NAME --data FILE    # your own model and data
 """
 
+import startup
+
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace

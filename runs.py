@@ -6,11 +6,14 @@ then renamed, an existing run in the way is moved, and `--resume` cuts every fil
 at the state, so that no line is written twice.
 """
 
+import startup
+
 import errno
 import fcntl
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -156,23 +159,58 @@ def run_script(
     """Parse the command line into `args_class`, with `defaults()` in place of the class's own
     defaults, and run `main`. A `UsageError` becomes one line and exit status 2, Ctrl-C one line and
     130, `Finished` one line and 0."""
+    unprinted = keep_printing()
     try:
-        start_ranks()
+        if signal.getsignal(signal.SIGINT) is startup.stop:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         changed = defaults()
         default = {"default": args_class(**changed)} if changed else {}
-        main(tyro.cli(args_class, description=description, **default))
+        args = tyro.cli(args_class, description=description, **default)  # --help ends here
+        start_ranks()
+        main(args)
     except KeyboardInterrupt:
         fail(130, "\nstopped by Ctrl-C; what was saved before is intact")
     except UsageError as error:
         fail(2, f"error: {error}")
     except Finished as message:
         print_on_rank_0(str(message))
-    except Exception:
-        if world_size() == 1:
-            raise
+    except Exception as error:
+        if str(error).startswith("DataLoader worker (pid"):  # in PyTorch's words, and at any time
+            remedy = "if it was killed because memory is full, give fewer --workers"
+            fail(2, f"error: --workers: a reader process has ended ({error}); {remedy}")
         fail(1, traceback.format_exc())
+    sys.stdout.flush()
     if dist.is_initialized():
         leave_ranks()
+    if unprinted:
+        closed = unprinted[0].errno == errno.EPIPE  # a program that ends by SIGPIPE is silent, too
+        what = f"error: the output cannot be printed ({unprinted[0].strerror}); the run is complete"
+        leave(128 + signal.SIGPIPE) if closed else fail(1, what)
+
+
+def keep_printing() -> list[OSError]:
+    """Let a run go on when its output cannot be printed, because the pipe is closed or the disk
+    full: the rest of that output is dropped. Returns a list, to which such errors are added. What
+    the output cannot encode is printed as an escape sequence. An output that was closed before the
+    start gets a device, so that no file of the run takes its number."""
+    errors = []
+
+    def guard(stream: TextIO, write: Callable) -> Callable:
+        def guarded(*args: Any) -> Any:
+            try:
+                return write(*args)
+            except OSError as error:
+                errors.append(error)
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+        return guarded
+
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        stream.reconfigure(errors="backslashreplace")
+        stream.write, stream.flush = guard(stream, stream.write), guard(stream, stream.flush)
+        setattr(sys, name, stream)
+    return errors
 
 
 def given_options() -> Namespace:
@@ -185,13 +223,33 @@ def given_options() -> Namespace:
 
 
 def fail(status: int, message: str) -> NoReturn:
-    """Print a message and end this process. With several ranks it ends at once, without the
-    interpreter's cleanup: the others wait for it, and torchrun ends them when it is gone."""
+    """Print a message and end this process. Other ranks wait for it: torchrun ends them then."""
     sys.stdout.flush()
-    print(message, file=sys.stderr, flush=True)
-    if world_size() > 1:
-        os._exit(status)
-    raise SystemExit(status)
+    print(message, file=sys.stderr)
+    leave(status)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process and its readers at once. The interpreter's cleanup would wait for threads of
+    libraries, as those that read Parquet, or abort in them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    end_readers()
+    os._exit(status)
+
+
+def end_readers() -> None:
+    """Kill the remaining readers.
+
+    Python would send them SIGTERM, which they ignore, and then wait for them without limit. Usually
+    no readers remain, because PyTorch ends its workers when their iterator is deleted. But an
+    exception keeps the iterators alive in its traceback, and a worker inside a decoder does not
+    respond.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises if a worker is killed
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def option(name: str) -> str:
@@ -266,10 +324,20 @@ class Stopwatch:
 
 def start_ranks() -> None:
     """Join the other ranks if torchrun started this process. On a GPU, a single process forms a
-    group of one, so there is only one code path."""
-    if dist.is_initialized() or ("WORLD_SIZE" not in os.environ and not torch.cuda.is_available()):
+    group of one, so there is only one code path.
+
+    Raises:
+        UsageError: several processes are announced, as by a scheduler, but not by torchrun.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    lacking = [name for name in names if not os.environ.get(name)]
+    alone = bool(lacking) and os.environ.get("WORLD_SIZE", "1") == "1"
+    announced = f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} is set, but not {', '.join(lacking)}"
+    remedy = "start with torchrun, or unset WORLD_SIZE for a single process"
+    require(alone or not lacking, f"{announced}; {remedy}")
+    if dist.is_initialized() or (alone and not torch.cuda.is_available()):
         return
-    if "WORLD_SIZE" not in os.environ:
+    if alone:
         dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
         return
     if torch.cuda.is_available():
@@ -284,9 +352,7 @@ def leave_ranks() -> None:
     in about one of sixty launches, a process aborted there after its work was done."""
     if world_size() > 1:
         dist.barrier()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        leave(0)
     dist.destroy_process_group()
 
 

@@ -22,6 +22,8 @@ in the RL scripts; the schedule, the warm-up, the number of epochs and of demons
 Rows of data files need a thought (datafiles.py). Training on files is measured in epochs.
 """
 
+import startup
+
 import math
 import tempfile
 import time

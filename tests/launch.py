@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,30 @@ def wait(*_) -> None:
 def fail(*_) -> None:
     print(f"\nreaders: {len(multiprocessing.active_children())}", flush=True)
     raise RuntimeError("planted")
+
+
+def strand(*_) -> None:
+    """Fail while a thread runs that Python waits for, as libraries leave one behind."""
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    raise runs.UsageError("planted")
+
+
+def kill(*_) -> None:
+    """Kill a reader, as the system does when memory is full."""
+    multiprocessing.active_children()[0].kill()
+    time.sleep(1)
+
+
+def fill_output(*_) -> None:
+    """Standard output is from here on a full disk."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+def close_output(*_) -> None:
+    """Nobody reads standard output from here on."""
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    os.close(reader)
 
 
 def full(*_) -> None:
@@ -98,6 +123,7 @@ def fork(case: dict) -> int:
         for new, old in ((null, 0), (output, 1), (output, 2)):
             os.dup2(new, old)
         os.close(output)
+        sys.stderr = os.fdopen(2, "w", 1, closefd=False)  # of the parent, it may be a file
         if case["ranks"] == 2:  # torchrun would import PyTorch twice
             with socket.create_server(("localhost", 0)) as free:
                 port = str(free.getsockname()[1])

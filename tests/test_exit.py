@@ -19,16 +19,23 @@ STOPPED = "\nstopped by Ctrl-C; what was saved before is intact\n"
 SECONDS = 60  # more than any end may take on a busy machine
 
 
-def argv(real: Path, folder: Path, script: str, family: str = "qwen2_vl", workers: int = 2) -> list:
+def argv(real: Path, folder: Path, script: str, workers: int = 2) -> list:
     """The command line of two steps on real data."""
-    words = ["--model", real / family, "--data", real / "rows.json", "--media-root", real / "media"]
+    words = [
+        "--model",
+        real / "qwen2_vl",
+        "--data",
+        real / "rows.json",
+        "--media-root",
+        real / "media",
+    ]
     words += ["--out", folder / "run", "--workers", workers, "--max-skipped", 0.3, "--frames", 4]
     words += ["--image-tokens", 9, "--frame-tokens", 4, "--max-new-tokens", 4]
     if script != "evaluate":
         words += ["--steps", 2, "--prompts-per-step", 2, "--eval-examples", 2, "--save-every", 0]
         words += [] if script == "sft" else ["--group-size", 2]
     if script in ("kd_baseline", "attn_distill"):
-        words += ["--teacher", real / family]
+        words += ["--teacher", real / "qwen2_vl"]
     return [str(word) for word in words]
 
 
@@ -85,11 +92,10 @@ def run(server, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_finished_run_ends(run, real, tmp_path, script, family):
+def test_a_finished_run_ends(run, real, tmp_path, script):
     """Whatever keeps its variables alive, as here the frame of `main`."""
-    status, output = run(script, argv(real, tmp_path, script, family), [(LOOP, "keep")])
+    status, output = run(script, argv(real, tmp_path, script), [(LOOP, "keep")])
     assert status == 0 and "\nnext: python" in output, output[-3000:]
 
 
@@ -113,6 +119,35 @@ def test_an_error_ends_the_process(run, real, tmp_path, work):
     status, output = run(script, argv(real, tmp_path, script) + more, [(place, "fail")])
     assert status == 1 and "\nRuntimeError: planted\n" in output
     assert "readers: 2" in output
+
+
+def test_a_thread_left_behind_does_not_keep_a_failed_process(run, real, tmp_path):
+    """Nor does it abort, as the threads that read Parquet did."""
+    status, output = run("sft", argv(real, tmp_path, "sft"), [("common.load_model", "strand")])
+    assert status == 2 and output.endswith("error: planted\n")
+
+
+@pytest.mark.parametrize("work", AT_WORK)
+def test_a_killed_reader_is_one_line(run, real, tmp_path, work):
+    script, more, place = AT_WORK[work]
+    status, output = run(script, argv(real, tmp_path, script) + more, [(place, "kill")])
+    assert status == 2 and "Traceback" not in output, output[-3000:]
+    assert "error: --workers: a reader process has ended" in output.splitlines()[-1]
+
+
+LOST = {
+    "fill_output": (1, "(No space left on device); the run is complete\n"),
+    "close_output": (141, ""),
+}
+
+
+@pytest.mark.parametrize("how", LOST)
+def test_work_whose_output_is_lost_is_complete(run, real, tmp_path, how):
+    status, words = LOST[how]
+    plants = [("evaluate.collate", how)]
+    ended, output = run("evaluate", argv(real, tmp_path, "evaluate"), plants)
+    assert ended == status and "Traceback" not in output and output.endswith(words)
+    assert "held-out" not in output and (tmp_path / "run" / "table.txt").exists()
 
 
 @pytest.mark.parametrize("work", AT_WORK)

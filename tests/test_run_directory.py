@@ -381,6 +381,7 @@ def test_an_empty_name_is_not_the_default(script, name, cold_start, tmp_path, mo
     shutil.copytree(cold_start, tmp_path / "runs" / "sft" / "checkpoint")
     shutil.copytree(cold_start, tmp_path / "runs" / "teacher" / "checkpoint")
     monkeypatch.setattr(sys, "argv", [script.__file__, f"--{name}", ""])
+    monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit):
         runs.run_script(script.Args, script.main, script.__doc__, defaults_of(script))
     (line,) = capsys.readouterr().err.splitlines()

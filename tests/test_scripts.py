@@ -2,6 +2,7 @@
 bad input."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 
@@ -375,6 +376,7 @@ def test_bad_input_is_one_line(script, line, words, cold_start, tmp_path, monkey
     (tmp_path / "BUSY" / "thesis.tex").touch()
     line = [str(cold_start) if word == "COLD" else word for word in line]
     monkeypatch.setattr(sys, "argv", [script.__file__, *line])
+    monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as stopped:
         runs.run_script(script.Args, script.main, script.__doc__, defaults_of(script))
     error = capsys.readouterr().err

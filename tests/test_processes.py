@@ -1,0 +1,110 @@
+"""What a script does with its output, the variables of its launcher, and its readers' messages."""
+
+import startup
+
+import errno
+import io
+import os
+import signal
+import subprocess
+import sys
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import runs
+from data import Prompts, Reader
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EPIPE])
+def test_output_that_cannot_be_printed_is_dropped(monkeypatch, tmp_path, number):
+    if number == errno.EPIPE:
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open("/dev/full", os.O_WRONLY)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(os.fdopen(writer, "wb"), encoding="ascii"))
+    monkeypatch.setattr(sys, "stderr", None)
+    errors = runs.keep_printing()
+    for _ in range(3):
+        print("caf\u00e9 \udcff " * 10_000)
+        print("caf\u00e9", file=sys.stderr, flush=True)
+    sys.stdout.close()
+    assert [error.errno for error in errors] == [number]
+
+
+def test_output_in_ascii_is_escaped(monkeypatch):
+    content = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, encoding="ascii"))
+    assert runs.keep_printing() == []
+    print("caf\u00e9", flush=True)
+    assert content.getvalue() == b"caf\\xe9\n"
+
+
+def test_processes_of_a_scheduler_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    runs.start_ranks()
+    assert runs.world_size() == 1
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "0")
+    words = (
+        "^WORLD_SIZE=8 is set, but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start with torchrun"
+    )
+    with pytest.raises(runs.UsageError, match=words):
+        runs.start_ranks()
+
+
+@pytest.mark.parametrize("script", ["sft", "ral_grpo", "evaluate"])
+def test_ctrl_c_during_imports_is_one_line(tmp_path, script):
+    for library in ("numpy", "torch"):
+        (tmp_path / f"{library}.py").write_text("print(flush=True); import time; time.sleep(99)")
+    program = subprocess.Popen(
+        [sys.executable, ROOT / f"{script}.py"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    program.stdout.readline()
+    program.send_signal(signal.SIGINT)
+    assert program.communicate()[1] == b"\nstopped by Ctrl-C before the start\n"
+    assert program.returncode == 130
+    assert signal.getsignal(signal.SIGINT) is not startup.stop  # though scripts are imported here
+
+
+def test_help_joins_no_group(monkeypatch, capsys):
+    monkeypatch.setattr(runs, "start_ranks", None)
+    monkeypatch.setattr(sys, "argv", ["script.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runs.run_script(runs.RunArgs, None, "What it is.")
+    assert ended.value.code == 0 and "What it is." in capsys.readouterr().out
+
+
+def test_readers_use_no_shared_memory(monkeypatch):
+    """Of which a container has little. Each tensor there would be an open file, too."""
+    monkeypatch.setitem(ForkingPickler._extra_reducers, torch.Tensor, lambda _: (str, ("shared",)))
+    source = SimpleNamespace(example=lambda row: row, place=str)
+
+    def encode(row: int) -> SimpleNamespace:
+        return SimpleNamespace(ids=torch.full((100_000,), row))
+
+    prompts = Prompts(source, encode, np.arange(9), keep_media=9)
+    reader = Reader(prompts, range(9), 2, runs.BadRows())
+    assert [prompt.ids.unique().tolist() for prompt in reader] == [[row] for row in range(9)]
+
+
+def test_readers_that_cannot_start_are_one_line(monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.multiprocessing.Process, "start", full)
+    reader = Reader(Prompts(None, None, np.arange(9)), range(9), 2, runs.BadRows())
+    words = r"^--workers 2: cannot be started \(No space left on device\); give fewer, or 0$"
+    with pytest.raises(runs.UsageError, match=words):
+        list(reader)

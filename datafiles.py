@@ -218,11 +218,11 @@ def open_arrow(files: list[Path], kind: str) -> tuple[Any, pyarrow.Schema]:
         schema = schema if copied else rows.data.schema
         require(schema.names, "has no columns")  # names that are not text raise here
         known = [name for name in rows.column_names if name in KNOWN]
+        return rows.with_format("arrow", known), schema
     except UsageError:
         raise
     except Exception as error:  # hostile bytes raise any error of either library
         raise UsageError(f"cannot be read{copied} ({first_line(error)})") from None
-    return rows.with_format("arrow", known), schema
 
 
 def arrow_copy(files: list[Path], cache: Path) -> Path:

@@ -18,6 +18,7 @@ and skipped, and no path leads outside the media roots.
 """
 
 import glob
+import hashlib
 import json
 import math
 import os
@@ -26,12 +27,16 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+from filelock import FileLock
 from huggingface_hub import snapshot_download
+from pyarrow import ipc, parquet, types
 
 from answers import MAX_ANSWER, option_letter, option_texts
 from common import extract_answer, print_once
@@ -51,44 +56,58 @@ COLUMNS = {
 }
 CHATS = ("conversations", "messages")  # they hold the answer, too
 MEDIA_COLUMNS = {"image": ("images", "image"), "video": ("videos", "video"), None: ("path",)}
+KNOWN = sum((*COLUMNS.values(), *MEDIA_COLUMNS.values()), ())  # columns that are read
 ROLES = (["user"], ["human"], ["user", "assistant"], ["human", "gpt"])  # of a chat's turns
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 EXPECTED = "expected a JSON array of objects, one JSON object a line, or Parquet or Arrow files"
 # First bytes of files that hold no rows, and what those files are.
 NOT_ROWS = {b"\xff\xfe": "is UTF-16 text", b"\xfe\xff": "is UTF-16 text", b"PK": "is compressed"}
 NOT_ROWS |= {b"\x1f\x8b": "is compressed"} | dict.fromkeys((b"\x80\4", b"\x80\5"), "is a pickle")
+# First bytes of files that hold rows.
+KINDS = {b"PAR1": "Parquet", b"ARROW1": "an Arrow file", b"\xff\xff\xff\xff": "an Arrow stream"}
+KINDS |= {b"{": "JSON lines", b"[": "a JSON array"}
 HUB_NAME = re.compile(r"(?!.*\.(?:jsonl?|parquet|arrow|csv)$)[\w-][\w.-]*/[\w-][\w.-]*")
 SHARD = re.compile(r"(^|[-_/])\d+(-of-\d+)?(-[0-9a-f]{16})?$")  # the number in a file's name
 # A row that exceeds a limit is bad. MAX_ROW is in bytes, MAX_MEDIA in images and videos, the others
 # are in characters.
 MAX_ROW, MAX_PROBLEM, MAX_SOLUTION, MAX_THOUGHT = 2**20, 100_000, MAX_ANSWER, 50_000
 MAX_MEDIA = 64
+# Parquet files may grow to so many times their size, or to so many bytes.
+MAX_GROWTH, LEAST_GROWTH = 100, 2**30
 
 
 class JsonLines:
-    """The rows of a JSON lines file. Only the offset and the number of each line are in memory."""
+    """The rows of JSON lines files. In memory are only the place of each line: the number of its
+    file, its offset and its number."""
 
-    def __init__(self, path: Path):
-        self.path, places = path, array("q")
-        at, line, begins = 0, 1, True
-        with path.open("rb") as file:
-            for piece in iter(partial(file.readline, MAX_ROW), b""):  # a long line has several
-                if begins and piece.strip():
-                    places.extend((at, line))
-                at, begins = at + len(piece), piece.endswith(b"\n")
-                line += begins
-        self.places = np.array(places).reshape(-1, 2)
+    def __init__(self, files: list[Path]):
+        self.files, places = files, array("q")
+        for number, path in enumerate(files):
+            at, line, begins = 0, 1, True
+            with path.open("rb") as file:
+                for piece in iter(partial(file.readline, MAX_ROW), b""):  # a long line has several
+                    if begins and piece.strip():
+                        places.extend((number, at, line))
+                    at, begins = at + len(piece), piece.endswith(b"\n")
+                    line += begins
+        self.places = np.array(places).reshape(-1, 3)
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, row: int) -> Any:
-        with self.path.open("rb") as file:
-            file.seek(self.places[row, 0])
+        number, at, _ = self.places[row]
+        with self.files[number].open("rb") as file:
+            file.seek(at)
             content = file.readline(MAX_ROW + 1)
         if len(content) > MAX_ROW:
             raise BadRow(f"is longer than {MAX_ROW:,} bytes")
         return json.loads(content.decode("utf-8-sig"))
+
+    def place(self, row: int) -> str:
+        number, _, line = self.places[row]
+        name = f"{self.files[number].name} " if len(self.files) > 1 else ""
+        return f" ({name}line {line})"
 
 
 def find_files(path: str) -> tuple[Path, list[Path]]:
@@ -129,24 +148,45 @@ def one_split(names: list[str], split: str, place: str) -> list[str]:
         if not split or f"/{split}/" in f"/{label}/":
             splits[label].append(name)
     of_split = f" of a split {split!r}" if split else ""
-    require(splits, f"has no Parquet or Arrow files{of_split}; {EXPECTED}")
+    require(splits, f"has no data files{of_split}; {EXPECTED}")
     several = f"has the splits {', '.join(splits)[:300]}; choose one, as in {place}:{min(splits)}"
     require(len(splits) == 1, several)
     return splits.popitem()[1]
 
 
-def open_rows(files: list[Path]) -> Any:
-    """The rows of data files, as a sequence of parsed JSON or of Arrow tables of one row."""
-    with files[0].open("rb") as file:
-        start = file.read(2**12).removeprefix(b"\xef\xbb\xbf").lstrip()
+def open_rows(files: list[Path]) -> tuple[Any, pyarrow.Schema | None]:
+    """The rows of data files, as a sequence of parsed JSON or of Arrow tables of one row, and the
+    types of all columns if the files state them."""
+    kinds = {}
+    for file in files:
+        try:
+            kinds.setdefault(file_kind(file), file)
+        except UsageError as error:
+            raise UsageError(f"{file.name} {error}" if len(files) > 1 else error) from None
+    different = " and ".join(f"{kind} ({file.name})" for kind, file in kinds.items())
+    require(len(kinds) == 1, f"has files of different kinds, {different}; keep one kind")
+    (kind,) = kinds
+    if kind == "JSON lines":
+        return JsonLines(files), None
+    if kind == "a JSON array":
+        return [row for file in files for row in read_array(file)], None
+    return open_arrow(files, kind)
+
+
+def file_kind(file: Path) -> str:
+    """What a data file is, by its first bytes."""
+    with file.open("rb") as opened:
+        start = opened.read(2**12).removeprefix(b"\xef\xbb\xbf").lstrip()
     require(start, "is empty")
-    if start.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
-        return open_arrow(files, start.startswith(b"PAR1"))
+    for first, kind in KINDS.items():
+        if start.startswith(first):
+            return kind
     kind = NOT_ROWS.get(start[:2], f"begins with {start[:40].decode(errors='replace')!r}")
-    require(start[:1] in (b"[", b"{"), f"{kind}; {EXPECTED}")
-    if start[:1] == b"{":
-        return JsonLines(files[0])
-    content = files[0].read_bytes()
+    raise UsageError(f"{kind}; {EXPECTED}")
+
+
+def read_array(file: Path) -> list[Any]:
+    content = file.read_bytes()
     try:
         return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -156,24 +196,103 @@ def open_rows(files: list[Path]) -> Any:
         raise UsageError(f"its array is not JSON, line {line}: {reason}") from None
 
 
-def open_arrow(files: list[Path], is_parquet: bool) -> Any:
-    """The rows of Parquet or Arrow files. They stay on disk, and their media stay undecoded."""
+def open_arrow(files: list[Path], kind: str) -> tuple[Any, pyarrow.Schema]:
+    """The rows of Parquet or Arrow files, and the types of all columns. The rows stay on disk, and
+    their media stay undecoded."""
     import datasets  # takes a second
-    from datasets.exceptions import DatasetsError
-    from pyarrow import ArrowException
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised, too
+    cache, parts, copied = Path(datasets.config.HF_DATASETS_CACHE), [], ""
     try:
-        if is_parquet:
-            names = [glob.escape(str(file)) for file in files]
-            rows = datasets.load_dataset("parquet", data_files=names, split="train")
-        else:
-            parts = [datasets.Dataset.from_file(str(file)) for file in files]
-            rows = datasets.concatenate_datasets(parts)
-    except (DatasetsError, ArrowException, OSError, ValueError, TypeError, LookupError) as error:
-        raise UsageError(f"cannot be read ({first_line(error.__cause__ or error)})") from None
-    known = sum((*COLUMNS.values(), *MEDIA_COLUMNS.values()), ())
-    return rows.with_format("arrow", [name for name in rows.column_names if name in known])
+        if kind == "Parquet":
+            schema, copied = parquet.read_schema(files[0]), f" or copied to {cache}"
+            files = [arrow_copy(files, cache)]
+        for file in files:
+            if kind == "an Arrow file":
+                table = ipc.open_file(pyarrow.memory_map(str(file))).read_all()
+                table = datasets.table.InMemoryTable(table)
+                parts.append(datasets.Dataset(table, fingerprint=file.name))  # not hashed
+            else:
+                parts.append(datasets.Dataset.from_file(str(file)))
+        rows = datasets.concatenate_datasets(parts)
+        schema = schema if copied else rows.data.schema
+        require(schema.names, "has no columns")  # names that are not text raise here
+        known = [name for name in rows.column_names if name in KNOWN]
+        return rows.with_format("arrow", known), schema
+    except UsageError:
+        raise
+    except Exception as error:  # hostile bytes raise any error of either library
+        raise UsageError(f"cannot be read{copied} ({first_line(error)})") from None
+
+
+def arrow_copy(files: list[Path], cache: Path) -> Path:
+    """Copy the columns of Parquet files that are read to Arrow, where rows can be read singly.
+
+    The copy is named by the content of the files (their sizes, and their first and last MB, where
+    the footer has statistics of each column), so it is made once, and again after a change.
+
+    Raises:
+        UsageError: a column differs between files, or the copy is far larger than the files.
+    """
+    digest, total = hashlib.sha256(repr(KNOWN).encode()), 0
+    for file in files:
+        size = file.stat().st_size
+        total += size
+        with file.open("rb") as opened:
+            digest.update(b"%d" % size + opened.read(2**20))
+            opened.seek(max(0, size - 2**20))
+            digest.update(opened.read())
+    limit = max(MAX_GROWTH * total, LEAST_GROWTH)
+    large = f"its {total:,} bytes hold more than {limit:,} bytes of rows"
+    target = cache / "rows" / f"{digest.hexdigest()[:32]}.arrow"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if target.exists():
+            return target
+        schema, announced = shared_schema(files)
+        require(announced <= limit, large)
+        part = target.with_suffix(".part")
+        try:
+            with pyarrow.OSFile(str(part), "wb") as sink, ipc.new_stream(sink, schema) as stream:
+                for file in files:
+                    with parquet.ParquetFile(file) as rows:  # a row may hold many pictures
+                        for batch in rows.iter_batches(16, columns=schema.names, use_threads=False):
+                            table = pyarrow.Table.from_batches([batch])
+                            stream.write_table(table.select(schema.names).cast(schema))
+                            require(sink.tell() <= limit, large)
+            part.rename(target)
+        finally:
+            part.unlink(missing_ok=True)
+    return target
+
+
+def shared_schema(files: list[Path]) -> tuple[pyarrow.Schema, int]:
+    """The columns of Parquet files that are read, with types that suit all files with rows, and the
+    size of all rows in bytes as the footers announce it."""
+    shared, first, announced = None, "", 0
+    for file in files:
+        with parquet.ParquetFile(file) as rows:
+            schema, footer = rows.schema_arrow, rows.metadata
+            groups = [footer.row_group(n) for n in range(footer.num_row_groups)]
+            announced += sum(group.total_byte_size for group in groups)
+            count = footer.num_rows
+        if not count:
+            continue
+        plain = {field.name: field.type for field in schema if field.name in KNOWN}
+        for name, kind_of in plain.items():
+            if types.is_dictionary(kind_of):  # pandas' categories
+                plain[name] = kind_of.value_type
+        schema = pyarrow.schema(plain)
+        shared, first = shared or schema, first or file.name
+        for name in {*schema.names} ^ {*shared.names}:
+            has, lacks = (first, file.name) if name in shared.names else (file.name, first)
+            raise UsageError(f"{has} has the column {name}, {lacks} has not")
+        try:
+            shared = pyarrow.unify_schemas([shared, schema])
+        except pyarrow.ArrowException as error:
+            raise UsageError(f"{file.name} differs from {first}: {first_line(error)}") from None
+    require(shared is not None, "has no rows")
+    return shared, announced
 
 
 class DataFile:
@@ -202,7 +321,7 @@ class DataFile:
         try:
             folder, files = find_files(path)
             self.roots = [Path(root).resolve() for root in roots or [folder]]
-            self.rows = open_rows(files)
+            self.rows, self.schema = open_rows(files)
             self.columns, note = self.find_columns()
         except UsageError as error:
             raise UsageError(f"{option} {path}: {error}") from None
@@ -215,7 +334,7 @@ class DataFile:
         """The file's name for each of `COLUMNS`, and a note that says which are read. JSON rows may
         differ, so the first 100 are inspected."""
         require(len(self) > 0, "has no rows")
-        present, reason = set(getattr(self.rows, "column_names", ())), ""
+        present, reason = set(self.schema.names if self.schema else ()), ""
         for row in range(0 if present else min(100, len(self))):
             try:
                 present |= self.fields(row).keys()
@@ -247,17 +366,20 @@ class DataFile:
     def place(self, row: int) -> str:
         """The name of a row and, in JSON lines, the number of its line, both counted from 1."""
         is_lines = isinstance(self.rows, JsonLines)
-        return self.name(row) + (f" (line {self.rows.places[row, 1]})" if is_lines else "")
+        return self.name(row) + (self.rows.place(row) if is_lines else "")
 
     def fields(self, row: int) -> dict[str, Any]:
         """The columns of a row as they are in the file."""
         try:
             fields = self.rows[row]
-            if hasattr(fields, "to_pylist"):
+            if isinstance(fields, pyarrow.Table):
+                fields.validate(full=True)  # a column with bad offsets would end the process
                 (fields,) = fields.to_pylist()
         except json.JSONDecodeError as error:
             raise BadRow(f"is not JSON: {error.msg} at column {error.colno}") from None
-        except (ValueError, RecursionError) as error:
+        except BadRow:
+            raise
+        except Exception as error:  # hostile bytes make pyarrow raise any error
             raise BadRow(f"cannot be read: {first_line(error)}") from None
         if not isinstance(fields, dict):
             raise BadRow("is not a JSON object")
@@ -374,6 +496,8 @@ def read_example(fields: dict[str, Any]) -> Example:
         text = fields[field]
         if isinstance(text, int) or (isinstance(text, float) and math.isfinite(text)):
             text = str(text)
+        elif isinstance(text, Decimal):
+            text = re.sub(r"\.0*$|(\.\d*[1-9])0+$", r"\1", f"{text:f}")
         if not isinstance(text, str) or not text.strip():
             raise BadRow(f"has no text for its {name}")
         texts.append(text)

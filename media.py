@@ -1,7 +1,9 @@
 """Images and videos from untrusted files, or from their bytes in a data file."""
 
+import math
 import re
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
@@ -75,7 +77,9 @@ def read_image(path: Path | MediaBytes) -> Image.Image:
             return image.convert("RGB")
     except UnidentifiedImageError:
         raise BadRow(f"{path.name}: not a readable image ({', '.join(IMAGE_FORMATS)})") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except BadRow:
+        raise
+    except Exception as error:  # hostile bytes make decoders raise any error
         raise BadRow(f"{path.name}: not a readable image ({first_line(error)})") from None
 
 
@@ -100,15 +104,23 @@ def frame_indices(
     return np.unique(places.round().astype(int)).tolist()
 
 
-def read_video(path: Path | MediaBytes, frames: int | None, fps: float | None) -> Media:
-    """The chosen frames of a video, upright, with the times at which it shows them.
+def read_video(
+    path: Path | MediaBytes,
+    frames: int | None,
+    fps: float | None,
+    start: float = 0,
+    end: float = math.inf,
+) -> Media:
+    """The chosen frames of a video, upright, with the times at which it shows them. They are chosen
+    from those shown from `start` to `end` (seconds, both included).
 
     Raises:
-        BadRow: the video is cut off or too large, or a frame cannot be decoded.
+        BadRow: the video is cut off or too large, shows no frame from `start` to `end`, or a frame
+            cannot be decoded.
         UsageError: PyAV is not installed.
     """
     try:
-        import av
+        import av  # noqa: F401
     except ImportError:
         why = "videos need PyAV, which is not installed"
         raise UsageError(f"{path.name}: {why}; pip install av, or use images only") from None
@@ -117,7 +129,12 @@ def read_video(path: Path | MediaBytes, frames: int | None, fps: float | None) -
             raise BadRow(f"{path.name}: not a video, by its first bytes")
         with open_video(path) as container:
             stamps, keys, rate, times, (width, height) = index_video(container, path.name)
-        indices = frame_indices(len(stamps), rate, frames, fps, times)
+        shown = np.arange(len(stamps)) / rate if times is None else times
+        clip = in_clip(shown, start, end, path.name)
+        if times is not None and 1 < len(clip) < len(times):
+            rate = (len(clip) - 1) / (times[clip[-1]] - times[clip[0]])
+        chosen = frame_indices(len(clip), rate, frames, fps, None if times is None else times[clip])
+        indices = clip[chosen].tolist()
         if max(height, width) > MAX_RATIO * min(height, width):
             raise BadRow(f"{path.name}: sides of {(width, height)} are too unequal")
         if len(indices) * width * height * 3 > MAX_FRAME_BYTES:
@@ -127,12 +144,47 @@ def read_video(path: Path | MediaBytes, frames: int | None, fps: float | None) -
         if not pictures:
             with open_video(path) as container:
                 pictures = count_frames(container, indices)
-    except (av.FFmpegError, OSError) as error:
+    except BadRow:
+        raise
+    except Exception as error:  # hostile bytes make decoders raise any error
         raise BadRow(f"{path.name}: not a readable video ({first_line(error)})") from None
     if len(pictures) < len(indices):
         raise BadRow(f"{path.name}: some of its {len(stamps):,} frames cannot be decoded")
-    shown = np.arange(len(stamps)) / rate if times is None else times
     return Media(pictures, is_video=True, times=shown[indices].tolist())
+
+
+def read_frames(
+    paths: Sequence[Path | MediaBytes],
+    rate: float,
+    frames: int | None,
+    fps: float | None,
+    start: float = 0,
+    end: float = math.inf,
+) -> Media:
+    """The chosen frames of a video whose frames are image files, `rate` a second; see `read_video`.
+
+    Raises:
+        BadRow: an image cannot be read, or they are of different sizes or too large together.
+    """
+    shown, pictures = np.arange(len(paths)) / rate, []
+    clip = in_clip(shown, start, end, paths[0].name)
+    indices = clip[frame_indices(len(clip), rate, frames, fps)].tolist()
+    for i in indices:
+        pictures.append(read_image(paths[i]))
+        if pictures[-1].size != (size := pictures[0].size):
+            raise BadRow(f"{paths[i].name}: a frame of {pictures[-1].size} after one of {size}")
+        if len(indices) * size[0] * size[1] * 3 > MAX_FRAME_BYTES:
+            raise BadRow(f"{paths[i].name}: {len(indices)} such frames take more than 4 GB")
+    return Media(pictures, is_video=True, times=shown[indices].tolist())
+
+
+def in_clip(shown: np.ndarray, start: float, end: float, name: str) -> np.ndarray:
+    """Indices of the frames shown from `start` to `end`; a time stamp is exact to a millisecond."""
+    clip = np.flatnonzero((shown > start - 1e-3) & (shown < end + 1e-3))
+    if not len(clip):
+        lasts = f"its frames are shown from 0 to {shown[-1]:g}"
+        raise BadRow(f"{name}: has no frame from {start:g} to {end:g} seconds; {lasts}")
+    return clip
 
 
 def open_video(path: Path | MediaBytes) -> Any:
@@ -157,18 +209,29 @@ def index_video(
     if video is not None and video.codec_context is None:
         mend = "convert it with ffmpeg -i OLD -c:v libx264 -pix_fmt yuv420p NEW.mp4"
         raise BadRow(f"{name}: there is no decoder for its codec; {mend}")
-    # Keeping the packets themselves would hold the whole file in memory.
-    demuxed = container.demux(video) if video is not None else ()
-    packets = [(p.pts, p.is_keyframe, p.is_discard) for p in demuxed if p.size]
+    # A container that announces its duration alone is compared with the end of all its streams.
+    by_time = video is not None and not video.frames and container.format.name not in UNSTAMPED
+    announced = (container.duration or 0) / 1e6 if by_time else 0
+    demuxed = container.demux(*([] if announced else [video])) if video is not None else ()
+    packets, last = [], 0.0  # the packets themselves would hold the whole file in memory
+    for p in demuxed:
+        if p.size and p.stream_index == video.index:
+            packets.append((p.pts, p.is_keyframe, p.is_discard))
+        if announced and p.size and p.pts is not None:
+            last = max(last, float((p.pts + (p.duration or 0)) * p.time_base))
     cut = sum(is_discard for _, _, is_discard in packets)  # decoded but not shown
     if len(packets) == cut or not video.width or not video.height:
         raise BadRow(f"{name}: has no frames")
     if len(packets) < 0.9 * video.frames:  # some containers also count dropped frames
         raise BadRow(f"{name}: is cut off, {len(packets):,} of {video.frames:,} frames are there")
+    stamps = sorted({pts for pts, _, is_discard in packets if pts is not None and not is_discard})
+    last -= (container.start_time or 0) / 1e6
+    longest = max(np.diff(stamps), default=0) * float(video.time_base)  # the last frame's, perhaps
+    if announced and last + longest < 0.9 * announced:
+        raise BadRow(f"{name}: is cut off, {last:.1f} of {announced:.1f} seconds are there")
     rate, size = float(video.average_rate or video.guessed_rate or 1), (video.width, video.height)
     if container.format.name in UNSTAMPED or any(pts is None for pts, _, _ in packets):
         return list(range(len(packets) - cut)), [], rate, None, size
-    stamps = sorted({pts for pts, _, is_discard in packets if not is_discard})
     keys = sorted({pts for pts, is_key, _ in packets if is_key})
     times = (np.array(stamps) - stamps[0]) * float(video.time_base)
     if np.abs(times - np.arange(len(times)) / rate).max() < 0.5 / rate:

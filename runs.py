@@ -1165,8 +1165,12 @@ def data_files(path: str | None) -> list[Path]:
     if not path:
         return []
     place = Path(path if Path(path).exists() else path.rpartition(":")[0] or path)
-    kinds = ("*.parquet", "*.arrow")
-    return [place] if place.is_file() else sorted(f for kind in kinds for f in place.rglob(kind))
+    if place.is_file():
+        return [place]
+    for kinds in (("*.parquet", "*.arrow"), ("*.json", "*.jsonl")):
+        if found := sorted(file for kind in kinds for file in place.rglob(kind)):
+            return found
+    return []
 
 
 BLOCK, BLOCKS = 2**18, 2**10  # bytes of a block, and the number that is read of an argument's files

@@ -134,8 +134,8 @@ def test_only_offsets_of_json_lines_are_in_memory(tmp_path):
     assert file.example(2).problem == "p"
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 5 * 2**20 and list(vars(file.rows)) == ["path", "places"]
-    assert file.rows.places.nbytes == 3 * 2 * 8  # the offset and the number of each line
+    assert peak < 5 * 2**20 and list(vars(file.rows)) == ["files", "places"]
+    assert file.rows.places.nbytes == 3 * 3 * 8  # file, offset and number of each line
 
 
 ANYTHING_ELSE = [  # what a file is; what its one line says
@@ -237,10 +237,10 @@ def test_one_split_is_asked_for(tmp_path):
     write_hub(tmp_path / "geometry3k")
     with pytest.raises(UsageError, match="has the splits data/test, data/train; choose one, as in"):
         datafiles.DataFile(str(tmp_path / "geometry3k"))
-    with pytest.raises(UsageError, match="has no Parquet or Arrow files of a split 'dev'"):
+    with pytest.raises(UsageError, match="has no data files of a split 'dev'"):
         datafiles.DataFile(f"{tmp_path}/geometry3k:dev")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="has no Parquet or Arrow files; expected a JSON array"):
+    with pytest.raises(UsageError, match="has no data files; expected a JSON array"):
         datafiles.DataFile(str(tmp_path / "empty"))
     for name in ("missing", "missing:train", "missing/rows.json"):
         with pytest.raises(UsageError, match=f"--data .*{name}: no such file or directory"):
@@ -578,14 +578,14 @@ STRINGS = [pyarrow.py_buffer(x) for x in (b"\0\0\0\0\2\0\0\0", b"\xff\xfe")]
 STRINGS = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, *STRINGS])  # not UTF-8
 FEATURES = {"problem": {"_type": "Image"}, "answer": {"_type": "Audio"}}
 HOSTILE = [  # columns; features in the file's metadata; what is said, "" if the row is good
-    ({"problem": STRINGS}, None, "'utf-8' codec can't decode"),
+    ({"problem": STRINGS}, None, "Invalid UTF8 sequence"),
     ({"problem": pyarrow.nulls(1)}, None, "has no text for its question"),
     ({"problem": pyarrow.array([b"p"])}, None, "has no text for its question"),
     ({"answer": pyarrow.array([{"a": {"b": 1}}])}, None, "has no text for its answer"),
     ({"images": pyarrow.array([[1, 2]])}, None, "'images' has 1, not the path or bytes"),
     ({"options": pyarrow.array([[[1]]])}, None, "options is not a list of texts"),
-    ({"x": pyarrow.array([[("a", 1)]], pyarrow.map_("string", "int8"))}, None, "cannot be read ("),
-    ({}, {"problem": {"_type": "os.system"}}, "cannot be read (Feature type 'os.system' not found"),
+    ({"x": pyarrow.array([[("a", 1)]], pyarrow.map_("string", "int8"))}, None, ""),
+    ({}, {"problem": {"_type": "os.system"}}, ""),
     ({}, FEATURES, ""),  # nothing is decoded as the file asks
 ]
 

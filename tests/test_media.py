@@ -1,6 +1,7 @@
 """Videos: whatever the container, the codec and the frame rate, the frames are those asked for, and
 a small frame gets the tokens that the family gives it."""
 
+import math
 from fractions import Fraction
 from pathlib import Path
 
@@ -179,13 +180,92 @@ def test_a_turned_video_is_upright(tmp_path, turn):
     assert np.array_equal(np.asarray(picture), np.rot90(np.asarray(flat), turn // 90))
 
 
-@pytest.mark.parametrize("name", ["v.mp4", "v.avi"])
-def test_half_of_a_file_is_named(tmp_path, name):
-    write(tmp_path / name, "mpeg4")
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("v.mp4", "mpeg4"),
+        ("v.avi", "mpeg4"),
+        ("v.mkv", "mpeg4"),
+        ("v.webm", "libvpx"),
+        ("v.flv", "flv"),
+        ("sound.mkv", "libx264"),
+    ],
+)
+def test_half_of_a_file_is_named(tmp_path, name, codec):
+    write(tmp_path / name, codec, sound=name == "sound.mkv", options={"g": "10"})
     whole = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(media.BadRow, match=r"is cut off, \d+ of 60 frames"):
+    (tmp_path / name).write_bytes(whole[: int(0.6 * len(whole))])
+    with pytest.raises(media.BadRow, match=r"is cut off, \d+ of 60 frames|[\d.]+ of 6.. seconds"):
         media.read_video(tmp_path / name, 4, None)
+
+
+def test_a_last_frame_may_be_shown_for_long(tmp_path):
+    """So may sound after it; neither is a cut file."""
+    write(tmp_path / "v.webm", "libvpx", 4, stamps=[0, 100, 200, 9000])
+    assert seen(read_video(tmp_path / "v.webm", 4, None)[0]) == [0, 1, 2, 3]
+    write(tmp_path / "v.mkv", "libx264", 4, sound=True)
+    assert seen(read_video(tmp_path / "v.mkv", 4, None)[0]) == [0, 1, 2, 3]
+
+
+# start, end, frames, fps; the frames shown at ten a second
+CLIPS = [
+    (2, 4, 3, None, [20, 30, 40]),
+    (2.05, 3.95, None, None, list(range(21, 40))),
+    (0, 0, 4, None, [0]),
+    (5.9, math.inf, 4, None, [59]),
+    (4, 1000, 2, None, [40, 59]),
+    (2, 4, None, 2.0, [20, 27, 33, 40]),
+    (2, 4, 2, 2.0, [20, 40]),
+]
+
+
+@pytest.mark.parametrize(("start", "end", "frames", "fps", "expected"), CLIPS)
+def test_a_clip_shows_no_other_frame(tmp_path, start, end, frames, fps, expected):
+    for name, codec in (("v.mp4", "libx264"), ("v.avi", "mpeg4"), ("v.webm", "libvpx")):
+        write(tmp_path / name, codec, options={"g": "10", "bf": "0"})
+        clip = media.read_video(tmp_path / name, frames, fps, start, end)
+        assert seen(clip.frames) == expected
+        assert clip.times == pytest.approx([i / 10 for i in expected])
+        with pytest.raises(media.BadRow, match=r"no frame from 6 to 7 seconds; .* from 0 to 5.9"):
+            media.read_video(tmp_path / name, frames, fps, 6, 7)
+
+
+def test_a_clip_of_a_variable_rate_follows_its_time_stamps(tmp_path):
+    write(tmp_path / "v.mkv", "libx264", 25, stamps=STAMPS, options=B_FRAMES)
+    clip = media.read_video(tmp_path / "v.mkv", None, 1.0, 5, 9.4)
+    assert seen(clip.frames) == [5, 7, 8, 12] and clip.times == [5, 5.2, 9, 9.4]
+    assert len(media.read_video(tmp_path / "v.mkv", None, None, 10, 11).frames) == 12
+
+
+def test_images_are_the_frames_of_a_video(tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(8)]
+    for i, path in enumerate(paths):
+        Image.new("L", (40, 30), level(i)).save(path)
+    for rate, frames, fps, clip, expected in (
+        (2, 16, None, (), range(8)),
+        (2, 3, None, (), [0, 4, 7]),
+        (2, None, 1.0, (), [0, 2, 5, 7]),
+        (1, None, 1.0, (2, 4), [2, 3, 4]),
+    ):
+        video = media.read_frames(paths, rate, frames, fps, *clip)
+        assert seen(video.frames) == list(expected) and video.is_video
+        assert video.times == [i / rate for i in expected]
+    Image.new("L", (30, 40)).save(paths[7])
+    with pytest.raises(media.BadRow, match=r"7.png: a frame of \(30, 40\) after one of \(40, 30\)"):
+        media.read_frames(paths, 2, 8, None)
+
+
+def test_any_error_of_a_decoder_is_a_bad_row(tmp_path, monkeypatch):
+    """EXIF whose software is a fraction, and whatever PyAV may raise."""
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"
+    exif += b"\x0e\x01\x0c\0\x01\0\0\0\x06" + b"\0" * 7
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=exif)
+    with pytest.raises(media.BadRow, match=r"a.jpg: not a readable image \('float' object"):
+        media.read_image(tmp_path / "a.jpg")
+    write(tmp_path / "v.mp4", "libx264")
+    monkeypatch.setattr(media, "index_video", lambda *_: [][0])
+    with pytest.raises(media.BadRow, match=r"v.mp4: not a readable video \(list index out of"):
+        media.read_video(tmp_path / "v.mp4", 4, None)
 
 
 def test_an_unknown_codec_says_what_to_do(tmp_path):

@@ -1,6 +1,7 @@
 """Tiny random checkpoints of each model family, examples for them, and runs of the scripts."""
 
 import json
+import os
 import random
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the numbers in the tests are a CPU's
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import common

@@ -1,6 +1,6 @@
 """Which way does each term of the loss push, and is that toward the right answer?
 
-    python benchmarks/reproduce.py --claims "table-3, second reading" --tasks "images, taught"
+    python benchmarks/reproduce.py --claims "table 3" --tasks "images, taught"
     python benchmarks/directions.py            # the cold starts that this leaves in runs/
 
 For each cold start it samples 8 responses to each of 128 prompts, and takes the gradient of every
@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 import diagnose
 from forks import oracle, posterior_gaze
-from reproduce import SECOND, TASKS, commit, interval, words
+from reproduce import OWN, TASKS, commit, interval, words
 
 import common
 import ral_grpo
@@ -59,7 +59,7 @@ LEFT = ("vision", "left_group", "left_row")  # columns of diagnose.py
 
 @dataclass
 class Args:
-    seeds: tuple[int, ...] = tuple(SECOND)
+    seeds: tuple[int, ...] = tuple(OWN)
     """Seeds of the cold starts."""
     cold_starts: Path = ROOT / "runs" / "cold-starts"
     """Directory of the cold starts, `images-<seed>` each."""

@@ -222,26 +222,30 @@ def main(args: Args) -> None:
         print(f"| {' | '.join(line)} |")
 
 
-MEMORY = [  # size, rank of adapters (0: all weights), GPUs
-    ("2B", 0, 1), ("2B", 64, 1), ("7B", 0, 1), ("7B", 0, 4), ("7B", 0, 8), ("7B", 64, 1),
-    ("7B", 64, 8), ("8B", 0, 8), ("8B", 64, 1),
+FRAMES = [("128 frames", {}), ("an image", {"frames": 2}), ("32 frames", {"frames": 32})]
+FRAMES[2][1]["image_tokens"] = 2048
+MEMORY = [  # size, rank of adapters (0: all weights), GPUs, number of the inputs in FRAMES
+    ("7B", 0, 1, 0), ("7B", 0, 4, 0), ("7B", 0, 8, 0), ("7B", 64, 1, 0), ("7B", 64, 8, 0),
+    ("8B", 0, 8, 0), ("8B", 64, 1, 0), ("7B", 0, 8, 1), ("7B", 64, 1, 1), ("8B", 0, 8, 1),
+    ("8B", 64, 1, 1), ("2B", 0, 1, 2), ("2B", 64, 1, 2), ("7B", 0, 4, 2), ("7B", 64, 1, 2),
 ]  # fmt: skip
 
 
 def print_memory() -> None:
-    """What `fit_memory` expects of `ral_grpo.py` at 32 frames on a GPU, beside the peak of what is
-    alive in the same step on fake tensors: traced, not measured."""
-    fields = {"frames": 32, "num_iterations": 1, "gradient_checkpointing": True}
+    """What `fit_memory` expects of `ral_grpo.py` on a GPU, beside the peak of what is alive in the
+    same step on fake tensors: traced, not measured."""
+    always = {"data": "rows.json", "num_iterations": 1, "gradient_checkpointing": True}
     standing, phases = (
         ("weights", "frozen models", "optimizer"),
-        ("evaluation", "rollout", "update"),
+        ("vision", "evaluation", "rollout", "update"),
     )
-    print(f"| model, trained | GPUs | {' | '.join(standing)} | {' | '.join(phases)} |"
-          " peak: estimate, traced |")  # fmt: skip
-    print("|---" * (len(standing) + len(phases) + 3) + "|")
+    print(f"| model, trained | GPUs | longest prompt | {' | '.join(standing)} |"
+          f" {' | '.join(phases)} | peak: estimate, traced |")  # fmt: skip
+    print("|---" * (len(standing) + len(phases) + 4) + "|")
     gpu = {"compute_dtype": lambda: torch.bfloat16, "LOGIT_CHUNK": 2**26, "ATTENTION_CHUNK": 2**26}
-    for size, lora_rank, processes in MEMORY:
-        config, args = config_of(size), ral_grpo.Args(**fields, lora_rank=lora_rank)
+    for size, lora_rank, processes, number in MEMORY:
+        inputs, fields = FRAMES[number]
+        config, args = config_of(size), ral_grpo.Args(**always | fields, lora_rank=lora_rank)
         config.text_config.pad_token_id = 0
         with mock.patch.multiple(memory, **gpu):
             frozen = [] if lora_rank else [config]
@@ -249,7 +253,8 @@ def print_memory() -> None:
             need = memory.memory_gb(config, args, lora_rank, group, frozen, processes=processes)
         traced = fake_gpu.step(ral_grpo, config, args, processes)
         line = [f"{size}, {f'LoRA, rank {lora_rank}' if lora_rank else 'all weights'}"]
-        line += [str(processes), *(f"{need['rollout'][part]:.1f}" for part in standing)]
+        line += [str(processes), f"{inputs}: {memory.prompt_tokens(args):,}"]
+        line += [*(f"{need['rollout'][part]:.1f}" for part in standing)]
         expected = {phase: sum(parts.values()) for phase, parts in need.items()}
         found = {phase: traced[phase].total() / fake_gpu.GIB for phase in phases}
         line += [f"{expected[phase]:.1f}, {found[phase]:.1f}" for phase in phases]

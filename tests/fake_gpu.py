@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, Qwen3VLTextModel
 
 import common
+import memory as memory_module
 import prompts as prompts_module
 from prompts import Block, PromptBatch, visual_features
 
@@ -270,18 +271,16 @@ def fake_gpu(device: str, processes: int, answers: dict[str, Any], length: int) 
         yield stack.enter_context(Memory(device, answers, length))
 
 
-PATCHES = 8192  # of a prompt's video; one call of attention stands for those of its frames
-
-
-def see(visual: torch.nn.Module) -> None:
-    """Give a vision encoder what it would compute from the numbers of its grid."""
+def see(visual: torch.nn.Module, patches: int) -> None:
+    """Give a vision encoder what it would compute from the numbers of its grid, for videos of so
+    many patches; one call of attention stands for those of its frames."""
     forward = visual.forward
 
     def fake_forward(pixels: Tensor, grid_thw: Tensor, **options: Any) -> Any:
         n, device = len(pixels), pixels.device
-        lengths = {"cu_seqlens": n // PATCHES + 1}
+        lengths = {"cu_seqlens": n // patches + 1}
         if visual.config.model_type.startswith("qwen2_5_vl"):
-            lengths |= {"cu_window_seqlens": n // PATCHES + 1, "window_index": n // 4}
+            lengths |= {"cu_window_seqlens": n // patches + 1, "window_index": n // 4}
         if visual.config.model_type.startswith("qwen3_vl"):
             options["interp_weights"] = torch.zeros(n, 4, device=device)
             options["interp_indices"] = torch.zeros(n, 4, dtype=torch.long, device=device)
@@ -293,8 +292,8 @@ def see(visual: torch.nn.Module) -> None:
     visual.forward = fake_forward
 
 
-def load(config: Any, **fields: Any) -> torch.nn.Module:
-    """`load_model` of a checkpoint with this config, whose weights are made up."""
+def load(config: Any, patches: int, **fields: Any) -> torch.nn.Module:
+    """`load_model` of a checkpoint with this config, whose weights are made up; see `see`."""
 
     def read_model(path, field, processor, options):
         if dist.get_world_size() == 1 and fields.get("frozen"):  # it is not sharded
@@ -320,7 +319,7 @@ def load(config: Any, **fields: Any) -> torch.nn.Module:
         mock.patch.object(common, "add_adapters", add_adapters_without_storage),
     ):
         model = common.load_model("checkpoint", **fields)
-    see(model.model.visual)
+    see(model.model.visual, patches)
     return model
 
 
@@ -338,14 +337,16 @@ def step(
 
     The rollout stops after `decoded` tokens. On `cuda` the update is its forward pass alone.
     """
-    prompt, visual = 2112, 2048
+    prompt = memory_module.prompt_tokens(args)
+    visual = prompt - 64
+    patches = 4 * visual
     b, g, t = args.prompts_per_step, args.group_size, args.max_new_tokens
     asked = itertools.count(1)  # a rollout ends where all responses have ended
     answers = {
         "done.all": lambda: next(asked) % (decoded + 1) == 0,
         "argmax": 0,
         ".all())": not padded,
-        "lengths.tolist": PATCHES,
+        "lengths.tolist": patches,
         "split_sizes": visual,
     }
     peaks = {}
@@ -359,7 +360,8 @@ def step(
             vision = config.vision_config
             channels = getattr(vision, "in_channels", 3)
             values = channels * vision.temporal_patch_size * vision.patch_size**2
-            blocks = [[Block(torch.empty(PATCHES, values), (16, 8, 16), is_video=True)]] * count
+            shape = (visual // 128, 8, 16)
+            blocks = [[Block(torch.empty(patches, values), shape, is_video=True)]] * count
             features = None
             if not args.train_vision:
                 with torch.no_grad():
@@ -374,8 +376,8 @@ def step(
             )
 
         options = {"gradient_checkpointing": True, "train_vision": args.train_vision}
-        model = load(config, lora_rank=args.lora_rank, **options)
-        reference = model if args.lora_rank else load(config, frozen=True)
+        model = load(config, patches, lora_rank=args.lora_rank, **options)
+        reference = model if args.lora_rank else load(config, patches, frozen=True)
         for parameter in model.parameters():
             memory.track(parameter, "weights")
         if reference is not model:
@@ -406,7 +408,7 @@ def step(
         size = args.micro_batch_size
         cuts = [slice(i, i + size) for i in range(0, b, size)]
         # A distillation script reads the same rollout, with the teacher's features.
-        teachers = [load(config, frozen=True)] if hasattr(args, "teacher") else []
+        teachers = [load(config, patches, frozen=True)] if hasattr(args, "teacher") else []
         batches = [
             script.Batch(rollout[cut], advantages[cut], *(rollout[cut] for _ in teachers))
             for cut in cuts

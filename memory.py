@@ -34,7 +34,7 @@ def memory_gb(
     processes: int = 1,
 ) -> dict[str, dict[str, float]]:
     """Estimate the GB (2**30 bytes) that each of `processes` ranks needs at the peak of each phase
-    of a step, by purpose [ours].
+    of a step, by purpose.
 
     `frozen` are the configs of the frozen models beside the trained one (reference, teacher);
     `evaluated` is the config of the frozen model that is evaluated too, if any. One attention row

@@ -45,6 +45,7 @@ def test_the_readme_leads_to_every_page():
 
 # Flags of torchrun, docker and lmms_eval, and one that every program has.
 FOREIGN = {"shutdown-timeout", "nproc_per_node", "shm-size", "model_args", "tasks", "help"}
+FOREIGN |= {"nnodes", "node-rank", "master-addr", "signals-to-handle"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

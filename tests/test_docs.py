@@ -46,7 +46,7 @@ def test_the_readme_leads_to_every_page():
 # Flags of torchrun, docker, hf and lmms-eval, and one that every program has.
 FOREIGN = {"shutdown-timeout", "nproc_per_node", "shm-size", "repo-type", "local-dir", "help"}
 FOREIGN |= {"force_simple", "log_samples", "output_path", "model_args", "gen_kwargs", "tasks"}
-FOREIGN |= {"reasoning_tags"}
+FOREIGN |= {"reasoning_tags", "nnodes", "node-rank", "master-addr", "signals-to-handle"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

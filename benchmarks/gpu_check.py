@@ -59,7 +59,7 @@ import ral_grpo
 import runs
 import sft
 import toy
-from prompts import PromptConfig, collate, encode_prompt
+from prompts import Prompt, PromptConfig, collate, encode_prompt
 
 GIB = 2**30
 GPU = torch.cuda.is_available()
@@ -159,6 +159,7 @@ def env(found: Findings, work: Path) -> None:
     found.attempt("collectives in a group of one", collectives, found)
     for function in (rates, attention, rows, sampling):
         found.attempt(function.__name__, function, found)
+    found.attempt("decoding", decoding, found, work)
 
 
 def collectives(found: Findings) -> None:
@@ -253,6 +254,29 @@ def sampling(found: Findings) -> None:
     found.note("ms to sample 64 tokens", cost)
 
 
+def decoding(found: Findings, directory: Path) -> None:
+    """The host's share of a decoded token: 28 narrow layers, plain, sharded and with adapters."""
+    directory.mkdir(parents=True)
+    write_checkpoint(directory, "qwen2_vl")
+    text = (config := common.load_processor(directory).config).text_config
+    text.num_hidden_layers, tokens = (28, 32) if GPU else (2, 4)
+    text.layer_types = text.num_hidden_layers * ["full_attention"]
+    model = common.AutoModelForImageTextToText.from_config(config)
+    model.generation_config.eos_token_id = text.vocab_size  # no response ends
+    model.save_pretrained(directory)
+    kinds, times = {"plain": {"frozen": True}, "sharded": {}, "adapters": {"lora_rank": 8}}, {}
+    for kind, fields in kinds.items():
+        model = common.load_model(directory, **fields)
+        model.generation_config.eos_token_id = [text.vocab_size]
+        batch = collate(model, small_prompts(directory)[1:], 0)
+        first, last = (
+            milliseconds(lambda n=n, m=model, b=batch: common.generate_group(m, b, 8, n), 3)
+            for n in (1, 1 + tokens)
+        )
+        times[kind] = (last - first) / tokens
+    found.note("ms to decode a token with 28 narrow layers", times)
+
+
 # numerics
 
 
@@ -287,10 +311,12 @@ def compare(found: Findings, directory: Path, family: str) -> None:
         "bfloat16": (torch.bfloat16, {}),
         "bfloat16, adapters": (torch.bfloat16, {"lora_rank": 4}),
     }
-    device = common.device()
+    device, copies = common.device(), {}
     for kind, (dtype, fields) in kinds.items():
-        with computing(device, dtype, sharded=False):
-            frozen = measure(common.load_model(directory, frozen=True), directory)
+        if dtype not in copies:
+            with computing(device, dtype, sharded=False):
+                copies[dtype] = measure(common.load_model(directory, frozen=True), directory)
+        frozen = copies[dtype]
         with computing(device, dtype, sharded=True):
             got = measure(common.load_model(directory, **fields), directory)
         errors = {x: (got[x] - wanted[x]).abs().max().item() for x in ("logps", "rows")}
@@ -310,14 +336,17 @@ def compare(found: Findings, directory: Path, family: str) -> None:
         found.note(what, gaps, not any(gaps.values()))
 
 
-def measure(model: torch.nn.Module, directory: Path) -> dict[str, Tensor]:
-    """A long video and a small image, padded: scores, the gradient, and greedy tokens."""
-    processor = common.load_processor(directory)
+def small_prompts(directory: Path) -> list[Prompt]:
+    """A long video and a small image."""
+    processor, rng = common.load_processor(directory), random.Random(0)
     processor.prompt_config = PromptConfig({}, question_first=True)
-    rng, device = random.Random(0), model.device
     tasks = (toy.Task(grid=4, frames=6), toy.Task(grid=3))
-    prompts = [encode_prompt(processor, toy.sample_example(rng, task)) for task in tasks]
-    batch = collate(model, prompts, processor.tokenizer.pad_token_id)
+    return [encode_prompt(processor, toy.sample_example(rng, task)) for task in tasks]
+
+
+def measure(model: torch.nn.Module, directory: Path) -> dict[str, Tensor]:
+    """Scores of both prompts, one of them padded, the gradient, and greedy tokens."""
+    batch, device = collate(model, small_prompts(directory), 0), model.device
     lengths = torch.tensor([[9, 5, 12], [3, 12, 7]])
     ids = torch.randint(1, 300, (2, 3, 12), generator=torch.Generator().manual_seed(0))
     mask, cut = torch.arange(12) < lengths[..., None], torch.zeros(2, 3, dtype=torch.bool)

@@ -448,9 +448,23 @@ def add_adapters(model: Module, rank: int, base: str) -> None:
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=layers)
     config.base_model_name_or_path = base
     inject_adapter_in_model(config, model)
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.forward = MethodType(adapted_linear, module)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
+
+
+def adapted_linear(self: Module, x: Tensor) -> Tensor:
+    """What peft's own forward computes for one adapter without dropout. Its bookkeeping takes
+    longer than the products of one decoded token."""
+    out = self.base_layer(x)
+    if self.disable_adapters:
+        return out
+    a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
+    change = F.linear(F.linear(x.to(a.dtype), a), b) * self.scaling["default"]
+    return (out + change).to(out.dtype)
 
 
 @contextmanager
@@ -517,6 +531,7 @@ def gathered(model: Module) -> Iterator[None]:
     """Keep a sharded model's weights gathered while many forward passes run, as in a rollout.
 
     The weights are gathered once, not once per token, and no rank waits for another in between.
+    FSDP's hooks, which would cost a fifth of a decoded token's time on the host, do not run.
     """
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not shards or getattr(model, "is_gathered", False):
@@ -525,11 +540,21 @@ def gathered(model: Module) -> Iterator[None]:
     for module in shards:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
+    tables = [x for m in shards for x in (m._forward_pre_hooks, m._forward_hooks)]
+    before = [dict(table) for table in tables]
+    for table in tables:
+        for key, hook in list(table.items()):
+            if "_fully_shard" in hook.__module__:
+                del table[key]
     model.is_gathered = True
     try:
         yield
     finally:
         model.is_gathered = False
+        for table, hooks in zip(tables, before, strict=True):  # in their order
+            hooks |= table  # and those that came
+            table.clear()
+            table.update(hooks)
         for module in shards:
             module.set_reshard_after_forward(module is not model, recurse=False)
             module.reshard()

@@ -5,8 +5,8 @@
 
 `kills` starts real processes with `--resume auto`, kills each at a random moment after it has begun
 to train or to save, and compares every run that reaches its end with one that was left alone:
-metrics, samples and weights must be the same to the bit. `ranks` compares the weights of one
-process with those of two on the same prompts.
+metrics, samples and weights must be the same to the bit, as they are on a CPU. `ranks` compares
+the weights of one process with those of two on the same prompts.
 """
 
 import json

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -186,3 +187,33 @@ def test_what_is_not_sharded_is_loaded_once(group_of_one, real, monkeypatch, mod
     for name, parameter in loaded.named_parameters(remove_duplicate=False):
         if "lora_" not in name:
             assert torch.equal(parameter, frozen[name.replace(".base_layer", "")]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_computes_what_peft_computes(real, dtype):
+    torch.manual_seed(0)
+    model = common.load_model(real / "qwen2_vl", lora_rank=4)
+    layer = model.model.language_model.layers[0].mlp.up_proj.to(dtype)
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(2, 3, layer.in_features, dtype=dtype, requires_grad=True)
+    weights = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    results = []
+    for forward in (layer.forward, partial(type(layer).forward, layer)):
+        out = forward(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), weights)])
+        with common.without_adapters(model):
+            results[-1].append(forward(x))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert not torch.equal(results[0][0], results[0][-1])
+
+
+def test_gathered_weights_need_no_hooks(group_of_one, real):
+    model = common.load_model(real / "qwen2_vl")
+    layer = model.model.language_model.layers[0]
+    before = [dict(x) for x in (layer._forward_pre_hooks, layer._forward_hooks)]
+    assert all(before)
+    with common.gathered(model):
+        assert not layer._forward_pre_hooks and not layer._forward_hooks
+        handle = layer.register_forward_hook(lambda *_: None)  # as transformers does
+    assert list(layer._forward_pre_hooks) == list(before[0])
+    assert list(layer._forward_hooks) == [*before[1], handle.id]

@@ -248,7 +248,7 @@ def test_no_code_of_a_checkpoint_runs(copy, tmp_path):
     child, terminal = pty.fork()
     if child == 0:
         try:
-            sys.stdin, sys.stdout = open(0), open(1, "w")  # pytest's are others
+            sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")  # not those of pytest
             common.load_model(copy)
             print("loaded", flush=True)
         finally:

@@ -232,25 +232,22 @@ def test_weights_that_were_not_written_are_noticed(real, tmp_path):
         common.save_model(tmp_path, model, processor)
 
 
-CODE = {
-    CONFIG: {"AutoConfig": "evil.Evil", "AutoModelForImageTextToText": "evil.Evil"},
-    IMAGES: {"AutoImageProcessor": "evil.Evil", "AutoProcessor": "evil.Evil"},
-    WORDS: {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
-}
+EVIL = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+EVIL |= {"AutoImageProcessor": "evil.Evil", "AutoModelForImageTextToText": "evil.Evil"}
+CODE = [(CONFIG, "model_type"), (IMAGES, "image_processor_type"), (WORDS, "tokenizer_class")]
 
 
-def test_no_code_of_a_checkpoint_runs(copy, tmp_path):
+@pytest.mark.parametrize(("name", "kind"), CODE)
+def test_no_code_of_a_checkpoint_runs(copy, tmp_path, name, kind):
     """Even where a person at a terminal answers "y"."""
     ran = tmp_path / "ran"
     (copy / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
-    for name, code in CODE.items():
-        edit(name, auto_map=code)(copy)
+    edit(name, auto_map=EVIL, **{kind: "evil"})(copy)
     child, terminal = pty.fork()
     if child == 0:
         try:
             sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")  # not those of pytest
             common.load_model(copy)
-            print("loaded", flush=True)
         finally:
             os._exit(0)
     os.write(terminal, b"y\n" * 9)
@@ -261,7 +258,7 @@ def test_no_code_of_a_checkpoint_runs(copy, tmp_path):
         except OSError:  # the child has ended
             break
     os.waitpid(child, 0)
-    assert b"loaded" in said and b"custom code" not in said and not ran.exists()
+    assert b"run the custom code" not in said and not ran.exists()
 
 
 def test_a_template_that_opens_no_response_is_replaced(copy, capsys):

@@ -4,12 +4,10 @@ weights are read; one that is only unusual trains and is saved whole."""
 import json
 import os
 import pty
-import re
 import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -106,7 +104,6 @@ REFUSED = {
     "config list": (write(CONFIG, "[]"), "config.json cannot be used"),
     "config deep": (write(CONFIG, "[" * 100_000), "config.json cannot be used"),
     "config type": (edit(CONFIG, **TEXT, hidden_size="x"), "'hidden_size' expected int"),
-    "config empty": (edit(CONFIG, vision_config={}, text_config={}), "config"),
     "layer types": (edit(CONFIG, **TEXT, layer_types=["x"]), "layer_types"),
     "layers": (edit(CONFIG, **TEXT, num_hidden_layers=10**9), "num_hidden_layers 1000000000"),
     "blocks": (edit(CONFIG, **VISION, depth=10**9), "depth 1000000000"),
@@ -235,24 +232,22 @@ def test_weights_that_were_not_written_are_noticed(real, tmp_path):
         common.save_model(tmp_path, model, processor)
 
 
-CODE = {
-    CONFIG: {"AutoConfig": "evil.Evil", "AutoModelForImageTextToText": "evil.Evil"},
-    IMAGES: {"AutoImageProcessor": "evil.Evil", "AutoProcessor": "evil.Evil"},
-    WORDS: {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
-}
+EVIL = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+EVIL |= {"AutoImageProcessor": "evil.Evil", "AutoModelForImageTextToText": "evil.Evil"}
+CODE = [(CONFIG, "model_type"), (IMAGES, "image_processor_type"), (WORDS, "tokenizer_class")]
 
 
-def test_no_code_of_a_checkpoint_runs(copy, tmp_path):
+@pytest.mark.parametrize(("name", "kind"), CODE)
+def test_no_code_of_a_checkpoint_runs(copy, tmp_path, name, kind):
     """Even where a person at a terminal answers "y"."""
     ran = tmp_path / "ran"
     (copy / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
-    for name, code in CODE.items():
-        edit(name, auto_map=code)(copy)
+    edit(name, auto_map=EVIL, **{kind: "evil"})(copy)
     child, terminal = pty.fork()
     if child == 0:
         try:
+            sys.stdin, sys.stdout = os.fdopen(0), os.fdopen(1, "w")  # not those of pytest
             common.load_model(copy)
-            print("loaded", flush=True)
         finally:
             os._exit(0)
     os.write(terminal, b"y\n" * 9)
@@ -263,7 +258,7 @@ def test_no_code_of_a_checkpoint_runs(copy, tmp_path):
         except OSError:  # the child has ended
             break
     os.waitpid(child, 0)
-    assert b"loaded" in said and b"custom code" not in said and not ran.exists()
+    assert b"run the custom code" not in said and not ran.exists()
 
 
 def test_a_template_that_opens_no_response_is_replaced(copy, capsys):
@@ -310,13 +305,14 @@ def test_the_files_say_whether_embeddings_are_tied(two_matrices, tmp_path):
     torch.testing.assert_close(saved(input_ids=ids).logits, plain)
 
 
-def test_weights_of_nan_answer_nothing(cold_start, tmp_path):
-    folder = Path(shutil.copytree(cold_start, tmp_path / "copy"))
+def test_weights_of_nan_answer_nothing(tmp_path):
+    folder = tmp_path / "copy"
+    toy.write_base(folder, seed=0)
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.weight"][3] = float("nan")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     fields = {"model": str(folder), "out": str(tmp_path / "out"), "workers": 0, "examples": 4}
-    fields |= {"image_tokens": (None,), "frame_tokens": (None,), "max_new_tokens": 4}
+    fields |= {"max_new_tokens": 4}
     with pytest.raises(runs.UsageError, match="logits are not finite"):
         evaluate.main(evaluate.Args(**fields))
 
@@ -331,18 +327,19 @@ def test_a_toys_task_is_bounded(tmp_path, content):
         toy.Task.load(tmp_path)
 
 
-@pytest.mark.parametrize("offline", [True, False])
-def test_a_hub_that_does_not_answer_is_one_line(tmp_path, offline):
+def test_a_hub_that_does_not_answer_is_one_line(tmp_path):
     """It accepts connections, and that is all."""
     with socket.create_server(("localhost", 0)) as hub:
+        address = f"http://localhost:{hub.getsockname()[1]}"
         variables = {"HF_HOME": str(tmp_path), "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
-        variables |= {"HF_ENDPOINT": f"http://localhost:{hub.getsockname()[1]}"}
-        variables |= {"HF_HUB_OFFLINE": "1"} if offline else {}
         command = [sys.executable, evaluate.__file__, "--model", "owner/name"]
-        start = time.time()
         done = subprocess.run(
-            command, env=os.environ | variables, capture_output=True, text=True, timeout=200
+            command,
+            env=os.environ | variables | {"HF_ENDPOINT": address},
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
     line = "error: --model: cannot download owner/name: no connection, and not in the cache."
-    assert done.returncode == 2 and line in done.stderr, done.stderr
-    assert not re.search("Traceback", done.stderr) and time.time() - start < 120
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(line), done.stderr
+    assert "Traceback" not in done.stderr

@@ -28,7 +28,7 @@ import traceback
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from importlib.util import find_spec
 from io import FileIO
@@ -113,6 +113,7 @@ class RunArgs:
 
     def __post_init__(self) -> None:
         """Check the ranges of these arguments, and of those that most scripts declare."""
+        check_values(self)
         require_positive(self, "frames", "fps", "image_tokens", "frame_tokens", "max_prompt_tokens")
         require_positive(self, "eval_every", "eval_examples", "keep")
         require_not_negative(self, "save_every", "max_skipped", "seed")
@@ -146,6 +147,7 @@ def run_script(
     try:
         if signal.getsignal(signal.SIGINT) is startup.stop:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        check_switches(args_class)
         changed = defaults()
         default = {"default": args_class(**changed)} if changed else {}
         args = tyro.cli(args_class, description=description, **default)  # --help ends here
@@ -192,6 +194,15 @@ def keep_printing() -> list[OSError]:
         stream.write, stream.flush = guard(stream, stream.write), guard(stream, stream.flush)
         setattr(sys, name, stream)
     return errors
+
+
+def check_switches(args_class: type) -> None:
+    """Refuse a value for an option that takes none, such as `--think=false`."""
+    switches = {field.name for field in fields(args_class) if field.type is bool}
+    for word in sys.argv[1:]:
+        name, has_value, _ = word.removeprefix("--").removeprefix("no-").partition("=")
+        refused = has_value and name.replace("-", "_") in switches
+        require(not refused, f"{word}: takes no value; give --{name} or --no-{name}")
 
 
 def given_options() -> Namespace:
@@ -248,11 +259,33 @@ def require_not_negative(args: Any, *names: str) -> None:
         require(value is None or value >= 0, f"{named}: must be 0 or above")
 
 
-def require_not_empty(args: Any, *names: str) -> None:
-    """Refuse empty strings, as from an unset shell variable; they would mean "unset" here."""
-    for name in names:
-        empty = f"--{name.replace('_', '-')} '': is empty; give a value or leave it out"
-        require(getattr(args, name, None) != "", empty)
+LARGEST = 2**31 - 1  # of an integer argument
+# Bounds of floats, beyond which nothing can be computed. Every other float is finite.
+BOUNDS = {"learning_rate": (1e-12, 1e3), "temperature": (1e-3, 1e3), "fps": (1e-3, 1e3)}
+BOUNDS |= {"epochs": (1e-9, 1e6)}
+
+
+def check_values(args: Any) -> None:
+    """Refuse numbers that are not finite or that nothing can compute with, and names that no file
+    can have. An empty name, as from an unset shell variable, would mean "unset" here."""
+    for name, values in vars(args).items():
+        option = f"--{name.replace('_', '-')}"
+        for value in values if isinstance(values, tuple) else (values,):
+            if isinstance(value, str):
+                require(bool(value), f"{option} '': is empty; give a value or leave it out")
+                try:
+                    os.stat(value.encode())
+                except ValueError:
+                    raise UsageError(f"{option} {value!r}: has a NUL or is not UTF-8") from None
+                except OSError as error:
+                    fault = f"{option} {value[:40]}...: is too long for a file name"
+                    require(error.errno != errno.ENAMETOOLONG, fault)
+            elif isinstance(value, int):
+                require(abs(value) <= LARGEST, f"{option} {value}: must be at most {LARGEST}")
+            elif isinstance(value, float):
+                low, high = BOUNDS.get(name, (-sys.float_info.max, sys.float_info.max))
+                bounds = f"must be from {low:g} to {high:g}"
+                require(low <= value <= high, f"{option} {value}: {bounds}")
 
 
 def seed_everything(seed: int) -> None:
@@ -489,7 +522,6 @@ def check_run(args: Any, *models: str) -> None:
     Raises:
         UsageError: the message names the argument.
     """
-    require_not_empty(args, "model", "teacher", "data", "eval_data", "out", "resume")
     out = Path(args.out)
     require(not out.exists() or out.is_dir(), f"--out {out}: is a file; choose another")
     busy = bool(content_of(out))
@@ -972,13 +1004,29 @@ def find_state(args: Any) -> State | None:
         return State(state["path"], state["step"], state["lengths"], state["read"], state["extra"])
 
 
+MOST_FILES = 500_000  # in a directory of a data set, its media included
+
+
 def data_files(path: str | None) -> list[Path]:
-    """The local files that `--data` names: a file, or those of a directory's data set."""
+    """The local files that `--data` names: a file, or those of a directory's data set.
+
+    Raises:
+        UsageError: one of them is not a regular file, which might wait for ever, or the directory
+            holds too many files to be a data set.
+    """
     if not path:
         return []
     place = Path(path if Path(path).exists() else path.rpartition(":")[0] or path)
-    kinds = ("*.parquet", "*.arrow")
-    return [place] if place.is_file() else sorted(f for kind in kinds for f in place.rglob(kind))
+    if place.is_file():
+        return [place]
+    files = []
+    inside = (Path(folder, name) for folder, _, names in os.walk(place) for name in names)
+    for number, file in enumerate(inside):
+        require(number < MOST_FILES, f"holds more than {MOST_FILES:,} files; name a folder in it")
+        if file.suffix in (".parquet", ".arrow"):
+            require(file.is_file(), f"{file} is not a regular file")
+            files.append(file)
+    return sorted(files)
 
 
 def data_bytes(args: Any) -> list[int | None]:

@@ -136,6 +136,7 @@ def find_files(path: str) -> tuple[Path, list[Path]]:
     if place.is_file():
         require(not split, f"is one file; leave out :{split}")
         return place.parent, [place]
+    require(place.is_dir(), "is neither a file nor a directory")
     files = {file.relative_to(place).as_posix(): file for file in data_files(str(place))}
     return place, [files[name] for name in one_split(list(files), split, named)]
 

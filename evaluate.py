@@ -283,7 +283,7 @@ class Args:
             runs.require(alone, f"{option} {values}: None stands alone; give numbers")
         enough = all(grid is None or grid >= 3 for grid in self.grid)
         runs.require(enough, f"--grid {self.grid}: needs 3 or more")
-        runs.require_not_empty(self, "model", "data", "out")
+        runs.check_values(self)
         runs.require_positive(self, "fps", "max_prompt_tokens", "examples", "max_new_tokens")
         runs.require_positive(self, "batch_size", "min_image_tokens")
         runs.require_not_negative(self, "max_skipped", "gaze", "workers")

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from prompts import Media
 from runs import write_aside, writing
 
 LIMIT = 10_000_000  # bytes of a page
+LARGE = LIMIT // 4  # bytes of an example, above which its videos are sampled
 KEPT = 0.95  # share of a row's mass on vision whose cells are stored
 PIXELS = 1_000_000  # of all pictures of an example together
 LONGEST = 896  # pixels, the longer side of a picture
@@ -59,8 +60,9 @@ def write_page(path: Path, gazes: dict[str, list[Gaze]], title: str) -> int:
     """Write one self-contained HTML page to `path` and return the number of examples that it holds.
 
     The keys of `gazes` are labels such as "before" and "after". Each has the same examples in the
-    same order, and the page shows them side by side. Examples that would make the page larger than
-    10 MB are left out, and the page says how many it has.
+    same order, and the page shows them side by side. An example above 2.5 MB shows every second
+    pair of frames of its videos, or every fourth, and so on. Examples that would make the page
+    larger than 10 MB are left out. The page says both.
 
     Raises:
         UsageError: the file cannot be written, as on a full disk.
@@ -77,7 +79,11 @@ def write_page(path: Path, gazes: dict[str, list[Gaze]], title: str) -> int:
     head, texts = as_text(page), []
     room = LIMIT - len((template + policy + head).encode())
     for sides in examples:
-        text = as_text(example_data(sides, layers))
+        longest = max((t for t, _, _ in sides[0].grids), default=1)
+        stride, text = 1, as_text(example_data(sides, layers))
+        while len(text) > LARGE and stride < longest:
+            stride *= 2
+            text = as_text(example_data(sides, layers, stride))
         if len(text) < room:
             room -= len(text) + 1
             texts.append(text)
@@ -93,23 +99,40 @@ def as_text(value: dict) -> str:
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def example_data(sides: Iterable[Gaze], layers: list[int]) -> dict:
-    """Return one example as the page reads it. What the sides share comes from the first."""
-    first = next(iter(sides))
-    names = ("name", "question", "solution", "grids", "target")
-    count = sum(len(medium.frames) for medium in first.media)
-    longest = min(LONGEST, math.isqrt(PIXELS // max(count, 1)))
-    pictures = [[jpeg(frame, longest) for frame in medium.frames] for medium in first.media]
+def shown(gaze: Gaze, stride: int) -> tuple[list[list[Image.Image]], list[tuple], list[int]]:
+    """Return the frames and the grid of each medium with every `stride`-th of its temporal patches,
+    and the visual tokens of those."""
+    frames, grids, cells, start = [], [], [], 0
+    for medium, (t, h, w) in zip(gaze.media, gaze.grids, strict=True):
+        chosen = range(0, t, stride)
+        frames.append([frame for p in chosen for frame in medium.frames[2 * p : 2 * p + 2]])
+        grids.append((len(chosen), h, w))
+        cells += [start + p * h * w + cell for p in chosen for cell in range(h * w)]
+        start += t * h * w
+    return frames, grids, cells
+
+
+def example_data(sides: Sequence[Gaze], layers: list[int], stride: int = 1) -> dict:
+    """Return one example as the page reads it, with every `stride`-th temporal patch of its videos.
+    What the sides share comes from the first."""
+    first = sides[0]
+    frames, grids, cells = shown(first, stride)
+    longest = min(LONGEST, math.isqrt(PIXELS // max(sum(map(len, frames)), 1)))
+    pictures = [[jpeg(frame, longest) for frame in some] for some in frames]
     answers = [
         {
             "tokens": x.response,
             "accuracy": x.accuracy,
-            "layers": [pack(x, x.rows[n]) for n in layers],
+            "layers": [pack(x, x.rows[n], stride) for n in layers],
         }
         for x in sides
     ]
-    shared = {name: getattr(first, name) for name in names}
-    return shared | {"pictures": pictures, "sides": answers}
+    shared = {name: getattr(first, name) for name in ("name", "question", "solution")}
+    shared |= {
+        "grids": grids,
+        "target": [n for n, cell in enumerate(cells) if cell in first.target],
+    }
+    return shared | {"pictures": pictures, "sides": answers, "stride": stride}
 
 
 def jpeg(picture: Image.Image, longest: int) -> str:
@@ -120,8 +143,9 @@ def jpeg(picture: Image.Image, longest: int) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def pack(gaze: Gaze, rows: Tensor) -> str:
-    """Return the T + 1 rows of a layer as the page reads them: deflated, in base64.
+def pack(gaze: Gaze, rows: Tensor, stride: int = 1) -> str:
+    """Return the T + 1 rows of a layer as the page reads them, deflated, in base64. Of a video they
+    hold every `stride`-th temporal patch.
 
     First comes a 32-bit float per row for the mass on vision, on the question, on earlier response
     tokens, on the row's own column, on the brightest cell and on the target, then one for each
@@ -133,12 +157,14 @@ def pack(gaze: Gaze, rows: Tensor) -> str:
     rows = rows.detach().float().cpu()
     if rows.shape != (tokens + 1, prompt + tokens):
         raise ValueError(f"rows {tuple(rows.shape)} of {tokens} tokens after {prompt} positions")
+    _, grids, cells = shown(gaze, stride)
     seen = rows[:, gaze.visual]  # (T + 1, visual tokens)
-    patches = seen.split([h * w for t, h, w in gaze.grids for _ in range(t)], dim=1)
     own = pad(rows[1:, prompt:].diagonal(), (1, 0))  # the prompt's last row has its own in P - 1
-    brightest = pad(seen, (1, 0)).amax(1)  # 0 without vision
+    brightest = pad(seen[:, cells], (1, 0)).amax(1)  # 0 without vision
     sums = [seen.sum(1), rows[:, :prompt].sum(1) - seen.sum(1), rows[:, prompt:].sum(1) - own]
     sums += [own, brightest, seen[:, list(gaze.target)].sum(1)]
+    seen = seen[:, cells]
+    patches = seen.split([h * w for t, h, w in grids for _ in range(t)], dim=1)
     sums = torch.stack(sums + [patch.sum(1) for patch in patches], dim=1)
     ranked, order = seen.sort(descending=True)
     before = ranked.cumsum(1) - ranked  # mass of the brighter cells

@@ -29,7 +29,7 @@ import traceback
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
@@ -129,6 +129,7 @@ class RunArgs:
 
     def __post_init__(self) -> None:
         """Check the ranges of these arguments, and of those that most scripts declare."""
+        check_values(self)
         require_positive(self, "rows", "frames", "fps", "max_prompt_tokens")
         require_positive(self, "image_tokens", "min_image_tokens", "frame_tokens")
         require_positive(self, "eval_every", "eval_examples", "keep")
@@ -163,6 +164,7 @@ def run_script(
     try:
         if signal.getsignal(signal.SIGINT) is startup.stop:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        check_switches(args_class)
         changed = defaults()
         default = {"default": args_class(**changed)} if changed else {}
         args = tyro.cli(args_class, description=description, **default)  # --help ends here
@@ -211,6 +213,15 @@ def keep_printing() -> list[OSError]:
         stream.write, stream.flush = guard(stream, stream.write), guard(stream, stream.flush)
         setattr(sys, name, stream)
     return errors
+
+
+def check_switches(args_class: type) -> None:
+    """Refuse a value for an option that takes none, such as `--think=false`."""
+    switches = {field.name for field in fields(args_class) if field.type is bool}
+    for word in sys.argv[1:]:
+        name, has_value, _ = word.removeprefix("--").removeprefix("no-").partition("=")
+        refused = has_value and name.replace("-", "_") in switches
+        require(not refused, f"{word}: takes no value; give --{name} or --no-{name}")
 
 
 def given_options() -> Namespace:
@@ -277,11 +288,33 @@ def require_not_negative(args: Any, *names: str) -> None:
         require(value is None or value >= 0, f"{named}: must be 0 or above")
 
 
-def require_not_empty(args: Any, *names: str) -> None:
-    """Refuse empty strings, as from an unset shell variable; they would mean "unset" here."""
-    for name in names:
-        empty = f"--{name.replace('_', '-')} '': is empty; give a value or leave it out"
-        require(getattr(args, name, None) != "", empty)
+LARGEST = 2**31 - 1  # of an integer argument
+# Bounds of floats, beyond which nothing can be computed. Every other float is finite.
+BOUNDS = {"learning_rate": (1e-12, 1e3), "temperature": (1e-3, 1e3), "fps": (1e-3, 1e3)}
+BOUNDS |= {"epochs": (1e-9, 1e6)}
+
+
+def check_values(args: Any) -> None:
+    """Refuse numbers that are not finite or that nothing can compute with, and names that no file
+    can have. An empty name, as from an unset shell variable, would mean "unset" here."""
+    for name, values in vars(args).items():
+        named = option(name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if isinstance(value, str):
+                require(bool(value), f"{named} '': is empty; give a value or leave it out")
+                try:
+                    os.stat(value.encode())
+                except ValueError:
+                    raise UsageError(f"{named} {value!r}: has a NUL or is not UTF-8") from None
+                except OSError as error:
+                    fault = f"{named} {value[:40]}...: is too long for a file name"
+                    require(error.errno != errno.ENAMETOOLONG, fault)
+            elif isinstance(value, int):
+                require(abs(value) <= LARGEST, f"{named} {value}: must be at most {LARGEST}")
+            elif isinstance(value, float):
+                low, high = BOUNDS.get(name, (-sys.float_info.max, sys.float_info.max))
+                bounds = f"must be from {low:g} to {high:g}"
+                require(low <= value <= high, f"{named} {value}: {bounds}")
 
 
 def seed_everything(seed: int) -> None:
@@ -579,9 +612,8 @@ def append(file: FileIO, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def check_run(args: Any, *models: str, kind: str = TRAINING_RUN) -> None:
-    """Refuse, before any work is done, empty file names, arguments that differ between ranks, a
-    default checkpoint that is not there, and an `--out` that cannot become the directory of this
-    `kind` of program.
+    """Refuse, before any work is done, arguments that differ between ranks, a default checkpoint
+    that is not there, and an `--out` that cannot become the directory of this `kind` of program.
 
     `models` are the names of the arguments with checkpoints that the run reads. Nothing that it
     reads may lie in `--out`, which is moved or replaced.
@@ -589,7 +621,6 @@ def check_run(args: Any, *models: str, kind: str = TRAINING_RUN) -> None:
     Raises:
         UsageError: the message names the argument.
     """
-    require_not_empty(args, "model", "teacher", "data", "eval_data", "out", "resume")
     require_same_on_ranks(options(args))
     on_rank_0(partial(check_out, args, kind))
     for name in models:
@@ -1160,17 +1191,31 @@ def find_state(args: Any) -> State | None:
         return State(*(state[name] for name in names), state.get("wandb"))
 
 
+MOST_FILES = 500_000  # in a directory of a data set, its media included
+
+
 def data_files(path: str | None) -> list[Path]:
-    """The local files that `--data` names: a file, or those of a directory's data set."""
+    """The local files that `--data` names: a file, or those of a directory's data set.
+
+    Raises:
+        UsageError: one of them is not a regular file, which might wait for ever, or the directory
+            holds too many files to be a data set.
+    """
     if not path:
         return []
     place = Path(path if Path(path).exists() else path.rpartition(":")[0] or path)
     if place.is_file():
         return [place]
-    for kinds in (("*.parquet", "*.arrow"), ("*.json", "*.jsonl")):
-        if found := sorted(file for kind in kinds for file in place.rglob(kind)):
-            return found
-    return []
+    files = []
+    inside = (Path(folder, name) for folder, _, names in os.walk(place) for name in names)
+    for number, file in enumerate(inside):
+        require(number < MOST_FILES, f"holds more than {MOST_FILES:,} files; name a folder in it")
+        if file.suffix in (".parquet", ".arrow", ".json", ".jsonl"):
+            files.append(file)
+    tables = [file for file in files if file.suffix in (".parquet", ".arrow")]
+    for file in tables or files:
+        require(file.is_file(), f"{file} is not a regular file")
+    return sorted(tables or files)
 
 
 BLOCK, BLOCKS = 2**18, 2**10  # bytes of a block, and the number that is read of an argument's files

@@ -1,6 +1,7 @@
 """The gaze page in a real headless Chromium: what it shows is what the attention rows say."""
 
 import base64
+import json
 import random
 import shutil
 import zlib
@@ -405,6 +406,24 @@ def test_a_page_holds_what_fits_and_says_how_many(tmp_path, visit, monkeypatch):
     monkeypatch.setattr(gaze, "LIMIT", 20_000)
     assert write_page(tmp_path / "gaze.html", {"toy": gazes}, "A run") == 0
     assert visit(tmp_path / "gaze.html").locator("#count").inner_text() == "0 of 5 examples"
+
+
+def test_a_long_video_is_sampled(tmp_path, monkeypatch):
+    """Its masses still count all frames."""
+    one = make_gaze(frames=(None, 15), target=(3, 16 + 16, 16 + 4 * 16 + 5))
+    monkeypatch.setattr(gaze, "LARGE", len(gaze.as_text(gaze.example_data([one], [1], stride=4))))
+    assert write_page(tmp_path / "gaze.html", {"toy": [one]}, "A run") == 1
+    text = (tmp_path / "gaze.html").read_text().split('id="data">')[1].split("</script>")[0]
+    (example,) = json.loads(text)["examples"]
+    assert example["stride"] == 4 and example["grids"] == [[1, 4, 4], [2, 4, 4]]
+    assert [len(pictures) for pictures in example["pictures"]] == [1, 4]
+    assert example["target"] == [3, 16 + 16 + 5]
+    blob = zlib.decompress(base64.b64decode(example["sides"][0]["layers"][0]))
+    sums = np.frombuffer(blob, "<f4", count=4 * (6 + 3)).reshape(4, 9)[1]
+    expected = cut(one, 1)
+    masses = expected["cells"].reshape(9, 16).sum(1)[[0, 1, 5]]
+    assert sums[6:] == pytest.approx(masses) and sums[0] == pytest.approx(expected["masses"][0])
+    assert sums[5] == pytest.approx(expected["masses"][3])
 
 
 def test_cells_are_stored_in_8_bits_up_to_95_percent():

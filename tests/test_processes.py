@@ -4,6 +4,7 @@ import startup
 
 import errno
 import io
+import math
 import os
 import signal
 import subprocess
@@ -16,7 +17,11 @@ import numpy as np
 import pytest
 import torch
 
+import datafiles
+import evaluate
+import ral_grpo
 import runs
+import sft
 from data import Prompts, Reader
 
 ROOT = Path(__file__).parents[1]
@@ -76,6 +81,53 @@ def test_ctrl_c_during_imports_is_one_line(tmp_path, script):
     assert program.communicate()[1] == b"\nstopped by Ctrl-C before the start\n"
     assert program.returncode == 130
     assert signal.getsignal(signal.SIGINT) is not startup.stop  # though scripts are imported here
+
+
+WRONG = {
+    "temperature": (math.inf, math.nan, 1e-45),
+    "learning_rate": (math.inf, math.nan),
+    "fps": (math.inf, 1e-300),
+    "max_grad_norm": (math.inf,),
+    "epochs": (1e300,),
+    "seed": (2**64,),
+    "steps": (10**30,),
+    "out": ("x" * 300, "a/" * 3000, "a\0b", "a\udcff", ""),
+    "data": ("a\udcff", ""),
+    "media_root": (("",), (".", "x" * 300)),
+}
+
+
+@pytest.mark.parametrize("script", [sft, ral_grpo, evaluate])
+@pytest.mark.parametrize("name", WRONG)
+def test_values_that_nothing_can_compute_with_are_refused(script, name):
+    needed = {"model": "x"} if script is evaluate else {}
+    for value in WRONG[name] if name in script.Args.__dataclass_fields__ else ():
+        with pytest.raises(runs.UsageError, match=rf"\A--{name.replace('_', '-')} [^\n]+\Z"):
+            script.Args(**needed | {name: value})
+
+
+def test_a_switch_with_a_value_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--no-train-vision=1"])
+    with pytest.raises(SystemExit):
+        runs.run_script(sft.Args, None, "", sft.partial(sft.toy.defaults, sft.TOY, unset=None))
+    words = "takes no value; give --train-vision or --no-train-vision"
+    assert capsys.readouterr().err == f"error: --no-train-vision=1: {words}\n"
+
+
+def test_data_that_would_wait_is_refused(tmp_path, monkeypatch):
+    pipe = tmp_path / "train.parquet"
+    os.mkfifo(pipe)
+    for path, words in (
+        (tmp_path, f"{pipe} is not a regular file"),
+        (pipe, "is neither a file nor a directory"),
+        ("/dev/zero", "is neither a file nor a directory"),
+    ):
+        with pytest.raises(runs.UsageError, match=f"^--data {path}: {words}$"):
+            datafiles.DataFile(str(path))
+    monkeypatch.setattr(runs, "MOST_FILES", 20)
+    with pytest.raises(runs.UsageError, match=r"^--data /: holds more than 20 files"):
+        datafiles.DataFile("/")
 
 
 def test_help_joins_no_group(monkeypatch, capsys):

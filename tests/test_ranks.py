@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_prompts, make_rollout
 from ranks import run_all
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
@@ -15,7 +16,6 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
 
 import common
-from conftest import make_prompts, make_rollout
 
 RL = {"group_size": 4, "micro_batch_size": 2, "max_new_tokens": 6, "eval_examples": 5}
 RL |= {"learning_rate": 3e-4, "steps": 3, "eval_every": 2}

@@ -493,7 +493,11 @@ class DataFile:
 
     def find(self, path: str) -> Path:
         """The file that `path` names under one of the roots; targets of links are checked too."""
-        outside, wanted = False, "give a path under --media-root, or the bytes in Parquet"
+        outside, folder, wanted = (
+            False,
+            False,
+            "give a path under --media-root, or the bytes in Parquet",
+        )
         if scheme := re.match(r"(data:|[a-z][a-z0-9+]+://)", path):
             raise BadRow(f"path {path[:40]!r} is an address ({scheme[0]}); {wanted}")
         for root in self.roots:
@@ -502,12 +506,13 @@ class DataFile:
                 if any(target.is_relative_to(allowed) for allowed in self.roots):
                     if target.is_file():
                         return target
-                    if target.is_dir():
-                        raise BadRow(f"path {path[:200]!r} is a folder; list its frames in order")
+                    folder = folder or target.is_dir()
                 else:
                     outside = True
             except (OSError, ValueError, RuntimeError):  # too long, has a NUL, or a loop of links
                 continue
+        if folder:
+            raise BadRow(f"path {path[:200]!r} is a folder; list its frames in order")
         if re.fullmatch(r"[\w+/\s-]{99,}=*\s*", path):
             raise BadRow(f"path {path[:40]!r}... is base64; {wanted}")
         raise BadRow(f"path {path[:200]!r} {'leaves' if outside else 'is not under'} --media-root")
@@ -555,7 +560,10 @@ def read_chat(turns: list[Any]) -> dict[str, Any]:
                 if kind in ("image", "video"):
                     text += f"<{kind}>"
                     medium = part.get(part["type"])
-                    medium = part | (medium if isinstance(medium, dict) else {"path": medium})
+                    medium = (
+                        medium if isinstance(medium, dict) else {"path": medium or part.get("path")}
+                    )
+                    medium = part | medium
                     fields[f"{kind}s"] += [medium] if medium_source(medium) else []
                 else:
                     text += part["text"]

@@ -55,16 +55,22 @@ from runs import UsageError, data_files, require
 
 # Accepted column names of each field. If a file has several of them, the first is read.
 COLUMNS = {
-    "problem": ("problem", "question", "prompt", "query", "conversations", "messages"),
-    "solution": ("solution", "answer", "ground_truth"),
+    "problem": ("problem", "question", "prompt", "query", "text", "conversations", "messages"),
+    "solution": ("solution", "answer", "ground_truth", "label"),
     "process": ("process", "thought"),
-    "options": ("options", "choices"),
+    "options": ("options", "choices", "candidates"),
     "problem_type": ("problem_type",),
     "data_type": ("data_type",),
     "data_source": ("data_source",),
 }
 CHATS = ("conversations", "messages")  # they hold the answer, too
-MEDIA_COLUMNS = {"image": ("images", "image"), "video": ("videos", "video"), None: ("path",)}
+MEDIA_COLUMNS = {
+    "image": ("images", "image", "image_list"),
+    "video": ("videos", "video", "video_path"),
+    None: ("path",),
+}
+PERHAPS_MEDIA = re.compile("image|img|picture|photo|video|clip|frame", re.I)  # in a column's name
+MEDIA_PATH = re.compile(r".*\.(jpe?g|png|webp|gif|bmp|tiff?|mp4|mkv|webm|avi|mov|flv)", re.I)
 # Keys of a row, or of one medium of it, that say which frames of a video are shown, as in Qwen's
 # own tools. With a list of frames, the rate is that of the list.
 CLIP = {"start": ("video_start", "start"), "end": ("video_end", "end"), "frames": ("nframes",)}
@@ -353,9 +359,17 @@ class DataFile:
         differ, so the first 100 are inspected."""
         require(len(self) > 0, "has no rows")
         present, reason = set(self.schema.names if self.schema else ()), ""
+        unread = {name for name in present if PERHAPS_MEDIA.search(name)}
+        for field in self.schema or ():
+            unread |= {field.name} if "binary" in str(field.type) else set()  # {bytes, path}, too
         for row in range(0 if present else min(100, len(self))):
             try:
-                present |= self.fields(row).keys()
+                fields = self.fields(row)
+                present |= fields.keys()
+                for name, value in fields.items():
+                    value = value[0] if isinstance(value, list) and value else value
+                    is_path = isinstance(value, str) and MEDIA_PATH.fullmatch(value[:1000])
+                    unread |= {name} if is_path or PERHAPS_MEDIA.search(name) else set()
             except BadRow as error:
                 reason = reason or f"{self.place(row)} {error}"
                 if row == 1 and not present:  # not JSON lines, perhaps a dictionary around rows
@@ -374,6 +388,8 @@ class DataFile:
         media = [name for names in MEDIA_COLUMNS.values() for name in names if name in present]
         media = ", ".join(media) or "no column"
         note = f"question in {question}, answer in {answer}, media in {media}"
+        if unread := ", ".join(sorted(unread - {*KNOWN}))[:300]:
+            note += f"; not read, but perhaps media: {unread}"
         clip = [name for names in CLIP.values() for name in names if name in present]
         note += f"; the part of a video in {', '.join(clip)}" if clip else ""
         if columns["problem_type"] is None:

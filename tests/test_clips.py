@@ -3,6 +3,8 @@
 import json
 from types import SimpleNamespace
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 from test_media import level, seen, write
@@ -67,6 +69,30 @@ def test_the_note_says_what_chooses_frames(folder):
     videos(folder, CLIP)
     note = datafiles.DataFile(str(folder / "rows.jsonl")).find_columns()[1]
     assert "; the part of a video in video_start, video_end" in note
+
+
+def test_the_note_names_media_that_are_not_read(folder):
+    row = ROW | {"image_1": None, "where": ["a/0.PNG"], "video_path": "v.mp4", "topic": "a.b"}
+    (folder / "rows.jsonl").write_text(json.dumps(row))
+    table = pyarrow.table(
+        {"problem": ["p"], "answer": ["a"], "seen": [{"bytes": b"", "path": "x"}]}
+    )
+    pyarrow.parquet.write_table(table, folder / "rows.parquet")
+    for name, unread in (("rows.jsonl", "image_1, where"), ("rows.parquet", "seen")):
+        note = datafiles.DataFile(str(folder / name)).find_columns()[1]
+        assert f"; not read, but perhaps media: {unread};" in note
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [({"image_list": ["0.png"]}, "image"), ({"video_path": "v.mp4"}, "video")],
+)
+def test_more_names_of_columns(folder, fields, expected):
+    row = {"text": "p", "label": "blue", "candidates": ["red", "blue"]} | fields
+    (folder / "rows.jsonl").write_text(json.dumps(row))
+    example = datafiles.DataFile(str(folder / "rows.jsonl")).example(0)
+    assert (example.problem, example.solution) == ("p", "B")
+    assert [medium.kind for medium in example.media] == [expected]
 
 
 BAD = [

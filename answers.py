@@ -78,8 +78,8 @@ def option_letter(text: str, options: Sequence[str]) -> str:
     """The letter of the one option that `text` names, or "" if it names none or several.
 
     Text names an option by its letter (`b`, `(b)`, `Option B`), by its text, or by both (`B.
-    blue`). A reason may follow the letter if it mentions no other letter and no other option's
-    text.
+    blue`). Of two texts that fit, the longer counts: `about 5`, not `5`. A reason may follow the
+    letter if it mentions no other letter and no other option's text.
 
     >>> option_letter("The answer is **B**", ["A. red", "B. blue"])
     'B'
@@ -88,14 +88,19 @@ def option_letter(text: str, options: Sequence[str]) -> str:
     known, whole_text = set(texts or ascii_uppercase), folded(text)
     found = LETTER.fullmatch(plain(text))
     letter, rest = (found[1].upper(), folded(found[2])) if found else ("", "")
+    exact = {key for key, option in texts.items() if option == whole_text != ""}
     if letter in known and rest in ("", texts.get(letter)):
-        return letter
-    named = set()
+        # `a` may be option A or the text of another; the prompt asks for a capital letter
+        return letter if exact <= {letter} or found[1].isupper() else ""
+    named, longest = exact, len(whole_text) if exact else 0
     for key, option in texts.items():
         for phrase in (option, f"{option} ({key.lower()})", f"{key.lower()} ({option})"):
             before = whole_text.removesuffix(phrase)
-            if option and whole_text.endswith(phrase) and LEAD.fullmatch(before):
-                named.add(key)
+            begins = not before[-1:].isalnum() or not phrase[:1].isalnum()  # not the end of a word
+            if option and whole_text.endswith(phrase) and LEAD.fullmatch(before) and begins:
+                if len(phrase) > longest:
+                    named, longest = set(), len(phrase)
+                named |= {key} if len(phrase) == longest else set()
     if not named and letter in known:
         named = {key.upper() for key in re.findall(CHOICE, found[2])} & known
         named |= {letter, *(key for key, option in texts.items() if option == rest)}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from answers import read_number
 from datafiles import DataFile
-from media import BadRow
+from media import BadRow, first_line
 from prompts import Example, Prompt
 from runs import (
     STOP_SIGNALS,
@@ -75,7 +75,11 @@ class Prompts(Dataset):
         return int(self.order[1][place])
 
     def prompt(self, row: int) -> Prompt:
-        prompt = self.encode(self.source.example(row))
+        example = self.source.example(row)
+        try:
+            prompt = self.encode(example)
+        except ValueError as error:  # of the chat template, or of markers in the request
+            raise BadRow(f"cannot be asked: {first_line(error)}") from None
         if self.max_tokens is not None and len(prompt.ids) > self.max_tokens:
             limit = f"above --max-prompt-tokens {self.max_tokens}"
             raise BadRow(f"its prompt has {len(prompt.ids)} tokens, {limit}")

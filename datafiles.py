@@ -38,25 +38,49 @@ from filelock import FileLock
 from huggingface_hub import snapshot_download
 from pyarrow import ipc, parquet, types
 
-from answers import MAX_ANSWER, option_letter, option_texts
+from answers import MAX_ANSWER, folded, option_letter, option_texts
 from common import extract_answer, print_once
-from media import MAX_FRAME_BYTES, BadRow, MediaBytes, first_line, is_video, read_image, read_video
+from media import (
+    MAX_FRAME_BYTES,
+    BadRow,
+    MediaBytes,
+    first_line,
+    is_video,
+    read_frames,
+    read_image,
+    read_video,
+)
 from prompts import Example, Media
 from runs import UsageError, data_files, require
 
 # Accepted column names of each field. If a file has several of them, the first is read.
 COLUMNS = {
-    "problem": ("problem", "question", "prompt", "query", "conversations", "messages"),
-    "solution": ("solution", "answer", "ground_truth"),
+    "problem": ("problem", "question", "prompt", "query", "text", "conversations", "messages"),
+    "solution": ("solution", "answer", "ground_truth", "label"),
     "process": ("process", "thought"),
-    "options": ("options", "choices"),
+    "options": ("options", "choices", "candidates"),
     "problem_type": ("problem_type",),
     "data_type": ("data_type",),
     "data_source": ("data_source",),
 }
 CHATS = ("conversations", "messages")  # they hold the answer, too
-MEDIA_COLUMNS = {"image": ("images", "image"), "video": ("videos", "video"), None: ("path",)}
-KNOWN = sum((*COLUMNS.values(), *MEDIA_COLUMNS.values()), ())  # columns that are read
+MEDIA_COLUMNS = {
+    "image": ("images", "image", "image_list"),
+    "video": ("videos", "video", "video_path"),
+    None: ("path",),
+}
+PERHAPS_MEDIA = re.compile("image|img|picture|photo|video|clip|frame", re.I)  # in a column's name
+MEDIA_PATH = re.compile(r".*\.(jpe?g|png|webp|gif|bmp|tiff?|mp4|mkv|webm|avi|mov|flv)", re.I)
+# Keys of a row, or of one medium of it, that say which frames of a video are shown, as in Qwen's
+# own tools. With a list of frames, the rate is that of the list.
+CLIP = {"start": ("video_start", "start"), "end": ("video_end", "end"), "frames": ("nframes",)}
+CLIP |= {"fps": ("sample_fps", "fps")}
+# Keys that ask for other pixels or frames; such a row is bad.
+CHANGES = ("crop", "resized_height", "resized_width", "min_pixels", "max_pixels", "total_pixels")
+CHANGES += ("min_frames", "max_frames", "start_time", "end_time", "start_frame", "end_frame")
+CHANGES += ("frame_indices",)
+KNOWN = (*COLUMNS.values(), *MEDIA_COLUMNS.values(), *CLIP.values(), CHANGES)
+KNOWN = sum(KNOWN, ())  # columns that are read
 ROLES = (["user"], ["human"], ["user", "assistant"], ["human", "gpt"])  # of a chat's turns
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 EXPECTED = "expected a JSON array of objects, one JSON object a line, or Parquet or Arrow files"
@@ -68,10 +92,10 @@ KINDS = {b"PAR1": "Parquet", b"ARROW1": "an Arrow file", b"\xff\xff\xff\xff": "a
 KINDS |= {b"{": "JSON lines", b"[": "a JSON array"}
 HUB_NAME = re.compile(r"(?!.*\.(?:jsonl?|parquet|arrow|csv)$)[\w-][\w.-]*/[\w-][\w.-]*")
 SHARD = re.compile(r"(^|[-_/])\d+(-of-\d+)?(-[0-9a-f]{16})?$")  # the number in a file's name
-# A row that exceeds a limit is bad. MAX_ROW is in bytes, MAX_MEDIA in images and videos, the others
-# are in characters.
+# A row that exceeds a limit is bad. MAX_ROW is in bytes, MAX_MEDIA in images and videos, MAX_LISTED
+# in files that are the frames of a video, the others are in characters.
 MAX_ROW, MAX_PROBLEM, MAX_SOLUTION, MAX_THOUGHT = 2**20, 100_000, MAX_ANSWER, 50_000
-MAX_MEDIA = 64
+MAX_MEDIA, MAX_LISTED = 64, 10_000
 # Parquet files may grow to so many times their size, or to so many bytes.
 MAX_GROWTH, LEAST_GROWTH = 100, 2**30
 
@@ -336,9 +360,17 @@ class DataFile:
         differ, so the first 100 are inspected."""
         require(len(self) > 0, "has no rows")
         present, reason = set(self.schema.names if self.schema else ()), ""
+        unread = {name for name in present if PERHAPS_MEDIA.search(name)}
+        for field in self.schema or ():
+            unread |= {field.name} if "binary" in str(field.type) else set()  # {bytes, path}, too
         for row in range(0 if present else min(100, len(self))):
             try:
-                present |= self.fields(row).keys()
+                fields = self.fields(row)
+                present |= fields.keys()
+                for name, value in fields.items():
+                    value = value[0] if isinstance(value, list) and value else value
+                    is_path = isinstance(value, str) and MEDIA_PATH.fullmatch(value[:1000])
+                    unread |= {name} if is_path or PERHAPS_MEDIA.search(name) else set()
             except BadRow as error:
                 reason = reason or f"{self.place(row)} {error}"
                 if row == 1 and not present:  # not JSON lines, perhaps a dictionary around rows
@@ -357,6 +389,10 @@ class DataFile:
         media = [name for names in MEDIA_COLUMNS.values() for name in names if name in present]
         media = ", ".join(media) or "no column"
         note = f"question in {question}, answer in {answer}, media in {media}"
+        if unread := ", ".join(sorted(unread - {*KNOWN}))[:300]:
+            note += f"; not read, but perhaps media: {unread}"
+        clip = [name for names in CLIP.values() for name in names if name in present]
+        note += f"; the part of a video in {', '.join(clip)}" if clip else ""
         if columns["problem_type"] is None:
             note += "; no problem_type: multiple choice with options, else exact match"
         return {field: name or field for field, name in columns.items()}, note
@@ -399,11 +435,17 @@ class DataFile:
             fields |= {x: y for x, y in chat.items() if x == "problem" or not fields.get(x)}
         example = read_example(fields)
         media, size = [], 0
-        for kind, source in self.media_sources(fields, example):
-            if kind == "video":
-                medium = read_video(source, self.frames, self.fps)
-            else:
+        for kind, source, clip in self.media_sources(fields, example):
+            if kind == "image":
                 medium = Media([read_image(source)])
+            elif isinstance(source, list):
+                rate = clip.pop("fps", 2.0)
+                medium = read_frames(
+                    source, rate, **{"frames": self.frames, "fps": self.fps} | clip
+                )
+            else:
+                frames = None if "frames" in clip else self.fps
+                medium = read_video(source, **{"frames": self.frames, "fps": frames} | clip)
             media.append(medium)
             size += sum(3 * frame.width * frame.height for frame in medium.frames)
             if size > MAX_FRAME_BYTES:
@@ -412,9 +454,10 @@ class DataFile:
 
     def media_sources(
         self, fields: dict[str, Any], example: Example
-    ) -> list[tuple[str, Path | MediaBytes]]:
-        """For each medium of a row, "image" or "video" and its file or content, in the order of the
-        markers in the text; without markers, images come first."""
+    ) -> list[tuple[str, Any, dict[str, float]]]:
+        """For each medium of a row, "image" or "video", its file or content (of a video perhaps a
+        list of frames), and what `read_clip` returns; in the order of the markers in the text.
+        Without markers, images come first."""
         found, data_type = [], fields["data_type"] or None
         for kind, names in MEDIA_COLUMNS.items():
             name = next(filter(fields.get, names), None)
@@ -422,46 +465,101 @@ class DataFile:
                 continue
             if name == "path" and data_type not in ("image", "video", None):
                 raise BadRow(f"data_type is {str(data_type)[:40]!r}; known are image and video")
+            kind = kind or data_type
             items = fields[name] if isinstance(fields[name], list) else [fields[name]]
+            if kind == "video" and len(items) > 1 and not isinstance(items[0], list):
+                is_frames = not is_video(self.source(items[0], name, 1))
+                items = [items] if is_frames else items
             if len(items) > MAX_MEDIA:
                 raise BadRow(f"{name!r} has {len(items):,} files; at most {MAX_MEDIA} are allowed")
             for number, item in enumerate(items, 1):
-                content = item
-                if isinstance(item, dict):
-                    content = item.get("bytes") or item.get("path")
-                if isinstance(content, bytes):
-                    source = MediaBytes(f"{name} {number}", content)
-                elif isinstance(content, str) and content:
-                    source = self.find(content)
+                listed = medium_source(item)
+                if kind == "video" and isinstance(listed, list) and listed:
+                    if len(listed) > MAX_LISTED:
+                        raise BadRow(f"{name!r} has {len(listed):,} frames; at most {MAX_LISTED:,}")
+                    source = [self.source(frame, name, number) for frame in listed]
                 else:
-                    raise BadRow(f"{name!r} has {str(item)[:40]}, not the path or bytes of a file")
-                medium_kind = kind or data_type or ("video" if is_video(source) else "image")
-                found.append((medium_kind, source))
+                    source = self.source(item, name, number)
+                medium = kind or ("video" if is_video(source) else "image")
+                found.append((medium, source, read_clip(item if isinstance(item, dict) else {})))
+        of_row = read_clip(fields) if found else {}
+        videos = [clip for kind, _, clip in found if kind == "video"]
+        if len(videos) > 1 and {"start", "end"} & of_row.keys():
+            raise BadRow(f"has a start or an end for {len(videos)} videos; give each its own")
+        for clip in videos:
+            clip.update(of_row | clip)
         if not found and data_type in ("image", "video"):
             raise BadRow(f"has no {data_type} in 'path' or another column")
         markers = re.findall("<(image|video)>", "\n".join([example.problem, *example.options]))
         if not markers:
             return found
-        kinds = Counter(kind for kind, _ in found)
+        kinds = Counter(kind for kind, *_ in found)
         if Counter(markers) != kinds:
             placed = f"places {markers.count('image')} images and {markers.count('video')} videos"
             raise BadRow(f"its text {placed}, but it has {kinds['image']} and {kinds['video']}")
-        return [found.pop([kind for kind, _ in found].index(marker)) for marker in markers]
+        return [found.pop([kind for kind, *_ in found].index(marker)) for marker in markers]
+
+    def source(self, item: Any, name: str, number: int) -> Path | MediaBytes:
+        """The file or content of an item of the column `name`."""
+        content = medium_source(item)
+        if isinstance(content, bytes):
+            return MediaBytes(f"{name} {number}", content)
+        if isinstance(content, str) and content:
+            return self.find(content)
+        raise BadRow(f"{name!r} has {str(item)[:40]}, not the path or bytes of a file")
 
     def find(self, path: str) -> Path:
         """The file that `path` names under one of the roots; targets of links are checked too."""
-        outside = False
+        outside, folder, wanted = (
+            False,
+            False,
+            "give a path under --media-root, or the bytes in Parquet",
+        )
+        if scheme := re.match(r"(data:|[a-z][a-z0-9+]+://)", path):
+            raise BadRow(f"path {path[:40]!r} is an address ({scheme[0]}); {wanted}")
         for root in self.roots:
             try:
                 target = (root / path).resolve()
                 if any(target.is_relative_to(allowed) for allowed in self.roots):
                     if target.is_file():
                         return target
+                    folder = folder or target.is_dir()
                 else:
                     outside = True
             except (OSError, ValueError, RuntimeError):  # too long, has a NUL, or a loop of links
                 continue
+        if folder:
+            raise BadRow(f"path {path[:200]!r} is a folder; list its frames in order")
+        if re.fullmatch(r"[\w+/\s-]{99,}=*\s*", path):
+            raise BadRow(f"path {path[:40]!r}... is base64; {wanted}")
         raise BadRow(f"path {path[:200]!r} {'leaves' if outside else 'is not under'} --media-root")
+
+
+def medium_source(item: Any) -> Any:
+    """The path, bytes or address of a medium, which may have other keys beside it."""
+    if not isinstance(item, dict):
+        return item
+    return item.get("bytes") or item.get("path") or item.get("url") or item.get("base64")
+
+
+def read_clip(fields: dict[str, Any]) -> dict[str, float]:
+    """The part of a video that a row or one of its media asks for, as arguments of `read_video`."""
+    clip = {}
+    for name in CHANGES:
+        if fields.get(name) is not None:
+            raise BadRow(f"{name} asks for other pixels or frames, which is not supported")
+    for key, names in CLIP.items():
+        name = next((name for name in names if fields.get(name) is not None), None)
+        if name is None:
+            continue
+        value = fields[name]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not (0 if key == "start" else 1e-6) <= value < 1e9:
+            raise BadRow(f"{name} is {str(value)[:40]!r}, not a number of seconds or frames")
+        if key == "frames" and value != int(value):
+            raise BadRow(f"{name} is {value}, not a whole number")
+        clip[key] = int(value) if key == "frames" else float(value)
+    return clip
 
 
 def read_chat(turns: list[Any]) -> dict[str, Any]:
@@ -475,9 +573,15 @@ def read_chat(turns: list[Any]) -> dict[str, Any]:
         for field, turn in zip(("problem", "solution"), turns, strict=False):
             content, text = turn.get("value") or turn.get("content"), ""
             for part in content if isinstance(content, list) else [{"text": content}]:
-                if (kind := part.get("type")) in ("image", "video"):
+                kind = str(part.get("type")).removesuffix("_url")
+                if kind in ("image", "video"):
                     text += f"<{kind}>"
-                    fields[f"{kind}s"] += [part[kind]] if part.get(kind) else []
+                    medium = part.get(part["type"])
+                    medium = (
+                        medium if isinstance(medium, dict) else {"path": medium or part.get("path")}
+                    )
+                    medium = part | medium
+                    fields[f"{kind}s"] += [medium] if medium_source(medium) else []
                 else:
                     text += part["text"]
             fields[field] = text
@@ -550,7 +654,10 @@ def choices(options: list[str], solution: str) -> tuple[list[str], str]:
     texts = option_texts(options)
     if len(texts) < len(options):
         raise BadRow("options share a letter, or are more than 26")
-    letter = option_letter(solution, options)
+    letter, alone = option_letter(solution, options), re.fullmatch(r"\W*([a-zA-Z])\W*", solution)
+    same = [key for key, text in texts.items() if folded(text) == folded(solution)]
+    if alone and same and alone[1].upper() in texts and alone[1].upper() not in same:
+        raise BadRow(f"solution {solution[:40]!r} is a letter, and the text of option {same[0]}")
     if options and not letter:
         raise BadRow(f"solution {solution[:40]!r} is not one of the options {', '.join(texts)}")
     if list(texts.values()) == options:

@@ -372,7 +372,7 @@ def encode_prompt(processor: Processor, example: Example) -> Prompt:
     split, so an `<|image_pad|>` in a data file remains text and never becomes a placeholder.
 
     Raises:
-        ValueError: the markers in the text are not those of the media.
+        ValueError: the markers in the text are not those of the media, or the chat template fails.
         UsageError: the model always thinks, and is asked not to.
     """
     encode = partial(processor.tokenizer.encode, add_special_tokens=False)
@@ -381,7 +381,11 @@ def encode_prompt(processor: Processor, example: Example) -> Prompt:
     parts = split_turn(processor.prompt_config, example)
     kinds = [part.kind if isinstance(part, Media) else "text" for part in parts]
     ids, blocks, text = [], [], ""  # `text` is not yet encoded: its end and a stamp are one text
-    for around, part in zip(render_turn(processor.tokenizer, kinds), [*parts, ""], strict=True):
+    try:
+        turn = render_turn(processor.tokenizer, kinds)
+    except TEMPLATE_ERRORS as error:
+        raise ValueError(f"its chat template raises {type(error).__name__}: {error}") from None
+    for around, part in zip(turn, [*parts, ""], strict=True):
         if around:
             ids += encode(text, split_special_tokens=True) + encode(around)
             text = ""

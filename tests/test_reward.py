@@ -286,6 +286,21 @@ CHOSEN = [  # options, answer, the letter it names
     (("U.S.", "U.K."), "U.K.", "B"),
     (("B. red", "A. blue"), "blue", "A"),
     (("A. J. Bach", "B. A. Berg"), "A. Berg", "B"),
+    (("A. b", "B. a", "C. a+b", "D. 2a"), "B", "B"),
+    (("A. b", "B. a", "C. a+b", "D. 2a"), "2a", "D"),
+    (("A. b", "B. a", "C. a+b", "D. 2a"), "a", ""),
+    (("A. b", "B. a", "C. a+b", "D. 2a"), "A", "A"),
+    (("A. b", "B. a", "C. a+b", "D. 2a"), "b", ""),
+    (("I only", "II only", "both"), "II only", "B"),
+    (("I only", "II only", "both"), "The answer is II only.", "B"),
+    (("I only", "II only", "both"), "I only", "A"),
+    (("the worst", "the best", "best"), "the best", "B"),
+    (("the worst", "the best", "best"), "best", "C"),
+    (("5", "about 5"), "about 5", "B"),
+    (("5", "about 5"), "The answer is about 5.", "B"),
+    (("5", "about 5"), "5", "A"),
+    (("it is", "is it", "it"), "is it", "B"),
+    (("it is", "is it", "it"), "it", "C"),
 ]
 
 

@@ -1,0 +1,158 @@
+"""Rows that name a part of a video or its frames, and prompts that cannot be made of a row."""
+
+import json
+from types import SimpleNamespace
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+from test_media import level, seen, write
+
+import data
+import datafiles
+from media import BadRow
+from prompts import Example, Media, PromptConfig, encode_prompt
+
+ROW = {"problem": "p", "answer": "a"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A video of 60 frames, ten a second, and images of its first eight."""
+    folder = tmp_path_factory.mktemp("clips")
+    write(folder / "v.mp4", "libx264")
+    for i in range(8):
+        Image.new("L", (64, 48), level(i)).save(folder / f"{i}.png")
+    return folder
+
+
+def videos(folder, row, **options) -> list[list[int]]:
+    """The numbers of the frames of each video of a row."""
+    (folder / "rows.jsonl").write_text(json.dumps(ROW | row))
+    file = datafiles.DataFile(str(folder / "rows.jsonl"), **options)
+    return [seen(medium.frames) for medium in file.example(0).media if medium.is_video]
+
+
+CLIP = {"video": "v.mp4", "video_start": 2, "video_end": 4}
+TURN = {"type": "video", "video": "v.mp4", "video_start": 2.0, "video_end": 4}
+FRAMES = [f"{i}.png" for i in range(8)]
+ROWS = [
+    (CLIP, [20, 30, 40]),
+    ({"path": "v.mp4", "data_type": "video", "start": 2, "end": 4}, [20, 30, 40]),
+    ({"videos": [{"path": "v.mp4", "start": 2}]}, [20, 40, 59]),
+    (
+        {"problem": [{"role": "user", "content": [TURN, {"type": "text", "text": "p"}]}]},
+        [20, 30, 40],
+    ),
+    (CLIP | {"nframes": 2}, [20, 40]),
+    (CLIP | {"fps": 1.0}, [20, 40]),
+    ({"video": "v.mp4", "start": None, "end": None, "fps": None}, [0, 30, 59]),
+    ({"video": FRAMES}, [0, 4, 7]),
+    ({"videos": [FRAMES[:2]]}, [0, 1]),
+    ({"video": {"path": FRAMES, "sample_fps": 2.0, "start": 1, "end": 2}}, [2, 3, 4]),
+    ({"video": FRAMES, "fps": 4, "end": 0.5}, [0, 1, 2]),
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), ROWS)
+def test_the_frames_that_a_row_names(folder, row, expected):
+    assert videos(folder, row, frames=3) == [expected]
+
+
+def test_each_video_has_its_own_clip(folder):
+    two = [{"path": "v.mp4", "start": 0, "end": 1}, {"path": "v.mp4", "start": 5, "end": 5.5}]
+    assert videos(folder, {"videos": two}, frames=2) == [[0, 10], [50, 55]]
+
+
+def test_the_note_says_what_chooses_frames(folder):
+    videos(folder, CLIP)
+    note = datafiles.DataFile(str(folder / "rows.jsonl")).find_columns()[1]
+    assert "; the part of a video in video_start, video_end" in note
+
+
+def test_the_note_names_media_that_are_not_read(folder):
+    row = ROW | {"image_1": None, "where": ["a/0.PNG"], "video_path": "v.mp4", "topic": "a.b"}
+    (folder / "rows.jsonl").write_text(json.dumps(row))
+    table = pyarrow.table(
+        {"problem": ["p"], "answer": ["a"], "seen": [{"bytes": b"", "path": "x"}]}
+    )
+    pyarrow.parquet.write_table(table, folder / "rows.parquet")
+    for name, unread in (("rows.jsonl", "image_1, where"), ("rows.parquet", "seen")):
+        note = datafiles.DataFile(str(folder / name)).find_columns()[1]
+        assert f"; not read, but perhaps media: {unread};" in note
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [({"image_list": ["0.png"]}, "image"), ({"video_path": "v.mp4"}, "video")],
+)
+def test_more_names_of_columns(folder, fields, expected):
+    row = {"text": "p", "label": "blue", "candidates": ["red", "blue"]} | fields
+    (folder / "rows.jsonl").write_text(json.dumps(row))
+    example = datafiles.DataFile(str(folder / "rows.jsonl")).example(0)
+    assert (example.problem, example.solution) == ("p", "B")
+    assert [medium.kind for medium in example.media] == [expected]
+
+
+BAD = [
+    (CLIP | {"video_start": "00:02"}, "video_start is '00:02', not a number"),
+    (CLIP | {"video_end": float("inf")}, "video_end is 'inf', not a number"),
+    (CLIP | {"video_start": -1}, "video_start is '-1', not a number"),
+    (CLIP | {"nframes": 2.5}, "nframes is 2.5, not a whole number"),
+    (CLIP | {"fps": 0}, "fps is '0', not a number"),
+    (CLIP | {"video_end": 1}, "has no frame from 2 to 1 seconds"),
+    ({"videos": ["v.mp4", "v.mp4"], "start": 1}, "has a start or an end for 2 videos"),
+    ({"video": "v.mp4", "crop": [0, 0, 1, 1]}, "crop asks for other pixels or frames"),
+    ({"video": {"path": "v.mp4", "max_pixels": 9}}, "max_pixels asks for other pixels"),
+    ({"video": ["0.png"] * 10_001}, "'video' has 10,001 frames; at most 10,000"),
+    ({"videos": [["0.png", "../x.png"]]}, "leaves --media-root"),
+    ({"images": [["0.png"]]}, "not the path or bytes of a file"),
+]
+
+
+@pytest.mark.parametrize(("row", "words"), BAD)
+def test_a_part_that_cannot_be_shown_is_a_bad_row(folder, row, words):
+    with pytest.raises(BadRow) as reason:
+        videos(folder, row, frames=3)
+    assert words in str(reason.value)
+
+
+@pytest.mark.parametrize("key", ["image", "image_url", "url", "path"])
+@pytest.mark.parametrize("path", ["0.png", "data:image/png;base64,iVBORw0KGgo"])
+def test_parts_of_a_chat_in_other_notations(folder, key, path):
+    part = {"type": "image", key: path}
+    if key == "image_url":
+        part = {"type": "image_url", "image_url": {"url": path}}
+    turn = {"role": "user", "content": [part, {"type": "text", "text": "p"}]}
+    (folder / "rows.jsonl").write_text(json.dumps({"messages": [turn], "answer": "a"}))
+    file = datafiles.DataFile(str(folder / "rows.jsonl"))
+    if path == "0.png":
+        assert file.example(0).media[0].frames[0].size == (64, 48)
+    else:
+        with pytest.raises(BadRow, match=r"is an address \(data:\)"):
+            file.example(0)
+
+
+FAILS = "{% if messages[0].content | length > 6 %}{{ messages[0].content + 'text' }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "request_text", "words"),
+    [
+        (FAILS, "", "its chat template raises TypeError"),
+        ("", "See <image>.", "text places <image>"),
+    ],
+)
+def test_a_row_that_cannot_be_asked_is_bad(checkpoints, template, request_text, words):
+    """The template fails on the sixth image alone; the request names an image that is not there."""
+    from conftest import load
+
+    processor = load(checkpoints["qwen2_vl"])[1]
+    processor.tokenizer.chat_template = template + processor.tokenizer.chat_template
+    processor.prompt_config = PromptConfig({"answer": request_text})
+    images = [Media([Image.new("RGB", (56, 56))])] * (6 if template else 0)
+    source = SimpleNamespace(example=lambda row: Example("p", "a", images), place=str)
+    prompts = data.Prompts(source, lambda example: encode_prompt(processor, example))
+    prompt, bad = prompts[0]
+    assert prompt is None and words in bad["0"]

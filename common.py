@@ -168,7 +168,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
         ValueError: one of them is too large, no JSON, or a link out of the checkpoint (other than
             into the hub's cache), which a saved checkpoint would pass on.
     """
-    homes = [folder.resolve(), folder.resolve().parents[1] / "blobs"]
+    homes = [folder.resolve(), (folder.resolve() / "../../blobs").resolve()]
     files = {}
     for path in (folder / name for name in FILES):
         if not path.is_file():

@@ -972,7 +972,7 @@ def generate_group(
     with gathered(model):  # ranks may decode different numbers of tokens
         logits = model(**inputs, layout=layout, use_cache=False, logits_to_keep=1).logits[:, -1]
         broken = "the model's first logits are not finite: its weights are damaged"
-        require(not bool((~logits.isfinite()).any()), f"{broken}; give another checkpoint")
+        require(bool(logits.isfinite().all()), f"{broken}; give another checkpoint")
         logits = logits.repeat_interleave(group_size, dim=0)
         for t in range(max_new_tokens):
             logits = logits.index_fill(-1, suppressed, -torch.inf)

@@ -575,7 +575,6 @@ def start_part(found: Findings, args: Args, part: str, work: Path, limit: float)
 
 
 def main(args: Args) -> int:
-    args.out.mkdir(parents=True, exist_ok=True)
     found = Findings(args.out)
     if args.part:
         with tempfile.TemporaryDirectory() as work:
@@ -585,6 +584,7 @@ def main(args: Args) -> int:
     runs.require(not unknown, f"--parts {' '.join(unknown)}: choose from {', '.join(LIMITS)}")
     remedy = "see --rehearse for what a CPU can check"
     runs.require(GPU or args.rehearse, f"no GPU is visible to PyTorch; {remedy}")
+    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "gpu.jsonl").write_text("")
     end, passed = time.time() + args.limit, False
     with tempfile.TemporaryDirectory() as work:

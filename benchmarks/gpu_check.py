@@ -533,6 +533,7 @@ def one_run(found: Findings, script: Any, args: Any) -> dict[str, float]:
         script.main(args)
     lines = (Path(args.out) / "metrics.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])
+    del last["perf/tokens_per_s"]
     seconds = {x[5:-2]: v for x, v in last.items() if x.startswith("perf/") and x.endswith("_s")}
     found.note(f"{name}: seconds of the last step", seconds, all(map(math.isfinite, last.values())))
     for phase, peak in peaks.items():

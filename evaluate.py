@@ -274,13 +274,11 @@ class Args:
     def __post_init__(self) -> None:
         for name in ("frames", "image_tokens", "frame_tokens", "grid"):
             values = getattr(self, name)
-            option = f"--{name.replace('_', '-')}"
+            option = runs.option(name)
             runs.require(len(values) > 0, f"{option}: needs a value")
-            runs.require(
-                all(v is None or v > 0 for v in values), f"{option} {values}: must be above 0"
-            )
             alone = len(values) == 1 or None not in values
-            runs.require(alone, f"{option} {values}: None stands alone; give numbers")
+            runs.require(alone, f"{option} {values}: give numbers, or None alone")
+            runs.require_positive(self, name)
         enough = all(grid is None or grid >= 3 for grid in self.grid)
         runs.require(enough, f"--grid {self.grid}: needs 3 or more")
         runs.check_values(self)
@@ -426,7 +424,7 @@ def main(args: Args) -> dict[str, float]:
     is_toy = toy.Task.load(base) is not None
     runs.require(not (is_toy and args.data), f"--data {args.data}: the toy knows only its own task")
     for name in () if args.data else ("fps", "media_root"):
-        runs.require(not getattr(args, name), f"--{name.replace('_', '-')}: needs --data")
+        runs.require(not getattr(args, name), f"{runs.option(name)}: needs --data")
     of_toy = args.grid != (None,) or args.toy_order is not None
     runs.require(not (args.data and of_toy), "--grid, --toy-order: not with --data")
     bounded = {args.image_tokens, (args.min_image_tokens,), args.frame_tokens} != {(None,)}

@@ -15,7 +15,7 @@ from torch.nn import Linear, Module
 from common import ATTENTION_CHUNK, LOGIT_CHUNK, compute_dtype, empty_model
 from media import MAX_FRAMES
 from prompts import ENCODER_CHUNK
-from runs import UsageError, gather, print_on_rank_0, read_state, require, world_size
+from runs import UsageError, gather, option, print_on_rank_0, read_state, require, world_size
 
 GIB = 2**30
 
@@ -214,7 +214,7 @@ def fit_memory(
     ways += [f"{n} processes" for n in islice(numbers, 1)]
     lower = (shorter(args, tokens) for tokens in (4096, 2048, 1024))
     for fields in islice((fields for fields in lower if fields and fits(asked, **fields)), 1):
-        ways.append(" ".join(f"--{k.replace('_', '-')} {v}" for k, v in fields.items()))
+        ways.append(" ".join(f"{option(k)} {v}" for k, v in fields.items()))
     others = ["a smaller --max-new-tokens or --prompts-per-step", "a smaller model"]
     *ways, last = (ways + others)[: max(2, len(ways))]
     short = f"needs about {need(asked):.0f} GB per process; {have:.0f} GB are available"

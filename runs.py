@@ -133,7 +133,7 @@ class RunArgs:
         require_positive(self, "rows", "frames", "fps", "max_prompt_tokens")
         require_positive(self, "image_tokens", "min_image_tokens", "frame_tokens")
         require_positive(self, "eval_every", "eval_examples", "keep")
-        require_not_negative(self, "save_every", "max_skipped", "seed")
+        require_not_negative(self, "save_every", "max_skipped", "seed", "workers")
         positive = ("steps", "learning_rate", "max_grad_norm", "micro_batch_size")
         positive += ("prompts_per_step", "num_iterations", "num_minibatches")
         positive += ("max_new_tokens", "temperature", "clip_eps")
@@ -187,7 +187,9 @@ def run_script(
     if unprinted:
         closed = unprinted[0].errno == errno.EPIPE  # a program that ends by SIGPIPE is silent, too
         what = f"error: the output cannot be printed ({unprinted[0].strerror}); the run is complete"
-        leave(128 + signal.SIGPIPE) if closed else fail(1, what)
+        if closed:
+            leave(128 + signal.SIGPIPE)
+        fail(1, what)
 
 
 def keep_printing() -> list[OSError]:
@@ -273,19 +275,23 @@ def options(args: Any) -> dict[str, Any]:
     return {option(name): value for name, value in asdict(args).items()}
 
 
+def each(value: Any) -> tuple:
+    """The values of an argument that may take several."""
+    return value if isinstance(value, tuple) else (value,)
+
+
 def require_positive(args: Any, *names: str) -> None:
     """Refuse fields that are not above zero. None means "unset" and passes."""
     for name in names:
-        value = getattr(args, name)
-        require(value is None or value > 0, f"--{name.replace('_', '-')} {value}: must be above 0")
+        for value in each(getattr(args, name)):
+            require(value is None or value > 0, f"{option(name)} {value}: must be above 0")
 
 
 def require_not_negative(args: Any, *names: str) -> None:
     """Refuse fields below zero. None means "unset" and passes."""
     for name in names:
         value = getattr(args, name)
-        named = f"--{name.replace('_', '-')} {value}"
-        require(value is None or value >= 0, f"{named}: must be 0 or above")
+        require(value is None or value >= 0, f"{option(name)} {value}: must be 0 or above")
 
 
 LARGEST = 2**31 - 1  # of an integer argument
@@ -299,7 +305,7 @@ def check_values(args: Any) -> None:
     can have. An empty name, as from an unset shell variable, would mean "unset" here."""
     for name, values in vars(args).items():
         named = option(name)
-        for value in values if isinstance(values, tuple) else (values,):
+        for value in each(values):
             if isinstance(value, str):
                 require(bool(value), f"{named} '': is empty; give a value or leave it out")
                 try:
@@ -560,8 +566,7 @@ def require_kind(out: Path, kind: str) -> None:
 def require_outside(out: Path, args: Any) -> None:
     """Refuse an `--out` that holds anything that `args` read: it would be moved or deleted."""
     for name in ("model", "teacher", "data", "eval_data", "media_root"):
-        values = getattr(args, name, None) or ()
-        for value in values if isinstance(values, tuple) else (values,):
+        for value in each(getattr(args, name, None) or ()):
             whole = Path(value if Path(value).exists() else value.rpartition(":")[0] or value)
             inside = out.resolve() in (whole.resolve(), *whole.resolve().parents)
             holds = f"--out {out}: holds {option(name)} {value}, which this command reads"
@@ -998,9 +1003,11 @@ class Run:
             failure = gather([failure])[0]
             require(not failure, failure)
         if stop and rank() == 0:
-            several = f"torchrun --shutdown-timeout 1800 --nproc_per_node={world_size()}"
+            here = os.environ.get("LOCAL_WORLD_SIZE", world_size())  # on this host
+            several = f"torchrun --shutdown-timeout 1800 --nproc_per_node={here}"
             launch = "python" if world_size() == 1 else several
-            resume = [] if "--resume" in sys.argv else ["--resume", "auto"]
+            # Of two --resume the last counts, and a state that was named is not the newest now.
+            resume = [] if self.args.resume == "auto" else ["--resume", "auto"]
             words = shlex.join([*sys.argv, *resume])
             print(f"\nstopped after step {step}; resume with: {launch} {words}")
         return stop
@@ -1245,21 +1252,23 @@ def fingerprint_inputs(args: Any) -> dict[str, str]:
         if not (path := getattr(args, name, None)):
             continue
         label, of_data = option(name), name.endswith("data")
-        files = data_files(path)
-        if not of_data:
+        if of_data:
+            files = data_files(path)
+        else:
             kinds = ("*.json", "*.txt", "*.jinja", "*.safetensors")
             files = sorted(file for kind in kinds for file in Path(path).glob(kind))
-        try:
-            for file in files:
-                root, blocks = os.path.commonpath([x.parent for x in files]), BLOCKS // len(files)
-                prints[f"{label} {file.relative_to(root)}"] = fingerprint(file, max(2, blocks))
-        except OSError as error:
-            raise UsageError(f"{label}: {file} cannot be read ({error.strerror})") from None
         if not files:
             kind = "dataset" if of_data else "model"
             folder = f"{kind}s--{path.partition(':')[0].replace('/', '--')}"
             commit = Path(HF_HUB_CACHE, folder, "refs", "main")
             prints[label] = commit.read_text() if commit.is_file() else "none"
+            continue
+        root, blocks = os.path.commonpath([file.parent for file in files]), BLOCKS // len(files)
+        for file in files:
+            try:
+                prints[f"{label} {file.relative_to(root)}"] = fingerprint(file, max(2, blocks))
+            except OSError as error:
+                raise UsageError(f"{label}: {file} cannot be read ({error.strerror})") from None
     return prints
 
 
@@ -1371,8 +1380,7 @@ def same_inputs(args: Any) -> str:
     for name in names:
         value = getattr(args, name, None)
         if value and value != getattr(type(args), name):
-            values = value if isinstance(value, tuple) else (value,)
-            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+            words += [option(name), *map(str, each(value))]
     return "".join(f" {shlex.quote(word)}" for word in words)
 
 

@@ -436,16 +436,14 @@ class DataFile:
         example = read_example(fields)
         media, size = [], 0
         for kind, source, clip in self.media_sources(fields, example):
+            flags = {"frames": self.frames, "fps": None if "frames" in clip else self.fps}
             if kind == "image":
                 medium = Media([read_image(source)])
             elif isinstance(source, list):
                 rate = clip.pop("fps", 2.0)
-                medium = read_frames(
-                    source, rate, **{"frames": self.frames, "fps": self.fps} | clip
-                )
+                medium = read_frames(source, rate, **flags | clip)
             else:
-                frames = None if "frames" in clip else self.fps
-                medium = read_video(source, **{"frames": self.frames, "fps": frames} | clip)
+                medium = read_video(source, **flags | clip)
             media.append(medium)
             size += sum(3 * frame.width * frame.height for frame in medium.frames)
             if size > MAX_FRAME_BYTES:
@@ -510,11 +508,8 @@ class DataFile:
 
     def find(self, path: str) -> Path:
         """The file that `path` names under one of the roots; targets of links are checked too."""
-        outside, folder, wanted = (
-            False,
-            False,
-            "give a path under --media-root, or the bytes in Parquet",
-        )
+        outside = folder = False
+        wanted = "give a path under --media-root, or the bytes in Parquet"
         if scheme := re.match(r"(data:|[a-z][a-z0-9+]+://)", path):
             raise BadRow(f"path {path[:40]!r} is an address ({scheme[0]}); {wanted}")
         for root in self.roots:
@@ -576,11 +571,8 @@ def read_chat(turns: list[Any]) -> dict[str, Any]:
                 kind = str(part.get("type")).removesuffix("_url")
                 if kind in ("image", "video"):
                     text += f"<{kind}>"
-                    medium = part.get(part["type"])
-                    medium = (
-                        medium if isinstance(medium, dict) else {"path": medium or part.get("path")}
-                    )
-                    medium = part | medium
+                    named = part.get(part["type"]) or part.get("path")
+                    medium = part | (named if isinstance(named, dict) else {"path": named})
                     fields[f"{kind}s"] += [medium] if medium_source(medium) else []
                 else:
                     text += part["text"]

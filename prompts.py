@@ -226,9 +226,7 @@ def render_turn(
     Raises:
         ValueError: the chat template does not render every part once, in order.
     """
-    content = [
-        {"type": kind, **({"text": SLOTS[kind]} if kind == "text" else {})} for kind in kinds
-    ]
+    content = [{"type": kind} | ({"text": SLOTS[kind]} if kind == "text" else {}) for kind in kinds]
     turn = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}],
         chat_template=template,
@@ -272,12 +270,8 @@ def read_prompt_config(files: dict[str, bytes]) -> PromptConfig | None:
 def template_fault(tokenizer: Any, template: str) -> str:
     """The fault of a chat template in words, or "" if it works."""
     try:
-        for kinds in (
-            ["image", "text"],
-            ["video", "text"],
-            ["text"],
-            ["text", "video"] * 2 + ["image"],
-        ):
+        several = ["text", "video"] * 2 + ["image"]
+        for kinds in (["image", "text"], ["video", "text"], ["text"], several):
             pieces = render_turn(tokenizer, kinds, template)
         opens = pieces != render_turn(tokenizer, kinds, template, open_response=False)
         return "" if opens or "assistant" in pieces[-1] else "ignores add_generation_prompt"
@@ -286,24 +280,23 @@ def template_fault(tokenizer: Any, template: str) -> str:
 
 
 def require_bounded(tokenizer: Any, templates: Sequence[str]) -> None:
-    """Try chat templates in a process of their own, which has 2 seconds and 1 GB: a template is a
-    program, and may render for ever.
+    """Try chat templates in a process of their own, which gets 2 seconds and 1 GB: a template is a
+    program, and may never end.
 
     Raises:
-        ValueError: that is not enough.
+        ValueError: a template needs more, or crashes.
     """
     child = os.fork()
     if child == 0:
         try:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(60)  # in case it waits for a lock that another thread held
-            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             spent = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
-            for limit, value in (
-                (resource.RLIMIT_CORE, 0),
-                (resource.RLIMIT_CPU, spent + 2),
-                (resource.RLIMIT_AS, used + 2**30),
-            ):
+            limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_CPU: spent + 2}
+            if (statm := Path("/proc/self/statm")).exists():  # not on macOS
+                used = int(statm.read_text().split()[0]) * resource.getpagesize()
+                limits[resource.RLIMIT_AS] = used + 2**30
+            for limit, value in limits.items():
                 resource.setrlimit(limit, (value, value))
             for template in templates:
                 template_fault(tokenizer, template)
@@ -327,14 +320,11 @@ def repair_turns(processor: Processor) -> str:
     tokenizer, files, changes = processor.tokenizer, processor.files, []
     own = tokenizer.chat_template
     own = own.get("default") if isinstance(own, dict) else own
-    legacy = files.get("chat_template.json")  # AutoProcessor prefers this one
-    if legacy is not None:
-        content = json.loads(legacy)
-        legacy = content.get("chat_template") if isinstance(content, dict) else None
+    legacy = None
+    if "chat_template.json" in files:  # AutoProcessor prefers this one
+        legacy = json.loads(files["chat_template.json"]).get("chat_template")
         if not isinstance(legacy, str):
-            raise ValueError(
-                "its chat_template.json holds no chat_template; fix or delete that file"
-            )
+            raise ValueError("its chat_template.json has no chat_template; fix or delete that file")
     templates = [x for x in (own, legacy) if isinstance(x, str) and x]
     require_bounded(tokenizer, templates)
     faults = {template: template_fault(tokenizer, template) for template in templates}

@@ -124,8 +124,8 @@ class RunArgs:
     resume: str | None = None
     """Resume from this state; `auto`: from the newest intact state in OUT, if there is one."""
     allow_changed_args: bool = False
-    """Resume even if arguments that affect the result, or input files, differ from those of the
-    state."""
+    """Resume even if input files, or arguments that affect the result, have changed since the
+    state was saved."""
 
     def __post_init__(self) -> None:
         """Check the ranges of these arguments, and of those that most scripts declare."""
@@ -193,10 +193,12 @@ def run_script(
 
 
 def keep_printing() -> list[OSError]:
-    """Let a run go on when its output cannot be printed, because the pipe is closed or the disk
-    full: the rest of that output is dropped. Returns a list, to which such errors are added. What
-    the output cannot encode is printed as an escape sequence. An output that was closed before the
-    start gets a device, so that no file of the run takes its number."""
+    """Let a run continue when its output cannot be printed, because the pipe is closed or the disk
+    is full: the rest of the output is dropped. Returns a list, to which such errors are added.
+
+    Characters that the output cannot encode are printed as escape sequences. An output that was
+    closed before the start is opened on the null device, so that no file of the run gets its
+    descriptor."""
     errors = []
 
     def guard(stream: TextIO, write: Callable) -> Callable:
@@ -243,8 +245,8 @@ def fail(status: int, message: str) -> NoReturn:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process and its readers at once. The interpreter's cleanup would wait for threads of
-    libraries, as those that read Parquet, or abort in them."""
+    """End this process and its readers at once. The interpreter's cleanup would wait for libraries'
+    threads, such as those that read Parquet, or abort in them."""
     sys.stdout.flush()
     sys.stderr.flush()
     end_readers()
@@ -301,8 +303,8 @@ BOUNDS |= {"epochs": (1e-9, 1e6)}
 
 
 def check_values(args: Any) -> None:
-    """Refuse numbers that are not finite or that nothing can compute with, and names that no file
-    can have. An empty name, as from an unset shell variable, would mean "unset" here."""
+    """Refuse numbers that are not finite or too large to compute with, and names that no file can
+    have. An empty name, as from an unset shell variable, would otherwise mean "unset"."""
     for name, values in vars(args).items():
         named = option(name)
         for value in each(values):
@@ -547,7 +549,7 @@ def write_record(out: Path, kind: str, settings: dict[str, Any]) -> None:
 
 
 def read_record(out: Path) -> dict[str, Any]:
-    """The content of `args.json`; empty if it is missing or nothing that `write_record` wrote."""
+    """The content of `args.json`; empty unless `write_record` wrote that file."""
     try:
         record = json.loads((out / "args.json").read_bytes())
     except (OSError, ValueError):
@@ -559,7 +561,7 @@ def require_kind(out: Path, kind: str) -> None:
     """Refuse an `--out` that is a file, or whose content was not made by this `kind` of program."""
     require(not out.exists() or out.is_dir(), f"--out {out}: is a file; choose another")
     found = read_record(out).get("made_by")
-    other = f"holds another program's {found}" if found else f"exists and is no {kind}"
+    other = f"holds another program's {found}" if found else f"exists, but holds no {kind}"
     require(not content_of(out) or found == kind, f"--out {out}: {other}; choose another")
 
 
@@ -683,8 +685,8 @@ def start_wandb(args: Any, state: "State | None") -> Any:
 
 @dataclass
 class BadRows:
-    """Counts and names the bad rows. It stops the run when they are more than `max_fraction` of the
-    rows read so far, or of the file's first 1,000."""
+    """Counts and names the bad rows. It stops the run when they exceed `max_fraction` of the rows
+    read so far, or of 1,000 rows if fewer were read."""
 
     max_fraction: float = 0.0
     rows: int = 0
@@ -792,7 +794,7 @@ class Run:
             self.log_tensorboard(line)
 
     def require_length(self, name: str, length: int) -> None:
-        """Refuse a file of lines that is shorter than at the state, or has no line's end there."""
+        """Refuse a file that is shorter than it was at the state, or in which no line ends there."""
         path, last = self.out / name, b""
         there = path.stat().st_size if path.exists() else 0
         if there >= length > 0:
@@ -1138,7 +1140,7 @@ def choose_state(args: Any) -> dict[str, Any] | None:
     path = saved[-1] if args.resume == "auto" else Path(args.resume)
     named = f"--resume {args.resume}"
     known = path.resolve() in [p.resolve() for p in saved]
-    choices = f"is no state of --out {args.out}; give one of its state/step-*, or auto"
+    choices = f"is not a state of --out {args.out}; give one of its state/step-*, or auto"
     require(known, f"{named}: {choices}")
     with readable(named, path):
         state = json.loads(own_file(path / "state.json").read_bytes()) | {"path": path}
@@ -1149,8 +1151,8 @@ def choose_state(args: Any) -> dict[str, Any] | None:
             raise ValueError("state.json is damaged")
         by = state.get("definitions", 1)
         changes = [CHANGES[n] for n in range(by + 1, DEFINITIONS + 1)]
-        changes = changes or ["those of a later version"]
-        remedy = "finish it with the version that wrote it, or train again; where your script and"
+        changes = changes or ["it is of a later version"]
+        remedy = "finish the run with the version that wrote it, or train again; if your script and"
         remedy += " flags do not depend on this, --allow-changed-args resumes it"
         same = by == DEFINITIONS or args.allow_changed_args
         other = "was written by a version that computes something else"
@@ -1202,10 +1204,10 @@ MOST_FILES = 500_000  # in a directory of a data set, its media included
 
 
 def data_files(path: str | None) -> list[Path]:
-    """The local files that `--data` names: a file, or those of a directory's data set.
+    """The local files that `--data` names: a file, or the data files of a directory.
 
     Raises:
-        UsageError: one of them is not a regular file, which might wait for ever, or the directory
+        UsageError: one of them is not a regular file (a pipe might wait for ever), or the directory
             holds too many files to be a data set.
     """
     if not path:
@@ -1225,12 +1227,12 @@ def data_files(path: str | None) -> list[Path]:
     return sorted(tables or files)
 
 
-BLOCK, BLOCKS = 2**18, 2**10  # bytes of a block, and the number that is read of an argument's files
+BLOCK, BLOCKS = 2**18, 2**10  # bytes in a block, and blocks that are read for one argument
 
 
 def fingerprint(path: Path, blocks: int) -> str:
-    """A hash of a file's size and content: of all of it up to `blocks` blocks of 256 KB, otherwise
-    of that many, evenly spaced from its first byte to its last."""
+    """A hash of a file's size and content. Of a file with more than `blocks` blocks of 256 KB, only
+    so many are read, evenly spaced from its first byte to its last."""
     size = path.stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=8)
     with path.open("rb") as file:
@@ -1242,10 +1244,10 @@ def fingerprint(path: Path, blocks: int) -> str:
 
 def fingerprint_inputs(args: Any) -> dict[str, str]:
     """The fingerprint of every file of `--model`, `--teacher`, `--data` and `--eval-data`, by
-    argument and name; for what comes from the hub, the commit.
+    argument and name; for a hub name, the commit.
 
-    It takes at most 256 MB of an argument, but both ends of each file: a changed label of a JSON
-    file is seen up to that size, and Parquet's footer always.
+    At most 256 MB are read for one argument, but always both ends of each file. So a changed label
+    in a JSON file is noticed up to that size, and a changed Parquet footer at any size.
     """
     prints = {}
     for name in ("model", "teacher", "data", "eval_data"):

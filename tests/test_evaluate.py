@@ -66,7 +66,7 @@ def test_another_evaluation_is_not_mixed_in(cold_start, tmp_path, monkeypatch):
         evaluate.main(replace(args, examples=5))
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "main.tex").touch()
-    with pytest.raises(runs.UsageError, match="is no evaluation"):
+    with pytest.raises(runs.UsageError, match="holds no evaluation"):
         evaluate.main(replace(args, out=str(tmp_path / "thesis"), overwrite=True))
 
 

@@ -16,8 +16,8 @@ marked `# Attention` and the functions `attention_policy`, `divergence` and `fra
 
 [ours] marks what the paper does not say, or says in two ways: the choices of kd_baseline.py, and
   1. gamma_attn is 1. The paper tried 0.05, 0.5 and 1, and does not say which made its tables.
-  2. The predicting row, the mean over tokens, other layers and other divergences: the paper has its
-     own row (eq. 2), the sum, the last layer of both models and JSD alone.
+  2. The predicting row, the mean over tokens and other layers: the paper has the own row (eq. 2),
+     the sum, and the last layer of both models.
   3. `--attn-bins frames`, as in CAPD, a successor for videos of 2026; see `frame_bins`.
 
     python sft.py --toy-size large --stop-accuracy 0.99 --eval-above 0.8 --out runs/teacher

@@ -152,7 +152,7 @@ class Reader:
         try:
             items = iter(loader)
         except OSError as error:
-            reason = f"cannot be started ({error.strerror}); give fewer, or 0"
+            reason = f"the readers cannot be started ({error.strerror}); give fewer, or 0"
             raise UsageError(f"--workers {self.workers}: {reason}") from None
         return map(pickle.loads, items)
 
@@ -179,7 +179,7 @@ def end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-atexit.register(end_readers)  # where a script does not, as in a notebook
+atexit.register(end_readers)  # for programs that do not end with `leave`, such as a notebook
 
 
 def check_files(args: Any, is_toy: bool) -> None:
@@ -206,8 +206,8 @@ def open_data(
     args: Any, encode: Callable[[Example], Prompt], task: Any = None, *, keep_media: bool = False
 ) -> tuple[Reader, Iterable[Prompt], BadRows]:
     """Open the training prompts (see `Reader.begin`) and this rank's share of the evaluation
-    prompts; returns both with the record of bad rows. Without `--data`, they are those of the toy's
-    `task`. `keep_media` is for rewards that see the training prompts' media.
+    prompts; returns both with the record of bad rows. Without `--data`, the toy's `task` makes
+    them. `keep_media` is for rewards that see the training prompts' media.
 
     Without `--eval-data`, up to `eval_examples` rows are held out for evaluation: rows behind those
     that `--rows` trains on, if there are any, else at most a tenth of the rows to train on. They

@@ -230,8 +230,8 @@ class Args:
     overwrite: bool = False
     """Start over and replace the content of OUT."""
     think: bool = True
-    """Ask for a thought, then the answer, or for the answer alone. The default is that of the
-    checkpoint's training run."""
+    """Ask for a thought, then the answer, or for the answer alone. Default: as in the checkpoint's
+    training run."""
     frames: tuple[int | None, ...] = (None,)
     """Frames per video, evenly spaced, or at most with --fps; one setting per value. Unset: --fps a
     second, at most 128, as in training; on the toy, as its checkpoint. The paper's sweep: 32, 64
@@ -260,7 +260,7 @@ class Args:
     """Maximum length of a response in tokens."""
     accuracy_rule: Literal["by-type", "exact"] = "by-type"
     """How an answer is compared with the solution: by problem type, as in Video-R1, or by exact
-    match (paper). The default is that of the checkpoint's training run."""
+    match (paper). Default: as in the checkpoint's training run."""
     attn_layer: int = -1
     """Decoder layer whose attention is drawn, counted from 0, or from the end if negative."""
     gaze: int = 0

@@ -30,7 +30,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 
 from runs import gather, require
 
-# The minimum tokens of a video frame. Checkpoints do not state it; it is that of qwen-vl-utils.
+# The minimum tokens of a video frame, as in qwen-vl-utils. Checkpoints do not state it.
 FRAME_LEAST = 128
 Features = tuple[Tensor, ...]
 
@@ -362,7 +362,7 @@ def encode_prompt(processor: Processor, example: Example) -> Prompt:
     split, so an `<|image_pad|>` in a data file remains text and never becomes a placeholder.
 
     Raises:
-        ValueError: the markers in the text are not those of the media, or the chat template fails.
+        ValueError: the markers in the text do not match the media, or the chat template fails.
         UsageError: the model always thinks, and is asked not to.
     """
     encode = partial(processor.tokenizer.encode, add_special_tokens=False)
@@ -503,7 +503,7 @@ def mrope_positions(length: int, blocks: Sequence[Block]) -> Tensor:
 @dataclass
 class PromptBatch:
     """B prompts, left-padded to P: `ids` (B, P), `positions` (3, B, P), and `mask` (B, P), or None
-    without padding. `patches` (B, P) are those of `Prompt.patches`, on the CPU.
+    without padding. `patches` (B, P) come from `Prompt.patches` and are on the CPU.
 
     `blocks[b]` are the vision blocks of prompt b, and `features[b]` their visual features, computed
     once and reused by every pass; see `visual_features`. If the vision encoder is trained,
@@ -534,18 +534,18 @@ class PromptBatch:
         )
 
 
-# Patches that the vision encoder takes at once, unless one block has more: 128 frames of 128 tokens
-# a pair. It needs some 50 KB for each.
+# Patches that the vision encoder takes at once, unless one block has more. As many as 128 frames
+# have at 128 tokens a pair. The encoder needs some 50 KB for each.
 ENCODER_CHUNK = 2**15
 
 
 def visual_features(model: Module, blocks: Sequence[Sequence[Block]]) -> list[list[Features]]:
-    """Visual features of the blocks of each prompt: of each block (visual tokens, hidden) and, with
-    Qwen3-VL, those that are added after the first layers.
+    """Visual features of each prompt's blocks: (visual tokens, hidden) of each block and, with
+    Qwen3-VL, the features that are added after the first layers.
 
-    The encoder takes blocks of up to `ENCODER_CHUNK` patches in a call. Every rank must call it
-    equally often, and its gradient, unless the weights are gathered. So a rank without blocks left
-    encodes a blank image and gives an empty slice of its features to the last prompt.
+    The encoder takes blocks of up to `ENCODER_CHUNK` patches in a call. Unless the weights are
+    gathered, every rank must run it equally often, forward and backward. So a rank that has no
+    blocks left encodes a blank image, and an empty slice of its features goes to the last prompt.
     """
     config = model.config.vision_config
     merge, values = config.spatial_merge_size, 3 * config.temporal_patch_size * config.patch_size**2

@@ -794,7 +794,7 @@ class Run:
             self.log_tensorboard(line)
 
     def require_length(self, name: str, length: int) -> None:
-        """Refuse a file that is shorter than it was at the state, or in which no line ends there."""
+        """Refuse a file that is shorter than at the state, or in which no line ends there."""
         path, last = self.out / name, b""
         there = path.stat().st_size if path.exists() else 0
         if there >= length > 0:

@@ -126,9 +126,9 @@ class Args(runs.RunArgs):
     teacher_attn_layer: int = -1  # Attention
     """The teacher's layer, counted in the same way. Paper: the last."""
     attn_row: Literal["own", "predicting"] = "own"  # Attention (eq. 2)
-    """Attention row of token y_t. `own`: that of its own position, with its own column removed and
-    the rest renormalised (paper). `predicting`: that of the position before, whose output predicts
-    y_t [ours]."""
+    """Attention row of token y_t. `own`: the row of its own position, without its own column and
+    renormalised (paper). `predicting`: the row of the position before, whose output predicts y_t
+    [ours]."""
     attn_reduction: Literal["sum", "mean"] = "sum"  # Attention (eq. 5)
     """A response's divergence is the sum over its tokens (paper), or their mean [ours], as in L_RL
     and L_GKD. For a response of 300 tokens, the sum makes gamma_attn weigh 300 times as much."""

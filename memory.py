@@ -227,4 +227,6 @@ def shorter(args: Any, tokens: int) -> dict[str, int]:
     now = {"frames": args.frames or (MAX_FRAMES if args.data else 0)}
     now |= {"image_tokens": (args.image_tokens or sys.maxsize) if args.data else 0}
     limits = {"frames": 2 * tokens // (args.frame_tokens or tokens), "image_tokens": tokens}
-    return {name: value for name, value in limits.items() if value < now[name]}
+    lower = {name: value for name, value in limits.items() if value < now[name]}
+    alone = "frames" in lower and args.frames is None and args.fps is None
+    return {"fps": 1} | lower if alone else lower  # --frames alone would replace a frame a second

@@ -294,7 +294,7 @@ def try_processor(processor: Processor) -> None:
     text, vision = config.get_text_config(), config.vision_config
     largest = max(tokenizer.get_vocab().values())
     if largest >= text.vocab_size:
-        raise ValueError(f"its tokenizer has a token {largest}, its config only {text.vocab_size}")
+        raise ValueError(f"its tokenizer has the id {largest}, its config {text.vocab_size} tokens")
     for kind in ("image", "video"):
         names = ("vision_start_token_id", f"{kind}_token_id", "vision_end_token_id")
         known = [getattr(config, name) for name in names]

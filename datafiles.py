@@ -362,8 +362,8 @@ class DataFile:
         require(len(self) > 0, "has no rows")
         present, reason = set(self.schema.names if self.schema else ()), ""
         unread = {name for name in present if PERHAPS_MEDIA.search(name)}
-        for field in self.schema or ():
-            unread |= {field.name} if "binary" in str(field.type) else set()  # {bytes, path}, too
+        # The type of a column of {bytes, path} has "binary" in it, too.
+        unread |= {field.name for field in self.schema or () if "binary" in str(field.type)}
         for row in range(0 if present else min(100, len(self))):
             try:
                 fields = self.fields(row)
@@ -371,7 +371,8 @@ class DataFile:
                 for name, value in fields.items():
                     value = value[0] if isinstance(value, list) and value else value
                     is_path = isinstance(value, str) and MEDIA_PATH.fullmatch(value[:1000])
-                    unread |= {name} if is_path or PERHAPS_MEDIA.search(name) else set()
+                    if is_path or PERHAPS_MEDIA.search(name):
+                        unread.add(name)
             except BadRow as error:
                 reason = reason or f"{self.place(row)} {error}"
                 if row == 1 and not present:  # not JSON lines, perhaps a dictionary around rows

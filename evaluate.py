@@ -480,6 +480,8 @@ def main(args: Args) -> dict[str, float]:
             if shown:
                 page = out / f"gaze{label and f'-{label}'}.html"
                 draw_page(page, {label or base.name: shown}, f"{args.model} {label}")
+            if bad_rows.file is not None:
+                bad_rows.file.close()
             runs.require(len(results[setting]) > 0, f"--data {args.data}: no row can be used")
     results = {setting: results[setting] for setting in sweep}
     text = table(results, varied)

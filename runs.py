@@ -445,8 +445,8 @@ def from_rank_0(action: Callable[[], Any]) -> Any:
 
 
 def require_same_on_ranks(facts: dict[str, Any]) -> None:
-    """Refuse facts that differ between ranks, such as the number of rows that each has on its disk:
-    ranks that decide differently wait for each other without end. The keys name the facts."""
+    """Refuse facts that differ between ranks, such as the number of rows that each finds on its
+    disk: ranks that decide differently would wait for each other for ever. Keys name the facts."""
     ours, *others = gather([facts])
     for number, theirs in enumerate(others, 1):
         for name in ours | theirs:
@@ -806,8 +806,8 @@ class Run:
         require(intact, f"{short} ({there} of {length} bytes); give an earlier one")
 
     def move_later_states(self) -> None:
-        """Rename the states after the one that is resumed, so that `auto` does not find them.
-        `write_state` deletes them once it has written the first new one."""
+        """Rename the states after the resumed one, so that `auto` does not find them. `write_state`
+        deletes them once it has written a new state."""
         for later in good_states(self.out):
             if self.state is not None and step_of(later) > self.state.step:
                 aside = later.with_suffix(".later")
@@ -902,15 +902,16 @@ class Run:
             UsageError: the message names the prompts and the last good state.
         """
         if not math.isfinite(metrics["train/grad_norm"]):
-            rows = ", ".join(prompt.example.name or "of the toy" for prompt in prompts[:8])
+            names = [prompt.example.name for prompt in prompts[:8]]
+            rows = ", ".join(filter(None, names)) or "of the toy"
             saved = from_rank_0(partial(good_states, self.out))
             last = f"the last good state is {saved[-1]}" if saved else "no state yet"
             raise UsageError(f"step {step}: the gradient is not finite; prompts: {rows}; {last}")
 
     def interrupt(self, number: int, frame: Any) -> None:
-        """Handle one of `STOP_SIGNALS`: finish the step. A second signal kills a single-process run
-        at once. Multi-process runs ignore it, because the scheduler and torchrun may each send
-        one."""
+        """Handle one of `STOP_SIGNALS`: let the step finish. A second signal ends a run of one
+        process at once. With several processes it is ignored, because the scheduler and torchrun
+        may each send one."""
         self.signal = number
         if world_size() == 1:
             signal.signal(number, self.handlers[number])
@@ -1048,13 +1049,12 @@ def why_equal(steps: Sequence[dict[str, float]]) -> str:
         sum(x[f"rollout/{n}"] for x in steps) / len(steps) for n in names
     )
     if formats < 0.01 and truncated > 0.5:
-        return (
-            f"{truncated:.0%} of the responses are cut off before their end: raise --max-new-tokens"
-        )
+        cut = f"{truncated:.0%} of the responses are cut off before their end"
+        return f"{cut}: raise --max-new-tokens"
     if formats < 0.01:
-        return "no response has the format that is asked for: teach it with sft.py first"
+        return "no response has the requested format: teach it with sft.py first"
     if accuracies > 0.99:
-        return "all are right: train on harder data"
+        return "all are correct: train on harder data"
     if accuracies < 0.01:
         check = "see in samples.jsonl whether responses and solutions can match"
         return f"all are wrong: {check}, train with sft.py first, or on easier data"
@@ -1133,7 +1133,7 @@ def read_state(args: Any) -> dict[str, Any] | None:
 
 
 def choose_state(args: Any) -> dict[str, Any] | None:
-    """What `read_state` returns, from this rank's disk."""
+    """Do what `read_state` says, on this rank's disk."""
     saved = good_states(Path(args.out))
     if args.resume == "auto" and not saved:
         return None
@@ -1162,8 +1162,8 @@ def choose_state(args: Any) -> dict[str, Any] | None:
 
 
 def find_state(args: Any) -> State | None:
-    """The state that `--resume` names, or with `auto` the newest good one of the run, if there is
-    one. On all ranks, arguments and input files must be the same.
+    """The state that `--resume` names or, with `auto`, the newest good one of the run; None if
+    there is none. Arguments and input files must be the same on all ranks.
 
     Raises:
         Finished: no steps are left.
@@ -1336,8 +1336,8 @@ def random_state() -> dict[str, Any]:
 
 
 def load_state(named: str, path: Path, model: Module, optimizer: Optimizer) -> None:
-    """Load weights, moments and random number generators from a state that rank 0 reads, one
-    parameter at a time, and sends to the other ranks in shards. `named` begins an error."""
+    """Load weights, moments and random number generators from a state. Rank 0 reads one parameter
+    at a time and sends the other ranks their shards. `named` begins an error message."""
 
     def read(name: str, shape: torch.Size) -> dict[str, Tensor]:
         with readable(named, path):

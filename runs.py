@@ -238,7 +238,7 @@ def given_options() -> Namespace:
 
 
 def fail(status: int, message: str) -> NoReturn:
-    """Print a message and end this process. Other ranks wait for it: torchrun ends them then."""
+    """Print a message and end this process. The other ranks would wait; torchrun ends them."""
     sys.stdout.flush()
     print(message, file=sys.stderr)
     leave(status)
@@ -368,7 +368,7 @@ def start_ranks() -> None:
     group of one, so there is only one code path.
 
     Raises:
-        UsageError: several processes are announced, as by a scheduler, but not by torchrun.
+        UsageError: a scheduler, but not torchrun, announces several processes.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     lacking = [name for name in names if not os.environ.get(name)]
@@ -565,14 +565,19 @@ def require_kind(out: Path, kind: str) -> None:
     require(not content_of(out) or found == kind, f"--out {out}: {other}; choose another")
 
 
+def without_split(name: str) -> Path:
+    """The path in an argument such as `--data`, without a `:SPLIT` after it."""
+    return Path(name if Path(name).exists() else name.rpartition(":")[0] or name)
+
+
 def require_outside(out: Path, args: Any) -> None:
     """Refuse an `--out` that holds anything that `args` read: it would be moved or deleted."""
     for name in ("model", "teacher", "data", "eval_data", "media_root"):
         for value in each(getattr(args, name, None) or ()):
-            whole = Path(value if Path(value).exists() else value.rpartition(":")[0] or value)
-            inside = out.resolve() in (whole.resolve(), *whole.resolve().parents)
+            path = without_split(value)
+            inside = out.resolve() in (path.resolve(), *path.resolve().parents)
             holds = f"--out {out}: holds {option(name)} {value}, which this command reads"
-            require(not inside or not whole.exists(), f"{holds}; choose another")
+            require(not inside or not path.exists(), f"{holds}; choose another")
 
 
 def clear(out: Path, names: str) -> None:
@@ -1212,7 +1217,7 @@ def data_files(path: str | None) -> list[Path]:
     """
     if not path:
         return []
-    place = Path(path if Path(path).exists() else path.rpartition(":")[0] or path)
+    place = without_split(path)
     if place.is_file():
         return [place]
     files = []

@@ -16,8 +16,8 @@ marked `# Attention` and the functions `attention_policy`, `divergence` and `fra
 
 [ours] marks what the paper does not say, or says in two ways: the choices of kd_baseline.py, and
   1. gamma_attn is 1. The paper tried 0.05, 0.5 and 1, and does not say which made its tables.
-  2. The predicting row, the mean over tokens, other layers and other divergences: the paper has its
-     own row (eq. 2), the sum, the last layer of both models and JSD alone.
+  2. The predicting row, the mean over tokens and other layers: the paper has the own row (eq. 2),
+     the sum, and the last layer of both models.
   3. `--attn-bins frames`, as in CAPD, a successor for videos of 2026; see `frame_bins`.
 
     python sft.py --toy-size large --stop-accuracy 0.99 --eval-above 0.8 --out runs/teacher
@@ -126,9 +126,9 @@ class Args(runs.RunArgs):
     teacher_attn_layer: int = -1  # Attention
     """The teacher's layer, counted in the same way. Paper: the last."""
     attn_row: Literal["own", "predicting"] = "own"  # Attention (eq. 2)
-    """Attention row of token y_t. `own`: that of its own position, with its own column removed and
-    the rest renormalised (paper). `predicting`: that of the position before, whose output predicts
-    y_t [ours]."""
+    """Attention row of token y_t. `own`: the row of its own position, without its own column and
+    renormalised (paper). `predicting`: the row of the position before, whose output predicts y_t
+    [ours]."""
     attn_reduction: Literal["sum", "mean"] = "sum"  # Attention (eq. 5)
     """A response's divergence is the sum over its tokens (paper), or their mean [ours], as in L_RL
     and L_GKD. For a response of 300 tokens, the sum makes gamma_attn weigh 300 times as much."""

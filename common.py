@@ -94,7 +94,7 @@ transformers_logging.disable_progress_bar()
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 REMEDY = "give a checkpoint directory or a hub name (owner/name)"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# The files that are read of a checkpoint beside its weights, and copied into saved ones.
+# A checkpoint's files other than its weights: they are read, and copied into saved checkpoints.
 LARGE = ("tokenizer.json", "vocab.json", "merges.txt", INDEX)  # up to 64 MB, the others 4 MB
 FILES = (*LARGE, "config.json", "generation_config.json", "preprocessor_config.json")
 FILES += ("video_preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
@@ -104,8 +104,8 @@ print_once = cache(print_on_rank_0)  # a run loads a processor several times
 
 
 def hub_client() -> Any:
-    """The client of huggingface_hub, whose requests time out: some of them have no limit of their
-    own, and would wait for ever."""
+    """A client for huggingface_hub whose requests all time out. Some have no limit of their own and
+    would wait for ever."""
 
     def limit(request: Any) -> None:
         times = request.extensions.get("timeout", {})
@@ -137,13 +137,13 @@ def loading(named: str) -> Iterator[None]:
             reason = f"lacks {reason}"
         elif not reason or not isinstance(error, (OSError, ValueError)):
             reason = f"{type(error).__name__} {reason}".strip()
-        remedy = "repair that, or give another checkpoint"
+        remedy = "repair it, or give another checkpoint"
         raise UsageError(f"{named}: {reason}; {remedy}") from None
 
 
 def checkpoint_folder(path: str | Path, field: str, names: Sequence[str]) -> Path:
-    """The directory of a checkpoint. Of a hub name, the files `names` are first downloaded into the
-    cache."""
+    """The directory of a checkpoint. For a hub name, it is in the cache, and the files `names` are
+    downloaded first."""
     named = f"{field} {path}"
     is_name = str(path).count("/") == 1 and not str(path).startswith((".", "/", "runs/"))
     require(Path(path).is_dir() or is_name, f"{named}: no such directory; {REMEDY}")
@@ -162,11 +162,11 @@ def checkpoint_folder(path: str | Path, field: str, names: Sequence[str]) -> Pat
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """The content of those of `FILES` that a checkpoint has.
+    """The content of each of `FILES` that a checkpoint has.
 
     Raises:
-        ValueError: one of them is too large, no JSON, or a link out of the checkpoint (other than
-            into the hub's cache), which a saved checkpoint would pass on.
+        ValueError: one of them is too large, is not JSON, or is a link that leaves the checkpoint
+            for anything but the hub's cache: a saved checkpoint would pass on what it leads to.
     """
     homes = [folder.resolve(), (folder.resolve() / "../../blobs").resolve()]
     files = {}
@@ -181,7 +181,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
         files[path.name] = path.read_bytes()
         try:
             if path.suffix == ".json" and not isinstance(json.loads(files[path.name]), dict):
-                raise ValueError("it is no JSON object")
+                raise ValueError("it is not a JSON object")
         except (ValueError, RecursionError) as error:
             raise ValueError(f"its {path.name} cannot be used ({error})") from None
     return files
@@ -294,7 +294,7 @@ def try_processor(processor: Processor) -> None:
     text, vision = config.get_text_config(), config.vision_config
     largest = max(tokenizer.get_vocab().values())
     if largest >= text.vocab_size:
-        raise ValueError(f"its tokenizer has a token {largest}, its config only {text.vocab_size}")
+        raise ValueError(f"its tokenizer has the id {largest}, its config {text.vocab_size} tokens")
     for kind in ("image", "video"):
         names = ("vision_start_token_id", f"{kind}_token_id", "vision_end_token_id")
         known = [getattr(config, name) for name in names]
@@ -308,7 +308,7 @@ def try_processor(processor: Processor) -> None:
     if text.pad_token_id not in usable:
         text.pad_token_id = min(usable) or None  # `score` takes 0 for None
     if strange := [token for token in processor.end_ids if token not in range(text.vocab_size)]:
-        raise ValueError(f"its eos_token_id has {strange}, which are no tokens of the model")
+        raise ValueError(f"its eos_token_id has {strange}, which the model does not have")
     ours = processor.image_processor
     for name in ("patch_size", "temporal_patch_size", "merge_size"):
         values = getattr(ours, name), getattr(vision, name.replace("merge", "spatial_merge"))
@@ -394,15 +394,15 @@ def load_model(
     else:
         model.to(device())
     if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()  # perf/peak_mem_gb is that of the steps
+        torch.cuda.reset_peak_memory_stats()  # perf/peak_mem_gb is the peak of the steps
     return model
 
 
 def read_model(
     path: str | Path, field: str, processor: Processor, options: dict[str, Any]
 ) -> Module:
-    """Read the weights of a checkpoint into a new model; `options` are those of `from_pretrained`,
-    which sees nothing of the checkpoint but its safetensors files."""
+    """Read the weights of a checkpoint into a new model. `from_pretrained`, which takes `options`,
+    sees only the checkpoint's safetensors files."""
     folder = checkpoint_folder(path, field, [WEIGHTS, INDEX])
     names = weight_files(folder)
     if names != [WEIGHTS]:
@@ -432,7 +432,8 @@ def read_model(
 
 
 def is_tied(model: Module) -> bool:
-    """Whether the output layer is the embedding. The config may say so of files that hold two."""
+    """Whether the output layer shares the embedding's weights. The config may claim it although the
+    files hold both."""
     return model.lm_head.weight is model.get_input_embeddings().weight
 
 
@@ -457,8 +458,8 @@ def add_adapters(model: Module, rank: int, base: str) -> None:
 
 
 def adapted_linear(self: Module, x: Tensor) -> Tensor:
-    """What peft's own forward computes for one adapter without dropout. Its bookkeeping takes
-    longer than the products of one decoded token."""
+    """Compute what peft's own forward does for one adapter without dropout. Peft's bookkeeping
+    takes longer than the matrix products of one decoded token."""
     out = self.base_layer(x)
     if self.disable_adapters:
         return out
@@ -513,7 +514,7 @@ def shard(model: Module) -> None:
 
 def fill(model: Module, weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
     """Send each rank its shard of the weights and a copy of the buffers that rank 0 holds."""
-    with torch.no_grad():  # what is not sharded, one at a time: else it would be there twice
+    with torch.no_grad():  # what is not sharded, one at a time, so that it is never held twice
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if not isinstance(parameter, DTensor):
                 parameter.copy_(weights.pop(name))
@@ -552,7 +553,7 @@ def gathered(model: Module) -> Iterator[None]:
     finally:
         model.is_gathered = False
         for table, hooks in zip(tables, before, strict=True):  # in their order
-            hooks |= table  # and those that came
+            hooks |= table  # with hooks that were added meanwhile
             table.clear()
             table.update(hooks)
         for module in shards:
@@ -601,7 +602,7 @@ def save_model(directory: Path | None, model: Module, processor: Processor) -> N
 def write_files(
     directory: Path, model: Module, processor: Processor, weights: dict[str, Tensor]
 ) -> None:
-    """Write a checkpoint: `weights`, and the files of the model that it was trained from.
+    """Write a checkpoint: `weights`, and the files of the checkpoint that training started from.
 
     Raises:
         UsageError: transformers left weights out.
@@ -633,7 +634,7 @@ def set_config(path: Path, retie: bool, tied: bool) -> None:
 
 
 def empty_model(config: Any, **options: Any) -> Module:
-    """A model with shapes but no weights; `options` are those of `from_pretrained`."""
+    """A model with shapes but no weights; `options` are arguments of `from_config`."""
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, **options)
 

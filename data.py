@@ -27,10 +27,10 @@ from runs import (
     BadRows,
     UsageError,
     end_readers,
+    option,
     print_on_rank_0,
     rank,
     require,
-    require_not_negative,
     require_same_on_ranks,
     world_size,
 )
@@ -152,7 +152,7 @@ class Reader:
         try:
             items = iter(loader)
         except OSError as error:
-            reason = f"cannot be started ({error.strerror}); give fewer, or 0"
+            reason = f"the readers cannot be started ({error.strerror}); give fewer, or 0"
             raise UsageError(f"--workers {self.workers}: {reason}") from None
         return map(pickle.loads, items)
 
@@ -179,7 +179,7 @@ def end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-atexit.register(end_readers)  # where a script does not, as in a notebook
+atexit.register(end_readers)  # for programs that do not end with `leave`, such as a notebook
 
 
 def check_files(args: Any, is_toy: bool) -> None:
@@ -188,15 +188,12 @@ def check_files(args: Any, is_toy: bool) -> None:
     Raises:
         UsageError: the message names the arguments.
     """
-    require_not_negative(args, "workers")
     bounded = any((args.image_tokens, args.min_image_tokens, args.frame_tokens))
     sizes = "--image-tokens, --min-image-tokens, --frame-tokens: on the toy a cell is a token"
     require(not (is_toy and bounded), f"{sizes}; use sft.py --grid")
     if args.data is None:
-        names = ("eval_data", "media_root", "rows", "check_data", "fps")
-        for name in names:
-            given = bool(getattr(args, name))
-            require(not given, f"--{name.replace('_', '-')}: needs --data")
+        for name in ("eval_data", "media_root", "rows", "check_data", "fps"):
+            require(not getattr(args, name), f"{option(name)}: needs --data")
         if not is_toy:
             print_on_rank_0("no --data: training on the built-in task, as a smoke test")
         return
@@ -209,8 +206,8 @@ def open_data(
     args: Any, encode: Callable[[Example], Prompt], task: Any = None, *, keep_media: bool = False
 ) -> tuple[Reader, Iterable[Prompt], BadRows]:
     """Open the training prompts (see `Reader.begin`) and this rank's share of the evaluation
-    prompts; returns both with the record of bad rows. Without `--data`, they are those of the toy's
-    `task`. `keep_media` is for rewards that see the training prompts' media.
+    prompts; returns both with the record of bad rows. Without `--data`, the toy's `task` makes
+    them. `keep_media` is for rewards that see the training prompts' media.
 
     Without `--eval-data`, up to `eval_examples` rows are held out for evaluation: rows behind those
     that `--rows` trains on, if there are any, else at most a tenth of the rows to train on. They
@@ -256,15 +253,15 @@ def check_data(
     """
     require(world_size() == 1, "--check-data: runs in one process; start it without torchrun")
     report = {}
-    for option, path in (("--data", args.data), ("--eval-data", args.eval_data)):
+    for flag, path in (("--data", args.data), ("--eval-data", args.eval_data)):
         if path is None:
             continue
-        file = DataFile(path, args.media_root, args.frames, args.fps, option)
+        file = DataFile(path, args.media_root, args.frames, args.fps, flag)
         bad_rows, rows = BadRows(1.0, len(file)), np.arange(len(file))
         prompts = Prompts(file, encode, rows, max_tokens=args.max_prompt_tokens)
         kinds, lengths, no_number = Counter(), [], []
         reader = Reader(prompts, rows, args.workers, bad_rows)
-        for prompt in tqdm(reader, total=len(rows), desc=f"{option} {path}"):
+        for prompt in tqdm(reader, total=len(rows), desc=f"{flag} {path}"):
             example = prompt.example
             media = [medium.kind for medium in example.media]
             kind = "several" if len(media) > 1 else "".join(media) or "text"
@@ -275,7 +272,7 @@ def check_data(
                 no_number.append(example.name)
         for name, reason in bad_rows.bad.items():
             print(f"bad: {name}: {reason}")
-        print(f"{option} {path}: {len(rows):,} rows, {len(bad_rows.bad):,} bad")
+        print(f"{flag} {path}: {len(rows):,} rows, {len(bad_rows.bad):,} bad")
         for kind, number in sorted(kinds.items()):
             print(f"  {kind:<28}{number:>10,}")
         if no_number:
@@ -283,7 +280,7 @@ def check_data(
             print(f"  {count}: only identical text is correct (example: {example})")
         if lengths:
             print(f"  prompt tokens: median {np.median(lengths):,.0f}, maximum {max(lengths):,}")
-        report |= {f"{option}/rows": len(rows), f"{option}/bad": len(bad_rows.bad)}
+        report |= {f"{flag}/rows": len(rows), f"{flag}/bad": len(bad_rows.bad)}
         few = len(bad_rows.bad) <= args.max_skipped * len(rows)
-        require(few, f"{option} {path}: more than --max-skipped {args.max_skipped} are bad")
+        require(few, f"{flag} {path}: more than --max-skipped {args.max_skipped} are bad")
     return report

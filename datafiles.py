@@ -72,7 +72,7 @@ MEDIA_COLUMNS = {
 PERHAPS_MEDIA = re.compile("image|img|picture|photo|video|clip|frame", re.I)  # in a column's name
 MEDIA_PATH = re.compile(r".*\.(jpe?g|png|webp|gif|bmp|tiff?|mp4|mkv|webm|avi|mov|flv)", re.I)
 # Keys of a row, or of one medium of it, that say which frames of a video are shown, as in Qwen's
-# own tools. With a list of frames, the rate is that of the list.
+# own tools. For a list of frames, `fps` says how many of them are a second.
 CLIP = {"start": ("video_start", "start"), "end": ("video_end", "end"), "frames": ("nframes",)}
 CLIP |= {"fps": ("sample_fps", "fps")}
 # Keys that ask for other pixels or frames; such a row is bad.
@@ -101,8 +101,8 @@ MAX_GROWTH, LEAST_GROWTH = 100, 2**30
 
 
 class JsonLines:
-    """The rows of JSON lines files. In memory are only the place of each line: the number of its
-    file, its offset and its number."""
+    """The rows of JSON lines files. Only the place of each line is in memory: the number of its
+    file, its offset and its own number."""
 
     def __init__(self, files: list[Path]):
         self.files, places = files, array("q")
@@ -166,7 +166,7 @@ def find_files(path: str) -> tuple[Path, list[Path]]:
 
 
 def one_split(names: list[str], split: str, place: str) -> list[str]:
-    """The names of the files of one split, which differ in a number alone."""
+    """The names of the files of one split: they differ only in a number."""
     splits = defaultdict(list)
     for name in names:
         label = SHARD.sub("", os.path.splitext(name)[0])
@@ -251,10 +251,11 @@ def open_arrow(files: list[Path], kind: str) -> tuple[Any, pyarrow.Schema]:
 
 
 def arrow_copy(files: list[Path], cache: Path) -> Path:
-    """Copy the columns of Parquet files that are read to Arrow, where rows can be read singly.
+    """Copy those columns of Parquet files that are used to an Arrow file, whose rows can be read
+    one by one.
 
-    The copy is named by the content of the files (their sizes, and their first and last MB, where
-    the footer has statistics of each column), so it is made once, and again after a change.
+    The copy is named by a hash of each file's size, first and last MB. The last MB has the footer
+    with the statistics of each column. So the copy is made once, and again after a change.
 
     Raises:
         UsageError: a column differs between files, or the copy is far larger than the files.
@@ -292,8 +293,8 @@ def arrow_copy(files: list[Path], cache: Path) -> Path:
 
 
 def shared_schema(files: list[Path]) -> tuple[pyarrow.Schema, int]:
-    """The columns of Parquet files that are read, with types that suit all files with rows, and the
-    size of all rows in bytes as the footers announce it."""
+    """The columns of Parquet files that are used, with types that suit all files with rows, and the
+    size in bytes that the footers announce for all rows."""
     shared, first, announced = None, "", 0
     for file in files:
         with parquet.ParquetFile(file) as rows:
@@ -311,7 +312,7 @@ def shared_schema(files: list[Path]) -> tuple[pyarrow.Schema, int]:
         shared, first = shared or schema, first or file.name
         for name in {*schema.names} ^ {*shared.names}:
             has, lacks = (first, file.name) if name in shared.names else (file.name, first)
-            raise UsageError(f"{has} has the column {name}, {lacks} has not")
+            raise UsageError(f"{has} has the column {name}, but {lacks} does not")
         try:
             shared = pyarrow.unify_schemas([shared, schema])
         except pyarrow.ArrowException as error:
@@ -323,9 +324,9 @@ def shared_schema(files: list[Path]) -> tuple[pyarrow.Schema, int]:
 class DataFile:
     """The rows of a data file as `Example`s, read one at a time.
 
-    `path` is that of `find_files`. `frames` and `fps` are those of `frame_indices`; without both, a
-    video gives a frame a second, as in the paper. Media are searched for under `roots`, by default
-    the file's own directory. Rank 0 prints which columns are read.
+    `path` is passed to `find_files`, `frames` and `fps` to `frame_indices`. Without both, a video
+    gives one frame a second, as in the paper. Media are searched for under `roots`, by default the
+    file's own directory. Rank 0 prints which columns are read.
 
     Raises:
         UsageError: the file or a root does not exist, or the file holds no questions.
@@ -361,8 +362,8 @@ class DataFile:
         require(len(self) > 0, "has no rows")
         present, reason = set(self.schema.names if self.schema else ()), ""
         unread = {name for name in present if PERHAPS_MEDIA.search(name)}
-        for field in self.schema or ():
-            unread |= {field.name} if "binary" in str(field.type) else set()  # {bytes, path}, too
+        # The type of a column of {bytes, path} has "binary" in it, too.
+        unread |= {field.name for field in self.schema or () if "binary" in str(field.type)}
         for row in range(0 if present else min(100, len(self))):
             try:
                 fields = self.fields(row)
@@ -370,7 +371,8 @@ class DataFile:
                 for name, value in fields.items():
                     value = value[0] if isinstance(value, list) and value else value
                     is_path = isinstance(value, str) and MEDIA_PATH.fullmatch(value[:1000])
-                    unread |= {name} if is_path or PERHAPS_MEDIA.search(name) else set()
+                    if is_path or PERHAPS_MEDIA.search(name):
+                        unread.add(name)
             except BadRow as error:
                 reason = reason or f"{self.place(row)} {error}"
                 if row == 1 and not present:  # not JSON lines, perhaps a dictionary around rows
@@ -406,7 +408,7 @@ class DataFile:
         return self.name(row) + (self.rows.place(row) if is_lines else "")
 
     def fields(self, row: int) -> dict[str, Any]:
-        """The columns of a row as they are in the file."""
+        """The columns of a row, as the file has them."""
         try:
             fields = self.rows[row]
             if isinstance(fields, pyarrow.Table):
@@ -436,16 +438,14 @@ class DataFile:
         example = read_example(fields)
         media, size = [], 0
         for kind, source, clip in self.media_sources(fields, example):
+            flags = {"frames": self.frames, "fps": None if "frames" in clip else self.fps}
             if kind == "image":
                 medium = Media([read_image(source)])
             elif isinstance(source, list):
                 rate = clip.pop("fps", 2.0)
-                medium = read_frames(
-                    source, rate, **{"frames": self.frames, "fps": self.fps} | clip
-                )
+                medium = read_frames(source, rate, **flags | clip)
             else:
-                frames = None if "frames" in clip else self.fps
-                medium = read_video(source, **{"frames": self.frames, "fps": frames} | clip)
+                medium = read_video(source, **flags | clip)
             media.append(medium)
             size += sum(3 * frame.width * frame.height for frame in medium.frames)
             if size > MAX_FRAME_BYTES:
@@ -455,9 +455,9 @@ class DataFile:
     def media_sources(
         self, fields: dict[str, Any], example: Example
     ) -> list[tuple[str, Any, dict[str, float]]]:
-        """For each medium of a row, "image" or "video", its file or content (of a video perhaps a
-        list of frames), and what `read_clip` returns; in the order of the markers in the text.
-        Without markers, images come first."""
+        """For each medium of a row: "image" or "video", its file or content (a list, if a video is
+        given as frames), and the result of `read_clip`. The order is that of the markers in the
+        text; without markers, images come first."""
         found, data_type = [], fields["data_type"] or None
         for kind, names in MEDIA_COLUMNS.items():
             name = next(filter(fields.get, names), None)
@@ -510,11 +510,8 @@ class DataFile:
 
     def find(self, path: str) -> Path:
         """The file that `path` names under one of the roots; targets of links are checked too."""
-        outside, folder, wanted = (
-            False,
-            False,
-            "give a path under --media-root, or the bytes in Parquet",
-        )
+        outside = folder = False
+        wanted = "give a path under --media-root, or the bytes in Parquet"
         if scheme := re.match(r"(data:|[a-z][a-z0-9+]+://)", path):
             raise BadRow(f"path {path[:40]!r} is an address ({scheme[0]}); {wanted}")
         for root in self.roots:
@@ -576,11 +573,8 @@ def read_chat(turns: list[Any]) -> dict[str, Any]:
                 kind = str(part.get("type")).removesuffix("_url")
                 if kind in ("image", "video"):
                     text += f"<{kind}>"
-                    medium = part.get(part["type"])
-                    medium = (
-                        medium if isinstance(medium, dict) else {"path": medium or part.get("path")}
-                    )
-                    medium = part | medium
+                    named = part.get(part["type"]) or part.get("path")
+                    medium = part | (named if isinstance(named, dict) else {"path": named})
                     fields[f"{kind}s"] += [medium] if medium_source(medium) else []
                 else:
                     text += part["text"]
@@ -614,7 +608,7 @@ def read_example(fields: dict[str, Any]) -> Example:
     answer = extract_answer(solution)
     solution = solution.strip() if answer is None else answer
     if not solution or "<answer>" in solution or "</answer>" in solution:
-        raise BadRow("has half a pair of answer tags, or nothing between them")
+        raise BadRow("has an unpaired answer tag in its answer, or nothing between the tags")
     options = fields["options"] or []
     if not isinstance(options, list) or not all(isinstance(x, str) for x in options):
         raise BadRow("options is not a list of texts")

@@ -230,8 +230,8 @@ class Args:
     overwrite: bool = False
     """Start over and replace the content of OUT."""
     think: bool = True
-    """Ask for a thought, then the answer, or for the answer alone. The default is that of the
-    checkpoint's training run."""
+    """Ask for a thought, then the answer, or for the answer alone. Default: as in the checkpoint's
+    training run."""
     frames: tuple[int | None, ...] = (None,)
     """Frames per video, evenly spaced, or at most with --fps; one setting per value. Unset: --fps a
     second, at most 128, as in training; on the toy, as its checkpoint. The paper's sweep: 32, 64
@@ -260,7 +260,7 @@ class Args:
     """Maximum length of a response in tokens."""
     accuracy_rule: Literal["by-type", "exact"] = "by-type"
     """How an answer is compared with the solution: by problem type, as in Video-R1, or by exact
-    match (paper). The default is that of the checkpoint's training run."""
+    match (paper). Default: as in the checkpoint's training run."""
     attn_layer: int = -1
     """Decoder layer whose attention is drawn, counted from 0, or from the end if negative."""
     gaze: int = 0
@@ -274,13 +274,11 @@ class Args:
     def __post_init__(self) -> None:
         for name in ("frames", "image_tokens", "frame_tokens", "grid"):
             values = getattr(self, name)
-            option = f"--{name.replace('_', '-')}"
+            option = runs.option(name)
             runs.require(len(values) > 0, f"{option}: needs a value")
-            runs.require(
-                all(v is None or v > 0 for v in values), f"{option} {values}: must be above 0"
-            )
             alone = len(values) == 1 or None not in values
-            runs.require(alone, f"{option} {values}: None stands alone; give numbers")
+            runs.require(alone, f"{option} {values}: give numbers, or None alone")
+            runs.require_positive(self, name)
         enough = all(grid is None or grid >= 3 for grid in self.grid)
         runs.require(enough, f"--grid {self.grid}: needs 3 or more")
         runs.check_values(self)
@@ -426,7 +424,7 @@ def main(args: Args) -> dict[str, float]:
     is_toy = toy.Task.load(base) is not None
     runs.require(not (is_toy and args.data), f"--data {args.data}: the toy knows only its own task")
     for name in () if args.data else ("fps", "media_root"):
-        runs.require(not getattr(args, name), f"--{name.replace('_', '-')}: needs --data")
+        runs.require(not getattr(args, name), f"{runs.option(name)}: needs --data")
     of_toy = args.grid != (None,) or args.toy_order is not None
     runs.require(not (args.data and of_toy), "--grid, --toy-order: not with --data")
     bounded = {args.image_tokens, (args.min_image_tokens,), args.frame_tokens} != {(None,)}
@@ -482,6 +480,8 @@ def main(args: Args) -> dict[str, float]:
             if shown:
                 page = out / f"gaze{label and f'-{label}'}.html"
                 draw_page(page, {label or base.name: shown}, f"{args.model} {label}")
+            if bad_rows.file is not None:
+                bad_rows.file.close()
             runs.require(len(results[setting]) > 0, f"--data {args.data}: no row can be used")
     results = {setting: results[setting] for setting in sweep}
     text = table(results, varied)

@@ -203,13 +203,13 @@ def index_video(
     height.
 
     Raises:
-        BadRow: the video has no frames or fewer than it announces, or there is no decoder for it.
+        BadRow: the video has no frames or fewer than it announces, or no decoder knows its codec.
     """
     video = container.streams.best("video")
     if video is not None and video.codec_context is None:
         mend = "convert it with ffmpeg -i OLD -c:v libx264 -pix_fmt yuv420p NEW.mp4"
         raise BadRow(f"{name}: there is no decoder for its codec; {mend}")
-    # A container that announces its duration alone is compared with the end of all its streams.
+    # If a container announces only its duration, compare that with the end of its streams.
     by_time = video is not None and not video.frames and container.format.name not in UNSTAMPED
     announced = (container.duration or 0) / 1e6 if by_time else 0
     demuxed = container.demux(*([] if announced else [video])) if video is not None else ()
@@ -223,12 +223,12 @@ def index_video(
     if len(packets) == cut or not video.width or not video.height:
         raise BadRow(f"{name}: has no frames")
     if len(packets) < 0.9 * video.frames:  # some containers also count dropped frames
-        raise BadRow(f"{name}: is cut off, {len(packets):,} of {video.frames:,} frames are there")
+        raise BadRow(f"{name}: is cut off: it has {len(packets):,} of {video.frames:,} frames")
     stamps = sorted({pts for pts, _, is_discard in packets if pts is not None and not is_discard})
     last -= (container.start_time or 0) / 1e6
     longest = max(np.diff(stamps), default=0) * float(video.time_base)  # the last frame's, perhaps
     if announced and last + longest < 0.9 * announced:
-        raise BadRow(f"{name}: is cut off, {last:.1f} of {announced:.1f} seconds are there")
+        raise BadRow(f"{name}: is cut off: it has {last:.1f} of {announced:.1f} seconds")
     rate, size = float(video.average_rate or video.guessed_rate or 1), (video.width, video.height)
     if container.format.name in UNSTAMPED or any(pts is None for pts, _, _ in packets):
         return list(range(len(packets) - cut)), [], rate, None, size

@@ -15,7 +15,7 @@ from torch.nn import Linear, Module
 from common import ATTENTION_CHUNK, LOGIT_CHUNK, compute_dtype, empty_model
 from media import MAX_FRAMES
 from prompts import ENCODER_CHUNK
-from runs import UsageError, gather, print_on_rank_0, read_state, require, world_size
+from runs import UsageError, gather, option, print_on_rank_0, read_state, require, world_size
 
 GIB = 2**30
 
@@ -74,8 +74,8 @@ def memory_gb(
     pixels = 3 * vision.temporal_patch_size * vision.patch_size**2
 
     def encoding(prompts: int) -> float:
-        """Bytes of the vision encoder, most of them for the rotation of queries and keys, which
-        computes in float32, of its pixels, and of the features of all prompts."""
+        """Bytes of the vision encoder, its pixels and the features of all prompts. Most of the
+        encoder's are for the rotation of queries and keys, which is computed in float32."""
         chunk = min(prompts * patches, max(ENCODER_CHUNK, patches))
         features = prompts * prompt * (width * hidden + deeper)
         return chunk * ((5 * width + 28) * dim + (4 + width) * pixels) + features
@@ -151,8 +151,8 @@ def container_limit(
     """Bytes of memory that the container or scheduler allows this process: the smallest limit of
     its control groups (versions 1 and 2); infinity without one.
 
-    A line of `groups` is NUMBER:CONTROLLERS:PATH. A container sees its own group at `root`, or
-    the path from the host's, of which it has no folders.
+    A line of `groups` is NUMBER:CONTROLLERS:PATH. In a container, the path may be the host's, whose
+    folders are not there; the container's own group is then at `root`.
     """
     limits = [math.inf]
     for line in groups.read_text().splitlines() if groups.exists() else ():
@@ -201,7 +201,7 @@ def fit_memory(
     for lora_rank in choices:
         if need(lora_rank) < 0.95 * have:
             if lora_rank != choices[0]:
-                why = f"all weights need about {need(0):.0f} GB per process, there are {have:.0f}"
+                why = f"all weights need about {need(0):.0f} of {have:.0f} GB per process"
                 print_on_rank_0(f"{why}: training adapters, --lora-rank {lora_rank}")
             return replace(args, lora_rank=lora_rank)
     asked = choices[-1]
@@ -214,7 +214,7 @@ def fit_memory(
     ways += [f"{n} processes" for n in islice(numbers, 1)]
     lower = (shorter(args, tokens) for tokens in (4096, 2048, 1024))
     for fields in islice((fields for fields in lower if fields and fits(asked, **fields)), 1):
-        ways.append(" ".join(f"--{k.replace('_', '-')} {v}" for k, v in fields.items()))
+        ways.append(" ".join(f"{option(k)} {v}" for k, v in fields.items()))
     others = ["a smaller --max-new-tokens or --prompts-per-step", "a smaller model"]
     *ways, last = (ways + others)[: max(2, len(ways))]
     short = f"needs about {need(asked):.0f} GB per process; {have:.0f} GB are available"
@@ -223,8 +223,10 @@ def fit_memory(
 
 
 def shorter(args: Any, tokens: int) -> dict[str, int]:
-    """Values of the arguments that would limit an image or a video to so many visual tokens."""
+    """The arguments that would limit an image or a video to `tokens` visual tokens."""
     now = {"frames": args.frames or (MAX_FRAMES if args.data else 0)}
     now |= {"image_tokens": (args.image_tokens or sys.maxsize) if args.data else 0}
     limits = {"frames": 2 * tokens // (args.frame_tokens or tokens), "image_tokens": tokens}
-    return {name: value for name, value in limits.items() if value < now[name]}
+    lower = {name: value for name, value in limits.items() if value < now[name]}
+    alone = "frames" in lower and args.frames is None and args.fps is None
+    return {"fps": 1} | lower if alone else lower  # --frames alone would replace a frame a second

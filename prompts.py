@@ -30,7 +30,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 
 from runs import gather, require
 
-# The minimum tokens of a video frame. Checkpoints do not state it; it is that of qwen-vl-utils.
+# The minimum tokens of a video frame, as in qwen-vl-utils. Checkpoints do not state it.
 FRAME_LEAST = 128
 Features = tuple[Tensor, ...]
 
@@ -226,9 +226,7 @@ def render_turn(
     Raises:
         ValueError: the chat template does not render every part once, in order.
     """
-    content = [
-        {"type": kind, **({"text": SLOTS[kind]} if kind == "text" else {})} for kind in kinds
-    ]
+    content = [{"type": kind} | ({"text": SLOTS[kind]} if kind == "text" else {}) for kind in kinds]
     turn = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}],
         chat_template=template,
@@ -272,12 +270,8 @@ def read_prompt_config(files: dict[str, bytes]) -> PromptConfig | None:
 def template_fault(tokenizer: Any, template: str) -> str:
     """The fault of a chat template in words, or "" if it works."""
     try:
-        for kinds in (
-            ["image", "text"],
-            ["video", "text"],
-            ["text"],
-            ["text", "video"] * 2 + ["image"],
-        ):
+        several = ["text", "video"] * 2 + ["image"]
+        for kinds in (["image", "text"], ["video", "text"], ["text"], several):
             pieces = render_turn(tokenizer, kinds, template)
         opens = pieces != render_turn(tokenizer, kinds, template, open_response=False)
         return "" if opens or "assistant" in pieces[-1] else "ignores add_generation_prompt"
@@ -286,11 +280,11 @@ def template_fault(tokenizer: Any, template: str) -> str:
 
 
 def require_bounded(tokenizer: Any, templates: Sequence[str]) -> None:
-    """Try chat templates in a process of their own, which has 2 seconds and 1 GB: a template is a
-    program, and may render for ever.
+    """Try chat templates in a process of their own, which gets 2 seconds and 1 GB: a template is a
+    program, and may never end.
 
     Raises:
-        ValueError: that is not enough.
+        ValueError: a template needs more, or crashes.
     """
     child = os.fork()
     if child == 0:
@@ -299,8 +293,8 @@ def require_bounded(tokenizer: Any, templates: Sequence[str]) -> None:
             signal.alarm(60)  # in case it waits for a lock that another thread held
             spent = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
             limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_CPU: spent + 2}
-            if (size := Path("/proc/self/statm")).exists():  # elsewhere the time alone is limited
-                used = int(size.read_text().split()[0]) * resource.getpagesize()
+            if (statm := Path("/proc/self/statm")).exists():  # elsewhere the time alone is limited
+                used = int(statm.read_text().split()[0]) * resource.getpagesize()
                 limits[resource.RLIMIT_AS] = used + 2**30
             for limit, value in limits.items():
                 hard = resource.getrlimit(limit)[1]
@@ -328,14 +322,11 @@ def repair_turns(processor: Processor) -> str:
     tokenizer, files, changes = processor.tokenizer, processor.files, []
     own = tokenizer.chat_template
     own = own.get("default") if isinstance(own, dict) else own
-    legacy = files.get("chat_template.json")  # AutoProcessor prefers this one
-    if legacy is not None:
-        content = json.loads(legacy)
-        legacy = content.get("chat_template") if isinstance(content, dict) else None
+    legacy = None
+    if "chat_template.json" in files:  # AutoProcessor prefers this one
+        legacy = json.loads(files["chat_template.json"]).get("chat_template")
         if not isinstance(legacy, str):
-            raise ValueError(
-                "its chat_template.json holds no chat_template; fix or delete that file"
-            )
+            raise ValueError("its chat_template.json has no chat_template; fix or delete that file")
     templates = [x for x in (own, legacy) if isinstance(x, str) and x]
     require_bounded(tokenizer, templates)
     faults = {template: template_fault(tokenizer, template) for template in templates}
@@ -373,7 +364,7 @@ def encode_prompt(processor: Processor, example: Example) -> Prompt:
     split, so an `<|image_pad|>` in a data file remains text and never becomes a placeholder.
 
     Raises:
-        ValueError: the markers in the text are not those of the media, or the chat template fails.
+        ValueError: the markers in the text do not match the media, or the chat template fails.
         UsageError: the model always thinks, and is asked not to.
     """
     encode = partial(processor.tokenizer.encode, add_special_tokens=False)
@@ -514,7 +505,7 @@ def mrope_positions(length: int, blocks: Sequence[Block]) -> Tensor:
 @dataclass
 class PromptBatch:
     """B prompts, left-padded to P: `ids` (B, P), `positions` (3, B, P), and `mask` (B, P), or None
-    without padding. `patches` (B, P) are those of `Prompt.patches`, on the CPU.
+    without padding. `patches` (B, P) come from `Prompt.patches` and are on the CPU.
 
     `blocks[b]` are the vision blocks of prompt b, and `features[b]` their visual features, computed
     once and reused by every pass; see `visual_features`. If the vision encoder is trained,
@@ -545,18 +536,18 @@ class PromptBatch:
         )
 
 
-# Patches that the vision encoder takes at once, unless one block has more: 128 frames of 128 tokens
-# a pair. It needs some 50 KB for each.
+# Patches that the vision encoder takes at once, unless one block has more. As many as 128 frames
+# have at 128 tokens a pair. The encoder needs some 50 KB for each.
 ENCODER_CHUNK = 2**15
 
 
 def visual_features(model: Module, blocks: Sequence[Sequence[Block]]) -> list[list[Features]]:
-    """Visual features of the blocks of each prompt: of each block (visual tokens, hidden) and, with
-    Qwen3-VL, those that are added after the first layers.
+    """Visual features of each prompt's blocks: (visual tokens, hidden) of each block and, with
+    Qwen3-VL, the features that are added after the first layers.
 
-    The encoder takes blocks of up to `ENCODER_CHUNK` patches in a call. Every rank must call it
-    equally often, and its gradient, unless the weights are gathered. So a rank without blocks left
-    encodes a blank image and gives an empty slice of its features to the last prompt.
+    The encoder takes blocks of up to `ENCODER_CHUNK` patches in a call. Unless the weights are
+    gathered, every rank must run it equally often, forward and backward. So a rank that has no
+    blocks left encodes a blank image, and an empty slice of its features goes to the last prompt.
     """
     config = model.config.vision_config
     merge, values = config.spatial_merge_size, 3 * config.temporal_patch_size * config.patch_size**2

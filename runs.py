@@ -124,8 +124,8 @@ class RunArgs:
     resume: str | None = None
     """Resume from this state; `auto`: from the newest intact state in OUT, if there is one."""
     allow_changed_args: bool = False
-    """Resume even if arguments that affect the result, or input files, differ from those of the
-    state."""
+    """Resume even if input files, or arguments that affect the result, have changed since the
+    state was saved."""
 
     def __post_init__(self) -> None:
         """Check the ranges of these arguments, and of those that most scripts declare."""
@@ -133,7 +133,7 @@ class RunArgs:
         require_positive(self, "rows", "frames", "fps", "max_prompt_tokens")
         require_positive(self, "image_tokens", "min_image_tokens", "frame_tokens")
         require_positive(self, "eval_every", "eval_examples", "keep")
-        require_not_negative(self, "save_every", "max_skipped", "seed")
+        require_not_negative(self, "save_every", "max_skipped", "seed", "workers")
         positive = ("steps", "learning_rate", "max_grad_norm", "micro_batch_size")
         positive += ("prompts_per_step", "num_iterations", "num_minibatches")
         positive += ("max_new_tokens", "temperature", "clip_eps")
@@ -187,14 +187,18 @@ def run_script(
     if unprinted:
         closed = unprinted[0].errno == errno.EPIPE  # a program that ends by SIGPIPE is silent, too
         what = f"error: the output cannot be printed ({unprinted[0].strerror}); the run is complete"
-        leave(128 + signal.SIGPIPE) if closed else fail(1, what)
+        if closed:
+            leave(128 + signal.SIGPIPE)
+        fail(1, what)
 
 
 def keep_printing() -> list[OSError]:
-    """Let a run go on when its output cannot be printed, because the pipe is closed or the disk
-    full: the rest of that output is dropped. Returns a list, to which such errors are added. What
-    the output cannot encode is printed as an escape sequence. An output that was closed before the
-    start gets a device, so that no file of the run takes its number."""
+    """Let a run continue when its output cannot be printed, because the pipe is closed or the disk
+    is full: the rest of the output is dropped. Returns a list, to which such errors are added.
+
+    Characters that the output cannot encode are printed as escape sequences. An output that was
+    closed before the start is opened on the null device, so that no file of the run gets its
+    descriptor."""
     errors = []
 
     def guard(stream: TextIO, write: Callable) -> Callable:
@@ -234,15 +238,15 @@ def given_options() -> Namespace:
 
 
 def fail(status: int, message: str) -> NoReturn:
-    """Print a message and end this process. Other ranks wait for it: torchrun ends them then."""
+    """Print a message and end this process. The other ranks would wait; torchrun ends them."""
     sys.stdout.flush()
     print(message, file=sys.stderr)
     leave(status)
 
 
 def leave(status: int) -> NoReturn:
-    """End this process and its readers at once. The interpreter's cleanup would wait for threads of
-    libraries, as those that read Parquet, or abort in them."""
+    """End this process and its readers at once. The interpreter's cleanup would wait for libraries'
+    threads, such as those that read Parquet, or abort in them."""
     sys.stdout.flush()
     sys.stderr.flush()
     end_readers()
@@ -273,19 +277,23 @@ def options(args: Any) -> dict[str, Any]:
     return {option(name): value for name, value in asdict(args).items()}
 
 
+def each(value: Any) -> tuple:
+    """The values of an argument that may take several."""
+    return value if isinstance(value, tuple) else (value,)
+
+
 def require_positive(args: Any, *names: str) -> None:
     """Refuse fields that are not above zero. None means "unset" and passes."""
     for name in names:
-        value = getattr(args, name)
-        require(value is None or value > 0, f"--{name.replace('_', '-')} {value}: must be above 0")
+        for value in each(getattr(args, name)):
+            require(value is None or value > 0, f"{option(name)} {value}: must be above 0")
 
 
 def require_not_negative(args: Any, *names: str) -> None:
     """Refuse fields below zero. None means "unset" and passes."""
     for name in names:
         value = getattr(args, name)
-        named = f"--{name.replace('_', '-')} {value}"
-        require(value is None or value >= 0, f"{named}: must be 0 or above")
+        require(value is None or value >= 0, f"{option(name)} {value}: must be 0 or above")
 
 
 LARGEST = 2**31 - 1  # of an integer argument
@@ -295,11 +303,11 @@ BOUNDS |= {"epochs": (1e-9, 1e6)}
 
 
 def check_values(args: Any) -> None:
-    """Refuse numbers that are not finite or that nothing can compute with, and names that no file
-    can have. An empty name, as from an unset shell variable, would mean "unset" here."""
+    """Refuse numbers that are not finite or too large to compute with, and names that no file can
+    have. An empty name, as from an unset shell variable, would otherwise mean "unset"."""
     for name, values in vars(args).items():
         named = option(name)
-        for value in values if isinstance(values, tuple) else (values,):
+        for value in each(values):
             if isinstance(value, str):
                 require(bool(value), f"{named} '': is empty; give a value or leave it out")
                 try:
@@ -360,7 +368,7 @@ def start_ranks() -> None:
     group of one, so there is only one code path.
 
     Raises:
-        UsageError: several processes are announced, as by a scheduler, but not by torchrun.
+        UsageError: a scheduler, but not torchrun, announces several processes.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     lacking = [name for name in names if not os.environ.get(name)]
@@ -437,8 +445,8 @@ def from_rank_0(action: Callable[[], Any]) -> Any:
 
 
 def require_same_on_ranks(facts: dict[str, Any]) -> None:
-    """Refuse facts that differ between ranks, such as the number of rows that each has on its disk:
-    ranks that decide differently wait for each other without end. The keys name the facts."""
+    """Refuse facts that differ between ranks, such as the number of rows that each finds on its
+    disk: ranks that decide differently would wait for each other for ever. Keys name the facts."""
     ours, *others = gather([facts])
     for number, theirs in enumerate(others, 1):
         for name in ours | theirs:
@@ -541,7 +549,7 @@ def write_record(out: Path, kind: str, settings: dict[str, Any]) -> None:
 
 
 def read_record(out: Path) -> dict[str, Any]:
-    """The content of `args.json`; empty if it is missing or nothing that `write_record` wrote."""
+    """The content of `args.json`; empty unless `write_record` wrote that file."""
     try:
         record = json.loads((out / "args.json").read_bytes())
     except (OSError, ValueError):
@@ -553,19 +561,23 @@ def require_kind(out: Path, kind: str) -> None:
     """Refuse an `--out` that is a file, or whose content was not made by this `kind` of program."""
     require(not out.exists() or out.is_dir(), f"--out {out}: is a file; choose another")
     found = read_record(out).get("made_by")
-    other = f"holds another program's {found}" if found else f"exists and is no {kind}"
+    other = f"holds another program's {found}" if found else f"exists, but holds no {kind}"
     require(not content_of(out) or found == kind, f"--out {out}: {other}; choose another")
+
+
+def without_split(name: str) -> Path:
+    """The path in an argument such as `--data`, without a `:SPLIT` after it."""
+    return Path(name if Path(name).exists() else name.rpartition(":")[0] or name)
 
 
 def require_outside(out: Path, args: Any) -> None:
     """Refuse an `--out` that holds anything that `args` read: it would be moved or deleted."""
     for name in ("model", "teacher", "data", "eval_data", "media_root"):
-        values = getattr(args, name, None) or ()
-        for value in values if isinstance(values, tuple) else (values,):
-            whole = Path(value if Path(value).exists() else value.rpartition(":")[0] or value)
-            inside = out.resolve() in (whole.resolve(), *whole.resolve().parents)
+        for value in each(getattr(args, name, None) or ()):
+            path = without_split(value)
+            inside = out.resolve() in (path.resolve(), *path.resolve().parents)
             holds = f"--out {out}: holds {option(name)} {value}, which this command reads"
-            require(not inside or not whole.exists(), f"{holds}; choose another")
+            require(not inside or not path.exists(), f"{holds}; choose another")
 
 
 def clear(out: Path, names: str) -> None:
@@ -678,8 +690,8 @@ def start_wandb(args: Any, state: "State | None") -> Any:
 
 @dataclass
 class BadRows:
-    """Counts and names the bad rows. It stops the run when they are more than `max_fraction` of the
-    rows read so far, or of the file's first 1,000."""
+    """Counts and names the bad rows. It stops the run when they exceed `max_fraction` of the rows
+    read so far, or of 1,000 rows if fewer were read."""
 
     max_fraction: float = 0.0
     rows: int = 0
@@ -787,7 +799,7 @@ class Run:
             self.log_tensorboard(line)
 
     def require_length(self, name: str, length: int) -> None:
-        """Refuse a file of lines that is shorter than at the state, or has no line's end there."""
+        """Refuse a file that is shorter than at the state, or in which no line ends there."""
         path, last = self.out / name, b""
         there = path.stat().st_size if path.exists() else 0
         if there >= length > 0:
@@ -799,8 +811,8 @@ class Run:
         require(intact, f"{short} ({there} of {length} bytes); give an earlier one")
 
     def move_later_states(self) -> None:
-        """Rename the states after the one that is resumed, so that `auto` does not find them.
-        `write_state` deletes them once it has written the first new one."""
+        """Rename the states after the resumed one, so that `auto` does not find them. `write_state`
+        deletes them once it has written a new state."""
         for later in good_states(self.out):
             if self.state is not None and step_of(later) > self.state.step:
                 aside = later.with_suffix(".later")
@@ -895,15 +907,16 @@ class Run:
             UsageError: the message names the prompts and the last good state.
         """
         if not math.isfinite(metrics["train/grad_norm"]):
-            rows = ", ".join(prompt.example.name or "of the toy" for prompt in prompts[:8])
+            names = [prompt.example.name for prompt in prompts[:8]]
+            rows = ", ".join(filter(None, names)) or "of the toy"
             saved = from_rank_0(partial(good_states, self.out))
             last = f"the last good state is {saved[-1]}" if saved else "no state yet"
             raise UsageError(f"step {step}: the gradient is not finite; prompts: {rows}; {last}")
 
     def interrupt(self, number: int, frame: Any) -> None:
-        """Handle one of `STOP_SIGNALS`: finish the step. A second signal kills a single-process run
-        at once. Multi-process runs ignore it, because the scheduler and torchrun may each send
-        one."""
+        """Handle one of `STOP_SIGNALS`: let the step finish. A second signal ends a run of one
+        process at once. With several processes it is ignored, because the scheduler and torchrun
+        may each send one."""
         self.signal = number
         if world_size() == 1:
             signal.signal(number, self.handlers[number])
@@ -998,9 +1011,11 @@ class Run:
             failure = gather([failure])[0]
             require(not failure, failure)
         if stop and rank() == 0:
-            several = f"torchrun --shutdown-timeout 1800 --nproc_per_node={world_size()}"
+            here = os.environ.get("LOCAL_WORLD_SIZE", world_size())  # on this host
+            several = f"torchrun --shutdown-timeout 1800 --nproc_per_node={here}"
             launch = "python" if world_size() == 1 else several
-            resume = [] if "--resume" in sys.argv else ["--resume", "auto"]
+            # Of two --resume the last counts, and a state that was named is not the newest now.
+            resume = [] if self.args.resume == "auto" else ["--resume", "auto"]
             words = shlex.join([*sys.argv, *resume])
             print(f"\nstopped after step {step}; resume with: {launch} {words}")
         return stop
@@ -1039,13 +1054,12 @@ def why_equal(steps: Sequence[dict[str, float]]) -> str:
         sum(x[f"rollout/{n}"] for x in steps) / len(steps) for n in names
     )
     if formats < 0.01 and truncated > 0.5:
-        return (
-            f"{truncated:.0%} of the responses are cut off before their end: raise --max-new-tokens"
-        )
+        cut = f"{truncated:.0%} of the responses are cut off before their end"
+        return f"{cut}: raise --max-new-tokens"
     if formats < 0.01:
-        return "no response has the format that is asked for: teach it with sft.py first"
+        return "no response has the requested format: teach it with sft.py first"
     if accuracies > 0.99:
-        return "all are right: train on harder data"
+        return "all are correct: train on harder data"
     if accuracies < 0.01:
         check = "see in samples.jsonl whether responses and solutions can match"
         return f"all are wrong: {check}, train with sft.py first, or on easier data"
@@ -1124,14 +1138,14 @@ def read_state(args: Any) -> dict[str, Any] | None:
 
 
 def choose_state(args: Any) -> dict[str, Any] | None:
-    """What `read_state` returns, from this rank's disk."""
+    """Do what `read_state` says, on this rank's disk."""
     saved = good_states(Path(args.out))
     if args.resume == "auto" and not saved:
         return None
     path = saved[-1] if args.resume == "auto" else Path(args.resume)
     named = f"--resume {args.resume}"
     known = path.resolve() in [p.resolve() for p in saved]
-    choices = f"is no state of --out {args.out}; give one of its state/step-*, or auto"
+    choices = f"is not a state of --out {args.out}; give one of its state/step-*, or auto"
     require(known, f"{named}: {choices}")
     with readable(named, path):
         state = json.loads(own_file(path / "state.json").read_bytes()) | {"path": path}
@@ -1142,8 +1156,8 @@ def choose_state(args: Any) -> dict[str, Any] | None:
             raise ValueError("state.json is damaged")
         by = state.get("definitions", 1)
         changes = [CHANGES[n] for n in range(by + 1, DEFINITIONS + 1)]
-        changes = changes or ["those of a later version"]
-        remedy = "finish it with the version that wrote it, or train again; where your script and"
+        changes = changes or ["it is of a later version"]
+        remedy = "finish the run with the version that wrote it, or train again; if your script and"
         remedy += " flags do not depend on this, --allow-changed-args resumes it"
         same = by == DEFINITIONS or args.allow_changed_args
         other = "was written by a version that computes something else"
@@ -1153,8 +1167,8 @@ def choose_state(args: Any) -> dict[str, Any] | None:
 
 
 def find_state(args: Any) -> State | None:
-    """The state that `--resume` names, or with `auto` the newest good one of the run, if there is
-    one. On all ranks, arguments and input files must be the same.
+    """The state that `--resume` names or, with `auto`, the newest good one of the run; None if
+    there is none. Arguments and input files must be the same on all ranks.
 
     Raises:
         Finished: no steps are left.
@@ -1195,15 +1209,15 @@ MOST_FILES = 500_000  # in a directory of a data set, its media included
 
 
 def data_files(path: str | None) -> list[Path]:
-    """The local files that `--data` names: a file, or those of a directory's data set.
+    """The local files that `--data` names: a file, or the data files of a directory.
 
     Raises:
-        UsageError: one of them is not a regular file, which might wait for ever, or the directory
+        UsageError: one of them is not a regular file (a pipe might wait for ever), or the directory
             holds too many files to be a data set.
     """
     if not path:
         return []
-    place = Path(path if Path(path).exists() else path.rpartition(":")[0] or path)
+    place = without_split(path)
     if place.is_file():
         return [place]
     files = []
@@ -1218,12 +1232,12 @@ def data_files(path: str | None) -> list[Path]:
     return sorted(tables or files)
 
 
-BLOCK, BLOCKS = 2**18, 2**10  # bytes of a block, and the number that is read of an argument's files
+BLOCK, BLOCKS = 2**18, 2**10  # bytes in a block, and blocks that are read for one argument
 
 
 def fingerprint(path: Path, blocks: int) -> str:
-    """A hash of a file's size and content: of all of it up to `blocks` blocks of 256 KB, otherwise
-    of that many, evenly spaced from its first byte to its last."""
+    """A hash of a file's size and content. Of a file with more than `blocks` blocks of 256 KB, only
+    so many are read, evenly spaced from its first byte to its last."""
     size = path.stat().st_size
     digest = hashlib.blake2b(str(size).encode(), digest_size=8)
     with path.open("rb") as file:
@@ -1235,31 +1249,33 @@ def fingerprint(path: Path, blocks: int) -> str:
 
 def fingerprint_inputs(args: Any) -> dict[str, str]:
     """The fingerprint of every file of `--model`, `--teacher`, `--data` and `--eval-data`, by
-    argument and name; for what comes from the hub, the commit.
+    argument and name; for a hub name, the commit.
 
-    It takes at most 256 MB of an argument, but both ends of each file: a changed label of a JSON
-    file is seen up to that size, and Parquet's footer always.
+    At most 256 MB are read for one argument, but always both ends of each file. So a changed label
+    in a JSON file is noticed up to that size, and a changed Parquet footer at any size.
     """
     prints = {}
     for name in ("model", "teacher", "data", "eval_data"):
         if not (path := getattr(args, name, None)):
             continue
         label, of_data = option(name), name.endswith("data")
-        files = data_files(path)
-        if not of_data:
+        if of_data:
+            files = data_files(path)
+        else:
             kinds = ("*.json", "*.txt", "*.jinja", "*.safetensors")
             files = sorted(file for kind in kinds for file in Path(path).glob(kind))
-        try:
-            for file in files:
-                root, blocks = os.path.commonpath([x.parent for x in files]), BLOCKS // len(files)
-                prints[f"{label} {file.relative_to(root)}"] = fingerprint(file, max(2, blocks))
-        except OSError as error:
-            raise UsageError(f"{label}: {file} cannot be read ({error.strerror})") from None
         if not files:
             kind = "dataset" if of_data else "model"
             folder = f"{kind}s--{path.partition(':')[0].replace('/', '--')}"
             commit = Path(HF_HUB_CACHE, folder, "refs", "main")
             prints[label] = commit.read_text() if commit.is_file() else "none"
+            continue
+        root, blocks = os.path.commonpath([file.parent for file in files]), BLOCKS // len(files)
+        for file in files:
+            try:
+                prints[f"{label} {file.relative_to(root)}"] = fingerprint(file, max(2, blocks))
+            except OSError as error:
+                raise UsageError(f"{label}: {file} cannot be read ({error.strerror})") from None
     return prints
 
 
@@ -1325,8 +1341,8 @@ def random_state() -> dict[str, Any]:
 
 
 def load_state(named: str, path: Path, model: Module, optimizer: Optimizer) -> None:
-    """Load weights, moments and random number generators from a state that rank 0 reads, one
-    parameter at a time, and sends to the other ranks in shards. `named` begins an error."""
+    """Load weights, moments and random number generators from a state. Rank 0 reads one parameter
+    at a time and sends the other ranks their shards. `named` begins an error message."""
 
     def read(name: str, shape: torch.Size) -> dict[str, Tensor]:
         with readable(named, path):
@@ -1371,8 +1387,7 @@ def same_inputs(args: Any) -> str:
     for name in names:
         value = getattr(args, name, None)
         if value and value != getattr(type(args), name):
-            values = value if isinstance(value, tuple) else (value,)
-            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+            words += [option(name), *map(str, each(value))]
     return "".join(f" {shlex.quote(word)}" for word in words)
 
 

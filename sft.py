@@ -19,7 +19,8 @@ in the RL scripts; the schedule, the warm-up, the number of epochs and of demons
     python sft.py --frames 8             # the same, on videos of 8 frames
     python sft.py --model runs/sft/checkpoint --stop-accuracy 0.9 --out runs/sft2   # train further
 
-Rows of data files need a thought (datafiles.py). Training on files is measured in epochs.
+With --think, rows of data files need a thought (datafiles.py). `--epochs` says how often they are
+read.
 """
 
 import startup
@@ -276,7 +277,7 @@ def main(args: Args) -> dict[str, float]:
     before, shown_before = evaluate(model, processor, held_out, **options)
     after, shown_after = before, shown_before
     done = before["eval/accuracy"] >= args.stop_accuracy
-    reached = f"{args.model} already has accuracy {before['eval/accuracy']:.3f}; raise it"
+    reached = f"the model already has accuracy {before['eval/accuracy']:.3f}; raise it"
     runs.require(not done, f"--stop-accuracy {args.stop_accuracy}: {reached}")
     run = runs.Run(args, bad_rows, state)
     if state is None:

@@ -9,7 +9,7 @@ import sys
 
 
 def stop(*_: object) -> None:
-    """End this process; libraries cannot be relied on to pass on an exception at their import."""
+    """End this process. An exception would not do: libraries catch some while they are imported."""
     os.write(2, b"\nstopped by Ctrl-C before the start\n")
     os._exit(130)
 

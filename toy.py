@@ -116,8 +116,8 @@ def defaults(table: dict[str, Any], unset: str | None = "runs/sft/checkpoint") -
 
 
 def resolve_task(args: Any, model: str | None, may_differ: bool = False) -> tuple[bool, Task]:
-    """Whether `model` is a toy (None: a new one), and the task of the run: that of the toy
-    checkpoint, overridden by the arguments that are not None.
+    """Whether `model` is a toy (None: a new one), and the task of the run: the toy checkpoint's,
+    overridden by the arguments that are not None.
 
     `may_differ` is for SFT, which can teach a checkpoint a new task. The other scripts raise
     `UsageError` for a task that the checkpoint was not trained on.
@@ -275,15 +275,8 @@ class Stream:
 
 # 2. The model
 
-SPECIAL = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-)
-SPECIAL += ("<|video_pad|>",)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+SPECIAL += ("<|image_pad|>", "<|video_pad|>")
 WORDS = ("<unk>", "user", "assistant", "what", "colour", "is", "the", "?", "list", "all")
 WORDS += ("<think>", "</think>", "<answer>", "</answer>")
 

@@ -60,6 +60,11 @@ def test_the_frames_that_a_row_names(folder, row, expected):
     assert videos(folder, row, frames=3) == [expected]
 
 
+@pytest.mark.parametrize("row", [CLIP | {"nframes": 5}, {"video": FRAMES, "nframes": 5}])
+def test_a_number_of_frames_takes_the_place_of_a_frame_a_second(folder, row):
+    assert [len(frames) for frames in videos(folder, row)] == [5]
+
+
 def test_each_video_has_its_own_clip(folder):
     two = [{"path": "v.mp4", "start": 0, "end": 1}, {"path": "v.mp4", "start": 5, "end": 5.5}]
     assert videos(folder, {"videos": two}, frames=2) == [[0, 10], [50, 55]]

@@ -66,7 +66,7 @@ def test_another_evaluation_is_not_mixed_in(cold_start, tmp_path, monkeypatch):
         evaluate.main(replace(args, examples=5))
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "main.tex").touch()
-    with pytest.raises(runs.UsageError, match="is no evaluation"):
+    with pytest.raises(runs.UsageError, match="holds no evaluation"):
         evaluate.main(replace(args, out=str(tmp_path / "thesis"), overwrite=True))
 
 
@@ -281,5 +281,5 @@ def test_rows_without_a_type_have_a_line_of_the_table():
 
 @pytest.mark.parametrize("fields", [{"frames": (None, 16)}, {"image_tokens": (64, None)}])
 def test_a_sweep_takes_numbers(fields):
-    with pytest.raises(runs.UsageError, match="None stands alone"):
+    with pytest.raises(runs.UsageError, match="None alone"):
         evaluate.Args(model="m", **fields)

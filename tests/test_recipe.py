@@ -132,9 +132,9 @@ def test_positions_of_the_longest_prompt(fields, positions):
 @pytest.mark.parametrize(
     ("gb", "fields", "remedy"),
     [
-        (40, {}, "--frames 64 --image-tokens 4096 or a smaller --max-new-tokens"),
+        (40, {}, "--fps 1 --frames 64 --image-tokens 4096 or a smaller --max-new-tokens"),
         (40, {"frames": 32}, "--image-tokens 4096"),
-        (24, {"image_tokens": 512}, "--frames 16 or a smaller"),
+        (24, {"image_tokens": 512}, "--fps 1 --frames 16 or a smaller"),
         (80, {"lora_rank": 0}, "--lora-rank 64 or 4 processes would"),
     ],
 )

@@ -288,7 +288,7 @@ def test_changed_arguments_are_refused(cold_start, teacher, tmp_path):
         ral_grpo.main(toy_args(ral_grpo, **fields | {"resume": "auto", "prompts_per_step": 3}))
     metrics = ral_grpo.main(toy_args(ral_grpo, **changed, allow_changed_args=True))
     assert metrics["train/grad_norm"] > 0
-    with pytest.raises(runs.UsageError, match="is no state of --out"):
+    with pytest.raises(runs.UsageError, match="is not a state of --out"):
         ral_grpo.main(toy_args(ral_grpo, **fields | {"resume": str(cold_start)}))
 
 

@@ -297,7 +297,7 @@ def test_a_run_in_the_way_is_moved_or_replaced_but_other_files_never(tmp_path):
     thesis.mkdir()
     (thesis / "chapter1.tex").write_text("...")
     for overwrite in (False, True):
-        with pytest.raises(runs.UsageError, match="is no training run"):
+        with pytest.raises(runs.UsageError, match="holds no training run"):
             runs.check_run(replace(args, out=str(thesis), overwrite=overwrite))
     assert (thesis / "chapter1.tex").exists()
     (tmp_path / "run" / "checkpoint").mkdir()
@@ -340,7 +340,7 @@ BAD = [  # script, command line, what the one line must name
         ["--image-tokens", "a cell is a token"],
     ),
     (sft, ["--track"], ["--track", "wandb", "pip install"]),
-    (sft, ["--out", "BUSY"], ["--out", "is no training run"]),
+    (sft, ["--out", "BUSY"], ["--out", "holds no training run"]),
 ]
 
 

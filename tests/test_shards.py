@@ -68,7 +68,7 @@ def test_a_column_that_differs_is_named(tmp_path):
     with pytest.raises(UsageError, match=words):
         answers(tmp_path)
     write(tmp_path, ["1"], options([["a", "b"]]))
-    words = "train-00001.parquet has the column options, train-00000.parquet has not"
+    words = "train-00001.parquet has the column options, but train-00000.parquet does not"
     with pytest.raises(UsageError, match=words):
         answers(tmp_path)
 

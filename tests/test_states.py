@@ -220,11 +220,14 @@ def test_an_args_json_of_another_program_is_no_run(args, content):
 @pytest.mark.parametrize("number", runs.STOP_SIGNALS)
 def test_each_signal_of_a_scheduler_saves_a_state(args, number, capsys):
     model, optimizer = tiny()
-    run = runs.Run(replace(args, save_every=0), runs.BadRows())
+    named = str(Path(args.out) / "state" / "step-000000")  # by now an older state
+    run = runs.Run(replace(args, save_every=0, resume=named), runs.BadRows())
     os.kill(os.getpid(), number)
     assert run.save_state(1, model, optimizer)
     run.close()
-    assert "stopped after step 1; resume with: python" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "stopped after step 1; resume with: python" in printed
+    assert printed.endswith("--resume auto\n")
     assert [path.name for path in runs.good_states(Path(args.out))] == ["step-000001"]
 
 

@@ -94,9 +94,9 @@ class Args(runs.RunArgs):
     """Decoder layer whose attention is the policy, counted from 0, or from the end if negative.
     Paper: the last."""
     attn_row: Literal["own", "predicting"] = "own"  # RAL (eq. 2)
-    """Attention row of token y_t. `own`: that of its own position, with its own column removed and
-    the rest renormalised (paper). `predicting`: that of the position before, whose output predicts
-    y_t [ours]."""
+    """Attention row of token y_t. `own`: the row of its own position, without its own column and
+    renormalised (paper). `predicting`: the row of the position before, whose output predicts y_t
+    [ours]."""
     attn_reduction: Literal["mean", "sum"] = "mean"  # RAL (eq. 3)
     """A response's attention term is the mean over its tokens (eq. 3 is an expectation over t) or
     their sum, as in the paper's total update. [ours] At 300 tokens, the sum makes lambda_attn weigh

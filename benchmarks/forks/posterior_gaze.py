@@ -106,9 +106,9 @@ class Args(runs.RunArgs):
     """Decoder layer whose attention is the policy, counted from 0, or from the end if negative.
     Paper: the last."""
     attn_row: Literal["own", "predicting"] = "own"  # RAL (eq. 2)
-    """Attention row of token y_t. `own`: that of its own position, with its own column removed and
-    the rest renormalised (paper). `predicting`: that of the position before, whose output predicts
-    y_t [ours]."""
+    """Attention row of token y_t. `own`: the row of its own position, without its own column and
+    renormalised (paper). `predicting`: the row of the position before, whose output predicts y_t
+    [ours]."""
     attn_reduction: Literal["mean", "sum"] = "mean"  # RAL (eq. 3)
     """A response's attention term is the mean over its tokens (eq. 3 is an expectation over t) or
     their sum, as in the paper's total update. [ours] At 300 tokens, the sum makes lambda_attn weigh
@@ -128,9 +128,7 @@ class Args(runs.RunArgs):
         super().__post_init__()
         runs.require(self.group_size >= 2, f"--group-size {self.group_size}: needs 2 or more")
         runs.require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be in (0, 1]")
-        cut = (
-            f"--num-minibatches {self.num_minibatches}: must be 1; the first pass builds the target"
-        )
+        cut = f"--num-minibatches {self.num_minibatches}: must be 1; its first pass makes the target"
         runs.require(self.num_minibatches == 1, cut)
         runs.require_not_negative(self, "lambda_attn", "attn_norm_every")
         runs.require(self.attn_anchor == "rollout", "--attn-anchor: not in this fork")
@@ -400,9 +398,8 @@ def posterior_gaze(model: Module, batch: Batch, inputs: list, attn: Tensor, args
         rotary = tuple(part[b[:, None], places] for part in rotary)
         x = rerun_layer(layer, x, states[b[:, None], places], rotary, at, seen)
     logits = model.lm_head(text.norm(x)).float() / args.temperature
-    logits = logits.index_fill(
-        -1, torch.tensor(common.vision_token_ids(model.config), device=attn.device), -torch.inf
-    )
+    suppressed = torch.tensor(common.vision_token_ids(model.config), device=attn.device)
+    logits = logits.index_fill(-1, suppressed, -torch.inf)
     answers = rollout.response_ids[b, g, s][:, None, None].expand(-1, x.shape[1], 1)
     log_l = logits.log_softmax(dim=-1).gather(-1, answers)[..., 0]  # (N, K)
     if args.shuffle_keys:

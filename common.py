@@ -987,6 +987,12 @@ def pick_tokens(logits: Tensor, noise: Tensor | None, temperature: float, top_p:
     return (rank if order is None else order.gather(1, rank))[:, 0]
 
 
+def require_finite(logits: Tensor) -> None:
+    """Refuse a model whose first logits are not finite."""
+    broken = "the model's first logits are not finite: its weights are damaged"
+    require(bool(logits.isfinite().all()), f"{broken}; give another checkpoint")
+
+
 @torch.no_grad()
 def generate_group(
     model: Module,
@@ -1023,8 +1029,7 @@ def generate_group(
     check_every = 1 if device.type == "cpu" else 16  # reading `done` stalls a GPU
     with gathered(model):  # ranks may decode different numbers of tokens
         logits = model(**inputs, layout=layout, use_cache=False, logits_to_keep=1).logits[:, -1]
-        broken = "the model's first logits are not finite: its weights are damaged"
-        require(bool(logits.isfinite().all()), f"{broken}; give another checkpoint")
+        require_finite(logits)
         logits = logits.repeat_interleave(group_size, dim=0)
         for t in range(max_new_tokens):
             logits = logits.index_fill(-1, suppressed, -torch.inf)

@@ -293,10 +293,12 @@ def require_bounded(tokenizer: Any, templates: Sequence[str]) -> None:
             signal.alarm(60)  # in case it waits for a lock that another thread held
             spent = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
             limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_CPU: spent + 2}
-            if (statm := Path("/proc/self/statm")).exists():  # not on macOS
-                used = int(statm.read_text().split()[0]) * resource.getpagesize()
+            if (size := Path("/proc/self/statm")).exists():  # elsewhere the time alone is limited
+                used = int(size.read_text().split()[0]) * resource.getpagesize()
                 limits[resource.RLIMIT_AS] = used + 2**30
             for limit, value in limits.items():
+                hard = resource.getrlimit(limit)[1]
+                value = value if hard == resource.RLIM_INFINITY else min(value, hard)
                 resource.setrlimit(limit, (value, value))
             for template in templates:
                 template_fault(tokenizer, template)

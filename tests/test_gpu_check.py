@@ -13,15 +13,17 @@ def check(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
+PARTS = ["env", "numerics", "resume", "real2b"]  # other tests run the toy; 7B is the code of 2B
+
+
 def test_the_check_of_a_gpu_rehearses_on_a_cpu(tmp_path):
-    done = check("--rehearse", "--out", str(tmp_path))
+    done = check("--rehearse", "--out", str(tmp_path), "--parts", *PARTS)
     table = (tmp_path / "gpu.md").read_text()
     assert done.returncode == 0, table + done.stderr
     assert table.startswith("# GPU check: 0 failed")
     found = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
-    parts = ["env", "numerics", "toy", "resume", "real7b", "real2b"]
-    assert list(dict.fromkeys(line["part"] for line in found)) == parts
-    assert min(sum(line["ok"] is True for line in found if line["part"] == x) for x in parts) >= 2
+    judged = [line["part"] for line in found if line["ok"]]
+    assert list(dict.fromkeys(judged)) == PARTS and len(judged) > 20
 
 
 def test_without_a_gpu_the_check_says_so():

@@ -128,7 +128,7 @@ class Args(runs.RunArgs):
         super().__post_init__()
         runs.require(self.group_size >= 2, f"--group-size {self.group_size}: needs 2 or more")
         runs.require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be in (0, 1]")
-        cut = f"--num-minibatches {self.num_minibatches}: must be 1; its first pass makes the target"
+        cut = f"--num-minibatches {self.num_minibatches}: must be 1; pass 1 makes the target"
         runs.require(self.num_minibatches == 1, cut)
         runs.require_not_negative(self, "lambda_attn", "attn_norm_every")
         runs.require(self.attn_anchor == "rollout", "--attn-anchor: not in this fork")

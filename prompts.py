@@ -297,14 +297,15 @@ def require_bounded(tokenizer: Any, templates: Sequence[str]) -> None:
         try:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(60)  # in case it waits for a lock that another thread held
-            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             spent = math.ceil(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
-            for limit, value in (
-                (resource.RLIMIT_CORE, 0),
-                (resource.RLIMIT_CPU, spent + 2),
-                (resource.RLIMIT_AS, used + 2**30),
-            ):
-                resource.setrlimit(limit, (value, value))
+            limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_CPU: spent + 2}
+            if (statm := Path("/proc/self/statm")).exists():  # not on macOS
+                used = int(statm.read_text().split()[0]) * resource.getpagesize()
+                limits[resource.RLIMIT_AS] = used + 2**30
+            for limit, value in limits.items():
+                hard = resource.getrlimit(limit)[1]  # `ulimit` may have set a lower one
+                value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+                resource.setrlimit(limit, (value, hard))
             for template in templates:
                 template_fault(tokenizer, template)
                 with suppress(*TEMPLATE_ERRORS):

@@ -623,8 +623,8 @@ def set_config(path: Path, retie: bool, tied: bool) -> None:
     """Write `compute_dtype` into a config.json, under the key that transformers 4 or 5 uses, and
     with `retie` whether the embeddings are `tied`."""
     config = json.loads(path.read_text())
-    if retie:
-        config["tie_word_embeddings"] = tied
+    for part in (config, config.get("text_config", {})) if retie else ():
+        part["tie_word_embeddings"] = tied  # transformers 4 reads that of the text model
     name = "torch_dtype" if "torch_dtype" in config else "dtype"
     nested = "text_config" in config  # else the text model's values are at the top level
     for part in (config, config["text_config"], config["vision_config"]) if nested else (config,):

@@ -230,7 +230,8 @@ def open_arrow(files: list[Path], kind: str) -> tuple[Any, pyarrow.Schema]:
     cache, parts, copied = Path(datasets.config.HF_DATASETS_CACHE), [], ""
     try:
         if kind == "Parquet":
-            schema, copied = parquet.read_schema(files[0]), f" or copied to {cache}"
+            copied, schemas = f" or copied to {cache}", map(parquet.read_schema, files)
+            schema = next((x for x in schemas if x.names), pyarrow.schema([]))
             files = [arrow_copy(files, cache)]
         for file in files:
             if kind == "an Arrow file":
@@ -292,6 +293,12 @@ def arrow_copy(files: list[Path], cache: Path) -> Path:
     return target
 
 
+def read_columns(names: Sequence[str]) -> list[str]:
+    """Those of the columns `names` that are read: of several names of a field, the first."""
+    unread = {x for known in COLUMNS.values() for x in [y for y in known if y in names][1:]}
+    return [name for name in names if name in KNOWN and name not in unread]
+
+
 def shared_schema(files: list[Path]) -> tuple[pyarrow.Schema, int]:
     """The columns of Parquet files that are used, with types that suit all files with rows, and the
     size in bytes that the footers announce for all rows."""
@@ -304,7 +311,7 @@ def shared_schema(files: list[Path]) -> tuple[pyarrow.Schema, int]:
             count = footer.num_rows
         if not count:
             continue
-        plain = {field.name: field.type for field in schema if field.name in KNOWN}
+        plain = {name: schema.field(name).type for name in read_columns(schema.names)}
         for name, kind_of in plain.items():
             if types.is_dictionary(kind_of):  # pandas' categories
                 plain[name] = kind_of.value_type

@@ -312,7 +312,7 @@ def main(args: Args) -> dict[str, Any]:
     held_out = args.eval_examples if args.data else 1  # the toy would draw them
     train, *_ = open_data(replace(args, eval_examples=held_out), encode, task)
     if args.data:
-        args = replace(args, prompts=min(args.prompts, train.epoch))
+        args = replace(args, prompts=min(args.prompts, train.steps(1)))
     prompts = list(islice(train.begin(1, args.prompts), args.prompts))
     args = replace(args, prompts_per_step=args.prompts)
     args = fit_memory(args, processor.config, args.group_size)

@@ -262,12 +262,12 @@ def decoding(found: Findings, directory: Path) -> None:
     text.num_hidden_layers, tokens = (28, 32) if GPU else (2, 4)
     text.layer_types = text.num_hidden_layers * ["full_attention"]
     model = common.AutoModelForImageTextToText.from_config(config)
-    model.generation_config.eos_token_id = text.vocab_size  # no response ends
+    model.generation_config.eos_token_id = 0
     model.save_pretrained(directory)
     kinds, times = {"plain": {"frozen": True}, "sharded": {}, "adapters": {"lora_rank": 8}}, {}
     for kind, fields in kinds.items():
         model = common.load_model(directory, **fields)
-        model.generation_config.eos_token_id = [text.vocab_size]
+        model.generation_config.eos_token_id = [text.vocab_size]  # no response ends
         batch = collate(model, small_prompts(directory)[1:], 0)
         first, last = (
             milliseconds(lambda n=n, m=model, b=batch: common.generate_group(m, b, 8, n), 3)

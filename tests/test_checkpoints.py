@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText
 
 import common
 import evaluate
+import prompts
 import runs
 import toy
 from prompts import Example, Media, collate, encode_prompt
@@ -273,6 +274,15 @@ def test_a_template_that_opens_no_response_is_replaced(copy, capsys):
     assert not capsys.readouterr().out
 
 
+def test_templates_are_bounded_without_proc(copy, tmp_path, monkeypatch):
+    """macOS has no /proc/self/statm."""
+    processor = common.load_processor(copy)
+    monkeypatch.setattr(prompts, "Path", lambda *_: tmp_path / "none")
+    prompts.require_bounded(processor.tokenizer, [TEMPLATE])
+    with pytest.raises(ValueError, match="more than 2 seconds"):
+        prompts.require_bounded(processor.tokenizer, [FOREVER + TEMPLATE])
+
+
 @pytest.fixture
 def two_matrices(real, tmp_path) -> Path:
     """A config that says tied, over files that hold two matrices."""
@@ -286,6 +296,7 @@ def two_matrices(real, tmp_path) -> Path:
 
 def test_the_files_say_whether_embeddings_are_tied(two_matrices, tmp_path):
     """In one process, sharded as on a GPU, and in a saved checkpoint."""
+    edit("config.json", "text_config", tie_word_embeddings=True)(two_matrices)
     ids = torch.arange(5, 30)[None]
     plain = AutoModelForImageTextToText.from_pretrained(two_matrices)(input_ids=ids).logits
     torch.distributed.init_process_group(
@@ -300,7 +311,9 @@ def test_the_files_say_whether_embeddings_are_tied(two_matrices, tmp_path):
             torch.testing.assert_close(model(input_ids=ids).logits, plain)
     common.save_model(out, policy, processor)
     torch.distributed.destroy_process_group()
-    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    config = json.loads((out / "config.json").read_text())
+    for part in (config, config["text_config"]):
+        assert part["tie_word_embeddings"] is False
     saved = AutoModelForImageTextToText.from_pretrained(out)
     torch.testing.assert_close(saved(input_ids=ids).logits, plain)
 

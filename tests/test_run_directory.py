@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import SMALL, toy_args
 from launch import defaults_of
+from safetensors import SafetensorError
 
 import attn_distill
 import common
@@ -277,7 +278,7 @@ def test_a_failed_checkpoint_leaves_the_old_one(tmp_path, monkeypatch):
 
     def broken(folder):
         (folder / "weights").write_text("half")
-        raise common.SafetensorError("I/O error: No space left on device (os error 28)")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     rename = Path.rename
 

@@ -73,6 +73,14 @@ def test_a_column_that_differs_is_named(tmp_path):
         answers(tmp_path)
 
 
+def test_a_column_that_is_not_read_may_differ(tmp_path):
+    """`answer` is read before `label`, and `problem` before `text`."""
+    both = {"answer": ["red"], "label": ["cat"], "text": ["t"]}
+    write(tmp_path, {"problem": []}, {"answer": ["1"], "label": [1]}, both)
+    parquet.write_table(pyarrow.table({}), tmp_path / "train-00000.parquet")
+    assert answers(tmp_path) == ["1", "red"]
+
+
 @pytest.mark.parametrize("layout", ["lines", "arrays"])
 def test_several_json_files_are_one_set(tmp_path, layout):
     """Whatever they are called: shards named .parquet may hold JSON lines."""

@@ -279,7 +279,7 @@ def options(args: Any) -> dict[str, Any]:
 
 def each(value: Any) -> tuple:
     """The values of an argument that may take several."""
-    return value if isinstance(value, tuple) else (value,)
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
 def require_positive(args: Any, *names: str) -> None:

@@ -615,7 +615,7 @@ def read_example(fields: dict[str, Any]) -> Example:
     answer = extract_answer(solution)
     solution = solution.strip() if answer is None else answer
     if not solution or "<answer>" in solution or "</answer>" in solution:
-        raise BadRow("has an unpaired answer tag in its answer, or nothing between the tags")
+        raise BadRow("has an unpaired answer tag, or nothing between the tags")
     options = fields["options"] or []
     if not isinstance(options, list) or not all(isinstance(x, str) for x in options):
         raise BadRow("options is not a list of texts")

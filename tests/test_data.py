@@ -434,7 +434,7 @@ BAD_ROWS = [
     ({"problem": {"a": {"b": "c"}}}, "no text for its question"),
     ({"problem": "a" * 200_000}, "question: 200,000 characters; at most 100,000"),
     ({"solution": ["a"]}, "no text for its answer"),
-    ({"solution": "<answer> </answer>"}, "or nothing between them"),
+    ({"solution": "<answer> </answer>"}, "or nothing between the tags"),
     ({"solution": "a" * 20_000}, "answer: 20,000 characters"),
     ({"process": "a" * 60_000}, "thought: 60,000 characters"),
     ({"path": ""}, "has no image in 'path'"),

@@ -208,7 +208,7 @@ def read_config(content: Any, named: str) -> Any:
         require(not quantised, f"{found}; give the checkpoint that it was made from")
         for name, value in part.items():
             limit = 1024 if name in ("num_hidden_layers", "depth") else 2**24
-            possible = not isinstance(value, int) or value <= limit
+            possible = not isinstance(value, int) or value <= limit or name == "rope_theta"
             require(possible, f"{named}: its config.json has {name} {value}, above {limit}")
     # Keys that name code or other weights, or change how the model computes.
     ours = ("auto_map", "attn_implementation", "_attn_implementation", "fusion_config")

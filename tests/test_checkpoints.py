@@ -172,6 +172,7 @@ ACCEPTED = {
     "attention": edit(CONFIG, _attn_implementation="flash_attention_2", attn_implementation="x"),
     "attention of a part": edit(CONFIG, **TEXT, _attn_implementation="owner/kernel"),
     "other weights": edit(CONFIG, transformers_weights="adapter_model.bin"),
+    "long context": edit(CONFIG, **TEXT, rope_theta=10**8),
     "no pad": edit(WORDS, pad_token=None),
     "pad is an image": edit(WORDS, pad_token="<|image_pad|>"),
     "pad below": edit(CONFIG, **TEXT, pad_token_id=-1),

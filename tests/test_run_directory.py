@@ -440,7 +440,7 @@ def test_what_to_run_next_is_there(tmp_path, monkeypatch, capsys):
 
 CAUSES = [
     ({"format": 0.0, "accuracy": 0.0, "truncated_frac": 0.9}, "raise --max-new-tokens"),
-    ({"format": 0.0, "accuracy": 0.0, "truncated_frac": 0.1}, "no response has the requested format"),
+    ({"format": 0.0, "accuracy": 0.0, "truncated_frac": 0.1}, "requested format"),
     ({"format": 1.0, "accuracy": 1.0, "truncated_frac": 0.0}, "all are correct"),
     ({"format": 1.0, "accuracy": 0.0, "truncated_frac": 0.0}, "all are wrong"),
     ({"format": 1.0, "accuracy": 0.5, "truncated_frac": 0.0}, "raise --temperature"),

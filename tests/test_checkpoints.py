@@ -127,8 +127,8 @@ REFUSED = {
     "mean": (edit(IMAGES, image_mean="x"), "mean must have 3"),
     "kind": (edit(IMAGES, image_processor_type="X"), "[Ii]mage processor"),
     "template large": (template(LARGE), "chat_template.* larger than 4 MB"),
-    "template for ever": (template(FOREVER + TEMPLATE), "more than 2 seconds or 1 GB"),
-    "template memory": (template("{{ 'a' * 10**10 }}" + TEMPLATE), "more than 2 seconds or 1 GB"),
+    "template for ever": (template(FOREVER + TEMPLATE), "more than 3 seconds or 1 GB"),
+    "template memory": (template("{{ 'a' * 10**10 }}" + TEMPLATE), "more than 3 seconds or 1 GB"),
     "prompt large": (write("prompt.json", LARGE), "prompt.json is larger than 4 MB"),
     "prompt marker": (edit("prompt.json", prompts={"think": "<image>"}), "marker of a medium"),
     "task large": (write("toy_task.json", LARGE), "toy_task.json is larger than 4 MB"),
@@ -275,13 +275,13 @@ def test_a_template_that_opens_no_response_is_replaced(copy, capsys):
     assert not capsys.readouterr().out
 
 
-def test_templates_are_bounded_without_proc(copy, tmp_path, monkeypatch):
-    """macOS has no /proc/self/statm."""
-    processor = common.load_processor(copy)
-    monkeypatch.setattr(prompts, "Path", lambda *_: tmp_path / "none")
-    prompts.require_bounded(processor.tokenizer, [TEMPLATE])
-    with pytest.raises(ValueError, match="more than 2 seconds"):
-        prompts.require_bounded(processor.tokenizer, [FOREVER + TEMPLATE])
+def test_a_template_that_ends_is_not_refused(copy):
+    """With the tag that marks what is trained on, and beside one that does not end."""
+    tokenizer = common.load_processor(copy).tokenizer
+    marked = TEMPLATE + "{% generation %}x{% endgeneration %}"
+    prompts.require_bounded(tokenizer, [TEMPLATE, marked])
+    with pytest.raises(ValueError, match="more than 3 seconds"):
+        prompts.require_bounded(tokenizer, [marked, FOREVER + marked])
 
 
 @pytest.fixture

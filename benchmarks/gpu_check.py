@@ -31,6 +31,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -254,27 +255,33 @@ def sampling(found: Findings) -> None:
     found.note("ms to sample 64 tokens", cost)
 
 
-def decoding(found: Findings, directory: Path) -> None:
-    """The host's share of a decoded token: 28 narrow layers, plain, sharded and with adapters."""
+def decoders(directory: Path, layers: int) -> dict[str, Callable[[int], Any]]:
+    """For a frozen model, a sharded one and one with adapters, a function that decodes so many
+    tokens. Their layers are narrow: what a token costs is the host's share."""
     directory.mkdir(parents=True)
     write_checkpoint(directory, "qwen2_vl")
     text = (config := common.load_processor(directory).config).text_config
-    text.num_hidden_layers, tokens = (28, 32) if GPU else (2, 4)
-    text.layer_types = text.num_hidden_layers * ["full_attention"]
+    text.num_hidden_layers, text.layer_types = layers, layers * ["full_attention"]
     model = common.AutoModelForImageTextToText.from_config(config)
     model.generation_config.eos_token_id = 0
     model.save_pretrained(directory)
-    kinds, times = {"plain": {"frozen": True}, "sharded": {}, "adapters": {"lora_rank": 8}}, {}
+    kinds, works = {"plain": {"frozen": True}, "sharded": {}, "adapters": {"lora_rank": 8}}, {}
     for kind, fields in kinds.items():
         model = common.load_model(directory, **fields)
         model.generation_config.eos_token_id = [text.vocab_size]  # no response ends
         batch = collate(model, small_prompts(directory)[1:], 0)
-        first, last = (
-            milliseconds(lambda n=n, m=model, b=batch: common.generate_group(m, b, 8, n), 3)
-            for n in (1, 1 + tokens)
-        )
+        works[kind] = partial(common.generate_group, model, batch, 8)
+    return works
+
+
+def decoding(found: Findings, directory: Path) -> None:
+    """The host's share of a decoded token."""
+    layers, tokens = (28, 32) if GPU else (2, 4)
+    times = {}
+    for kind, work in decoders(directory, layers).items():
+        first, last = (milliseconds(partial(work, n), 3) for n in (1, 1 + tokens))
         times[kind] = (last - first) / tokens
-    found.note("ms to decode a token with 28 narrow layers", times)
+    found.note(f"ms to decode a token with {layers} narrow layers", times)
 
 
 # numerics

@@ -16,6 +16,9 @@ iteration, AdamW. An update is forward, backward and optimiser step with visual 
     in-turn     grpo, ral, and ral with the predicting row, 15 times in turn in one process: they
                 differ by less than one process differs from the next
 
+    decoding    a token of a frozen model, of one whose weights FSDP has gathered, and of one with
+                adapters: 28 narrow layers in bfloat16, in turn in one process
+
 A rollout is from pixels (an image of P visual tokens): `generate` with G copies of the prompt
 against ours. A whole step is image processing, vision, rollout and update. TRL 1.16.0 runs in an
 environment of its own (`pip install -r requirements.txt trl==1.16.0`).
@@ -37,7 +40,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MethodType
 from typing import Any
 
@@ -50,7 +55,7 @@ UPDATES = ("eager", "unpacked", "grpo", "ral")
 IN_TURN = ("grpo", "ral", "ral-predicting")
 ROLLOUTS = ("generate", "ours")
 STEPS = ("step-grpo", "step-ral")
-VARIANTS = (*UPDATES, "in-turn", *ROLLOUTS, *STEPS, "trl")
+VARIANTS = (*UPDATES, "in-turn", "decoding", *ROLLOUTS, *STEPS, "trl")
 GROUP = 8
 
 
@@ -279,12 +284,31 @@ def step_work(variant: str, p: int, t: int) -> Callable[[], None]:
     return work
 
 
+def decoding(tokens: int, repeats: int) -> list[dict[str, float]]:
+    """Seconds of a decoded token, by the kind of model."""
+    import gpu_check
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    gpu_check.common.compute_dtype = lambda: torch.bfloat16
+    with TemporaryDirectory() as folder:
+        works = gpu_check.decoders(Path(folder) / "model", 28)
+
+    def seconds(work: Callable[[int], Any]) -> float:
+        return (timed(partial(work, 1 + tokens)) - timed(partial(work, 1))) / tokens
+
+    return [{kind: seconds(work) for kind, work in works.items()} for _ in range(repeats)]
+
+
 def worker(variant: str, p: int, t: int, repeats: int) -> None:
     """Warm up once, time the rest, print one line of JSON."""
     if variant == "in-turn":
         works = {name: update_work(name, p, t) for name in IN_TURN}
         seconds = [{name: timed(work) for name, work in works.items()} for _ in range(repeats + 1)]
         return print(json.dumps(seconds[1:]))
+    if variant == "decoding":
+        return print(json.dumps(decoding(t, repeats + 1)[1:]))
     makers = dict.fromkeys(UPDATES, update_work) | dict.fromkeys(ROLLOUTS, rollout_work)
     makers |= dict.fromkeys(STEPS, step_work)
     work = makers[variant](variant, p, t)
@@ -309,7 +333,7 @@ def report(work: Callable[[], None], repeats: int) -> None:
 
 
 def measure(args: Args, variant: str, p: int, t: int) -> Any:
-    repeats = {"eager": 1, "trl": 1, "in-turn": 15}.get(variant, 3)
+    repeats = {"eager": 1, "trl": 1, "in-turn": 15, "decoding": 15}.get(variant, 3)
     command = [sys.executable, __file__, "--worker", variant, str(p), str(t), str(repeats)]
     if variant == "trl":
         script = str(Path(__file__).with_name("trl_step.py"))
@@ -358,11 +382,15 @@ def main(args: Args) -> None:
         for t in (64, 256):
             results[f"in-turn P1024 T{t}"] = measure(args, "in-turn", 1024, t)
         args.results.write_text(json.dumps(results, indent=1) + "\n")
+    if "decoding" in args.variants:
+        results["decoding T32"] = measure(args, "decoding", 0, 32)
+        args.results.write_text(json.dumps(results, indent=1) + "\n")
     print_tables(results)
 
 
 def print_tables(results: dict[str, list[dict[str, float]]]) -> None:
-    in_turn = {cell: results.pop(cell) for cell in list(results) if cell.startswith("in-turn")}
+    in_turn = [cell for cell in results if cell.startswith(("in-turn", "decoding"))]
+    in_turn = {cell: results.pop(cell) for cell in in_turn}
 
     def middle(cell: str, what: str) -> float:
         return statistics.median(row[what] for row in results[cell])
@@ -386,11 +414,13 @@ def print_tables(results: dict[str, list[dict[str, float]]]) -> None:
     ]
     print(f"\n{'ratio':<36}{'here':>7}{'at most':>9}")
     for cell, rows in in_turn.items():
-        for name in IN_TURN[1:]:
-            label = f"{name} / grpo, {cell.replace(' P1024', '')}"
-            values = sorted(row[name] / row["grpo"] for row in rows)
+        base, *others = rows[0]
+        for name in others:
+            label = f"{name} / {base}, {cell.replace(' P1024', '')}"
+            values = sorted(row[name] / row[base] for row in rows)
             ratio, span = statistics.median(values), f"{values[0]:.2f} to {values[-1]:.2f}"
-            print(f"{label:<36}{ratio:>7.3f}{1.15:>9.2f}  {span}")
+            bound = "1.15" if base == "grpo" else ""
+            print(f"{label:<36}{ratio:>7.3f}{bound:>9}  {span}")
     for label, a, b, what, bound in ratios:
         if a in results and b in results:
             # Paired by round, so that a drift of the machine does not count.

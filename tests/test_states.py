@@ -217,8 +217,16 @@ def test_an_args_json_of_another_program_is_no_run(args, content):
 # Signals and Weights & Biases
 
 
+@pytest.fixture
+def hangup():
+    """The tests may run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", runs.STOP_SIGNALS)
-def test_each_signal_of_a_scheduler_saves_a_state(args, number, capsys):
+def test_each_signal_of_a_scheduler_saves_a_state(hangup, args, number, capsys):
     model, optimizer = tiny()
     named = str(Path(args.out) / "state" / "step-000000")  # by now an older state
     run = runs.Run(replace(args, save_every=0, resume=named), runs.BadRows())
@@ -231,7 +239,7 @@ def test_each_signal_of_a_scheduler_saves_a_state(args, number, capsys):
     assert [path.name for path in runs.good_states(Path(args.out))] == ["step-000001"]
 
 
-def test_nohup_keeps_its_meaning(args):
+def test_nohup_keeps_its_meaning(hangup, args):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     run = runs.Run(args, runs.BadRows())
     os.kill(os.getpid(), signal.SIGHUP)

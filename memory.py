@@ -32,13 +32,15 @@ def memory_gb(
     frozen: Sequence[Any] = (),
     evaluated: Any = None,
     processes: int = 1,
+    distils: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Estimate the GB (2**30 bytes) that each of `processes` ranks needs at the peak of each phase
     of a step, by purpose.
 
     `frozen` are the configs of the frozen models beside the trained one (reference, teacher);
-    `evaluated` is the config of the frozen model that is evaluated too, if any. One attention row
-    per token is always counted, as RAL keeps them, even if the method does not.
+    `evaluated` is the config of the frozen model that is evaluated too, if any. Distillation
+    (`distils`) keeps the logits of student and teacher. One attention row per token is always
+    counted, as RAL keeps them, even if the method does not.
     """
     model, text, width = empty_model(config), config.text_config, compute_dtype().itemsize
     layers, visual = model.model.language_model.layers, model.model.visual
@@ -104,13 +106,15 @@ def memory_gb(
         checkpoints = width * tokens * (4 * wide + 10 * hidden) * len(layers)
     head = width * text.vocab_size * hidden if trained_root else 0
     attention = 4 * responses * (prompt + new)  # per prompt, in float32
+    # Logits of student and teacher, and their gradients while those of two terms are summed.
+    logits = 5 * width * size * responses * text.vocab_size * distils
     # A trained encoder's activations stay until the language model's are gone.
     seen = width * size * patches * dim * args.train_vision
     kept = (1 if args.gradient_checkpointing else 24) * vision.depth + 18 + 23 * levels
     # Float32 gradients still in transit to the other ranks.
     reduced = (width + 4) * trained_layer + 4 * trained_root / processes if processes > 1 else 0
     update = max(
-        checkpoints + 2 * head + 16 * LOGIT_CHUNK,
+        checkpoints + 2 * head + 16 * LOGIT_CHUNK + logits,
         checkpoints + 2 * size * attention + 12 * ATTENTION_CHUNK,
         checkpoints + head + in_layer + (width + 4) * trained_layer,
         (width + 4) * trained_root + reduced,
@@ -191,7 +195,8 @@ def fit_memory(
     def need(lora_rank: int, processes: int = 0, **fields: int) -> float:
         frozen = teachers + [config] * (needs_reference and not lora_rank)
         processes, changed = processes or world_size(), replace(args, **fields)
-        phases = memory_gb(config, changed, lora_rank, group_size, frozen, evaluated, processes)
+        rest = {"evaluated": evaluated, "processes": processes, "distils": bool(teachers)}
+        phases = memory_gb(config, changed, lora_rank, group_size, frozen, **rest)
         return max(sum(parts.values()) for parts in phases.values())
 
     both = f"--train-vision, --lora-rank {args.lora_rank}: adapters cover only the language model"

@@ -13,6 +13,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2VLConfig, Qwen3VLConfig
 import attn_distill
 import common
 import grpo_baseline
+import kd_baseline
 import memory
 import ral_grpo
 import runs
@@ -110,6 +111,17 @@ def test_a_step_runs_in_the_memory_it_was_expected_to_need(size, processes, fiel
         assert sum(parts.values()) == pytest.approx(traced, rel=0.1), phase
     if lora_rank and processes == 1:  # the frozen weights are not gathered into a second copy
         assert peaks["rollout"]["gathered"] < 0.1 * peaks["rollout"]["weights"]
+
+
+@pytest.mark.parametrize("script", [kd_baseline, attn_distill])
+def test_distillation_counts_the_logits_of_both_models(script):
+    config, args = config_of("7B"), make_args(script, lora_rank=64)
+    traced = fake_gpu.step(script, config, args, 1)["update"]["activations"] / fake_gpu.GIB
+    with mock.patch.multiple(
+        memory, compute_dtype=lambda: torch.bfloat16, LOGIT_CHUNK=2**26, ATTENTION_CHUNK=2**26
+    ):
+        need = memory.memory_gb(config, args, 64, 8, [config], distils=True)["update"]
+    assert need["activations"] == pytest.approx(traced, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -258,11 +258,12 @@ def test_a_signal_to_all_processes_does_not_end_the_readers(real, tmp_path, monk
     fields = {"model": str(real / "qwen2_vl"), "data": str(real / "rows.json"), "max_skipped": 0.3}
     fields |= {"media_root": (str(real / "media"),), "max_new_tokens": 4, "frames": 4, "workers": 2}
     update, steps = ral_grpo.update, []
+    others = multiprocessing.active_children()  # of other tests in this process
 
     def signalled(*args):
         steps.append(1)
         if len(steps) == 2:
-            readers = multiprocessing.active_children()
+            readers = [x for x in multiprocessing.active_children() if x not in others]
             assert len(readers) == 2
             for process in (*(reader.pid for reader in readers), os.getpid()):
                 for number in runs.STOP_SIGNALS if process != os.getpid() else [signal.SIGUSR1]:

@@ -22,8 +22,8 @@ import toy
 from prompts import collate, encode_prompt
 
 # Lines that are added to and removed from `ral_grpo.py`, at most.
-DIFF = {"fixed_fraction": (20, 4), "one_sided": (20, 2), "oracle": (20, 1)}
-DIFF |= {"posterior_gaze": (95, 9)}  # its divergence is the forward KL
+DIFF = {"fixed_fraction": (20, 3), "one_sided": (20, 1), "oracle": (20, 0)}
+DIFF |= {"posterior_gaze": (95, 8)}  # its divergence is the forward KL
 FORKS = sorted(path.stem for path in (ROOT / "benchmarks" / "forks").glob("*.py"))
 
 
@@ -38,6 +38,7 @@ def test_a_fork_differs_by_its_idea_alone(name):
         code_lines(path)
         for path in (ROOT / "ral_grpo.py", ROOT / "benchmarks" / "forks" / f"{name}.py")
     )
+    ours.remove("import startup")  # it must be a script's first import; a fork's is the path
     diff = [line for line in difflib.ndiff(ours, theirs) if line[:2] in ("+ ", "- ")]
     added = sum(line.startswith("+ ") for line in diff)
     max_added, max_removed = DIFF[name]

@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MethodType
@@ -55,15 +54,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
-from answers import (
+from support.answers import (
     MAX_ANSWER,
+    extract_answer,
     number_accuracy,
     option_accuracy,
     regression_accuracy,
     rouge,
     word_accuracy,
 )
-from prompts import (
+from support.memory import ATTENTION_CHUNK, LOGIT_CHUNK, empty_model
+from support.prompts import (
     SLOTS,
     Example,
     Media,
@@ -75,12 +76,14 @@ from prompts import (
     read_prompt_config,
     repair_turns,
 )
-from runs import (
+from support.ranks import (
     UsageError,
+    compute_dtype,
+    device,
     full_tensor,
     gather,
     on_rank_0,
-    print_on_rank_0,
+    print_once,
     rank,
     require,
     world_size,
@@ -100,7 +103,6 @@ FILES = (*LARGE, "config.json", "generation_config.json", "preprocessor_config.j
 FILES += ("video_preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
 FILES += ("added_tokens.json", "special_tokens_map.json", "chat_template.jinja")
 FILES += ("chat_template.json", "prompt.json", "toy_task.json")
-print_once = cache(print_on_rank_0)  # a run loads a processor several times
 
 
 def hub_client() -> Any:
@@ -322,15 +324,6 @@ def try_processor(processor: Processor) -> None:
     prompt = encode_prompt(plain, Example("a", "", [Media([image]), Media([image] * 2, True)]))
     if not all(block.pixels.isfinite().all() for block in prompt.blocks):
         raise ValueError("its image processor makes pixels that are not finite")
-
-
-def compute_dtype() -> torch.dtype:
-    """Dtype of forward and backward passes: bfloat16 on a GPU, float32 on a CPU."""
-    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-
-
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_model(
@@ -633,12 +626,6 @@ def set_config(path: Path, retie: bool, tied: bool) -> None:
     path.write_text(json.dumps(config, indent=2))
 
 
-def empty_model(config: Any, **options: Any) -> Module:
-    """A model with shapes but no weights; `options` are arguments of `from_config`."""
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, **options)
-
-
 def load_teacher(path: str, processor: Processor) -> Module:
     """Load a frozen teacher that takes the same token ids, positions and pixels as the student.
 
@@ -854,10 +841,6 @@ def decode_attention(
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)
     out = by_response(by_prompt(weights[..., :p]) @ prompt_value) + weights[..., p:] @ own_value
     return out.reshape(n, 1, h, d)
-
-
-# Attention weights per chunk: 4 MB fit in a CPU's cache; a GPU needs few kernel launches.
-ATTENTION_CHUNK = 2**26 if torch.cuda.is_available() else 2**20
 
 
 def attention_rows(query: Tensor, key: Tensor, scaling: float, layout: Layout) -> Tensor:
@@ -1138,11 +1121,6 @@ def response_bias(prompts: PromptBatch, t: int, config: Any) -> Tensor:
     return mask.repeat(1, 1, config.num_attention_heads // config.num_key_value_heads, 1)
 
 
-# Logits per chunk, in float32: 256 MB on a GPU, 64 MB elsewhere. The chunks' gradients of `lm_head`
-# are summed, in bfloat16 on a GPU, so fewer chunks there mean fewer rounding errors.
-LOGIT_CHUNK = 2**26 if torch.cuda.is_available() else 2**24
-
-
 def in_chunks(
     function: Callable[..., tuple[Tensor, ...]],
     *tensors: Tensor,
@@ -1227,17 +1205,6 @@ def gradient_norm(
 # 5. Reward
 
 
-def extract_answer(text: str) -> str | None:
-    """The content of the first `<answer>...</answer>`, stripped, or None.
-
-    >>> extract_answer("<think> no </think> <answer> red </answer>")
-    'red'
-    """
-    start = text.find("<answer>")
-    end = text.find("</answer>", start)
-    return None if start < 0 or end < 0 else text[start + len("<answer>") : end].strip()
-
-
 def has_format(text: str, think: bool) -> bool:
     """Whether `text` is `<think>...</think><answer>...</answer>` or, without `think`, the answer
     alone, as in the paper's RAL-zero.
@@ -1259,8 +1226,8 @@ def accuracy(text: str, example: Example, rule: str = "by-type") -> float:
 
     With `rule="exact"` (paper), or if the example has no problem type, an answer identical to the
     solution scores 1 and any other scores 0. Otherwise the problem type selects the measure [ours,
-    as in Video-R1]; see answers.py. An answer longer than MAX_ANSWER characters scores 0, which
-    bounds the time to score a response.
+    as in Video-R1]; see support/answers.py. An answer longer than MAX_ANSWER characters scores 0,
+    which bounds the time to score a response.
     """
     answer, solution = extract_answer(text), example.solution.strip()
     if answer is None:

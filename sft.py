@@ -19,11 +19,11 @@ in the RL scripts; the schedule, the warm-up, the number of epochs and of demons
     python sft.py --frames 8             # the same, on videos of 8 frames
     python sft.py --model runs/sft/checkpoint --stop-accuracy 0.9 --out runs/sft2   # train further
 
-With --think, rows of data files need a thought (datafiles.py). `--epochs` says how often they are
+With --think, rows of data files need a thought (docs/data.md). `--epochs` says how often they are
 read.
 """
 
-import startup
+import support.startup
 
 import math
 import tempfile
@@ -43,20 +43,19 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 import common
-import runs
-import toy
-from data import check_data, check_files, open_data
-from evaluate import evaluate
-from media import BadRow
-from memory import fit_memory
-from pictures import draw_run
-from prompts import Example, Processor, Prompt, PromptConfig, collate, encode_prompt
+from eval import evaluate
+from support import cli, ranks, runs, states, toy
+from support.data import check_data, check_files, open_data
+from support.media import BadRow
+from support.memory import fit_memory
+from support.pictures import draw_run
+from support.prompts import Example, Processor, Prompt, PromptConfig, collate, encode_prompt
 
 # 1. Arguments
 
 
 @dataclass
-class Args(runs.RunArgs):
+class Args(cli.RunArgs):
     model: str | None = None
     """Checkpoint directory or hub name. Unset: a toy model with random weights."""
     out: str = f"runs/{Path(__file__).stem}"
@@ -101,10 +100,10 @@ class Args(runs.RunArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        runs.require_positive(self, "warmup_steps", "epochs", "stop_accuracy", "eval_above")
+        cli.require_positive(self, "warmup_steps", "epochs", "stop_accuracy", "eval_above")
         new = self.model is None or self.toy_size == "small"
         size = f"--toy-size {self.toy_size}: sets the size of a new toy"
-        runs.require(new, f"{size}; leave it out with --model")
+        ranks.require(new, f"{size}; leave it out with --model")
 
     def may_change(self) -> set[str]:
         fixed = {"steps"} if self.schedule == "cosine" else set()
@@ -129,7 +128,7 @@ TOY = toy.RUN | {
 # 2. Prompt and reward
 
 # The request after the question: to think (with --think), to answer, and the form of the answer by
-# problem type. It is saved with the weights, and evaluate.py reads it from there.
+# problem type. It is saved with the weights, and eval.py reads it from there.
 PROMPTS = {
     "think": "Think first, inside <think> </think> tags.",
     "answer": "Give the answer alone inside <answer> </answer> tags.",
@@ -218,7 +217,7 @@ def update(
         (terms["loss"].sum() / len(prompts)).backward()
         for name, term in terms.items():
             metrics[f"train/{name}"] += term.detach().sum().item() / len(prompts)
-    norm = runs.full_tensor(clip_grad_norm_(model.parameters(), args.max_grad_norm))
+    norm = ranks.full_tensor(clip_grad_norm_(model.parameters(), args.max_grad_norm))
     metrics |= {"train/grad_norm": norm.item(), "train/padding_frac": 1 - used / positions}
     if torch.isfinite(norm):  # otherwise the training loop stops the run
         optimizer.step()
@@ -236,7 +235,7 @@ def main(args: Args) -> dict[str, float]:
     runs.check_run(args, "model")
     is_toy, task = toy.resolve_task(args, args.model, may_differ=True)
     check_files(args, is_toy)
-    runs.seed_everything(args.seed)
+    ranks.seed_everything(args.seed)
     with tempfile.TemporaryDirectory() as scratch:
         base = args.model or scratch
         if args.model is None:
@@ -260,7 +259,7 @@ def main(args: Args) -> dict[str, float]:
             small = processor.config.text_config.hidden_size < 256
             toy_rate, rate = 1.5e-3 if small else 1e-3, 1e-4 if args.lora_rank else 5e-6
             args = replace(args, learning_rate=toy_rate if is_toy else rate)
-        state = runs.find_state(args)
+        state = states.find_state(args)
         model = common.load_model(
             base,
             train_vision=args.train_vision,
@@ -278,7 +277,7 @@ def main(args: Args) -> dict[str, float]:
     after, shown_after = before, shown_before
     done = before["eval/accuracy"] >= args.stop_accuracy
     reached = f"the model already has accuracy {before['eval/accuracy']:.3f}; raise it"
-    runs.require(not done, f"--stop-accuracy {args.stop_accuracy}: {reached}")
+    ranks.require(not done, f"--stop-accuracy {args.stop_accuracy}: {reached}")
     run = runs.Run(args, bad_rows, state)
     if state is None:
         run.log(0, before)
@@ -288,7 +287,7 @@ def main(args: Args) -> dict[str, float]:
     # A new toy for videos learns the lookup on images first.
     images_only = is_toy and task.frames is not None and args.model is None
     images_only = extra.get("images_only", images_only)
-    bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=runs.rank() != 0)
+    bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=ranks.rank() != 0)
     for step in bar:
         clock = runs.Stopwatch()
         caption = is_toy and step % 2 == 0
@@ -299,7 +298,7 @@ def main(args: Args) -> dict[str, float]:
         clock.lap("data_wait")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        metrics = runs.over_ranks(update(model, processor, optimizer, prompts, args))
+        metrics = ranks.over_ranks(update(model, processor, optimizer, prompts, args))
         run.require_finite(step, metrics, prompts)
         clock.lap("update")
         metrics |= clock.stop(tokens=round(metrics["train/completion_len"] * len(prompts)))
@@ -318,7 +317,7 @@ def main(args: Args) -> dict[str, float]:
             return metrics
     bar.close()
     if args.stop_accuracy <= 1 and not done:
-        runs.print_on_rank_0(
+        ranks.print_on_rank_0(
             f"did not reach --stop-accuracy {args.stop_accuracy}; try more --steps or a --seed"
         )
     run.save_checkpoint(partial(common.save_model, model=model, processor=processor))
@@ -333,4 +332,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    runs.run_script(Args, main, __doc__, partial(toy.defaults, TOY, unset=None))
+    cli.run_script(Args, main, __doc__, partial(toy.defaults, TOY, unset=None))

@@ -40,8 +40,6 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import ral_grpo
-import runs
-import toy
 from common import (
     Rollout,
     gradient_norm,
@@ -51,12 +49,13 @@ from common import (
     response_mean,
     score,
 )
-from data import check_files, open_data
-from memory import GIB, fit_memory, memory_gb
-from pictures import load_pyplot
-from prompts import Processor, Prompt, PromptConfig, collate, encode_prompt
 from ral_grpo import Batch, attention_policy, divergence, loss_terms
-from runs import require
+from support import cli, disk, ranks, runs, toy
+from support.data import check_files, open_data
+from support.memory import GIB, fit_memory, memory_gb
+from support.pictures import load_pyplot
+from support.prompts import Processor, Prompt, PromptConfig, collate, encode_prompt
+from support.ranks import require
 
 ROWS = ("own", "predicting")
 MASSES = {"vision": "tab:orange", "question": "tab:blue", "response": "lightgrey"}
@@ -123,7 +122,7 @@ def diagnose(
     """Measure the groups and all policies of `layers`; returns the report and the samples. Every
     weight is afterwards what it was before, to the bit."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    kept = [runs.full_tensor(p.detach()).to("cpu", copy=True) for p in parameters]
+    kept = [ranks.full_tensor(p.detach()).to("cpu", copy=True) for p in parameters]
     inputs = collate(model, prompts, processor.tokenizer.pad_token_id)
     rollout, texts, rewards, metrics = ral_grpo.roll_out(model, processor, prompts, inputs, args)
     samples = runs.sample_rows(prompts, texts, rewards)
@@ -187,7 +186,7 @@ def diagnose(
     finally:
         with torch.no_grad():
             for parameter, weight in zip(parameters, kept, strict=True):
-                parameter.copy_(runs.shard_like(weight, parameter))
+                parameter.copy_(ranks.shard_like(weight, parameter))
         model.zero_grad()
         model.eval()
     return report, samples
@@ -287,17 +286,19 @@ def draw(path: Path, report: dict[str, Any]) -> None:
 
 def main(args: Args) -> dict[str, Any]:
     """Print and write the diagnosis; returns the report."""
-    require(runs.world_size() == 1, "a diagnosis is made by one process; start it without torchrun")
+    require(
+        ranks.world_size() == 1, "a diagnosis is made by one process; start it without torchrun"
+    )
     require(not args.check_data, "--check-data: is for the training scripts")
-    runs.require_positive(args, "prompts")
-    runs.check_run(args, "model", kind=runs.DIAGNOSIS)
+    cli.require_positive(args, "prompts")
+    runs.check_run(args, "model", kind=disk.DIAGNOSIS)
     out = Path(args.out)
-    with runs.writing(out, "the directory"):
+    with disk.writing(out, "the directory"):
         out.mkdir(parents=True, exist_ok=True)
-        lock = runs.lock_directory(out)
+        lock = disk.lock_directory(out)
     is_toy, task = toy.resolve_task(args, args.model)
     check_files(args, is_toy)
-    runs.seed_everything(args.seed)
+    ranks.seed_everything(args.seed)
     processor = load_processor(
         args.model, args.image_tokens, args.frame_tokens, args.min_image_tokens
     )
@@ -337,10 +338,10 @@ def main(args: Args) -> dict[str, Any]:
     lines = [json.dumps(sample, ensure_ascii=False) for sample in samples]
     files = {"samples.jsonl": "\n".join(lines), "diagnosis.json": json.dumps(report)}
     files["diagnosis.txt"] = table(report)
-    with runs.writing(out, "the diagnosis"):
-        runs.write_record(out, runs.DIAGNOSIS, asdict(args))
+    with disk.writing(out, "the diagnosis"):
+        disk.write_record(out, disk.DIAGNOSIS, asdict(args))
         for name, content in files.items():
-            runs.write_aside(out / name, f"{content}\n")
+            disk.write_aside(out / name, f"{content}\n")
         draw(out / "diagnosis.png", report)
     lock.close()
     print(f"results: {out}")
@@ -348,4 +349,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    runs.run_script(Args, main, __doc__, partial(toy.defaults, ral_grpo.TOY))
+    cli.run_script(Args, main, __doc__, partial(toy.defaults, ral_grpo.TOY))

@@ -43,10 +43,10 @@ from reproduce import OWN, TASKS, commit, interval, words
 import common
 import ral_grpo
 import sft
-import toy
 from common import load_model, load_processor
-from pictures import load_pyplot
-from prompts import Prompt, collate, encode_prompt
+from support import toy
+from support.pictures import load_pyplot
+from support.prompts import Prompt, collate, encode_prompt
 
 GRPO_TERMS = ("token", "token, rewarded responses", "token, penalised responses")
 PERTURBED = {"RAL, rollout perturbed": (1, False), "RAL, rollout perturbed x 3": (3, False)}

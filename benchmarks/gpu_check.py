@@ -52,15 +52,13 @@ from safetensors.torch import load_file, save_file
 
 import attn_distill
 import common
-import evaluate
+import eval
 import grpo_baseline
 import kd_baseline
-import memory
 import ral_grpo
-import runs
 import sft
-import toy
-from prompts import Prompt, PromptConfig, collate, encode_prompt
+from support import memory, ranks, runs, toy
+from support.prompts import Prompt, PromptConfig, collate, encode_prompt
 
 GIB = 2**30
 GPU = torch.cuda.is_available()
@@ -365,7 +363,7 @@ def measure(model: torch.nn.Module, directory: Path) -> dict[str, Tensor]:
     if any(p.requires_grad for p in model.parameters()):
         (0.1 * scores.logps.sum() + (rows[:, :, 1:] * seen).square().sum()).backward()
         grads = [p.grad for _, p in sorted(model.named_parameters()) if p.grad is not None]
-        gradient = torch.cat([runs.full_tensor(x).float().cpu().flatten() for x in grads])
+        gradient = torch.cat([ranks.full_tensor(x).float().cpu().flatten() for x in grads])
         model.zero_grad()
     model.generation_config.eos_token_id = [3]
     tokens = common.generate_group(model, batch, 1, 8).response_ids.cpu()
@@ -426,7 +424,7 @@ def toys(found: Findings, work: Path) -> None:
             same = all(x == 0 for x in first)
             found.note(f"{name}: divergence in the first inner iteration", max(first), same)
     fields = {"model": model, "examples": 8, "out": str(work / "eval")}
-    found.attempt("evaluate", lambda: evaluate.main(evaluate.Args(**evaluate.TOY | fields)))
+    found.attempt("evaluate", lambda: eval.main(eval.Args(**eval.TOY | fields)))
 
 
 class Stopped(Exception):
@@ -561,7 +559,7 @@ PARTS |= {"real7b": real7b, "real2b": real2b}
 def run_part(found: Findings, part: str, work: Path) -> None:
     """Run a part in this process, which is a group of one."""
     start, found.part = time.time(), part
-    runs.start_ranks()
+    ranks.start_ranks()
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     # What random weights say is rewarded by its length.
@@ -589,9 +587,9 @@ def main(args: Args) -> int:
             run_part(found, args.part, Path(work))
         return 0
     unknown = set(args.parts) - set(LIMITS)
-    runs.require(not unknown, f"--parts {' '.join(unknown)}: choose from {', '.join(LIMITS)}")
+    ranks.require(not unknown, f"--parts {' '.join(unknown)}: choose from {', '.join(LIMITS)}")
     remedy = "see --rehearse for what a CPU can check"
-    runs.require(GPU or args.rehearse, f"no GPU is visible to PyTorch; {remedy}")
+    ranks.require(GPU or args.rehearse, f"no GPU is visible to PyTorch; {remedy}")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "gpu.jsonl").write_text("")
     end, passed = time.time() + args.limit, False
@@ -612,5 +610,5 @@ def main(args: Args) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(tyro.cli(Args, description=__doc__)))
-    except runs.UsageError as error:
+    except ranks.UsageError as error:
         sys.exit(f"error: {error}")

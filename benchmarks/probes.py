@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import evaluate
+import eval
 import ral_grpo
-import toy
-from prompts import Example, Media
+from support import toy
+from support.prompts import Example, Media
 
 
 @contextmanager
@@ -113,12 +113,12 @@ def half_of_the_shapes() -> Iterator[None]:
         for kind in ("trained", "held back"):
             chosen = [record for record in records if record["source"] == kind]
             for name in ("accuracy", "target_attn"):
-                metrics[f"eval/{name}, {kind}"] = evaluate.mean(chosen, name)
+                metrics[f"eval/{name}, {kind}"] = eval.mean(chosen, name)
         return metrics
 
-    plain_held_out, plain_summarise = toy.held_out_examples, evaluate.summarise
+    plain_held_out, plain_summarise = toy.held_out_examples, eval.summarise
     with (
         replaced(toy, training_example=training_example, held_out_examples=held_out_examples),
-        replaced(evaluate, summarise=summarise),
+        replaced(eval, summarise=summarise),
     ):
         yield

@@ -21,8 +21,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import fake_gpu
 from real import SPECIAL, write_tokenizer, write_video
 
-import memory
 import ral_grpo
+from support import memory
 
 SIZES = {  # of the text model
     "8B": {  # Qwen3-VL; for the table alone

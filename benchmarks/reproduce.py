@@ -58,14 +58,14 @@ from probes import forward_kl, guessable, half_of_the_shapes, replaced, three_sh
 
 import attn_distill
 import common
-import evaluate
+import eval
 import grpo_baseline
 import kd_baseline
 import ral_grpo
 import sft
-import toy
-from pictures import load_pyplot
-from prompts import collate, encode_prompt
+from support import toy
+from support.pictures import load_pyplot
+from support.prompts import collate, encode_prompt
 
 # Seeds: of the predicting row, of the own row, and of the own row with more ways to reduce.
 PREDICTING, OWN, REDUCED = range(1, 11), range(11, 21), range(21, 31)
@@ -451,7 +451,7 @@ def main(args: Args) -> None:
             called.append(True)
             this = (key, options.get("attn_layer"))
             if len(called) > 1 or this not in starts:
-                result = evaluate.evaluate(*inputs, **options | {"batch_size": 64})
+                result = eval.evaluate(*inputs, **options | {"batch_size": 64})
                 if len(called) == 1:
                     starts.clear()
                     starts[this] = result

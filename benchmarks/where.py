@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import common
-import toy
-from prompts import collate, encode_prompt, encoder_outputs
+from support import toy
+from support.prompts import collate, encode_prompt, encoder_outputs
 
 ROWS = ("image", "text after the image", "response")
 HIDDEN = {"layers": (), "mask": None}  # what `knock_out` hides: (B, 1, rows, keys), True if hidden

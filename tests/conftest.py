@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import common
 import sft
-import toy
-from prompts import Processor, Prompt, PromptConfig, collate, encode_prompt
+from support import toy
+from support.prompts import Processor, Prompt, PromptConfig, collate, encode_prompt
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much on a busy machine
 

@@ -31,9 +31,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, Qwen3VLTextModel
 
 import common
-import memory as memory_module
-import prompts as prompts_module
-from prompts import Block, PromptBatch, visual_features
+from support import memory as memory_module
+from support import prompts as prompts_module
+from support.prompts import Block, PromptBatch, visual_features
 
 GIB = 2**30
 

@@ -17,8 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import runs
-import toy
+from support import cli, ranks, toy
 
 FRAMES = []
 
@@ -46,7 +45,7 @@ def fail(*_) -> None:
 def strand(*_) -> None:
     """Fail while a thread runs that Python waits for, as libraries leave one behind."""
     threading.Thread(target=time.sleep, args=(1000,)).start()
-    raise runs.UsageError("planted")
+    raise ranks.UsageError("planted")
 
 
 def kill(*_) -> None:
@@ -97,7 +96,7 @@ def plant(place: str, do: str, calls: int = sys.maxsize) -> None:
 
 def defaults_of(script):
     """What the script gives to `run_script`."""
-    if script.__name__ == "evaluate":
+    if script.__name__ == "eval":
         return script.defaults
     unset = {"unset": None} if script.__name__ == "sft" else {}
     return partial(toy.defaults, script.TOY, **unset)
@@ -108,7 +107,7 @@ def launch(case: dict) -> None:
         plant(*what)
     script = importlib.import_module(case["script"])
     sys.argv = [script.__file__, *case["argv"]]
-    runs.run_script(script.Args, script.main, script.__doc__, defaults_of(script))
+    cli.run_script(script.Args, script.main, script.__doc__, defaults_of(script))
 
 
 def fork(case: dict) -> int:
@@ -133,7 +132,7 @@ def fork(case: dict) -> int:
 
 
 if __name__ == "__main__":
-    names = ("sft", "grpo_baseline", "ral_grpo", "kd_baseline", "attn_distill", "evaluate")
+    names = ("sft", "grpo_baseline", "ral_grpo", "kd_baseline", "attn_distill", "eval")
     for name in (*names, "matplotlib.pyplot", "torch.utils.tensorboard"):
         importlib.import_module(name)
     # A shell may have started the tests in the background, where Ctrl-C is ignored.

@@ -10,8 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import common
-import runs
-import toy
+from support import ranks, toy
 
 
 def by_length(group_size: int, idle: bool):
@@ -21,7 +20,7 @@ def by_length(group_size: int, idle: bool):
 
     def accuracy(text: str, *_) -> float:
         nonlocal calls
-        number = calls // group_size * runs.world_size() + runs.rank()
+        number = calls // group_size * ranks.world_size() + ranks.rank()
         calls += 1
         return 0.0 if idle and number % 2 else float(len(text) % 2)
 
@@ -38,7 +37,7 @@ def uneven(generate):
 
         def pick_tokens(*inputs):
             ids = pick(*inputs)
-            numbers = torch.arange(len(ids)) // group_size * runs.world_size() + runs.rank()
+            numbers = torch.arange(len(ids)) // group_size * ranks.world_size() + ranks.rank()
             return torch.where(numbers % 2 == 1, eos, ids)
 
         common.pick_tokens = pick_tokens
@@ -68,9 +67,9 @@ def run_all(jobs: list[tuple[str, dict, str]], out: Path, names=("0123456789")) 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    runs.start_ranks()
-    if runs.rank() != 0:  # one process reads the checkpoint for all
+    ranks.start_ranks()
+    if ranks.rank() != 0:  # one process reads the checkpoint for all
         common.AutoModelForImageTextToText.from_pretrained = None
     run_all(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
     if torch.distributed.is_initialized():
-        runs.leave_ranks()
+        ranks.leave_ranks()

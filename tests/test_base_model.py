@@ -16,13 +16,13 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationC
 
 import attn_distill
 import common
-import evaluate
+import eval
 import grpo_baseline
 import kd_baseline
 import ral_grpo
-import runs
 import sft
-from prompts import Example, Media, collate, encode_prompt
+from support import ranks
+from support.prompts import Example, Media, collate, encode_prompt
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 SMALL = {"steps": 1, "prompts_per_step": 2, "micro_batch_size": 1, "max_new_tokens": 4}
@@ -181,7 +181,7 @@ def test_a_base_model_trains_and_its_checkpoint_is_whole(
     asked |= {"data": data["data"], "media_root": data["media_root"]} if on_data else {}
     asked |= {"workers": 0, "examples": 2, "max_new_tokens": 4}
     asked |= {"model": str(checkpoint), "out": str(tmp_path / "eval")}
-    assert 0 <= evaluate.main(evaluate.Args(**asked))["eval/accuracy"] <= 1
+    assert 0 <= eval.main(eval.Args(**asked))["eval/accuracy"] <= 1
     assert "chat template" not in capsys.readouterr().out  # there is nothing left to repair
 
 
@@ -232,5 +232,5 @@ def test_adapters_load_beside_the_merged_checkpoint(bases, tmp_path, monkeypatch
     assert (adapted - before).abs().max() > 1e-2
     assert render(adapter, "image") == render(out / "checkpoint", "image")
     assert not list(out.glob(".checkpoint-*"))
-    with pytest.raises(runs.UsageError, match="config"):  # in one line: it is no model
+    with pytest.raises(ranks.UsageError, match="config"):  # in one line: it is no model
         common.load_model(adapter)

@@ -18,11 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 import common
-import evaluate
-import prompts
-import runs
-import toy
-from prompts import Example, Media, collate, encode_prompt
+import eval
+from support import prompts, ranks, toy
+from support.prompts import Example, Media, collate, encode_prompt
 
 
 @pytest.fixture
@@ -141,7 +139,7 @@ def test_what_does_not_fit_together_is_one_line(copy, monkeypatch, name):
     change, reason = REFUSED[name]
     change(copy)
     monkeypatch.setattr(common, "read_model", None)  # no weight is read
-    with pytest.raises(runs.UsageError, match=rf"^--model \S*copy: .*{reason}.*$") as error:
+    with pytest.raises(ranks.UsageError, match=rf"^--model \S*copy: .*{reason}.*$") as error:
         common.load_model(copy)
     assert len(str(error.value).splitlines()) == 1
 
@@ -162,7 +160,7 @@ def test_weights_that_are_not_the_models_are_one_line(copy, kind):
     weights = load_file(copy / "model.safetensors")
     WEIGHTS[kind](weights)
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
-    with pytest.raises(runs.UsageError, match=rf"^--model .* 1 {kind} weights, as .*; [^\n]*$"):
+    with pytest.raises(ranks.UsageError, match=rf"^--model .* 1 {kind} weights, as .*; [^\n]*$"):
         common.load_model(copy)
 
 
@@ -221,7 +219,7 @@ def test_a_save_that_would_fail_fails_before_training(real, monkeypatch):
         "save_pretrained",
         fail,
     )
-    with pytest.raises(runs.UsageError, match="planted"):
+    with pytest.raises(ranks.UsageError, match="planted"):
         common.load_model(real / "qwen2_5_vl")
     common.load_model(real / "qwen2_5_vl", frozen=True)
 
@@ -230,7 +228,7 @@ def test_weights_that_were_not_written_are_noticed(real, tmp_path):
     model, processor = load(real / "qwen2_5_vl")
     save = type(model).save_pretrained
     model.save_pretrained = lambda path, state_dict: save(model, path, state_dict={})
-    with pytest.raises(runs.UsageError, match="0 weights were written, the model has"):
+    with pytest.raises(ranks.UsageError, match="0 weights were written, the model has"):
         common.save_model(tmp_path, model, processor)
 
 
@@ -327,8 +325,8 @@ def test_weights_of_nan_answer_nothing(tmp_path):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     fields = {"model": str(folder), "out": str(tmp_path / "out"), "workers": 0, "examples": 4}
     fields |= {"max_new_tokens": 4}
-    with pytest.raises(runs.UsageError, match="logits are not finite"):
-        evaluate.main(evaluate.Args(**fields))
+    with pytest.raises(ranks.UsageError, match="logits are not finite"):
+        eval.main(eval.Args(**fields))
 
 
 @pytest.mark.parametrize(
@@ -337,7 +335,7 @@ def test_weights_of_nan_answer_nothing(tmp_path):
 )
 def test_a_toys_task_is_bounded(tmp_path, content):
     (tmp_path / "toy_task.json").write_text(content)
-    with pytest.raises(runs.UsageError, match=r"toy_task\.json: not a toy's task \([^\n]*$"):
+    with pytest.raises(ranks.UsageError, match=r"toy_task\.json: not a toy's task \([^\n]*$"):
         toy.Task.load(tmp_path)
 
 
@@ -346,7 +344,7 @@ def test_a_hub_that_does_not_answer_is_one_line(tmp_path):
     with socket.create_server(("localhost", 0)) as hub:
         address = f"http://localhost:{hub.getsockname()[1]}"
         variables = {"HF_HOME": str(tmp_path), "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
-        command = [sys.executable, evaluate.__file__, "--model", "owner/name"]
+        command = [sys.executable, eval.__file__, "--model", "owner/name"]
         done = subprocess.run(
             command,
             env=os.environ | variables | {"HF_ENDPOINT": address},

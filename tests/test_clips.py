@@ -9,10 +9,9 @@ import pytest
 from PIL import Image
 from test_media import level, seen, write
 
-import data
-import datafiles
-from media import BadRow
-from prompts import Example, Media, PromptConfig, encode_prompt
+from support import data, datafiles
+from support.media import BadRow
+from support.prompts import Example, Media, PromptConfig, encode_prompt
 
 ROW = {"problem": "p", "answer": "a"}
 

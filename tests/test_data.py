@@ -21,15 +21,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from real import write_rows, write_video
 
-import data
-import datafiles
-import media
-import runs
 import sft
-from answers import option_texts
 from common import accuracy
-from prompts import Media, Prompt, PromptConfig, split_turn
-from runs import BadRows, UsageError
+from support import data, datafiles, media, states
+from support.answers import option_texts
+from support.data import BadRows
+from support.prompts import Media, Prompt, PromptConfig, split_turn
+from support.ranks import UsageError
 
 ROW = {
     "problem": "What is it?",
@@ -621,13 +619,13 @@ def test_a_changed_data_set_is_noticed(tmp_path):
     (tmp_path / "rows.json").write_text("[]")
     args = SimpleNamespace(data=str(tmp_path / "rows.json"), eval_data=f"{tmp_path}/hub:test")
     shards = sorted(file.name for file in (tmp_path / "hub" / "data").iterdir())
-    before = runs.fingerprint_inputs(args)
+    before = states.fingerprint_inputs(args)
     assert list(before) == ["--data rows.json", *(f"--eval-data {name}" for name in shards)]
     (tmp_path / "rows.json").write_text("{}")
-    after = runs.fingerprint_inputs(args)
+    after = states.fingerprint_inputs(args)
     assert [name for name in before if before[name] != after[name]] == ["--data rows.json"]
     args = SimpleNamespace(data="owner/name:train", eval_data=None)
-    assert runs.fingerprint_inputs(args) == {"--data": "none"}
+    assert states.fingerprint_inputs(args) == {"--data": "none"}
 
 
 def test_a_video_in_a_column_reads_like_its_file(media_dir):

@@ -15,11 +15,10 @@ from transformers import AutoModelForImageTextToText
 
 import common
 import ral_grpo
-import runs
-import toy
 from benchmarks import diagnose
-from prompts import collate, encode_prompt
-from runs import UsageError
+from support import disk, ranks, toy
+from support.prompts import collate, encode_prompt
+from support.ranks import UsageError
 
 SMALL = {"prompts": 4, "group_size": 4, "temperature": 2.0, "learning_rate": 3e-3}
 # Responses of several lengths, in microbatches of several paddings.
@@ -315,9 +314,9 @@ def test_a_sharded_model_as_on_a_gpu_is_diagnosed_and_restored(cold_start, lora_
             model, processor, prompts = open_toy(cold_start, args, lora_rank=lora_rank)
             trained = [p for p in model.parameters() if p.requires_grad]
             assert all(isinstance(p, DTensor) == sharded for p in trained)
-            before = [runs.full_tensor(p.detach()).clone() for p in trained]
+            before = [ranks.full_tensor(p.detach()).clone() for p in trained]
             reports.append(diagnose.diagnose(model, processor, prompts, args, [1])[0])
-            after = [runs.full_tensor(p.detach()) for p in model.parameters() if p.requires_grad]
+            after = [ranks.full_tensor(p.detach()) for p in model.parameters() if p.requires_grad]
             assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
         finally:
             if sharded:
@@ -445,15 +444,15 @@ def in_use(out):
 
 def test_it_writes_into_no_training_run_and_is_one_process(cold_start, tmp_path, monkeypatch):
     args = arguments(model=str(cold_start), out=str(tmp_path))
-    for kind in (runs.TRAINING_RUN, runs.EVALUATION):
-        runs.write_record(tmp_path, kind, {})
+    for kind in (disk.TRAINING_RUN, disk.EVALUATION):
+        disk.write_record(tmp_path, kind, {})
         with pytest.raises(UsageError, match=f"holds another program's {kind}; choose another"):
             diagnose.main(args)
-    runs.write_record(tmp_path, runs.DIAGNOSIS, {})
-    monkeypatch.setattr(runs, "lock_directory", in_use)
+    disk.write_record(tmp_path, disk.DIAGNOSIS, {})
+    monkeypatch.setattr(disk, "lock_directory", in_use)
     with pytest.raises(UsageError, match="in use"):
         diagnose.main(args)
-    monkeypatch.setattr(runs, "world_size", lambda: 2)
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
     with pytest.raises(UsageError, match="one process; start it without torchrun"):
         diagnose.main(args)
 

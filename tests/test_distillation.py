@@ -14,8 +14,8 @@ import attn_distill
 import common
 import kd_baseline
 import ral_grpo
-import runs
-from prompts import visual_features
+from support import ranks
+from support.prompts import visual_features
 
 PAIR = (kd_baseline, attn_distill)
 NONE = torch.tensor([], dtype=torch.long)
@@ -213,19 +213,19 @@ def test_frame_bins_are_a_plain_loop(loaded, kinds):
 
 
 def test_a_teacher_that_does_not_fit_is_refused(train, teacher, tmp_path):
-    with pytest.raises(runs.UsageError, match=r"--teacher nowhere: no such directory"):
+    with pytest.raises(ranks.UsageError, match=r"--teacher nowhere: no such directory"):
         train(kd_baseline, teacher="nowhere")
     copy = tmp_path / "copy"
     copy.mkdir()
     for file in teacher.iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
     (copy / "toy_task.json").write_text((copy / "toy_task.json").read_text().replace("4", "5"))
-    with pytest.raises(runs.UsageError, match="was trained on another task"):
+    with pytest.raises(ranks.UsageError, match="was trained on another task"):
         train(kd_baseline, teacher=str(copy))
     tokenizer = json.loads((copy / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["crimson"] = tokenizer["model"]["vocab"].pop("red")
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(runs.UsageError, match="tokenizer is not the student's"):
+    with pytest.raises(ranks.UsageError, match="tokenizer is not the student's"):
         train(attn_distill, teacher=str(copy))
-    with pytest.raises(runs.UsageError, match="--teacher-attn-layer 3: the model has 3 layers"):
+    with pytest.raises(ranks.UsageError, match="--teacher-attn-layer 3: the model has 3 layers"):
         train(attn_distill, teacher=str(teacher), teacher_attn_layer=3)

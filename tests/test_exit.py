@@ -31,7 +31,7 @@ def argv(real: Path, folder: Path, script: str, workers: int = 2) -> list:
     ]
     words += ["--out", folder / "run", "--workers", workers, "--max-skipped", 0.3, "--frames", 4]
     words += ["--image-tokens", 9, "--frame-tokens", 4, "--max-new-tokens", 4]
-    if script != "evaluate":
+    if script != "eval":
         words += ["--steps", 2, "--prompts-per-step", 2, "--eval-examples", 2, "--save-every", 0]
         words += [] if script == "sft" else ["--group-size", 2]
     if script in ("kd_baseline", "attn_distill"):
@@ -108,7 +108,7 @@ def test_a_finished_run_ends_though_a_reader_hangs(run, real, tmp_path):
 # What reads with readers at work: script, more of its command line, what it calls then.
 AT_WORK = {
     "training": ("ral_grpo", [], LOOP),
-    "evaluation": ("evaluate", [], "evaluate.collate"),
+    "evaluation": ("eval", [], "eval.collate"),
     "checking": ("sft", ["--check-data"], "data.read_number"),
 }
 
@@ -144,8 +144,8 @@ LOST = {
 @pytest.mark.parametrize("how", LOST)
 def test_work_whose_output_is_lost_is_complete(run, real, tmp_path, how):
     status, words = LOST[how]
-    plants = [("evaluate.collate", how)]
-    ended, output = run("evaluate", argv(real, tmp_path, "evaluate"), plants)
+    plants = [("eval.collate", how)]
+    ended, output = run("eval", argv(real, tmp_path, "eval"), plants)
     assert ended == status and "Traceback" not in output and output.endswith(words)
     assert "held-out" not in output and (tmp_path / "run" / "table.txt").exists()
 
@@ -183,7 +183,7 @@ def test_readers_end_with_a_process_that_is_killed(run, real, tmp_path, work, nu
     """In the evaluation they have more to send than a pipe holds, and nobody takes it."""
     script, more, place = AT_WORK[work]
     words = argv(real, tmp_path, script) + more
-    words += ["--gaze", "20"] if script == "evaluate" else []
+    words += ["--gaze", "20"] if script == "eval" else []
     plants = [(place, "wait"), ("data.Prompts.__getitem__", "hang")]
     signals = (number,) * (2 if (work, number) == ("training", signal.SIGTERM) else 1)
     status, output = run(script, words, plants, signals)

@@ -16,10 +16,9 @@ from test_siblings import ROOT, code_lines
 
 import common
 import ral_grpo
-import runs
 import sft
-import toy
-from prompts import collate, encode_prompt
+from support import ranks, toy
+from support.prompts import collate, encode_prompt
 
 # Lines that are added to and removed from `ral_grpo.py`, at most.
 DIFF = {"fixed_fraction": (20, 3), "one_sided": (20, 1), "oracle": (20, 0)}
@@ -177,14 +176,14 @@ def test_posterior_gaze_asks_where_a_response_should_have_looked(batch, monkeypa
 
 def test_posterior_gaze_refuses_what_it_would_ignore(cold_start, tmp_path):
     script = fork("posterior_gaze")
-    with pytest.raises(runs.UsageError, match="--attn-anchor: not in this fork"):
+    with pytest.raises(ranks.UsageError, match="--attn-anchor: not in this fork"):
         script.Args(attn_anchor="reference")
-    with pytest.raises(runs.UsageError, match="--num-minibatches 2: must be 1"):
+    with pytest.raises(ranks.UsageError, match="--num-minibatches 2: must be 1"):
         script.Args(num_minibatches=2)
     real = tmp_path / "real"  # a checkpoint without a toy's task
     shutil.copytree(cold_start, real)
     (real / "toy_task.json").unlink()
-    with pytest.raises(runs.UsageError, match="this fork is for the toy"):
+    with pytest.raises(ranks.UsageError, match="this fork is for the toy"):
         script.main(toy_args(script, model=str(real), out=str(tmp_path / "run")))
 
 

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-import gaze
-from gaze import Gaze, write_page
-from prompts import Media
-from runs import UsageError
-from toy import Task, sample_example
+from support import gaze
+from support.gaze import Gaze, write_page
+from support.prompts import Media
+from support.ranks import UsageError
+from support.toy import Task, sample_example
 
 HOSTILE = [
     "<script>window.hacked = 1</script>",

@@ -14,9 +14,8 @@ import attn_distill
 import common
 import grpo_baseline
 import kd_baseline
-import memory
 import ral_grpo
-import runs
+from support import memory, states
 
 SIZES = {
     "7B": {
@@ -177,11 +176,11 @@ def test_a_fused_optimizer_resumes_with_its_steps_on_the_gpu(tmp_path):
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     args = ral_grpo.Args(out=str(tmp_path))
-    runs.write_state(tmp_path, {"step": 1}, runs.state_tensors(model, optimizer), args)
+    states.write_state(tmp_path, {"step": 1}, states.state_tensors(model, optimizer), args)
     resumed = torch.nn.Linear(2, 2, device="meta")
     optimizer = torch.optim.AdamW(resumed.parameters(), lr=1e-3)
     optimizer.defaults["fused"] = True  # it refuses parameters on that device
-    runs.load_state("--resume", tmp_path / "state" / "step-000001", resumed, optimizer)
+    states.load_state("--resume", tmp_path / "state" / "step-000001", resumed, optimizer)
     on_gpu = dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), "meta")
     for state in optimizer.state.values():
         assert {name: value.device.type for name, value in state.items()} == on_gpu

@@ -14,10 +14,9 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import common
-import media
 import ral_grpo
-import toy
-from prompts import Example, Media, Processor, PromptConfig, encode_prompt, process_media
+from support import media, toy
+from support.prompts import Example, Media, Processor, PromptConfig, encode_prompt, process_media
 
 B_FRAMES = {"bf": "3", "g": "10", "sc_threshold": "0"}
 X265 = {"x265-params": "log-level=none:keyint=10:bframes=3:scenecut=0"}

@@ -11,7 +11,7 @@ import common
 import grpo_baseline
 import kd_baseline
 import ral_grpo
-import runs
+from support import ranks
 
 SCRIPTS = (grpo_baseline, ral_grpo, kd_baseline, attn_distill)
 
@@ -111,7 +111,7 @@ def test_a_resumed_run_takes_its_minibatches_in_the_same_order(cold_start, tmp_p
 
 
 def test_minibatches_are_of_equal_size():
-    with pytest.raises(runs.UsageError, match="--num-minibatches 3: must divide --prompts-per-st"):
+    with pytest.raises(ranks.UsageError, match="--num-minibatches 3: must divide --prompts-per-st"):
         ral_grpo.Args(prompts_per_step=8, num_minibatches=3)
 
 

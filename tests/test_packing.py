@@ -5,7 +5,7 @@ import torch
 from conftest import make_prompts, make_rollout, unpacked
 
 import common
-from prompts import encode_prompt
+from support.prompts import encode_prompt
 
 KINDS = [("image", "image"), ("video", "image"), ("text", "mixed"), ("text", "text")]
 

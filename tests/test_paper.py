@@ -17,7 +17,7 @@ from real import write_checkpoint, write_rows
 from safetensors.torch import load_file
 
 import common
-import runs
+from support import cli
 
 PAGE = Path(__file__).parents[1] / "docs" / "paper.md"
 STUDENT, TEACHER = "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-32B-Instruct"
@@ -25,7 +25,7 @@ STUDENT, TEACHER = "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-32B-Instruct"
 SMALL = "--max-new-tokens 4 --workers 0 --image-tokens 9 --min-image-tokens 1 --frame-tokens 4"
 TRAIN = f"{SMALL} --steps 1 --prompts-per-step 2 --eval-examples 1 --save-every 0"
 RL = f"{TRAIN} --rows 10 --group-size 2"
-APPENDED = {"evaluate": f"{SMALL} --batch-size 2", "sft": TRAIN}
+APPENDED = {"eval": f"{SMALL} --batch-size 2", "sft": TRAIN}
 
 
 def commands() -> list[list[str]]:
@@ -69,7 +69,7 @@ def test_the_page_runs(monkeypatch):
         name = Path(script).stem
         module = importlib.import_module(name)
         monkeypatch.setattr(sys, "argv", [script, *argv, *APPENDED.get(name, RL).split()])
-        runs.run_script(module.Args, module.main, module.__doc__, defaults_of(module))
+        cli.run_script(module.Args, module.main, module.__doc__, defaults_of(module))
 
     weights = {}
     for path in Path("runs").glob("*/checkpoint"):

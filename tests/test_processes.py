@@ -1,7 +1,5 @@
 """What a script does with its output, the variables of its launcher, and its readers' messages."""
 
-import startup
-
 import errno
 import io
 import math
@@ -17,12 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-import datafiles
-import evaluate
 import ral_grpo
-import runs
 import sft
-from data import Prompts, Reader
+from support import cli, data, datafiles, disk, ranks, startup
+from support.data import Prompts, Reader
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +32,7 @@ def test_output_that_cannot_be_printed_is_dropped(monkeypatch, tmp_path, number)
         writer = os.open("/dev/full", os.O_WRONLY)
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(os.fdopen(writer, "wb"), encoding="ascii"))
     monkeypatch.setattr(sys, "stderr", None)
-    errors = runs.keep_printing()
+    errors = cli.keep_printing()
     for _ in range(3):
         print("caf\u00e9 \udcff " * 10_000)
         print("caf\u00e9", file=sys.stderr, flush=True)
@@ -47,25 +43,25 @@ def test_output_that_cannot_be_printed_is_dropped(monkeypatch, tmp_path, number)
 def test_output_in_ascii_is_escaped(monkeypatch):
     content = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, encoding="ascii"))
-    assert runs.keep_printing() == []
+    assert cli.keep_printing() == []
     print("caf\u00e9", flush=True)
     assert content.getvalue() == b"caf\\xe9\n"
 
 
 def test_processes_of_a_scheduler_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    runs.start_ranks()
-    assert runs.world_size() == 1
+    ranks.start_ranks()
+    assert ranks.world_size() == 1
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "0")
     words = (
         "^WORLD_SIZE=8 is set, but not LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start with torchrun"
     )
-    with pytest.raises(runs.UsageError, match=words):
-        runs.start_ranks()
+    with pytest.raises(ranks.UsageError, match=words):
+        ranks.start_ranks()
 
 
-@pytest.mark.parametrize("script", ["sft", "ral_grpo", "evaluate"])
+@pytest.mark.parametrize("script", ["sft", "ral_grpo", "eval"])
 def test_ctrl_c_during_imports_is_one_line(tmp_path, script):
     for library in ("numpy", "torch"):
         (tmp_path / f"{library}.py").write_text("print(flush=True); import time; time.sleep(99)")
@@ -97,12 +93,12 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("script", [sft, ral_grpo, evaluate])
+@pytest.mark.parametrize("script", [sft, ral_grpo, eval])
 @pytest.mark.parametrize("name", WRONG)
 def test_values_that_nothing_can_compute_with_are_refused(script, name):
-    needed = {"model": "x"} if script is evaluate else {}
+    needed = {"model": "x"} if script is eval else {}
     for value in WRONG[name] if name in script.Args.__dataclass_fields__ else ():
-        with pytest.raises(runs.UsageError, match=rf"\A--{name.replace('_', '-')} [^\n]+\Z"):
+        with pytest.raises(ranks.UsageError, match=rf"\A--{name.replace('_', '-')} [^\n]+\Z"):
             script.Args(**needed | {name: value})
 
 
@@ -110,7 +106,7 @@ def test_a_switch_with_a_value_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(os, "_exit", sys.exit)
     monkeypatch.setattr(sys, "argv", ["sft.py", "--no-train-vision=1"])
     with pytest.raises(SystemExit):
-        runs.run_script(sft.Args, None, "", sft.partial(sft.toy.defaults, sft.TOY, unset=None))
+        cli.run_script(sft.Args, None, "", sft.partial(sft.toy.defaults, sft.TOY, unset=None))
     words = "takes no value; give --train-vision or --no-train-vision"
     assert capsys.readouterr().err == f"error: --no-train-vision=1: {words}\n"
 
@@ -123,18 +119,18 @@ def test_data_that_would_wait_is_refused(tmp_path, monkeypatch):
         (pipe, "is neither a file nor a directory"),
         ("/dev/zero", "is neither a file nor a directory"),
     ):
-        with pytest.raises(runs.UsageError, match=f"^--data {path}: {words}$"):
+        with pytest.raises(ranks.UsageError, match=f"^--data {path}: {words}$"):
             datafiles.DataFile(str(path))
-    monkeypatch.setattr(runs, "MOST_FILES", 20)
-    with pytest.raises(runs.UsageError, match=r"^--data /: holds more than 20 files"):
+    monkeypatch.setattr(disk, "MOST_FILES", 20)
+    with pytest.raises(ranks.UsageError, match=r"^--data /: holds more than 20 files"):
         datafiles.DataFile("/")
 
 
 def test_help_joins_no_group(monkeypatch, capsys):
-    monkeypatch.setattr(runs, "start_ranks", None)
+    monkeypatch.setattr(cli, "start_ranks", None)
     monkeypatch.setattr(sys, "argv", ["script.py", "--help"])
     with pytest.raises(SystemExit) as ended:
-        runs.run_script(runs.RunArgs, None, "What it is.")
+        cli.run_script(cli.RunArgs, None, "What it is.")
     assert ended.value.code == 0 and "What it is." in capsys.readouterr().out
 
 
@@ -147,7 +143,7 @@ def test_readers_use_no_shared_memory(monkeypatch):
         return SimpleNamespace(ids=torch.full((100_000,), row))
 
     prompts = Prompts(source, encode, np.arange(9), keep_media=9)
-    reader = Reader(prompts, range(9), 2, runs.BadRows())
+    reader = Reader(prompts, range(9), 2, data.BadRows())
     assert [prompt.ids.unique().tolist() for prompt in reader] == [[row] for row in range(9)]
 
 
@@ -156,7 +152,7 @@ def test_readers_that_cannot_start_are_one_line(monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch.multiprocessing.Process, "start", full)
-    reader = Reader(Prompts(None, None, np.arange(9)), range(9), 2, runs.BadRows())
+    reader = Reader(Prompts(None, None, np.arange(9)), range(9), 2, data.BadRows())
     words = r"^--workers 2: the readers cannot be started \(No space .*\); give fewer, or 0$"
-    with pytest.raises(runs.UsageError, match=words):
+    with pytest.raises(ranks.UsageError, match=words):
         list(reader)

@@ -12,8 +12,8 @@ from real import THINKING, write_checkpoint
 from transformers import AutoConfig
 
 import common
-import runs
-from prompts import Example, Media, PromptConfig, encode_prompt
+from support import ranks
+from support.prompts import Example, Media, PromptConfig, encode_prompt
 
 EXPECTED = json.loads(FILE.read_text())
 
@@ -152,7 +152,7 @@ def test_the_tag_that_the_template_opens_counts_as_the_responses(tmp_path):
     assert tokenizer.decode(prompt.ids).endswith("assistant\n<think>\n")  # as the model knows it
     processor.prompt_config = PromptConfig({}, think=False)
     with pytest.raises(
-        runs.UsageError, match=r"^--no-think: the chat template of this model opens"
+        ranks.UsageError, match=r"^--no-think: the chat template of this model opens"
     ):
         encode_prompt(processor, Example("So?", "", []))
     full = "<think> a </think> <answer>A</answer>"
@@ -174,6 +174,6 @@ REFUSED = [
 @pytest.mark.parametrize(("kind", "reason"), REFUSED)
 def test_another_kind_of_model_is_refused_with_the_reason(tmp_path, kind, reason):
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
-    with pytest.raises(runs.UsageError, match=f"is a '{kind}' model; .*{reason}") as error:
+    with pytest.raises(ranks.UsageError, match=f"is a '{kind}' model; .*{reason}") as error:
         common.load_processor(tmp_path)
     assert len(str(error.value).splitlines()) == 1

@@ -24,15 +24,13 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import attn_distill
 import common
-import evaluate
+import eval
 import grpo_baseline
 import kd_baseline
-import memory
-import pictures
 import ral_grpo
-import runs
 import sft
-from prompts import Example, Media, Processor, PromptConfig, encode_prompt
+from support import memory, pictures, ranks
+from support.prompts import Example, Media, Processor, PromptConfig, encode_prompt
 
 BUDGET = {"frames": 4, "image_tokens": 9, "frame_tokens": 4, "max_skipped": 0.2}
 
@@ -102,12 +100,12 @@ def test_train_save_and_evaluate(real, tmp_path, monkeypatch, script, family):
             assert (checkpoint / file.name).read_bytes() == file.read_bytes(), file.name
     AutoModelForImageTextToText.from_pretrained(checkpoint)
     evaluated = []
-    monkeypatch.setattr(evaluate, "has_format", lambda _, think: evaluated.append(think) or True)
+    monkeypatch.setattr(eval, "has_format", lambda _, think: evaluated.append(think) or True)
     args = {"model": str(checkpoint), "data": str(real / "rows.json"), "max_new_tokens": 6}
     args |= {"media_root": (str(real / "media"),), "out": str(tmp_path / "eval"), "workers": 0}
     args |= {"frames": (4,), "frame_tokens": (4,), "max_skipped": 0.2}
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", str(checkpoint)])
-    metrics = evaluate.main(evaluate.Args(**evaluate.defaults() | args))
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", str(checkpoint)])
+    metrics = eval.main(eval.Args(**eval.defaults() | args))
     predictions = (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()
     assert len(predictions) == 18 and 0 <= metrics["eval/accuracy"] <= 1
     assert set(evaluated) == {script is not grpo_baseline}  # asked as it was trained
@@ -164,7 +162,7 @@ def test_a_demonstration_is_thought_and_answer(real):
 
 
 def test_check_data_reports_and_stops(real, tmp_path, capsys):
-    with pytest.raises(runs.UsageError, match="--max-skipped"):
+    with pytest.raises(ranks.UsageError, match="--max-skipped"):
         run(ral_grpo, real, tmp_path / "x", check_data=True, max_skipped=0.01)
     report = capsys.readouterr().out
     assert "20 rows, 2 bad" in report and "rows.json row 15: " in report
@@ -279,7 +277,7 @@ def test_a_7b_model_at_32_frames(tmp_path, config, model, parameters, vision, in
 
 
 def test_adapters_and_a_trained_vision_encoder_do_not_go_together(real, tmp_path):
-    with pytest.raises(runs.UsageError, match="--train-vision, --lora-rank 4"):
+    with pytest.raises(ranks.UsageError, match="--train-vision, --lora-rank 4"):
         run(ral_grpo, real, tmp_path / "run", train_vision=True, lora_rank=4)
 
 
@@ -326,5 +324,5 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(monkeypatch, gb, lora_ra
     if isinstance(outcome, int):
         assert memory.fit_memory(args, config, 8, beta > 0).lora_rank == outcome
     else:
-        with pytest.raises(runs.UsageError, match=outcome):
+        with pytest.raises(ranks.UsageError, match=outcome):
             memory.fit_memory(args, config, 8, beta > 0)

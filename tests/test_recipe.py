@@ -14,16 +14,13 @@ from test_real import run
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import attn_distill
-import data
-import datafiles
-import evaluate
+import eval
 import grpo_baseline
 import kd_baseline
-import memory
 import ral_grpo
-import runs
 import sft
-from prompts import Media, Processor, PromptConfig, process_media
+from support import data, datafiles, memory, ranks
+from support.prompts import Media, Processor, PromptConfig, process_media
 
 
 @pytest.mark.parametrize("script", [grpo_baseline, ral_grpo, kd_baseline, attn_distill])
@@ -32,7 +29,7 @@ def test_the_defaults_are_the_papers(script):
     assert (args.group_size, args.beta, args.temperature, args.think) == (8, 0.04, 1.0, True)
     assert args.image_tokens == 5120 and args.min_image_tokens == 128
     assert args.frame_tokens == 128 and args.max_prompt_tokens >= 64 + 64 * 128
-    evaluation = evaluate.Args("model")  # as it was trained
+    evaluation = eval.Args("model")  # as it was trained
     for name in ("image_tokens", "frame_tokens", "frames"):
         assert getattr(evaluation, name) == (getattr(args, name),)
     assert evaluation.min_image_tokens == args.min_image_tokens and evaluation.fps is args.fps
@@ -110,7 +107,7 @@ def test_the_first_rows_are_trained_on_and_those_behind_are_held_out(tmp_path):
         assert held_out == sorted(np.random.default_rng(0).permutation(50)[:5])
     train, held_out = open_rows(tmp_path, rows=40, eval_data=str(tmp_path / "rows.json"))
     assert train.prompts.rows.tolist() == list(range(40)) and len(held_out) == 6
-    with pytest.raises(runs.UsageError, match=r"--rows 51: --data .* has 50; leave it out"):
+    with pytest.raises(ranks.UsageError, match=r"--rows 51: --data .* has 50; leave it out"):
         open_rows(tmp_path, rows=51)
 
 
@@ -143,5 +140,5 @@ def test_what_does_not_fit_says_what_to_lower(monkeypatch, gb, fields, remedy):
     monkeypatch.setattr(memory, "available_gb", lambda: gb)
     monkeypatch.setattr(memory, "compute_dtype", lambda: torch.bfloat16)
     args = {"model": "m", "data": "rows.json", "lora_rank": 64, "gradient_checkpointing": True}
-    with pytest.raises(runs.UsageError, match=f"; (16 processes or )?{remedy}"):
+    with pytest.raises(ranks.UsageError, match=f"; (16 processes or )?{remedy}"):
         memory.fit_memory(ral_grpo.Args(**args | fields), config, 8, True)

@@ -17,8 +17,8 @@ import attn_distill
 import common
 import grpo_baseline
 import ral_grpo
-import runs
 import sft
+from support import disk, ranks, runs, states
 
 FIELDS = {"steps": 5, "save_every": 2, "eval_every": 2, "learning_rate": 1e-3}
 
@@ -125,7 +125,7 @@ def test_a_killed_run_goes_on(
             ral_grpo.main(toy_args(ral_grpo, **fields))
     restore_signals()
     if name == "print_summary":  # the run was over
-        with pytest.raises(runs.Finished, match=r"has finished \(step 5\)"):
+        with pytest.raises(ranks.Finished, match=r"has finished \(step 5\)"):
             ral_grpo.main(toy_args(ral_grpo, resume="auto", **fields))
     else:
         ral_grpo.main(toy_args(ral_grpo, resume="auto", **fields))
@@ -195,7 +195,7 @@ def test_a_file_shorter_than_at_the_state_is_one_line(cold_start, teacher, tmp_p
     fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"))
     ral_grpo.main(toy_args(ral_grpo, **fields | {"steps": 2}))
     os.truncate(tmp_path / "run" / "metrics.jsonl", 20)
-    with pytest.raises(runs.UsageError, match=r"metrics.jsonl is shorter .* \(20 of \d+ bytes\)"):
+    with pytest.raises(ranks.UsageError, match=r"metrics.jsonl is shorter .* \(20 of \d+ bytes\)"):
         ral_grpo.main(toy_args(ral_grpo, resume="auto", **fields))
     restore_signals()
 
@@ -213,8 +213,8 @@ def test_sft_that_reached_its_accuracy_is_over(cold_start, tmp_path):
         patch.setattr(sft, "evaluate", lambda *_, **__: ({"eval/accuracy": next(judged)}, []))
         patch.setattr(sft, "draw_run", lambda *_: None)
         sft.main(toy_args(sft, **fields, stop_accuracy=0.5))
-    assert runs.good_states(tmp_path / "run")[-1].name == "step-000003"
-    with pytest.raises(runs.Finished, match=r"has finished \(step 3\)"):
+    assert disk.good_states(tmp_path / "run")[-1].name == "step-000003"
+    with pytest.raises(ranks.Finished, match=r"has finished \(step 3\)"):
         sft.main(toy_args(sft, **fields, stop_accuracy=0.5, resume="auto"))
     sft.main(toy_args(sft, **fields, stop_accuracy=2.0, resume="auto", allow_changed_args=True))
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 10
@@ -283,13 +283,13 @@ def test_changed_arguments_are_refused(cold_start, teacher, tmp_path):
     ral_grpo.main(toy_args(ral_grpo, **fields | {"steps": 2}))
     changed = fields | {"resume": "auto", "lambda_attn": 5.0, "seed": 3}
     words = "seed 1 -> 3; lambda_attn 1.0 -> 5.0\\).*--allow-changed-args"
-    with pytest.raises(runs.UsageError, match=words):
+    with pytest.raises(ranks.UsageError, match=words):
         ral_grpo.main(toy_args(ral_grpo, **changed))
-    with pytest.raises(runs.UsageError, match="prompts_per_step times processes 2 -> 3"):
+    with pytest.raises(ranks.UsageError, match="prompts_per_step times processes 2 -> 3"):
         ral_grpo.main(toy_args(ral_grpo, **fields | {"resume": "auto", "prompts_per_step": 3}))
     metrics = ral_grpo.main(toy_args(ral_grpo, **changed, allow_changed_args=True))
     assert metrics["train/grad_norm"] > 0
-    with pytest.raises(runs.UsageError, match="is not a state of --out"):
+    with pytest.raises(ranks.UsageError, match="is not a state of --out"):
         ral_grpo.main(toy_args(ral_grpo, **fields | {"resume": str(cold_start)}))
 
 
@@ -305,7 +305,7 @@ def test_a_changed_data_file_is_refused_and_a_weaker_limit_is_not(real, tmp_path
     best.mkdir()
     content = rows.read_bytes()
     rows.write_bytes(content + content.splitlines(keepends=True)[0])
-    with pytest.raises(runs.UsageError, match=r"other content: --data rows.jsonl"):
+    with pytest.raises(ranks.UsageError, match=r"other content: --data rows.jsonl"):
         ral_grpo.main(toy_args(ral_grpo, **fields, max_skipped=0.3, resume="auto"))
     rows.write_bytes(content)
     ral_grpo.main(toy_args(ral_grpo, **fields, max_skipped=0.4, resume="auto"))
@@ -332,7 +332,7 @@ def test_what_is_not_finite_stops_the_run(cold_start, teacher, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(ral_grpo, "group_advantages", broken)
         last = "step 4: the gradient is not finite.*the last good state is .*step-000002"
-        with pytest.raises(runs.UsageError, match=last):
+        with pytest.raises(ranks.UsageError, match=last):
             ral_grpo.main(toy_args(ral_grpo, **fields))
     restore_signals()
     files = list((tmp_path / "run" / "state" / "step-000002").glob("*.safetensors"))
@@ -353,9 +353,9 @@ def test_a_full_disk_leaves_the_last_state(whole_runs, cold_start, teacher, tmp_
         save(tensors, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "save_file", full)
+        patch.setattr(states, "save_file", full)
         words = "state/step-000004 cannot be written.*No space left.*intact: .*step-000002"
-        with pytest.raises(runs.UsageError, match=words):
+        with pytest.raises(ranks.UsageError, match=words):
             ral_grpo.main(toy_args(ral_grpo, **fields))
     restore_signals()
     assert [p.name for p in (tmp_path / "run" / "state").iterdir()] == ["step-000002"]
@@ -373,7 +373,7 @@ def test_a_broken_state_is_one_line(cold_start, teacher, tmp_path, part):
     fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"))
     ral_grpo.main(toy_args(ral_grpo, **fields | {"steps": 2}))
     torch.save({"python": Evil()}, tmp_path / "run" / "state" / "step-000002" / part)
-    with pytest.raises(runs.UsageError, match=r"--resume auto: .*step-000002 .*not readable"):
+    with pytest.raises(ranks.UsageError, match=r"--resume auto: .*step-000002 .*not readable"):
         ral_grpo.main(toy_args(ral_grpo, resume="auto", **fields))
     restore_signals()
 

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from answers import MAX_ANSWER, option_letter, rouge
 from common import accuracy, extract_answer, has_format
 from grpo_baseline import reward
-from prompts import Example
+from support.answers import MAX_ANSWER, option_letter, rouge
+from support.prompts import Example
 
 RED = Example("what colour?", "red", [])
 ANSWERS = [

@@ -9,7 +9,7 @@ from conftest import load, make_prompts, plain_media
 from PIL import Image
 
 import common
-from prompts import Example, Media, collate, load_blocks, mrope_positions, process_media
+from support.prompts import Example, Media, collate, load_blocks, mrope_positions, process_media
 
 
 @pytest.mark.parametrize("kinds", [("image", "text"), ("video", "video"), ("mixed", "image")])

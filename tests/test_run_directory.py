@@ -20,13 +20,12 @@ from safetensors import SafetensorError
 
 import attn_distill
 import common
-import evaluate
+import eval
 import grpo_baseline
 import kd_baseline
-import pictures
 import ral_grpo
-import runs
 import sft
+from support import cli, data, disk, pictures, ranks, runs, states
 
 ROOT = Path(__file__).parents[1]
 FIELDS = SMALL | {"steps": 4, "save_every": 2, "eval_every": 4, "learning_rate": 1e-3}
@@ -56,8 +55,8 @@ import sys, time
 from torch.utils.data import DataLoader
 import grpo_baseline, runs
 
-run = runs.Run(grpo_baseline.Args(out=sys.argv[1]), runs.BadRows())
-other = runs.lock_directory(runs.Path(sys.argv[2]))
+run = runs.Run(grpo_baseline.Args(out=sys.argv[1]), data.BadRows())
+other = disk.lock_directory(runs.Path(sys.argv[2]))
 readers = iter(DataLoader(range(1000), num_workers=2))
 next(readers)
 print("readers", *(reader.pid for reader in readers._workers), flush=True)
@@ -68,8 +67,8 @@ time.sleep(600)
 @pytest.fixture
 def holder(cold_start, tmp_path):
     """A process with a run at `run` and an evaluation at `eval`, and the ids of its readers."""
-    args = toy_args(evaluate, model=str(cold_start), examples=2, out=str(tmp_path / "eval"))
-    evaluate.main(args)
+    args = toy_args(eval, model=str(cold_start), examples=2, out=str(tmp_path / "eval"))
+    eval.main(args)
     command = [sys.executable, "-c", HOLD, str(tmp_path / "run"), str(tmp_path / "eval")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=CHILD_ENV)
     lines = iter(process.stdout.readline, "")
@@ -85,12 +84,12 @@ def test_a_directory_in_use_is_refused_until_its_process_is_gone(holder, cold_st
     in_use = rf"^--out .*: in use by process {process.pid} on [^\n]*$"
     before = sorted(tmp_path.rglob("*"))
     for changed in ({}, {"overwrite": True}, {"resume": "auto"}):
-        with pytest.raises(runs.UsageError, match=in_use):
+        with pytest.raises(ranks.UsageError, match=in_use):
             grpo_baseline.main(toy_args(grpo_baseline, **fields | changed))
-    args = toy_args(evaluate, model=str(cold_start), examples=2, out=str(tmp_path / "eval"))
+    args = toy_args(eval, model=str(cold_start), examples=2, out=str(tmp_path / "eval"))
     for overwrite in (False, True):
-        with pytest.raises(runs.UsageError, match=in_use):
-            evaluate.main(replace(args, overwrite=overwrite))
+        with pytest.raises(ranks.UsageError, match=in_use):
+            eval.main(replace(args, overwrite=overwrite))
     assert sorted(tmp_path.rglob("*")) == before
     process.kill()
     process.wait()
@@ -101,18 +100,18 @@ def test_a_directory_in_use_is_refused_until_its_process_is_gone(holder, cold_st
         os.kill(reader, signal.SIGKILL)
     grpo_baseline.main(toy_args(grpo_baseline, **fields))
     assert (tmp_path / "run" / "checkpoint").is_dir() and (tmp_path / "run.1").is_dir()
-    evaluate.main(args)
+    eval.main(args)
 
 
 def test_the_lock_stays_with_the_name_when_a_run_is_moved_or_replaced(tmp_path):
     args = toy_args(grpo_baseline, out=str(tmp_path / "run"))
-    run = runs.Run(args, runs.BadRows())
+    run = runs.Run(args, data.BadRows())
     run.close()
     assert locked(tmp_path / "run")  # pictures are still to come
     del run
     assert not locked(tmp_path / "run")
     for changed in ({}, {"overwrite": True}):
-        run = runs.Run(replace(args, **changed), runs.BadRows())
+        run = runs.Run(replace(args, **changed), data.BadRows())
         assert locked(tmp_path / "run") and not locked(tmp_path / "run.1")
         run.close()
         del run
@@ -124,14 +123,14 @@ def test_a_run_killed_after_it_took_the_lock_is_not_in_the_way(tmp_path):
     (tmp_path / "run" / ".lock").write_text("1 on a host\n")
     args = toy_args(grpo_baseline, out=str(tmp_path / "run"))
     runs.check_run(args)
-    runs.Run(args, runs.BadRows()).close()
+    runs.Run(args, data.BadRows()).close()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_checking_data_needs_no_lock(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").touch()
-    runs.write_record(tmp_path / "run", runs.TRAINING_RUN, {})
+    disk.write_record(tmp_path / "run", disk.TRAINING_RUN, {})
     monkeypatch.setattr(runs, "lock_directory", lambda out: pytest.fail("locked"))
     runs.check_run(toy_args(grpo_baseline, out=str(tmp_path / "run"), check_data=True))
 
@@ -139,8 +138,8 @@ def test_checking_data_needs_no_lock(tmp_path, monkeypatch):
 def test_all_ranks_learn_of_a_refusal(cold_start, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    runs.write_record(out, runs.TRAINING_RUN, {})
-    with runs.lock_directory(out):
+    disk.write_record(out, disk.TRAINING_RUN, {})
+    with disk.lock_directory(out):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node=2", "grpo_baseline.py", "--model", cold_start, "--out", out]
         ended = subprocess.run(
@@ -195,7 +194,7 @@ def test_what_cannot_be_written_is_one_line(
 
     monkeypatch.setattr(owner, function, limited)
     words = rf"^--out {out}: ({name}) cannot be written \([^\n]*File too large[^\n]*{intact}$"
-    with limits_end(), pytest.raises(runs.UsageError, match=words):
+    with limits_end(), pytest.raises(ranks.UsageError, match=words):
         grpo_baseline.main(toy_args(grpo_baseline, **FIELDS, model=str(cold_start), out=str(out)))
     assert not list(out.glob(".checkpoint-*")) and not list(out.glob("state/*.part"))
 
@@ -219,7 +218,7 @@ def fill(*args):
     return update(*args)
 
 grpo_baseline.update = fill
-runs.run_script(grpo_baseline.Args, grpo_baseline.main, "", lambda: grpo_baseline.TOY)
+cli.run_script(grpo_baseline.Args, grpo_baseline.main, "", lambda: grpo_baseline.TOY)
 """
 
 
@@ -255,25 +254,25 @@ def test_a_full_disk_is_one_line(tmpfs, cold_start, tmp_path, mode):
 
 def test_an_evaluation_that_cannot_be_written_is_one_line(cold_start, tmp_path, capsys):
     (tmp_path / "file").touch()
-    args = toy_args(evaluate, model=str(cold_start), examples=20, batch_size=4, max_new_tokens=3)
+    args = toy_args(eval, model=str(cold_start), examples=20, batch_size=4, max_new_tokens=3)
     for out, reason in ((tmp_path / "file" / "x", "Not a directory"), (Path("/dev/null/x"), "")):
         with pytest.raises(
-            runs.UsageError, match=rf"^--out {out}: [^\n]*written \({reason}[^\n]*$"
+            ranks.UsageError, match=rf"^--out {out}: [^\n]*written \({reason}[^\n]*$"
         ):
-            evaluate.main(replace(args, out=str(out)))
+            eval.main(replace(args, out=str(out)))
     out = tmp_path / "out"
-    whole = evaluate.main(replace(args, out=str(tmp_path / "whole")))
+    whole = eval.main(replace(args, out=str(tmp_path / "whole")))
     size = (tmp_path / "whole" / "predictions.jsonl").stat().st_size
     words = r"predictions.jsonl cannot be written \(File too large\).*intact: .*predictions.jsonl$"
-    with limits_end(), pytest.raises(runs.UsageError, match=words):
+    with limits_end(), pytest.raises(ranks.UsageError, match=words):
         limit_files(size // 2)
-        evaluate.main(replace(args, out=str(out)))
-    assert evaluate.main(replace(args, out=str(out))) == whole
+        eval.main(replace(args, out=str(out)))
+    assert eval.main(replace(args, out=str(out))) == whole
 
 
 def test_a_failed_checkpoint_leaves_the_old_one(tmp_path, monkeypatch):
     out = tmp_path / "run"
-    run = runs.Run(toy_args(grpo_baseline, out=str(out)), runs.BadRows())
+    run = runs.Run(toy_args(grpo_baseline, out=str(out)), data.BadRows())
     run.save_checkpoint(lambda folder: (folder / "weights").write_text("old"))
 
     def broken(folder):
@@ -291,7 +290,7 @@ def test_a_failed_checkpoint_leaves_the_old_one(tmp_path, monkeypatch):
         if patched is not broken:
             monkeypatch.setattr(Path, "rename", refused)
         with pytest.raises(
-            runs.UsageError, match=f"checkpoint cannot be .*intact: {out}/checkpoint"
+            ranks.UsageError, match=f"checkpoint cannot be .*intact: {out}/checkpoint"
         ):
             run.save_checkpoint(patched)
         assert (out / "checkpoint" / "weights").read_text() == "old"
@@ -301,8 +300,8 @@ def test_a_failed_checkpoint_leaves_the_old_one(tmp_path, monkeypatch):
     # Killed between its two renames.
     (out / "checkpoint").rename(out / ".checkpoint-a.old")
     (out / ".checkpoint-a").mkdir()
-    state = runs.State(out / "state" / "step-000001", 1, {}, 0, {})
-    run = runs.Run(toy_args(grpo_baseline, out=str(out)), runs.BadRows(), state)
+    state = states.State(out / "state" / "step-000001", 1, {}, 0, {})
+    run = runs.Run(toy_args(grpo_baseline, out=str(out)), data.BadRows(), state)
     run.begin()
     run.close()
     assert (out / "checkpoint" / "weights").read_text() == "old"
@@ -328,7 +327,7 @@ def test_a_state_with_other_definitions_is_refused(cold_start, tmp_path):
         edit(file, definitions=number)
         other = "was written by a version that computes something else"
         line = rf"^--resume auto: [^\n]*step-000002 {other}: [^\n]*{words}[^\n]*$"
-        with pytest.raises(runs.UsageError, match=line):
+        with pytest.raises(ranks.UsageError, match=line):
             ral_grpo.main(toy_args(ral_grpo, **fields, resume="auto"))
     edit(file, definitions=None)
     again = {"resume": "auto", "allow_changed_args": True}
@@ -348,19 +347,19 @@ def test_a_state_that_lacks_arguments_or_parts_is_one_line(cold_start, tmp_path)
     older = {k: v for k, v in args.items() if k not in ("lora_rank", "attn_row", "steps")}
     edit(file, args=older | {"an_old_one": 3})
     words = r"attn_row None -> \w+.*; an_old_one 3 -> no such argument"
-    with pytest.raises(runs.UsageError, match=words):
+    with pytest.raises(ranks.UsageError, match=words):
         ral_grpo.main(toy_args(ral_grpo, **fields))
-    with pytest.raises(runs.UsageError, match=r"lambda_attn 1.0 -> no such argument"):
+    with pytest.raises(ranks.UsageError, match=r"lambda_attn 1.0 -> no such argument"):
         file.write_text(kept)
         grpo_baseline.main(toy_args(grpo_baseline, **fields))
     for part in ("args", "extra", "lengths", "prompts"):
         file.write_text(kept)
         edit(file, **{part: None})
         words = rf"^--resume auto: .*not readable \(lacks '{part}'\)"
-        with pytest.raises(runs.UsageError, match=words):
+        with pytest.raises(ranks.UsageError, match=words):
             ral_grpo.main(toy_args(ral_grpo, **fields))
     file.write_text("[]")
-    with pytest.raises(runs.UsageError, match=r"^--resume auto: .*not readable"):
+    with pytest.raises(ranks.UsageError, match=r"^--resume auto: .*not readable"):
         ral_grpo.main(toy_args(ral_grpo, **fields))
 
 
@@ -384,7 +383,7 @@ def test_an_empty_name_is_not_the_default(script, name, cold_start, tmp_path, mo
     monkeypatch.setattr(sys, "argv", [script.__file__, f"--{name}", ""])
     monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit):
-        runs.run_script(script.Args, script.main, script.__doc__, defaults_of(script))
+        cli.run_script(script.Args, script.main, script.__doc__, defaults_of(script))
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"error: --{name} '': is empty; give a value or leave it out"
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["sft", "teacher"]
@@ -392,21 +391,21 @@ def test_an_empty_name_is_not_the_default(script, name, cold_start, tmp_path, mo
 
 def test_an_evaluation_takes_no_empty_name():
     for fields in ({"model": ""}, {"model": "x", "data": ""}):
-        with pytest.raises(runs.UsageError, match="'': is empty"):
-            toy_args(evaluate, **fields)
+        with pytest.raises(ranks.UsageError, match="'': is empty"):
+            toy_args(eval, **fields)
 
 
 def test_a_toy_of_images_is_not_asked_about_videos(cold_start, tmp_path):
-    args = toy_args(evaluate, model=str(cold_start), examples=2, out=str(tmp_path / "out"))
-    with pytest.raises(runs.UsageError, match=r"--frames 8 32: .* has learned images only"):
-        evaluate.main(replace(args, frames=(8, 32)))
-    with pytest.raises(runs.UsageError, match=r"--grid \(2,\): needs 3 or more"):
+    args = toy_args(eval, model=str(cold_start), examples=2, out=str(tmp_path / "out"))
+    with pytest.raises(ranks.UsageError, match=r"--frames 8 32: .* has learned images only"):
+        eval.main(replace(args, frames=(8, 32)))
+    with pytest.raises(ranks.UsageError, match=r"--grid \(2,\): needs 3 or more"):
         replace(args, grid=(2,))
     assert not (tmp_path / "out").exists()
     video = tmp_path / "video"
     shutil.copytree(cold_start, video)
     edit(video / "toy_task.json", frames=4)
-    evaluate.main(replace(args, model=str(video), frames=(4, 8)))
+    eval.main(replace(args, model=str(video), frames=(4, 8)))
     assert "frames 8" in (tmp_path / "out" / "table.txt").read_text()
 
 
@@ -415,7 +414,7 @@ def test_a_leftover_folder_is_not_taken_for_wandb(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     args = toy_args(grpo_baseline, out=str(tmp_path / "run"), track=True)
-    with pytest.raises(runs.UsageError, match="wandb is not installed; `pip install wandb`"):
+    with pytest.raises(ranks.UsageError, match="wandb is not installed; `pip install wandb`"):
         runs.check_run(args)
     (tmp_path / "wandb" / "__init__.py").write_text("def login(verify): pass")
     runs.find_spec.__globals__["sys"].path_importer_cache.clear()
@@ -430,7 +429,7 @@ def test_what_to_run_next_is_there(tmp_path, monkeypatch, capsys):
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("next: ")]
     script, rest = line.removeprefix("next: python ").split(" ", 1)
     assert Path(script).samefile(ROOT / "ral_grpo.py") and rest == "--model 'a b.py'"
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "support" / "runs.py"))
     runs.print_summary(*end)
     assert "next" not in capsys.readouterr().out
 
@@ -450,13 +449,13 @@ CAUSES = [
 @pytest.mark.parametrize(("cause", "words"), CAUSES)
 def test_equal_rewards_are_said_once(tmp_path, capsys, cause, words):
     metrics = {f"rollout/{name}": value for name, value in cause.items()}
-    run = runs.Run(toy_args(grpo_baseline, out=str(tmp_path / "run")), runs.BadRows())
+    run = runs.Run(toy_args(grpo_baseline, out=str(tmp_path / "run")), data.BadRows())
     run.log(0, {"eval/accuracy": 0.5})
     for step in range(1, 40):
         run.log(step, metrics | {"rollout/frac_zero_std": 0.99 if step in (9, 30) else 1.0})
         assert ("note: " in capsys.readouterr().out) == (step == 19)
     run.close()
-    run = runs.Run(toy_args(grpo_baseline, out=str(tmp_path / "run")), runs.BadRows())
+    run = runs.Run(toy_args(grpo_baseline, out=str(tmp_path / "run")), data.BadRows())
     for step in range(5, 15):
         run.log(step, metrics | {"rollout/frac_zero_std": 1.0})
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("note: ")]
@@ -468,7 +467,7 @@ def test_distillation_without_a_reward_says_nothing_of_it(tmp_path, capsys):
     equal = {"rollout/frac_zero_std": 1.0, "rollout/format": 0.0, "rollout/accuracy": 0.0}
     for rl_coef in (0.0, 0.5):
         args = toy_args(kd_baseline, out=str(tmp_path / "run"), rl_coef=rl_coef)
-        run = runs.Run(args, runs.BadRows())
+        run = runs.Run(args, data.BadRows())
         for step in range(1, 12):
             metrics = equal | {"rollout/truncated_frac": 0.0}
             run.log(step, metrics, learns_from_reward=rl_coef > 0)

@@ -17,9 +17,8 @@ import common
 import grpo_baseline
 import kd_baseline
 import ral_grpo
-import runs
 import sft
-import toy
+from support import cli, data, ranks, runs, toy
 
 
 @pytest.mark.parametrize("script", [grpo_baseline, ral_grpo])
@@ -251,7 +250,7 @@ def test_a_broken_checkpoint_is_one_line(cold_start, tmp_path, part, harm):
         (copy / part).write_bytes(b"")
     else:
         torch.save({"a": torch.ones(1)}, copy / part)
-    with pytest.raises(runs.UsageError, match=r"^--model .*copy: [^\n]*$"):
+    with pytest.raises(ranks.UsageError, match=r"^--model .*copy: [^\n]*$"):
         common.load_model(copy)
 
 
@@ -288,28 +287,28 @@ def test_a_run_in_the_way_is_moved_or_replaced_but_other_files_never(tmp_path):
     args = toy_args(grpo_baseline, out=str(tmp_path / "run"))
     for expected in (["run"], ["run", "run.1"], ["run", "run.1", "run.2"]):
         runs.check_run(args)
-        runs.Run(args, runs.BadRows()).close()
+        runs.Run(args, data.BadRows()).close()
         assert sorted(path.name for path in tmp_path.iterdir()) == expected
-    runs.Run(replace(args, overwrite=True), runs.BadRows()).close()
+    runs.Run(replace(args, overwrite=True), data.BadRows()).close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.1", "run.2"]
     thesis = tmp_path / "thesis"
     thesis.mkdir()
     (thesis / "chapter1.tex").write_text("...")
     for overwrite in (False, True):
-        with pytest.raises(runs.UsageError, match="holds no training run"):
+        with pytest.raises(ranks.UsageError, match="holds no training run"):
             runs.check_run(replace(args, out=str(thesis), overwrite=overwrite))
     assert (thesis / "chapter1.tex").exists()
     (tmp_path / "run" / "checkpoint").mkdir()
     for inside in ("run/checkpoint", "run"):  # a run that is read is neither moved nor replaced
-        with pytest.raises(runs.UsageError, match="which this command reads"):
+        with pytest.raises(ranks.UsageError, match="which this command reads"):
             runs.check_run(replace(args, model=str(tmp_path / inside)), "model")
 
 
 def test_the_hint_what_to_run_next_names_model_and_data():
     args = toy_args(ral_grpo, model="a b", data="rows.json", media_root=("m", "n"), rows=8)
     words = " --model 'a b' --data rows.json --media-root m n --rows 8"
-    assert runs.same_inputs(args) == words
-    assert runs.same_inputs(ral_grpo.Args()) == ""
+    assert cli.same_inputs(args) == words
+    assert cli.same_inputs(ral_grpo.Args()) == ""
 
 
 BAD = [  # script, command line, what the one line must name
@@ -361,7 +360,7 @@ def test_every_argument_out_of_range_is_refused(script):
     names = [(name, value) for value, names in OUT_OF_RANGE.items() for name in names.split()]
     for name, value in names:
         if name in script.Args.__dataclass_fields__:
-            with pytest.raises(runs.UsageError, match=f"--{name.replace('_', '-')} {value}"):
+            with pytest.raises(ranks.UsageError, match=f"--{name.replace('_', '-')} {value}"):
                 script.Args(**{name: value})
 
 
@@ -375,9 +374,9 @@ def test_bad_input_is_one_line(script, line, words, cold_start, tmp_path, monkey
     (tmp_path / "BUSY" / "thesis.tex").touch()
     line = [str(cold_start) if word == "COLD" else word for word in line]
     monkeypatch.setattr(sys, "argv", [script.__file__, *line])
-    monkeypatch.setattr(runs, "leave", sys.exit)  # `os._exit` also ends the try of a template
+    monkeypatch.setattr(ranks, "leave", sys.exit)  # `os._exit` also ends the try of a template
     with pytest.raises(SystemExit) as stopped:
-        runs.run_script(script.Args, script.main, script.__doc__, defaults_of(script))
+        cli.run_script(script.Args, script.main, script.__doc__, defaults_of(script))
     error = capsys.readouterr().err
     message = [part for part in error.splitlines() if part.startswith("error: ")]
     assert stopped.value.code == 2 and len(message) == 1 and "Traceback" not in error

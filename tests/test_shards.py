@@ -9,9 +9,9 @@ import pyarrow
 import pytest
 from pyarrow import ipc, parquet
 
-import datafiles
-from media import BadRow
-from runs import UsageError
+from support import datafiles
+from support.media import BadRow
+from support.ranks import UsageError
 
 STRINGS = pyarrow.list_(pyarrow.string())
 

@@ -85,7 +85,7 @@ def test_the_attention_is_compared_alike_in_both_methods(name):
 
 
 def test_all_scripts_and_the_evaluation_ask_in_the_same_words():
-    tables = [importlib.import_module(script[:-3]).PROMPTS for script in (*SCRIPTS, "evaluate.py")]
+    tables = [importlib.import_module(script[:-3]).PROMPTS for script in (*SCRIPTS, "eval.py")]
     assert all(table == tables[0] for table in tables)
 
 

@@ -16,11 +16,10 @@ import torch
 from conftest import toy_args
 from safetensors.torch import load_file, save_file
 
-import evaluate
+import eval
 import grpo_baseline
 import kd_baseline
-import memory
-import runs
+from support import cli, data, disk, memory, ranks, runs, states
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,9 +40,9 @@ def tiny() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
 
 def train(args, steps) -> None:
     """A run of `tiny`, or the rest of one that is resumed."""
-    state = runs.find_state(args)
+    state = states.find_state(args)
     model, optimizer = tiny()
-    run = runs.Run(args, runs.BadRows(), state)
+    run = runs.Run(args, data.BadRows(), state)
     run.restore(model, optimizer)
     for step in steps:
         model(torch.ones(1, 1)).sum().backward()
@@ -100,7 +99,7 @@ def test_a_damaged_state_costs_nothing(args, how):
     state = out / "state" / "step-000002"
     damage(state, how)
     before = tree(out)
-    with pytest.raises(runs.UsageError, match=r"^--resume [^\n]*give an earlier one$"):
+    with pytest.raises(ranks.UsageError, match=r"^--resume [^\n]*give an earlier one$"):
         train(replace(args, resume=str(state)), [])
     assert tree(out) == before
 
@@ -112,7 +111,7 @@ def test_later_states_stay_until_a_new_one_is_written(args):
     train(older, [])  # killed at once
     names = ["step-000001", "step-000002", "step-000003.later", "step-000004.later"]
     assert sorted(path.name for path in (out / "state").iterdir()) == names
-    assert runs.find_state(replace(args, resume="auto")).step == 2
+    assert states.find_state(replace(args, resume="auto")).step == 2
     train(older, [3])
     assert sorted(path.name for path in (out / "state").iterdir()) == [*names[:2], "step-000003"]
     assert [line["step"] for line in map(json.loads, (out / "metrics.jsonl").open())] == [1, 2, 3]
@@ -122,7 +121,7 @@ def test_later_states_stay_until_a_new_one_is_written(args):
 
 
 def write_weights(path: Path, place: int) -> None:
-    content = bytearray(3 * runs.BLOCK)
+    content = bytearray(3 * states.BLOCK)
     content[place] = 1
     path.write_bytes(content)
 
@@ -140,33 +139,33 @@ def test_other_inputs_are_refused(args, tmp_path, monkeypatch):
         file.write_bytes(kept[:-4] + b"B" + kept[-3:])
         option = "--data" if file.suffix == ".json" and "rows" in file.name else "--model"
         words = rf"other arguments \(other content: {option} {file.name}.*allow-changed-args"
-        with pytest.raises(runs.UsageError, match=words):
-            runs.find_state(again)
-        assert runs.find_state(replace(again, allow_changed_args=True)).step == 1
+        with pytest.raises(ranks.UsageError, match=words):
+            states.find_state(again)
+        assert states.find_state(replace(again, allow_changed_args=True)).step == 1
         file.write_bytes(kept)
         os.utime(file, (1, 1))
-    assert runs.find_state(again).step == 1
+    assert states.find_state(again).step == 1
     (tmp_path / "teacher").mkdir()
-    with pytest.raises(runs.UsageError, match=r"teacher .* -> .*other content: --teacher"):
-        runs.find_state(replace(again, teacher=str(tmp_path / "teacher")))
+    with pytest.raises(ranks.UsageError, match=r"teacher .* -> .*other content: --teacher"):
+        states.find_state(replace(again, teacher=str(tmp_path / "teacher")))
 
 
 def test_a_fingerprint_covers_a_small_file_and_both_ends_of_a_large_one(tmp_path):
     prints = {}
-    for place in (0, 300_000, 3 * runs.BLOCK - 1):
+    for place in (0, 300_000, 3 * states.BLOCK - 1):
         write_weights(tmp_path / "file", place)
-        prints[place] = [runs.fingerprint(tmp_path / "file", blocks) for blocks in (2, 3)]
+        prints[place] = [states.fingerprint(tmp_path / "file", blocks) for blocks in (2, 3)]
     few, all_of_it = zip(*prints.values(), strict=True)
     assert len(set(all_of_it)) == 3 and few[0] != few[2] and few[1] not in (few[0], few[2])
 
 
 def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(states, "HF_HUB_CACHE", str(tmp_path))
     commit = tmp_path / "models--owner--name" / "refs" / "main"
     commit.parent.mkdir(parents=True)
     for text in ("abc", "def"):
         commit.write_text(text)
-        assert runs.fingerprint_inputs(SimpleNamespace(model="owner/name")) == {"--model": text}
+        assert states.fingerprint_inputs(SimpleNamespace(model="owner/name")) == {"--model": text}
 
 
 # The run directory
@@ -182,12 +181,12 @@ def test_no_input_lies_in_out(args, name, overwrite):
     changed = {name: (str(inside),) if name == "media_root" else value, "overwrite": overwrite}
     words = f"^--out .*: holds --{name.replace('_', '-')} {value}, which this command reads"
     before = tree(Path(args.out))
-    with pytest.raises(runs.UsageError, match=words):
+    with pytest.raises(ranks.UsageError, match=words):
         runs.check_run(replace(args, **changed))
     if name in ("model", "data", "media_root"):
         fields = {"model": args.model, "out": args.out} | changed
-        with pytest.raises(runs.UsageError, match=words):
-            evaluate.open_out(evaluate.Args(**fields))
+        with pytest.raises(ranks.UsageError, match=words):
+            eval.open_out(eval.Args(**fields))
     assert tree(Path(args.out)) == before
 
 
@@ -208,8 +207,8 @@ def test_an_args_json_of_another_program_is_no_run(args, content):
     (out / "args.json").write_text(content)
     for overwrite in (False, True):
         changed = replace(args, overwrite=overwrite)
-        for refused in (runs.check_run, lambda x: runs.Run(x, runs.BadRows())):
-            with pytest.raises(runs.UsageError, match=f"^--out {out}: (exists|holds)"):
+        for refused in (runs.check_run, lambda x: runs.Run(x, data.BadRows())):
+            with pytest.raises(ranks.UsageError, match=f"^--out {out}: (exists|holds)"):
                 refused(changed)
     assert (out / "args.json").read_text() == content and not Path(f"{out}.1").exists()
 
@@ -229,19 +228,19 @@ def hangup():
 def test_each_signal_of_a_scheduler_saves_a_state(hangup, args, number, capsys):
     model, optimizer = tiny()
     named = str(Path(args.out) / "state" / "step-000000")  # by now an older state
-    run = runs.Run(replace(args, save_every=0, resume=named), runs.BadRows())
+    run = runs.Run(replace(args, save_every=0, resume=named), data.BadRows())
     os.kill(os.getpid(), number)
     assert run.save_state(1, model, optimizer)
     run.close()
     printed = capsys.readouterr().out
     assert "stopped after step 1; resume with: python" in printed
     assert printed.endswith("--resume auto\n")
-    assert [path.name for path in runs.good_states(Path(args.out))] == ["step-000001"]
+    assert [path.name for path in disk.good_states(Path(args.out))] == ["step-000001"]
 
 
 def test_nohup_keeps_its_meaning(hangup, args):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    run = runs.Run(args, runs.BadRows())
+    run = runs.Run(args, data.BadRows())
     os.kill(os.getpid(), signal.SIGHUP)
     assert run.signal is None
     run.close()
@@ -271,13 +270,13 @@ def test_a_resumed_run_is_one_run_at_wandb(args, wandb):
 def test_wandb_starts_after_the_lock_and_its_errors_are_one_line(args, wandb):
     args = replace(args, track=True)
     Path(args.out).mkdir()
-    code = "import sys, time, runs; x = runs.lock_directory(runs.Path(sys.argv[1]));"
+    code = "import sys, time, runs; x = disk.lock_directory(runs.Path(sys.argv[1]));"
     code += "print(flush=True); time.sleep(600)"
     command = [sys.executable, "-c", code, args.out]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
-        with pytest.raises(runs.UsageError, match="in use by process"):
-            runs.Run(args, runs.BadRows())
+        with pytest.raises(ranks.UsageError, match="in use by process"):
+            runs.Run(args, data.BadRows())
         process.kill()
     assert not wandb.runs
 
@@ -285,8 +284,8 @@ def test_wandb_starts_after_the_lock_and_its_errors_are_one_line(args, wandb):
         raise wandb.Error("no API key\nat all")
 
     wandb.login = wandb.init = refuse
-    for start in (runs.check_run, lambda x: runs.Run(x, runs.BadRows())):
-        with pytest.raises(runs.UsageError, match=r"^--track: no API key; [^\n]*$"):
+    for start in (runs.check_run, lambda x: runs.Run(x, data.BadRows())):
+        with pytest.raises(ranks.UsageError, match=r"^--track: no API key; [^\n]*$"):
             start(args)
 
 
@@ -317,15 +316,15 @@ def test_a_container_limits_memory(tmp_path, groups, files, limit):
 
 def test_what_differs_between_ranks_is_named(args, monkeypatch):
     other = []
-    monkeypatch.setattr(runs, "gather", lambda items: items + other)
+    monkeypatch.setattr(ranks, "gather", lambda items: items + other)
     facts = {"--data": "120 rows", "--eval-data": "9 rows"}
-    runs.require_same_on_ranks(facts)
+    ranks.require_same_on_ranks(facts)
     other.append(facts | {"--data": "100 rows"})
     words = "^--data: rank 1 has 100 rows, rank 0 has 120 rows; start all with the same command"
-    with pytest.raises(runs.UsageError, match=words):
-        runs.require_same_on_ranks(facts)
-    other[0] = runs.options(replace(args, seed=2))
-    with pytest.raises(runs.UsageError, match=r"^--seed: rank 1 has 2, rank 0 has 1; start"):
+    with pytest.raises(ranks.UsageError, match=words):
+        ranks.require_same_on_ranks(facts)
+    other[0] = cli.options(replace(args, seed=2))
+    with pytest.raises(ranks.UsageError, match=r"^--seed: rank 1 has 2, rank 0 has 1; start"):
         runs.check_run(args)
 
 

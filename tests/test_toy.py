@@ -8,10 +8,10 @@ import torch
 from conftest import load
 
 import common
-import evaluate
+import eval
 import ral_grpo
-import toy
-from prompts import collate, encode_prompt
+from support import toy
+from support.prompts import collate, encode_prompt
 
 
 def cell_pixels(example, task, token: int) -> np.ndarray:
@@ -77,10 +77,8 @@ def test_evaluation_measures_the_mass_on_the_target(checkpoints, monkeypatch, th
         ids = torch.tensor(said)[:, None]
         return common.Rollout(batch, ids, mask, torch.zeros(shape, dtype=torch.bool))
 
-    monkeypatch.setattr(evaluate, "generate_group", demonstrate)
-    metrics, predictions = evaluate.evaluate(
-        model, processor, prompts, max_new_tokens=16, attn_layer=0
-    )
+    monkeypatch.setattr(eval, "generate_group", demonstrate)
+    metrics, predictions = eval.evaluate(model, processor, prompts, max_new_tokens=16, attn_layer=0)
     assert metrics["eval/accuracy"] == pytest.approx(2 / 3) == metrics["eval/format"]
     rollout = demonstrate(model, collate(model, prompts, 0))
     attention = common.score(model, rollout, attn_layers=[0]).attentions[0]

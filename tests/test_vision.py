@@ -5,8 +5,8 @@ import torch
 from conftest import make_prompts
 from torch.testing import assert_close
 
-import prompts as prompts_module
-from prompts import collate, encoder_outputs, visual_features
+from support import prompts as prompts_module
+from support.prompts import collate, encoder_outputs, visual_features
 
 
 @pytest.mark.parametrize("others", [1, 7])

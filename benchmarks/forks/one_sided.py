@@ -26,19 +26,18 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import common
-import runs
-import toy
-from data import check_data, check_files, open_data
-from evaluate import evaluate
-from memory import fit_memory
-from pictures import draw_run
-from prompts import Processor, Prompt, PromptBatch, PromptConfig, collate, encode_prompt
+from eval import evaluate
+from support import cli, ranks, runs, states, toy
+from support.data import check_data, check_files, open_data
+from support.memory import fit_memory
+from support.pictures import draw_run
+from support.prompts import Processor, Prompt, PromptBatch, PromptConfig, collate, encode_prompt
 
 # 1. Arguments
 
 
 @dataclass
-class Args(runs.RunArgs):
+class Args(cli.RunArgs):
     model: str = "runs/sft/checkpoint"
     """Checkpoint directory or hub name. The default is what sft.py writes."""
     out: str = f"runs/{Path(__file__).stem}"
@@ -113,11 +112,11 @@ class Args(runs.RunArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        runs.require(self.group_size >= 2, f"--group-size {self.group_size}: needs 2 or more")
-        runs.require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be in (0, 1]")
+        ranks.require(self.group_size >= 2, f"--group-size {self.group_size}: needs 2 or more")
+        ranks.require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be in (0, 1]")
         cut = f"--num-minibatches {self.num_minibatches}: must divide --prompts-per-step"
-        runs.require(self.prompts_per_step % self.num_minibatches == 0, cut)
-        runs.require_not_negative(self, "lambda_attn", "attn_norm_every")
+        ranks.require(self.prompts_per_step % self.num_minibatches == 0, cut)
+        cli.require_not_negative(self, "lambda_attn", "attn_norm_every")
 
 
 # Defaults of a toy checkpoint, in place of those of `Args`.
@@ -136,7 +135,7 @@ TOY = toy.RUN | {
 # 2. Prompt and reward
 
 # The request after the question: to think (with --think), to answer, and the form of the answer by
-# problem type. It is saved with the weights, and evaluate.py reads it from there.
+# problem type. It is saved with the weights, and eval.py reads it from there.
 PROMPTS = {
     "think": "Think first, inside <think> </think> tags.",
     "answer": "Give the answer alone inside <answer> </answer> tags.",
@@ -373,7 +372,7 @@ def update(
                 metrics[f"train/{name}"] += value / len(schedule)
             # RAL: also log the divergence before this step alone.
             metrics[f"train/attn_jsd_{k}"] += terms["attn_jsd"].sum().item() / responses
-        norm = runs.full_tensor(clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        norm = ranks.full_tensor(clip_grad_norm_(model.parameters(), args.max_grad_norm))
         metrics["train/grad_norm"] += norm.item() / len(schedule)
         if not torch.isfinite(norm):
             break  # the training loop then stops the run
@@ -392,7 +391,7 @@ def main(args: Args) -> dict[str, float]:
     runs.check_run(args, "model")
     is_toy, task = toy.resolve_task(args, args.model)
     check_files(args, is_toy)
-    runs.seed_everything(args.seed)
+    ranks.seed_everything(args.seed)
     processor = common.load_processor(
         args.model, args.image_tokens, args.frame_tokens, args.min_image_tokens
     )
@@ -413,7 +412,7 @@ def main(args: Args) -> dict[str, float]:
     args = fit_memory(args, processor.config, args.group_size, needs_reference)
     if args.learning_rate is None:
         args = replace(args, learning_rate=2e-5 if args.lora_rank else 1e-5)
-    state = runs.find_state(args)
+    state = states.find_state(args)
     model = common.load_model(
         args.model,
         train_vision=args.train_vision,
@@ -437,7 +436,7 @@ def main(args: Args) -> dict[str, float]:
     run.restore(model, optimizer)
     first = 1 if state is None else state.step + 1
     stream = train.begin(first, args.prompts_per_step)
-    bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=runs.rank() != 0)
+    bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=ranks.rank() != 0)
     for step in bar:
         clock = runs.Stopwatch()
         prompts = list(islice(stream, args.prompts_per_step))
@@ -481,4 +480,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    runs.run_script(Args, main, __doc__, partial(toy.defaults, TOY))
+    cli.run_script(Args, main, __doc__, partial(toy.defaults, TOY))

@@ -27,6 +27,17 @@ LEAD = r"so|thus|the|my|final|correct|right|best|answer|option|choice|letter|res
 LEAD = re.compile(rf"(?:(?:{LEAD}|it's|i|think|choose|would|be|about)\b[\s,:=]*+)*", re.I)
 
 
+def extract_answer(text: str) -> str | None:
+    """The content of the first `<answer>...</answer>`, stripped, or None.
+
+    >>> extract_answer("<think> no </think> <answer> red </answer>")
+    'red'
+    """
+    start = text.find("<answer>")
+    end = text.find("</answer>", start)
+    return None if start < 0 or end < 0 else text[start + len("<answer>") : end].strip()
+
+
 def plain(text: str) -> str:
     """Remove LaTeX and Markdown markup from `text` and normalise it to Unicode's NFKC; `½` and
     `\\frac{1}{2}` become `1/2`, `x²` becomes `x^2`."""

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from prompts import Media
-from runs import UsageError
+from support.prompts import Media
+from support.ranks import UsageError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no format that runs a program
 MAX_RATIO = 200  # of an image's sides; the image processor's limit

@@ -31,9 +31,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from data import Prompts, Reader
-from prompts import Example, Media, Prompt, PromptConfig
-from runs import BadRows, UsageError, given_options, rank, require, world_size
+from support.cli import given_options
+from support.data import BadRows, Prompts, Reader
+from support.prompts import Example, Media, Prompt, PromptConfig
+from support.ranks import UsageError, rank, require, world_size
 
 CELL = 28  # pixels; one visual token of Qwen2-VL
 SHAPES = ("star", "circle", "square", "triangle", "cross", "ring", "diamond", "bar")

@@ -1,5 +1,5 @@
 """Turn a question about images and videos into prompt tensors of Qwen2-VL, Qwen2.5-VL and
-Qwen3-VL. The questions come from toy.py or from datafiles.py.
+Qwen3-VL. The questions come from support/toy.py or from support/datafiles.py.
 
 A prompt is a sequence of text and vision blocks (`Block`). `load_blocks` handles the differences
 between the families, except the DeepStack features of Qwen3-VL's encoder (`visual_features`).
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import Module
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from runs import gather, require
+from support.ranks import gather, require
 
 # The minimum tokens of a video frame, as in qwen-vl-utils. Checkpoints do not state it.
 FRAME_LEAST = 128
@@ -125,7 +125,7 @@ class Prompt:
 @dataclass(frozen=True)
 class PromptConfig:
     """How questions are asked and responses are judged. It is saved with the weights as
-    `prompt.json`, so that `evaluate.py` asks what the training script asked.
+    `prompt.json`, so that `eval.py` asks what the training script asked.
 
     `prompts` holds the request for a thought ("think"), the request for the answer ("answer") and,
     by problem type, the form of the answer. They follow the question; a toy, which knows only its

@@ -16,11 +16,10 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 import common
-import evaluate
-import pictures
-import runs
-from gaze import Gaze
-from prompts import Media, PromptConfig, collate
+import eval
+from support import disk, pictures, ranks, states
+from support.gaze import Gaze
+from support.prompts import Media, PromptConfig, collate
 
 
 def predictions(out):
@@ -35,58 +34,58 @@ def page(path):
 
 
 def test_it_goes_on_where_it_stopped(cold_start, tmp_path):
-    args = toy_args(evaluate, model=str(cold_start), examples=20, batch_size=8, gaze=2)
-    whole = evaluate.main(replace(args, out=str(tmp_path / "whole")))
+    args = toy_args(eval, model=str(cold_start), examples=20, batch_size=8, gaze=2)
+    whole = eval.main(replace(args, out=str(tmp_path / "whole")))
     shown = page(tmp_path / "whole" / "gaze.html")["examples"]
     assert [x["question"] for x in shown] == [
         line["problem"] for line in predictions(tmp_path / "whole")[:2]
     ]
     part = tmp_path / "part"
-    evaluate.main(replace(args, out=str(part)))
+    eval.main(replace(args, out=str(part)))
     file = part / "predictions.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join(lines[:7]) + lines[7][:30])  # killed in the middle of a line
-    assert evaluate.main(replace(args, out=str(part), batch_size=5)) == whole
+    assert eval.main(replace(args, out=str(part), batch_size=5)) == whole
     assert predictions(part) == predictions(tmp_path / "whole")
     assert page(part / "gaze.html")["examples"] == shown  # answered again for the page alone
-    assert evaluate.main(replace(args, out=str(part))) == whole  # nothing left to do
+    assert eval.main(replace(args, out=str(part))) == whole  # nothing left to do
     assert len(predictions(part)) == 20
 
 
 def test_another_evaluation_is_not_mixed_in(cold_start, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    args = toy_args(evaluate, model=str(cold_start), examples=4, out=str(out))
-    evaluate.main(args)
-    with pytest.raises(runs.UsageError, match="different examples"):
-        evaluate.main(replace(args, examples=5))
-    evaluate.main(replace(args, examples=5, overwrite=True))
+    args = toy_args(eval, model=str(cold_start), examples=4, out=str(out))
+    eval.main(args)
+    with pytest.raises(ranks.UsageError, match="different examples"):
+        eval.main(replace(args, examples=5))
+    eval.main(replace(args, examples=5, overwrite=True))
     assert len(predictions(out)) == 5
-    monkeypatch.setattr(runs, "DEFINITIONS", 0)  # answers were judged by other rules
-    with pytest.raises(runs.UsageError, match="different definitions"):
-        evaluate.main(replace(args, examples=5))
+    monkeypatch.setattr(states, "DEFINITIONS", 0)  # answers were judged by other rules
+    with pytest.raises(ranks.UsageError, match="different definitions"):
+        eval.main(replace(args, examples=5))
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "main.tex").touch()
-    with pytest.raises(runs.UsageError, match="holds no evaluation"):
-        evaluate.main(replace(args, out=str(tmp_path / "thesis"), overwrite=True))
+    with pytest.raises(ranks.UsageError, match="holds no evaluation"):
+        eval.main(replace(args, out=str(tmp_path / "thesis"), overwrite=True))
 
 
 def test_another_model_at_the_same_place_is_not_taken_for_the_old_one(cold_start, tmp_path):
     model = tmp_path / "run" / "checkpoint"
     shutil.copytree(cold_start, model)
-    args = toy_args(evaluate, model=str(model), examples=4, out=str(tmp_path / "out"))
-    evaluate.main(args)
+    args = toy_args(eval, model=str(model), examples=4, out=str(tmp_path / "out"))
+    eval.main(args)
     os.utime(model / "model.safetensors", (1, 1))
-    evaluate.main(args)  # a copy on another machine
+    eval.main(args)  # a copy on another machine
     for name in ("model.safetensors", "config.json", "tokenizer_config.json", "prompt.json"):
         kept = (model / name).read_bytes()
         (model / name).write_bytes(kept[:-2] + b" " + kept[-2:])
-        with pytest.raises(runs.UsageError, match=f"different --model {name}; .*--overwrite"):
-            evaluate.open_out(args)
+        with pytest.raises(ranks.UsageError, match=f"different --model {name}; .*--overwrite"):
+            eval.open_out(args)
         (model / name).write_bytes(kept)
-    runs.write_record(tmp_path / "run", runs.TRAINING_RUN, {})
+    disk.write_record(tmp_path / "run", disk.TRAINING_RUN, {})
     for out in (tmp_path / "run", model):
-        with pytest.raises(runs.UsageError, match=r"holds --model .*, which this command reads"):
-            evaluate.main(replace(args, out=str(out), overwrite=True))
+        with pytest.raises(ranks.UsageError, match=r"holds --model .*, which this command reads"):
+            eval.main(replace(args, out=str(out), overwrite=True))
     assert (model / "model.safetensors").exists()
 
 
@@ -98,21 +97,19 @@ def test_the_tokens_of_an_answer_are_those_in_its_tags(cold_start):
     at = [i for i, x in enumerate(ids) if x == tokenizer.convert_tokens_to_ids("red")]
     text = tokenizer.decode(ids)
     for first_mention, expected in ((True, at[0]), (False, at[1])):
-        tokens = evaluate.answer_tokens(tokenizer, ids, text, first_mention)
+        tokens = eval.answer_tokens(tokenizer, ids, text, first_mention)
         assert list(tokens) == [expected]
 
 
 def test_the_toys_pictures_are_not_resized(cold_start, tmp_path):
-    args = toy_args(evaluate, model=str(cold_start), out=str(tmp_path / "out"), image_tokens=(8,))
-    with pytest.raises(runs.UsageError, match=r"--image-tokens.*not for the toy"):
-        evaluate.main(args)
-    grid = toy_args(
-        evaluate, model=str(cold_start), out=str(tmp_path / "out"), grid=(17,), examples=2
-    )
+    args = toy_args(eval, model=str(cold_start), out=str(tmp_path / "out"), image_tokens=(8,))
+    with pytest.raises(ranks.UsageError, match=r"--image-tokens.*not for the toy"):
+        eval.main(args)
+    grid = toy_args(eval, model=str(cold_start), out=str(tmp_path / "out"), grid=(17,), examples=2)
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "collate", lambda *a: seen.append(collate(*a)) or seen[-1])
-        evaluate.main(grid)
+        patch.setattr(eval, "collate", lambda *a: seen.append(collate(*a)) or seen[-1])
+        eval.main(grid)
     assert [block.shape for (block,) in seen[0].blocks] == [(1, 17, 17)] * 2
 
 
@@ -124,25 +121,23 @@ def test_a_model_is_asked_as_it_was_trained(real, tmp_path, monkeypatch, capsys)
     shutil.copytree(real / "qwen2_vl", tmp_path / "checkpoint")
     processor.save(tmp_path / "checkpoint")
     texts, models = [], (tmp_path / "checkpoint", real / "qwen2_vl")
-    encode = evaluate.encode_prompt
+    encode = eval.encode_prompt
 
     def keep(processor, example):
         prompt = encode(processor, example)
         texts.append(processor.tokenizer.decode(prompt.ids))
         return prompt
 
-    monkeypatch.setattr(evaluate, "encode_prompt", keep)
+    monkeypatch.setattr(eval, "encode_prompt", keep)
     for model in models:
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", str(model)])
+        monkeypatch.setattr(sys, "argv", ["eval.py", "--model", str(model)])
         fields = {"examples": 1, "workers": 0, "max_new_tokens": 4}
         fields |= {"out": str(tmp_path / f"eval-{model.name}")}
         fields |= {"data": str(real / "rows.json"), "media_root": (str(real / "media"),)}
-        args = evaluate.Args(
-            **evaluate.defaults() | fields | {"out": str(tmp_path / f"eval-{model.name}")}
-        )
+        args = eval.Args(**eval.defaults() | fields | {"out": str(tmp_path / f"eval-{model.name}")})
         own = model.name == "checkpoint"
         assert (args.think, args.accuracy_rule) == ((False, "exact") if own else (True, "by-type"))
-        evaluate.main(args)
+        eval.main(args)
     assert "Say it." in texts[0] and "<think>" not in texts[0]
     assert "Think first, inside <think>" in texts[1] and "Say it." not in texts[1]
     assert "has no prompt.json" in capsys.readouterr().out
@@ -154,7 +149,7 @@ def test_a_prompt_configuration_that_cannot_be_used_is_one_line(real, tmp_path, 
     broken += ['{"prompts": {}, "think": "no"}', '{"prompts": {}, "accuracy_rule": "foo"}']
     for content in broken:
         (tmp_path / "checkpoint" / "prompt.json").write_text(content)
-        with pytest.raises(runs.UsageError, match=r"^--model .*: its prompt\.json cannot be used"):
+        with pytest.raises(ranks.UsageError, match=r"^--model .*: its prompt\.json cannot be used"):
             common.load_processor(tmp_path / "checkpoint")
 
 
@@ -182,19 +177,17 @@ def test_bad_rows_of_an_interrupted_evaluation_do_not_stop_the_next(real, tmp_pa
     fields = {"data": str(real / "rows.json"), "media_root": (str(real / "media"),)}
     fields |= {"model": str(real / "qwen2_vl"), "image_tokens": (4,), "max_new_tokens": 4}
     fields |= {"frame_tokens": (4,), "frames": (2,), "workers": 0, "out": str(out)}
-    evaluate.main(toy_args(evaluate, **fields, max_skipped=0.2))
+    eval.main(toy_args(eval, **fields, max_skipped=0.2))
     lines = (out / "predictions.jsonl").read_bytes().splitlines(keepends=True)
     (out / "predictions.jsonl").write_bytes(b"".join(lines[:-1]))
     skipped = (out / "skipped.jsonl").read_bytes()
     (out / "skipped.jsonl").write_bytes(skipped + b'{"row": "cut o')
-    evaluate.main(toy_args(evaluate, **fields, max_skipped=0.15))
+    eval.main(toy_args(eval, **fields, max_skipped=0.15))
     assert (out / "skipped.jsonl").read_bytes() == skipped and len(predictions(out)) == 18
 
 
 def test_a_sweep_over_the_toys_grid(cold_start, tmp_path, monkeypatch):
-    args = toy_args(
-        evaluate, model=str(cold_start), examples=4, grid=(3, 5), out=str(tmp_path / "out")
-    )
+    args = toy_args(eval, model=str(cold_start), examples=4, grid=(3, 5), out=str(tmp_path / "out"))
     drawn, errorbar = [], Axes.errorbar
 
     def keep(axis, *values, **options):
@@ -202,7 +195,7 @@ def test_a_sweep_over_the_toys_grid(cold_start, tmp_path, monkeypatch):
         return errorbar(axis, *values, **options)
 
     monkeypatch.setattr(Axes, "errorbar", keep)
-    evaluate.main(args)
+    eval.main(args)
     table = (tmp_path / "out" / "table.txt").read_text()
     assert "grid 3" in table and "grid 5" in table and "on target, row own" in table
     by_grid = defaultdict(list)
@@ -216,7 +209,7 @@ def test_a_sweep_over_the_toys_grid(cold_start, tmp_path, monkeypatch):
 def test_a_sweep_over_frames_with_real_data(real, tmp_path):
     out = tmp_path / "out"
     args = toy_args(
-        evaluate,
+        eval,
         model=str(real / "qwen2_5_vl"),
         data=str(real / "rows.json"),
         media_root=(str(real / "media"),),
@@ -228,7 +221,7 @@ def test_a_sweep_over_frames_with_real_data(real, tmp_path):
         gaze=17,
         out=str(out),
     )
-    metrics = evaluate.main(args)
+    metrics = eval.main(args)
     lines = predictions(out)
     assert [line["setting"][0] for line in lines] == [2] * 18 + [6] * 18
     for frames in (2, 6):
@@ -264,22 +257,22 @@ def test_a_picture_shows_every_image_and_pair_of_frames(loaded):
 def test_a_character_of_several_tokens_belongs_to_the_last(real):
     tokenizer = common.load_processor(real / "qwen2_vl").tokenizer
     text = "a 😀 é 中 b"
-    tokens = evaluate.token_texts(tokenizer, tokenizer.encode(text, add_special_tokens=False))
+    tokens = eval.token_texts(tokenizer, tokenizer.encode(text, add_special_tokens=False))
     assert "".join(tokens) == text and "\ufffd" not in "".join(tokens)
     assert {"😀", "é", "中"} <= {token.strip() for token in tokens}
     cut = tokenizer.encode(text, add_special_tokens=False)[:3]  # in the middle of the first
-    assert "".join(evaluate.token_texts(tokenizer, cut)) == tokenizer.decode(cut)
+    assert "".join(eval.token_texts(tokenizer, cut)) == tokenizer.decode(cut)
 
 
 def test_rows_without_a_type_have_a_line_of_the_table():
     records = [{"problem_type": kind, "source": "", "accuracy": a, "format": 1, "completion_len": 2}
                for kind, a in (("", 1.0), ("", 0.0), ("numerical", 1.0))]  # fmt: skip
-    lines = evaluate.table({(None,) * 4: records}, []).splitlines()
+    lines = eval.table({(None,) * 4: records}, []).splitlines()
     assert [line.split("  ")[0] for line in lines[2:]] == ["all", "exact match", "numerical"]
     assert lines[3].split()[2:4] == ["2", "0.500"]
 
 
 @pytest.mark.parametrize("fields", [{"frames": (None, 16)}, {"image_tokens": (64, None)}])
 def test_a_sweep_takes_numbers(fields):
-    with pytest.raises(runs.UsageError, match="None alone"):
-        evaluate.Args(model="m", **fields)
+    with pytest.raises(ranks.UsageError, match="None alone"):
+        eval.Args(model="m", **fields)

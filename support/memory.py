@@ -11,17 +11,30 @@ from typing import Any
 
 import torch
 from torch.nn import Linear, Module
+from transformers import AutoModelForImageTextToText
 
-from common import ATTENTION_CHUNK, LOGIT_CHUNK, compute_dtype, empty_model
-from media import MAX_FRAMES
-from prompts import ENCODER_CHUNK
-from runs import UsageError, gather, option, print_on_rank_0, read_state, require, world_size
+from support.cli import option
+from support.media import MAX_FRAMES
+from support.prompts import ENCODER_CHUNK
+from support.ranks import UsageError, compute_dtype, gather, print_on_rank_0, require, world_size
+from support.states import read_state
 
 GIB = 2**30
+# Attention weights per chunk: 4 MB fit in a CPU's cache; a GPU needs few kernel launches.
+ATTENTION_CHUNK = 2**26 if torch.cuda.is_available() else 2**20
+# Logits per chunk, in float32: 256 MB on a GPU, 64 MB elsewhere. The chunks' gradients of `lm_head`
+# are summed, in bfloat16 on a GPU, so fewer chunks there mean fewer rounding errors.
+LOGIT_CHUNK = 2**26 if torch.cuda.is_available() else 2**24
 
 
 def numel(module: Module, trained: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def empty_model(config: Any, **options: Any) -> Module:
+    """A model with shapes but no weights; `options` are arguments of `from_config`."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, **options)
 
 
 def memory_gb(

@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from prompts import Media
-from runs import write_aside, writing
+from support.disk import write_aside, writing
+from support.prompts import Media
 
 LIMIT = 10_000_000  # bytes of a page
 LARGE = LIMIT // 4  # bytes of an example, above which its videos are sampled

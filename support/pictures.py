@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import extract_answer
-from gaze import Gaze, write_page
-from runs import rank, writing
+from support.answers import extract_answer
+from support.disk import writing
+from support.gaze import Gaze, write_page
+from support.ranks import rank
 
 
 @dataclass

@@ -1,15 +1,15 @@
 """Evaluate a checkpoint: accuracy by problem type and by data source, sweeps over frames and visual
 tokens (the paper's Figure 3), and pictures of the model's attention.
 
-    python evaluate.py --model runs/ral_grpo/checkpoint --gaze 20
-    python evaluate.py --model DIR_OR_HUB_NAME --data test.json --frames 16 32 64
+    python eval.py --model runs/ral_grpo/checkpoint --gaze 20
+    python eval.py --model DIR_OR_HUB_NAME --data test.json --frames 16 32 64
 
 Each answer adds one line to `predictions.jsonl` in the output directory. After an interruption, the
 same command resumes the evaluation, and its averages cover all rows. The first section is the
 evaluation that the training scripts call.
 """
 
-import startup
+import support.startup
 
 import json
 import os
@@ -28,8 +28,6 @@ from torch import Tensor
 from torch.nn import Module
 from tqdm import tqdm
 
-import runs
-import toy
 from common import (
     accuracy,
     extract_answer,
@@ -41,11 +39,12 @@ from common import (
     require_layer,
     score,
 )
-from data import Prompts, Reader
-from datafiles import DataFile
-from gaze import Gaze
-from pictures import Prediction, draw_page, draw_sweep
-from prompts import Processor, Prompt, PromptConfig, collate, encode_prompt
+from support import cli, data, disk, ranks, states, toy
+from support.data import Prompts, Reader
+from support.datafiles import DataFile
+from support.gaze import Gaze
+from support.pictures import Prediction, draw_page, draw_sweep
+from support.prompts import Processor, Prompt, PromptConfig, collate, encode_prompt
 
 # 1. Evaluation
 
@@ -184,11 +183,11 @@ def evaluate(
     positions but the token itself.
     """
     # A real model takes minutes, and nothing is printed before the first evaluation.
-    bar = tqdm(prompts, desc="evaluate", delay=10, leave=False, disable=runs.rank() != 0)
+    bar = tqdm(prompts, desc="evaluate", delay=10, leave=False, disable=ranks.rank() != 0)
     with gathered(model):
         predictions = list(predict(model, processor, bar, **options))
-    records = runs.gather([prediction.record for prediction in predictions])
-    runs.require(len(records) > 0, "none of the rows to evaluate on can be used; see --check-data")
+    records = ranks.gather([prediction.record for prediction in predictions])
+    ranks.require(len(records) > 0, "none of the rows to evaluate on can be used; see --check-data")
     return summarise(records), predictions
 
 
@@ -221,7 +220,7 @@ class Args:
     model: str
     """Checkpoint directory or hub name."""
     data: str | None = None
-    """JSON, JSON lines, Parquet, a directory of a data set, or a hub name; see datafiles.py. Unset:
+    """JSON, JSON lines, Parquet, a directory of a data set, or a hub name; see docs/data.md. Unset:
     the built-in task."""
     media_root: tuple[str, ...] = ()
     """Folders that the rows' paths are relative to; unset: the data file's own."""
@@ -274,17 +273,17 @@ class Args:
     def __post_init__(self) -> None:
         for name in ("frames", "image_tokens", "frame_tokens", "grid"):
             values = getattr(self, name)
-            option = runs.option(name)
-            runs.require(len(values) > 0, f"{option}: needs a value")
+            option = cli.option(name)
+            ranks.require(len(values) > 0, f"{option}: needs a value")
             alone = len(values) == 1 or None not in values
-            runs.require(alone, f"{option} {values}: give numbers, or None alone")
-            runs.require_positive(self, name)
+            ranks.require(alone, f"{option} {values}: give numbers, or None alone")
+            cli.require_positive(self, name)
         enough = all(grid is None or grid >= 3 for grid in self.grid)
-        runs.require(enough, f"--grid {self.grid}: needs 3 or more")
-        runs.check_values(self)
-        runs.require_positive(self, "fps", "max_prompt_tokens", "examples", "max_new_tokens")
-        runs.require_positive(self, "batch_size", "min_image_tokens")
-        runs.require_not_negative(self, "max_skipped", "gaze", "workers")
+        ranks.require(enough, f"--grid {self.grid}: needs 3 or more")
+        cli.check_values(self)
+        cli.require_positive(self, "fps", "max_prompt_tokens", "examples", "max_new_tokens")
+        cli.require_positive(self, "batch_size", "min_image_tokens")
+        cli.require_not_negative(self, "max_skipped", "gaze", "workers")
 
 
 # Defaults of a toy, in place of those of `Args`.
@@ -313,7 +312,7 @@ Setting = tuple[int | None, ...]  # a value of each
 def defaults() -> dict[str, Any]:
     """The defaults for the checkpoint that the command line names: `TOY` for a toy, and what the
     checkpoint's own prompt.json says."""
-    model, own = runs.given_options().model, {}
+    model, own = cli.given_options().model, {}
     if not model:
         return {}
     processor = load_processor(model)
@@ -342,35 +341,35 @@ def open_out(args: Args) -> tuple[Path, TextIO]:
             be written.
     """
     out = Path(args.out)
-    runs.require_outside(out, args)
+    disk.require_outside(out, args)
     settings = asdict(args)
     for name in ("out", "overwrite", "gaze", "batch_size", "workers", "max_skipped"):
         del settings[name]  # these affect no prediction
-    settings["inputs"] = runs.fingerprint_inputs(args)
-    settings["definitions"] = runs.DEFINITIONS
+    settings["inputs"] = states.fingerprint_inputs(args)
+    settings["definitions"] = states.DEFINITIONS
     settings = json.loads(json.dumps(settings))  # JSON turns tuples into lists
-    runs.require_kind(out, runs.EVALUATION)
-    with runs.writing(out, "the directory"):
+    disk.require_kind(out, disk.EVALUATION)
+    with disk.writing(out, "the directory"):
         out.mkdir(parents=True, exist_ok=True)
-        lock = runs.lock_directory(out)
-        runs.require_kind(out, runs.EVALUATION)  # again: nobody else changes it now
+        lock = disk.lock_directory(out)
+        disk.require_kind(out, disk.EVALUATION)  # again: nobody else changes it now
         if args.overwrite:
-            runs.clear(out, FILES)
-        if before := runs.read_record(out):
+            disk.clear(out, FILES)
+        if before := disk.read_record(out):
             differ = [name for name in settings if settings[name] != before.get(name)]
             if differ == ["inputs"]:
                 old, new = before.get("inputs") or {}, settings["inputs"]
                 differ = [name for name in {**old, **new} if old.get(name) != new.get(name)]
             different, remedy = ", ".join(differ[:4]), "give another --out, or --overwrite"
-            runs.require(not differ, f"--out {out}: was made with different {different}; {remedy}")
+            ranks.require(not differ, f"--out {out}: was made with different {different}; {remedy}")
         else:
-            runs.write_record(out, runs.EVALUATION, settings)
+            disk.write_record(out, disk.EVALUATION, settings)
     return out, lock
 
 
 def prompts_of(
     args: Args, setting: Setting, processor: Processor, task: toy.Task
-) -> tuple[list[str], Callable[[list[int]], Iterable[Prompt]], runs.BadRows]:
+) -> tuple[list[str], Callable[[list[int]], Iterable[Prompt]], data.BadRows]:
     """The names of all examples of a setting, a function from example numbers to prompts, and the
     record of bad rows."""
     frames, image_tokens, frame_tokens, grid = setting
@@ -381,11 +380,11 @@ def prompts_of(
         task = replace(task, frames=frames or task.frames, grid=grid or task.grid)
         examples = toy.held_out_examples(task, args.examples or 512)
         names = [example.name for example in examples]
-        return names, lambda numbers: (encode(examples[n]) for n in numbers), runs.BadRows()
+        return names, lambda numbers: (encode(examples[n]) for n in numbers), data.BadRows()
     file = DataFile(args.data, args.media_root, frames, args.fps)
     rows = range(len(file))[: args.examples]
     prompts = Prompts(file, encode, rows, None, args.max_prompt_tokens, 2 * args.gaze)
-    bad_rows = runs.BadRows(args.max_skipped, len(file))
+    bad_rows = data.BadRows(args.max_skipped, len(file))
     names = [file.name(row) for row in rows]
     return names, lambda numbers: Reader(prompts, numbers, args.workers, bad_rows), bad_rows
 
@@ -419,21 +418,23 @@ def table(results: dict[Setting, list[dict[str, Any]]], varied: list[int]) -> st
 def main(args: Args) -> dict[str, float]:
     """Evaluate every setting of the sweep; returns the metrics of the last one."""
     one = f"--out {args.out}: is written by one process; start it without torchrun"
-    runs.require(runs.world_size() == 1, one)
+    ranks.require(ranks.world_size() == 1, one)
     base = Path(args.model)
     is_toy = toy.Task.load(base) is not None
-    runs.require(not (is_toy and args.data), f"--data {args.data}: the toy knows only its own task")
+    ranks.require(
+        not (is_toy and args.data), f"--data {args.data}: the toy knows only its own task"
+    )
     for name in () if args.data else ("fps", "media_root"):
-        runs.require(not getattr(args, name), f"{runs.option(name)}: needs --data")
+        ranks.require(not getattr(args, name), f"{cli.option(name)}: needs --data")
     of_toy = args.grid != (None,) or args.toy_order is not None
-    runs.require(not (args.data and of_toy), "--grid, --toy-order: not with --data")
+    ranks.require(not (args.data and of_toy), "--grid, --toy-order: not with --data")
     bounded = {args.image_tokens, (args.min_image_tokens,), args.frame_tokens} != {(None,)}
     sizes = "--image-tokens, --min-image-tokens, --frame-tokens: not for the toy; use --grid"
-    runs.require(not (is_toy and bounded), sizes)
+    ranks.require(not (is_toy and bounded), sizes)
     task = toy.Task.load(base) or toy.Task(order="image-first")
     images_only = is_toy and task.frames is None and args.frames != (None,)
     asked = f"--frames {' '.join(map(str, args.frames))}: {args.model} has learned images only"
-    runs.require(not images_only, f"{asked}; leave it out, or train a toy with sft.py --frames")
+    ranks.require(not images_only, f"{asked}; leave it out, or train a toy with sft.py --frames")
     processor = load_processor(args.model)
     require_layer("--attn-layer", args.attn_layer, processor.config)
     config = processor.prompt_config
@@ -453,11 +454,11 @@ def main(args: Args) -> dict[str, float]:
     results = defaultdict(list)
     for record in read_predictions(out / "predictions.jsonl"):
         results[tuple(record.pop("setting"))].append(record)
-    with gathered(model), runs.open_lines(out / "predictions.jsonl") as file:
+    with gathered(model), disk.open_lines(out / "predictions.jsonl") as file:
         for setting, (names, prompts, bad_rows) in opened.items():
             label = "-".join(f"{NAMES[i]}{setting[i]}" for i in varied)
             if args.data:
-                bad_rows.attach(runs.open_lines(out / f"skipped{label and f'-{label}'}.jsonl"))
+                bad_rows.attach(disk.open_lines(out / f"skipped{label and f'-{label}'}.jsonl"))
             done = {record["row"] for record in results[setting]}
             bad_rows.read = len(done) + len(bad_rows.bad)
             options = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
@@ -472,7 +473,7 @@ def main(args: Args) -> dict[str, float]:
                 predict(model, processor, prompts(rest), gazes=0, **options),
             ):
                 if prediction.record["row"] not in done:
-                    runs.append(file, [{"setting": setting} | prediction.record])
+                    disk.append(file, [{"setting": setting} | prediction.record])
                     results[setting].append(prediction.record)
                 shown += [prediction] if prediction.gaze else []
                 bar.update()
@@ -482,11 +483,11 @@ def main(args: Args) -> dict[str, float]:
                 draw_page(page, {label or base.name: shown}, f"{args.model} {label}")
             if bad_rows.file is not None:
                 bad_rows.file.close()
-            runs.require(len(results[setting]) > 0, f"--data {args.data}: no row can be used")
+            ranks.require(len(results[setting]) > 0, f"--data {args.data}: no row can be used")
     results = {setting: results[setting] for setting in sweep}
     text = table(results, varied)
-    with runs.writing(out, "table.txt"):
-        runs.write_aside(out / "table.txt", text.strip() + "\n")
+    with disk.writing(out, "table.txt"):
+        disk.write_aside(out / "table.txt", text.strip() + "\n")
     print(text)
     if varied:
         draw_sweep(out / "sweep.png", results, NAMES, varied)
@@ -496,4 +497,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    runs.run_script(Args, main, __doc__, defaults)
+    cli.run_script(Args, main, __doc__, defaults)

@@ -19,4 +19,4 @@ while "importlib" in importer.f_code.co_filename:
     importer = importer.f_back
 by_script = importer.f_globals["__name__"] == "__main__"
 if by_script and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, stop)  # until `runs.run_script`
+    signal.signal(signal.SIGINT, stop)  # until `cli.run_script`

@@ -1,6 +1,7 @@
 """Prompts that worker processes read and encode ahead of training; the options for data files."""
 
 import atexit
+import json
 import math
 import multiprocessing
 import os
@@ -10,7 +11,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from io import FileIO
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -18,16 +21,16 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from answers import read_number
-from datafiles import DataFile
-from media import BadRow, first_line
-from prompts import Example, Prompt
-from runs import (
+from support.answers import read_number
+from support.cli import option
+from support.datafiles import DataFile
+from support.disk import append
+from support.media import BadRow, first_line
+from support.prompts import Example, Prompt
+from support.ranks import (
     STOP_SIGNALS,
-    BadRows,
     UsageError,
     end_readers,
-    option,
     print_on_rank_0,
     rank,
     require,
@@ -36,6 +39,51 @@ from runs import (
 )
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes run in parallel instead
+
+
+@dataclass
+class BadRows:
+    """Counts and names the bad rows. It stops the run when they exceed `max_fraction` of the rows
+    read so far, or of 1,000 rows if fewer were read."""
+
+    max_fraction: float = 0.0
+    rows: int = 0
+    bad: dict[str, str] = field(default_factory=dict)
+    read: int = 0
+    file: FileIO | None = None  # skipped.jsonl
+
+    def add(self, bad: dict[str, str], good: int = 1) -> None:
+        """Count the bad rows and the number of good ones that were read with them."""
+        self.read += good + len(bad)
+        self.name(bad)
+        read = self.read * world_size()  # `bad` counts all ranks
+        if len(self.bad) > self.max_fraction * max(read, min(self.rows, 1000)):
+            last = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[-2:])
+            count = f"{len(self.bad)} of the first {read} rows cannot be used"
+            remedy = "fix them (--check-data of a training script lists all) or raise --max-skipped"
+            raise UsageError(f"--max-skipped {self.max_fraction}: {count} ({last}); {remedy}")
+
+    def name(self, bad: dict[str, str]) -> None:
+        """Record bad rows that are not yet recorded."""
+        new = {name: reason for name, reason in bad.items() if name not in self.bad}
+        self.bad |= new
+        if self.file is not None:
+            self.write(new)
+
+    def attach(self, file: FileIO) -> None:
+        """Append the bad rows that `file` lacks, then each new one; drop an incomplete last
+        line."""
+        content = Path(file.name).read_bytes()
+        content = content[: content.rfind(b"\n") + 1]
+        file.truncate(len(content))
+        earlier = [json.loads(line) for line in content.splitlines()]
+        known = {row["row"]: row["reason"] for row in earlier}
+        new = {name: reason for name, reason in self.bad.items() if name not in known}
+        self.file, self.bad = file, known | self.bad
+        self.write(new)
+
+    def write(self, bad: dict[str, str]) -> None:
+        append(self.file, [{"row": name, "reason": reason} for name, reason in bad.items()])
 
 
 class Prompts(Dataset):

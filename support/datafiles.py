@@ -38,9 +38,9 @@ from filelock import FileLock
 from huggingface_hub import snapshot_download
 from pyarrow import ipc, parquet, types
 
-from answers import MAX_ANSWER, folded, option_letter, option_texts
-from common import extract_answer, print_once
-from media import (
+from support.answers import MAX_ANSWER, extract_answer, folded, option_letter, option_texts
+from support.disk import data_files
+from support.media import (
     MAX_FRAME_BYTES,
     BadRow,
     MediaBytes,
@@ -50,8 +50,8 @@ from media import (
     read_image,
     read_video,
 )
-from prompts import Example, Media
-from runs import UsageError, data_files, require
+from support.prompts import Example, Media
+from support.ranks import UsageError, print_once, require
 
 # Accepted column names of each field. If a file has several of them, the first is read.
 COLUMNS = {

@@ -1,0 +1,1 @@
+"""What no method changes. Nothing here imports a script, `common` or `eval`."""

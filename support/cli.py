@@ -1,0 +1,266 @@
+"""The arguments that every run has, and the command line."""
+
+import errno
+import os
+import shlex
+import signal
+import sys
+import traceback
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TextIO
+
+import torch.distributed as dist
+import tyro
+
+from support import startup
+from support.ranks import (
+    Finished,
+    UsageError,
+    fail,
+    leave,
+    leave_ranks,
+    print_on_rank_0,
+    require,
+    start_ranks,
+)
+
+
+@dataclass
+class RunArgs:
+    """The arguments of every training run, whatever its method."""
+
+    data: str | None = None
+    """JSON, JSON lines, Parquet, a directory of a data set, or a hub name; see docs/data.md. Unset:
+    the built-in task."""
+    eval_data: str | None = None
+    """Data to evaluate on. Unset: rows of --data behind its first ROWS, or else up to a tenth of
+    its rows, held out."""
+    media_root: tuple[str, ...] = ()
+    """Folders that the paths in the rows are relative to. Unset: the folder of the data file."""
+    rows: int | None = None
+    """Train on the first ROWS rows of --data. Unset: all. Paper: 51,200 of Video-R1-260k."""
+    check_data: bool = False
+    """Read every row once, report the rows that cannot be used, and stop."""
+    frames: int | None = None
+    """Frames per video, evenly spaced, or at most with --fps. Unset: --fps a second, at most 128
+    (paper); on the toy, as its checkpoint."""
+    fps: float | None = None
+    """Frames per second of video. Unset: 1 (paper), or --frames in all."""
+    image_tokens: int | None = 5120
+    """Maximum visual tokens of an image. Paper: 5120."""
+    min_image_tokens: int | None = 128
+    """Minimum visual tokens of an image, at most --image-tokens: smaller images are enlarged.
+    Paper: 128."""
+    frame_tokens: int | None = 128
+    """Maximum visual tokens of a pair of video frames, which share them. Paper: 128."""
+    max_prompt_tokens: int | None = 16384
+    """Skip rows whose prompt has more tokens than this."""
+    max_skipped: float = 0.01
+    """Stop when more than this fraction of the rows cannot be used."""
+    workers: int = 4
+    """Worker processes that read and encode prompts ahead; 0: the training process reads them."""
+    grid: int | None = None
+    """Cells along each side of the toy's images (3 or more). Unset: as the checkpoint, or 4."""
+    toy_order: Literal["question-first", "image-first"] | None = None
+    """Order of the toy's prompt. Unset: as the checkpoint, or question-first."""
+    eval_every: int = 100
+    """Steps between evaluations on held-out examples."""
+    eval_examples: int = 128
+    """Held-out examples per evaluation."""
+    seed: int = 1
+    """Seed of data, sampling and new weights. It reproduces a run on the same machine."""
+    out: str = "runs"
+    """Run directory. A run that is already there is moved to OUT.1, OUT.2 and so on."""
+    overwrite: bool = False
+    """Replace a run that is already at OUT instead of moving it."""
+    track: bool = False
+    """Also send the metrics to Weights & Biases."""
+    save_every: int = 50
+    """Steps between saved states in OUT/state, for --resume; 0: save none."""
+    keep: int = 2
+    """Number of states to keep; older ones are deleted."""
+    resume: str | None = None
+    """Resume from this state; `auto`: from the newest intact state in OUT, if there is one."""
+    allow_changed_args: bool = False
+    """Resume even if input files, or arguments that affect the result, have changed since the
+    state was saved."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges of these arguments, and of those that most scripts declare."""
+        check_values(self)
+        require_positive(self, "rows", "frames", "fps", "max_prompt_tokens")
+        require_positive(self, "image_tokens", "min_image_tokens", "frame_tokens")
+        require_positive(self, "eval_every", "eval_examples", "keep")
+        require_not_negative(self, "save_every", "max_skipped", "seed", "workers")
+        positive = ("steps", "learning_rate", "max_grad_norm", "micro_batch_size")
+        positive += ("prompts_per_step", "num_iterations", "num_minibatches")
+        positive += ("max_new_tokens", "temperature", "clip_eps")
+        require_positive(self, *(name for name in positive if hasattr(self, name)))
+        not_negative = ("lora_rank", "beta")
+        require_not_negative(self, *(name for name in not_negative if hasattr(self, name)))
+        require(self.grid is None or self.grid >= 3, f"--grid {self.grid}: needs 3 or more")
+
+    def may_change(self) -> set[str]:
+        """Names of the arguments that `--resume` may change: they do not affect what is computed.
+        Some are declared by the scripts."""
+        files = {"out", "overwrite", "track", "save_every", "keep", "resume", "allow_changed_args"}
+        reading = {"workers", "check_data", "max_skipped"}
+        steps = {"steps", "eval_every", "micro_batch_size", "prompts_per_step"}
+        return files | reading | steps | {"gradient_checkpointing"}
+
+
+def run_script(
+    args_class: type,
+    main: Callable,
+    description: str,
+    defaults: Callable[[], dict[str, Any]] = dict,
+) -> None:
+    """Parse the command line into `args_class`, with `defaults()` in place of the class's own
+    defaults, and run `main`. A `UsageError` becomes one line and exit status 2, Ctrl-C one line and
+    130, `Finished` one line and 0."""
+    unprinted = keep_printing()
+    try:
+        if signal.getsignal(signal.SIGINT) is startup.stop:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        check_switches(args_class)
+        changed = defaults()
+        default = {"default": args_class(**changed)} if changed else {}
+        args = tyro.cli(args_class, description=description, **default)  # --help ends here
+        start_ranks()
+        main(args)
+    except KeyboardInterrupt:
+        fail(130, "\nstopped by Ctrl-C; what was saved before is intact")
+    except UsageError as error:
+        fail(2, f"error: {error}")
+    except Finished as message:
+        print_on_rank_0(str(message))
+    except Exception as error:
+        if str(error).startswith("DataLoader worker (pid"):  # in PyTorch's words, and at any time
+            remedy = "if it was killed because memory is full, give fewer --workers"
+            fail(2, f"error: --workers: a reader process has ended ({error}); {remedy}")
+        fail(1, traceback.format_exc())
+    sys.stdout.flush()
+    if dist.is_initialized():
+        leave_ranks()
+    if unprinted:
+        closed = unprinted[0].errno == errno.EPIPE  # a program that ends by SIGPIPE is silent, too
+        what = f"error: the output cannot be printed ({unprinted[0].strerror}); the run is complete"
+        if closed:
+            leave(128 + signal.SIGPIPE)
+        fail(1, what)
+
+
+def keep_printing() -> list[OSError]:
+    """Let a run continue when its output cannot be printed, because the pipe is closed or the disk
+    is full: the rest of the output is dropped. Returns a list, to which such errors are added.
+
+    Characters that the output cannot encode are printed as escape sequences. An output that was
+    closed before the start is opened on the null device, so that no file of the run gets its
+    descriptor."""
+    errors = []
+
+    def guard(stream: TextIO, write: Callable) -> Callable:
+        def guarded(*args: Any) -> Any:
+            try:
+                return write(*args)
+            except OSError as error:
+                errors.append(error)
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+        return guarded
+
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        stream.reconfigure(errors="backslashreplace")
+        stream.write, stream.flush = guard(stream, stream.write), guard(stream, stream.flush)
+        setattr(sys, name, stream)
+    return errors
+
+
+def check_switches(args_class: type) -> None:
+    """Refuse a value for an option that takes none, such as `--think=false`."""
+    switches = {field.name for field in fields(args_class) if field.type is bool}
+    for word in sys.argv[1:]:
+        name, has_value, _ = word.removeprefix("--").removeprefix("no-").partition("=")
+        refused = has_value and name.replace("-", "_") in switches
+        require(not refused, f"{word}: takes no value; give --{name} or --no-{name}")
+
+
+def given_options() -> Namespace:
+    """`--model` and `--think` as the command line gives them (None if it does not), before it is
+    parsed: some defaults depend on them."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", nargs="?")  # one without a value is reported later
+    parser.add_argument("--think", action=BooleanOptionalAction)
+    return parser.parse_known_args()[0]
+
+
+def option(name: str) -> str:
+    """The option of the command line that sets the field `name`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def options(args: Any) -> dict[str, Any]:
+    """The value of every option."""
+    return {option(name): value for name, value in asdict(args).items()}
+
+
+def each(value: Any) -> tuple:
+    """The values of an argument that may take several."""
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def require_positive(args: Any, *names: str) -> None:
+    """Refuse fields that are not above zero. None means "unset" and passes."""
+    for name in names:
+        for value in each(getattr(args, name)):
+            require(value is None or value > 0, f"{option(name)} {value}: must be above 0")
+
+
+def require_not_negative(args: Any, *names: str) -> None:
+    """Refuse fields below zero. None means "unset" and passes."""
+    for name in names:
+        value = getattr(args, name)
+        require(value is None or value >= 0, f"{option(name)} {value}: must be 0 or above")
+
+
+LARGEST = 2**31 - 1  # of an integer argument
+# Bounds of floats, beyond which nothing can be computed. Every other float is finite.
+BOUNDS = {"learning_rate": (1e-12, 1e3), "temperature": (1e-3, 1e3), "fps": (1e-3, 1e3)}
+BOUNDS |= {"epochs": (1e-9, 1e6)}
+
+
+def check_values(args: Any) -> None:
+    """Refuse numbers that are not finite or too large to compute with, and names that no file can
+    have. An empty name, as from an unset shell variable, would otherwise mean "unset"."""
+    for name, values in vars(args).items():
+        named = option(name)
+        for value in each(values):
+            if isinstance(value, str):
+                require(bool(value), f"{named} '': is empty; give a value or leave it out")
+                try:
+                    os.stat(value.encode())
+                except ValueError:
+                    raise UsageError(f"{named} {value!r}: has a NUL or is not UTF-8") from None
+                except OSError as error:
+                    fault = f"{named} {value[:40]}...: is too long for a file name"
+                    require(error.errno != errno.ENAMETOOLONG, fault)
+            elif isinstance(value, int):
+                require(abs(value) <= LARGEST, f"{named} {value}: must be at most {LARGEST}")
+            elif isinstance(value, float):
+                low, high = BOUNDS.get(name, (-sys.float_info.max, sys.float_info.max))
+                bounds = f"must be from {low:g} to {high:g}"
+                require(low <= value <= high, f"{named} {value}: {bounds}")
+
+
+def same_inputs(args: Any) -> str:
+    """The model and data arguments of a run as command-line text."""
+    words = []
+    names = ("model", "teacher", "data", "eval_data", "media_root", "rows", "frames", "fps")
+    for name in names:
+        value = getattr(args, name, None)
+        if value and value != getattr(type(args), name):
+            words += [option(name), *map(str, each(value))]
+    return "".join(f" {shlex.quote(word)}" for word in words)

@@ -1,0 +1,202 @@
+"""Errors, processes and devices: what several ranks do together, and how a process ends."""
+
+import multiprocessing
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+# A scheduler sends one of them some time before it kills a job.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class UsageError(Exception):
+    """An error that the user can fix; its one line names the field, the value and the remedy."""
+
+
+class Finished(Exception):
+    """Nothing is left to do: the process prints the message and ends with status 0, as a queue
+    that starts a finished run again expects."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UsageError(message)` unless `condition` holds."""
+    if not condition:
+        raise UsageError(message)
+
+
+def fail(status: int, message: str) -> NoReturn:
+    """Print a message and end this process. The other ranks would wait; torchrun ends them."""
+    sys.stdout.flush()
+    print(message, file=sys.stderr)
+    leave(status)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process and its readers at once. The interpreter's cleanup would wait for libraries'
+    threads, such as those that read Parquet, or abort in them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    end_readers()
+    os._exit(status)
+
+
+def end_readers() -> None:
+    """Kill the remaining readers.
+
+    Python would send them SIGTERM, which they ignore, and then wait for them without limit. Usually
+    no readers remain, because PyTorch ends its workers when their iterator is deleted. But an
+    exception keeps the iterators alive in its traceback, and a worker inside a decoder does not
+    respond.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises if a worker is killed
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch. On a CPU with a fixed thread count, a run is then reproducible
+    bit by bit."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def start_ranks() -> None:
+    """Join the other ranks if torchrun started this process. On a GPU, a single process forms a
+    group of one, so there is only one code path.
+
+    Raises:
+        UsageError: a scheduler, but not torchrun, announces several processes.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    lacking = [name for name in names if not os.environ.get(name)]
+    alone = bool(lacking) and os.environ.get("WORLD_SIZE", "1") == "1"
+    announced = f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} is set, but not {', '.join(lacking)}"
+    remedy = "start with torchrun, or unset WORLD_SIZE for a single process"
+    require(alone or not lacking, f"{announced}; {remedy}")
+    if dist.is_initialized() or (alone and not torch.cuda.is_available()):
+        return
+    if alone:
+        dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # The other ranks wait while rank 0 writes a state of 85 GB (7B, all weights).
+    dist.init_process_group(backend, timeout=timedelta(hours=2))
+
+
+def leave_ranks() -> None:
+    """End this process together with the other ranks. Several ranks skip the interpreter's cleanup:
+    in about one of sixty launches, a process aborted there after its work was done."""
+    if world_size() > 1:
+        dist.barrier()
+        leave(0)
+    dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print_on_rank_0(text: str) -> None:
+    """Print `text` on rank 0 only."""
+    if rank() == 0:
+        print(text)
+
+
+def gather(items: list) -> list:
+    """Concatenate the lists of all ranks, in rank order."""
+    if world_size() == 1:
+        return items
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def on_rank_0(action: Callable[[], Any]) -> Any:
+    """Run `action` on rank 0 and return its result there, None on the other ranks.
+
+    Raises:
+        UsageError: `action` raised it. It is raised on all ranks, so that none waits for rank 0.
+    """
+    result, refusal = None, ""
+    if rank() == 0:
+        try:
+            result = action()
+        except UsageError as error:
+            refusal = str(error)
+    refusal = gather([refusal])[0]
+    require(not refusal, refusal)
+    return result
+
+
+def from_rank_0(action: Callable[[], Any]) -> Any:
+    """Run `action` on rank 0 and return its result on all ranks, as for files that only rank 0's
+    disk holds. Raises as `on_rank_0` does."""
+    return gather([on_rank_0(action)])[0]
+
+
+def require_same_on_ranks(facts: dict[str, Any]) -> None:
+    """Refuse facts that differ between ranks, such as the number of rows that each finds on its
+    disk: ranks that decide differently would wait for each other for ever. Keys name the facts."""
+    ours, *others = gather([facts])
+    for number, theirs in enumerate(others, 1):
+        for name in ours | theirs:
+            values = [str(x.get(name, "none"))[:80] for x in (theirs, ours)]
+            differ = f"{name}: rank {number} has {values[0]}, rank 0 has {values[1]}"
+            remedy = "start all with the same command, on the same files"
+            require(theirs.get(name) == ours.get(name), f"{differ}; {remedy}")
+
+
+def over_ranks(metrics: dict[str, float]) -> dict[str, float]:
+    """Average metrics over ranks; `perf/*` takes the maximum, tokens per second the sum."""
+    if world_size() == 1:
+        return metrics
+    parts = gather([metrics])
+    columns = {name: [part[name] for part in parts] for name in metrics}
+    metrics = {name: sum(values) / len(values) for name, values in columns.items()}
+    metrics |= {name: max(values) for name, values in columns.items() if name[:5] == "perf/"}
+    return metrics | {name: sum(columns[name]) for name in ["perf/tokens_per_s"] if name in columns}
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor from all ranks; return any other tensor unchanged."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """`tensor` with the sharding and device of `other`."""
+    if isinstance(other, DTensor):
+        device = other.device_mesh.device_type
+        return distribute_tensor(tensor.to(device), other.device_mesh, other.placements)
+    return tensor.to(other.device)
+
+
+print_once = cache(print_on_rank_0)  # a run loads a processor several times
+
+
+def compute_dtype() -> torch.dtype:
+    """Dtype of forward and backward passes: bfloat16 on a GPU, float32 on a CPU."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,507 @@
+"""The run directory: everything that a run writes, and what it prints at its end."""
+
+import json
+import math
+import os
+import resource
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from support.cli import options, same_inputs
+from support.data import BadRows
+from support.disk import (
+    LOCK,
+    RUN_FILES,
+    TRAINING_RUN,
+    append,
+    clear,
+    content_of,
+    flush,
+    good_states,
+    lock_directory,
+    open_lines,
+    require_kind,
+    require_outside,
+    step_of,
+    write_record,
+    writing,
+)
+from support.ranks import (
+    STOP_SIGNALS,
+    UsageError,
+    from_rank_0,
+    gather,
+    on_rank_0,
+    over_ranks,
+    rank,
+    require,
+    require_same_on_ranks,
+    world_size,
+)
+from support.states import (
+    DEFINITIONS,
+    State,
+    fingerprint_inputs,
+    load_state,
+    state_tensors,
+    write_state,
+)
+
+
+class Stopwatch:
+    """Seconds of each phase of a step, and the peak memory so far, for the metrics `perf/*`."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+        self.metrics: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        """Record the time since the last lap as `perf/<phase>_s`."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.metrics[f"perf/{phase}_s"] = now - self.last
+        self.last = now
+
+    def stop(self, tokens: int) -> dict[str, float]:
+        """The seconds of every phase and of the whole step, tokens per second, and peak memory (the
+        GPU's, if there is one)."""
+        seconds = self.last - self.start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak *= 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes on Linux
+        if torch.cuda.is_available():
+            peak = torch.cuda.max_memory_allocated()
+        self.metrics |= {"perf/step_s": seconds, "perf/tokens_per_s": tokens / seconds}
+        return self.metrics | {"perf/peak_mem_gb": peak / 2**30}
+
+
+def check_run(args: Any, *models: str, kind: str = TRAINING_RUN) -> None:
+    """Refuse, before any work is done, arguments that differ between ranks, a default checkpoint
+    that is not there, and an `--out` that cannot become the directory of this `kind` of program.
+
+    `models` are the names of the arguments with checkpoints that the run reads. Nothing that it
+    reads may lie in `--out`, which is moved or replaced.
+
+    Raises:
+        UsageError: the message names the argument.
+    """
+    require_same_on_ranks(options(args))
+    on_rank_0(partial(check_out, args, kind))
+    for name in models:
+        path = getattr(args, name)
+        if path is None:
+            continue
+        made = path != getattr(type(args), name) or Path(path).is_dir()
+        command = "python sft.py"
+        if name == "teacher":
+            command += " --toy-size large --stop-accuracy 0.99 --eval-above 0.8 --out runs/teacher"
+        require(made, f"--{name}: there is no checkpoint at {path}; make it with `{command}`")
+    if args.track:
+        on_rank_0(check_wandb)
+
+
+def check_out(args: Any, kind: str) -> None:
+    """Refuse an `--out` that cannot become the directory of this `kind` of program. Only rank 0's
+    disk holds a run; `Run` checks again once it has the lock, and keeps it."""
+    out = Path(args.out)
+    require_kind(out, kind)
+    require_outside(out, args)
+    if (out / LOCK).exists() and not args.check_data:
+        with writing(out, LOCK):
+            lock_directory(out).close()
+    parent = next(parent for parent in out.resolve().parents if parent.exists())
+    writable = parent.is_dir() and os.access(parent, os.W_OK)
+    require(writable, f"--out {out}: {parent} cannot be written to; choose another")
+
+
+def check_wandb() -> None:
+    """Refuse `--track` where wandb is not installed or not logged in."""
+    # `find_spec` also finds a leftover folder `wandb/`, as a package without an origin.
+    if getattr(find_spec("wandb"), "origin", None) is None:
+        raise UsageError("--track: wandb is not installed; `pip install wandb`, or leave it out")
+    import wandb
+
+    try:
+        wandb.login(verify=True)
+    except wandb.Error as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--track: {reason}; `wandb login`, or WANDB_MODE=offline") from None
+
+
+def start_wandb(args: Any, state: "State | None") -> Any:
+    """Start a run at Weights & Biases, or continue the one whose id the state has. It ignores the
+    steps that it already has."""
+    import wandb
+
+    known = {"id": state.wandb, "resume": "allow"} if state and state.wandb else {}
+    try:
+        return wandb.init(project="ral", name=Path(args.out).name, config=asdict(args), **known)
+    except wandb.Error as error:
+        raise UsageError(f"--track: {str(error).splitlines()[0]}; or leave it out") from None
+
+
+class Run:
+    """The directory of a run, with all its files: `args.json`, `metrics.jsonl`, `samples.jsonl`,
+    `skipped.jsonl`, `tensorboard/`, pictures, `state/`, `checkpoint/` and, for a run that trains
+    adapters, `adapter/`.
+
+    An existing run at `out` is moved to `<out>.1` and so on, or replaced with `--overwrite`;
+    `check_run` says what is never touched. With a `state`, the existing run is resumed instead:
+    `restore` cuts its files back to the state. `--track` also sends the metrics to Weights &
+    Biases. Only rank 0 writes. The directory stays locked until the script's `main` returns.
+    """
+
+    def __init__(self, args: Any, bad_rows: BadRows, state: "State | None" = None):
+        self.out, self.args, self.wandb, self.bad_rows = Path(args.out), args, None, bad_rows
+        self.state, self.signal, self.files, self.tensorboard = state, None, {}, None
+        self.inputs = on_rank_0(partial(fingerprint_inputs, args))  # at the start of the run
+        self.handlers = {s: signal.getsignal(s) for s in STOP_SIGNALS}
+        if self.handlers[signal.SIGHUP] == signal.SIG_IGN:  # as nohup wants it
+            del self.handlers[signal.SIGHUP]
+        for number in self.handlers:
+            signal.signal(number, self.interrupt)
+        self.equal, self.noted = [], False  # see `note_equal_rewards`
+        self.lock = on_rank_0(self.claim)
+        if state is None:
+            on_rank_0(self.begin)
+
+    def claim(self) -> TextIO:
+        """Lock the directory, and make room in it for a new run; returns the lock."""
+        with writing(self.out, "the run directory"):
+            self.out.mkdir(parents=True, exist_ok=True)
+            lock = lock_directory(self.out)
+        require_kind(self.out, TRAINING_RUN)
+        if self.args.track:  # before anything is moved, as it may fail
+            self.wandb = start_wandb(self.args, self.state)
+        with writing(self.out, "the run directory"):
+            return lock if self.state else self.make_room(lock)
+
+    def begin(self) -> None:
+        """Open the files of the run, cut back to the state."""
+        names = ["metrics.jsonl", "samples.jsonl"] + ["skipped.jsonl"] * bool(self.args.data)
+        lengths = {name: self.state.lengths.get(name, 0) if self.state else 0 for name in names}
+        with writing(self.out, "the run directory"):
+            for name, length in lengths.items():
+                self.require_length(name, length)
+            self.move_later_states()
+            for left in list(self.out.glob(".checkpoint-*")):  # left by a killed process
+                if left.suffix == ".old" and not (self.out / "checkpoint").exists():
+                    left.rename(self.out / "checkpoint")
+                else:
+                    shutil.rmtree(left)
+            record = asdict(self.args) | {"inputs": self.inputs}
+            write_record(self.out, TRAINING_RUN, record)
+            for name, length in lengths.items():
+                self.files[name] = open_lines(self.out / name)
+                self.files[name].seek(self.files[name].truncate(length))
+            if self.args.data:
+                self.bad_rows.attach(self.files["skipped.jsonl"])
+            shutil.rmtree(self.out / "tensorboard", ignore_errors=True)
+            self.open_tensorboard()
+        for line in self.metrics():
+            self.log_tensorboard(line)
+
+    def require_length(self, name: str, length: int) -> None:
+        """Refuse a file that is shorter than at the state, or in which no line ends there."""
+        path, last = self.out / name, b""
+        there = path.stat().st_size if path.exists() else 0
+        if there >= length > 0:
+            with path.open("rb") as file:
+                file.seek(length - 1)
+                last = file.read(1)
+        short = f"--resume {self.args.resume}: {path} is shorter than at the state, or another file"
+        intact = length == 0 or last == b"\n"
+        require(intact, f"{short} ({there} of {length} bytes); give an earlier one")
+
+    def move_later_states(self) -> None:
+        """Rename the states after the resumed one, so that `auto` does not find them. `write_state`
+        deletes them once it has written a new state."""
+        for later in good_states(self.out):
+            if self.state is not None and step_of(later) > self.state.step:
+                aside = later.with_suffix(".later")
+                shutil.rmtree(aside, ignore_errors=True)
+                later.rename(aside)
+
+    def make_room(self, lock: TextIO) -> TextIO:
+        """Move or delete an earlier run; returns the lock of the directory, or of the one that
+        takes its place."""
+        if self.args.overwrite:
+            clear(self.out, RUN_FILES)
+        elif content_of(self.out):
+            numbers = range(1, sys.maxsize)
+            aside = next(p for n in numbers if not (p := Path(f"{self.out}.{n}")).exists())
+            self.out.rename(aside)
+            print(f"moved the run at {self.out} to {aside}")
+            self.out.mkdir(exist_ok=True)
+            with lock:  # the lock moved along; hold it until the new one is taken
+                return lock_directory(self.out)
+        return lock
+
+    def metrics(self) -> list[dict[str, float]]:
+        """All lines of metrics written so far."""
+        return [json.loads(x) for x in (self.out / "metrics.jsonl").read_text().splitlines()]
+
+    def open_tensorboard(self) -> None:
+        """Open a new event file. TensorBoard's own `SummaryWriter` writes from a thread, which
+        prints a traceback when the disk is full."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        (self.out / "tensorboard").mkdir()
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self.tensorboard = RecordWriter((self.out / "tensorboard" / name).open("wb"))
+        version = Event(wall_time=time.time(), file_version="brain.Event:2")
+        self.tensorboard.write(version.SerializeToString())
+
+    def log_tensorboard(self, line: dict[str, float]) -> None:
+        """Write one line of metrics to TensorBoard."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [{"tag": name, "simple_value": x} for name, x in line.items() if name != "step"]
+        summary = Summary(value=[Summary.Value(**value) for value in values])
+        event = Event(wall_time=time.time(), step=line["step"], summary=summary)
+        with writing(self.out, "tensorboard"):
+            self.tensorboard.write(event.SerializeToString())
+            self.tensorboard.flush()
+
+    def log(self, step: int, metrics: dict[str, float], learns_from_reward: bool = True) -> None:
+        """Write one line of metrics to every sink: means over ranks, but maxima for `perf/*`. A run
+        that `learns_from_reward` prints a note if the rewards can teach it nothing."""
+        metrics = over_ranks(metrics)
+        for bad in gather([dict(self.bad_rows.bad)]):
+            self.bad_rows.name(bad)
+        if rank() != 0:
+            return
+        if self.args.data:
+            metrics = metrics | {"data/skipped": len(self.bad_rows.bad)}
+        append(self.files["metrics.jsonl"], [{"step": step, **metrics}])
+        self.log_tensorboard({"step": step, **metrics})
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+        if learns_from_reward:
+            self.note_equal_rewards(step, metrics)
+
+    def sample(
+        self, step: int, prompts: Sequence[Any], texts: list[list[str]], rewards: Tensor
+    ) -> None:
+        """Write the sampled responses of all ranks, see `sample_rows`."""
+        rows = gather(sample_rows(prompts, texts, rewards))
+        if rank() == 0:
+            append(self.files["samples.jsonl"], [{"step": step, **row} for row in rows])
+
+    def note_equal_rewards(self, step: int, metrics: dict[str, float]) -> None:
+        """Print one line, once, if the rewards in every group were equal for `EQUAL_STEPS` steps in
+        a row. The advantages are then 0, and GRPO learns nothing from them."""
+        if metrics.get("rollout/frac_zero_std") != 1.0:
+            self.equal.clear()
+            return
+        self.equal = [*self.equal, metrics][-EQUAL_STEPS:]
+        if len(self.equal) == EQUAL_STEPS and not self.noted:
+            self.noted = True
+            steps = f"steps {step - EQUAL_STEPS + 1} to {step}"
+            what = "all responses to a prompt got the same reward, so all advantages are zero"
+            print(f"\nnote: {steps}: {what}; {why_equal(self.equal)}")
+
+    def require_finite(self, step: int, metrics: dict[str, float], prompts: Sequence[Any]) -> None:
+        """Stop if the gradient is not finite; `update` skipped the optimiser step for it.
+
+        Raises:
+            UsageError: the message names the prompts and the last good state.
+        """
+        if not math.isfinite(metrics["train/grad_norm"]):
+            names = [prompt.example.name for prompt in prompts[:8]]
+            rows = ", ".join(filter(None, names)) or "of the toy"
+            saved = from_rank_0(partial(good_states, self.out))
+            last = f"the last good state is {saved[-1]}" if saved else "no state yet"
+            raise UsageError(f"step {step}: the gradient is not finite; prompts: {rows}; {last}")
+
+    def interrupt(self, number: int, frame: Any) -> None:
+        """Handle one of `STOP_SIGNALS`: let the step finish. A second signal ends a run of one
+        process at once. With several processes it is ignored, because the scheduler and torchrun
+        may each send one."""
+        self.signal = number
+        if world_size() == 1:
+            signal.signal(number, self.handlers[number])
+
+    def close(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        for file in self.files.values():
+            file.close()
+        if self.tensorboard:
+            with writing(self.out, "tensorboard"):
+                self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+    def save_checkpoint(self, save: Callable[[Path | None], None]) -> Path:
+        """Write `checkpoint/` with `save(directory)`, and the `adapter/` that it may create beside
+        it.
+
+        Both are written aside and then renamed, so neither is ever incomplete. All ranks must call
+        it; ranks other than 0 call `save(None)`.
+
+        Raises:
+            UsageError: it cannot be written, as on a full disk; an earlier checkpoint is unchanged.
+        """
+        final = self.out / "checkpoint"
+        if rank() != 0:
+            save(None)
+            return final
+        with writing(self.out, "checkpoint"):
+            aside = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=self.out))
+            old = aside.with_suffix(".old")
+            try:
+                new = aside / final.name
+                new.mkdir()
+                save(new)
+                for path in aside.rglob("*.safetensors"):  # safetensors makes them owner-only
+                    path.chmod(new.stat().st_mode & 0o666)
+                for path in (*aside.rglob("*"), aside):
+                    flush(path)
+                if final.exists():
+                    final.rename(old)
+                new.rename(final)
+            except Exception:
+                if old.exists():
+                    old.rename(final)
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
+            for beside in aside.iterdir():
+                shutil.rmtree(self.out / beside.name, ignore_errors=True)
+                beside.rename(self.out / beside.name)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(aside)
+        return final
+
+    def save_state(
+        self,
+        step: int,
+        model: Module,
+        optimizer: Optimizer,
+        extra: dict[str, Any] | None = None,
+        done: bool = False,
+    ) -> bool:
+        """Save what `--resume` needs every `save_every` steps, after the last step (`done`), and
+        after a signal. Returns whether the run must stop now. `extra` holds anything else that the
+        script needs to resume."""
+        stop = max(gather([self.signal or 0])) > 0 and not done
+        due = self.args.save_every > 0 and (done or step % self.args.save_every == 0)
+        if due or stop:
+            tensors, failure = state_tensors(model, optimizer), ""
+            try:
+                if rank() == 0:
+                    for name, file in self.files.items():
+                        with writing(self.out, name):
+                            os.fsync(file.fileno())
+                    state = {
+                        "step": step,
+                        "done": done,
+                        "lengths": {name: file.tell() for name, file in self.files.items()},
+                        "read": self.bad_rows.read * world_size(),
+                        "prompts": self.args.prompts_per_step * world_size(),
+                        "extra": extra or {},
+                        "inputs": self.inputs,
+                        "wandb": self.wandb and self.wandb.id,
+                        "definitions": DEFINITIONS,
+                    }
+                    write_state(self.out, state, tensors, self.args)
+            except UsageError as error:
+                failure = str(error)
+            for _ in tensors:  # every rank gathers to the end, even if rank 0 cannot write
+                pass
+            failure = gather([failure])[0]
+            require(not failure, failure)
+        if stop and rank() == 0:
+            here = os.environ.get("LOCAL_WORLD_SIZE", world_size())  # on this host
+            several = f"torchrun --shutdown-timeout 1800 --nproc_per_node={here}"
+            launch = "python" if world_size() == 1 else several
+            # Of two --resume the last counts, and a state that was named is not the newest now.
+            resume = [] if self.args.resume == "auto" else ["--resume", "auto"]
+            words = shlex.join([*sys.argv, *resume])
+            print(f"\nstopped after step {step}; resume with: {launch} {words}")
+        return stop
+
+    def restore(self, model: Module, optimizer: Optimizer) -> dict[str, Any]:
+        """Load the state into model and optimizer, restore the random number generators, and only
+        then cut the files back to the state; returns the state's `extra`."""
+        if self.state is None:
+            return {}
+        load_state(f"--resume {self.args.resume}", self.state.path, model, optimizer)
+        on_rank_0(self.begin)
+        self.bad_rows.read = self.state.read // world_size()
+        return self.state.extra
+
+
+def sample_rows(
+    prompts: Sequence[Any], texts: list[list[str]], rewards: Tensor
+) -> list[dict[str, Any]]:
+    """The lines of samples.jsonl for G responses to each of B prompts and their rewards (B, G)."""
+    groups = zip((prompt.example for prompt in prompts), texts, rewards.tolist(), strict=True)
+    return [
+        {"row": x.name, "problem": x.problem, "solution": x.solution, "response": t, "reward": r}
+        for x, group, values in groups
+        for t, r in zip(group, values, strict=True)
+    ]
+
+
+EQUAL_STEPS = 10
+
+
+def why_equal(steps: Sequence[dict[str, float]]) -> str:
+    """The likely cause of equal rewards in every group, inferred from the metrics of some steps,
+    and its remedy."""
+    names = ("format", "accuracy", "truncated_frac")
+    formats, accuracies, truncated = (
+        sum(x[f"rollout/{n}"] for x in steps) / len(steps) for n in names
+    )
+    if formats < 0.01 and truncated > 0.5:
+        cut = f"{truncated:.0%} of the responses are cut off before their end"
+        return f"{cut}: raise --max-new-tokens"
+    if formats < 0.01:
+        return "no response has the requested format: teach it with sft.py first"
+    if accuracies > 0.99:
+        return "all are correct: train on harder data"
+    if accuracies < 0.01:
+        check = "see in samples.jsonl whether responses and solutions can match"
+        return f"all are wrong: {check}, train with sft.py first, or on easier data"
+    return "responses to one prompt are all alike: raise --temperature or --group-size"
+
+
+def print_summary(
+    run: Run, before: dict, after: dict, steps: int, start: float, script: str, args: Any
+) -> None:
+    """Print a short table at the end of a run: changes in held-out metrics, duration, files, and
+    the next command, which runs `script` on the inputs of `args`."""
+    if rank() != 0:
+        return
+    print(f"\n{'held-out':<24}{'before':>8}{'after':>8}")
+    for name in after:
+        if name == "eval/accuracy" or name.startswith("eval/target_attn_l"):
+            label = name.removeprefix("eval/").replace("target_attn_l", "on target, layer ")
+            print(f"{label:<24}{before[name]:>8.3f}{after[name]:>8.3f}")
+    seconds = round(time.time() - start)
+    for label, value in (("steps", steps), ("seconds", seconds), ("run", run.out)):
+        print(f"{label:<24}{value!s:>16}")
+    drawn = (run.out / name for name in ("gaze.html", "attention.png", "curves.png"))
+    print("pictures:", ", ".join(str(path) for path in drawn if path.exists()))
+    path = Path(__file__).parents[1] / script
+    if path.exists():  # a fork may lack the sibling scripts
+        print(f"next: python {shlex.quote(os.path.relpath(path))}{same_inputs(args)}")

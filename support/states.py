@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from support.cli import option, options
+from support.cli import each, option, options
 from support.disk import data_files, flush, good_states, step_of, writing
 from support.ranks import (
     Finished,
@@ -185,10 +185,10 @@ def fingerprint_inputs(args: Any) -> dict[str, str]:
     in a JSON file is noticed up to that size, and a changed Parquet footer at any size.
     """
     prints = {}
-    for name in ("model", "teacher", "data", "eval_data"):
-        if not (path := getattr(args, name, None)):
-            continue
+    names = ("model", "teacher", "data", "eval_data")
+    for name, path in ((x, path) for x in names for path in each(getattr(args, x, None) or ())):
         label, of_data = option(name), name.endswith("data")
+        label += f" {path}" if len(each(getattr(args, name))) > 1 else ""
         if of_data:
             files = data_files(path)
         else:

@@ -17,8 +17,9 @@ import torch
 
 import ral_grpo
 import sft
-from support import cli, data, datafiles, disk, ranks, startup
+from support import cli, data, disk, ranks, startup
 from support.data import Prompts, Reader
+from support.datafiles import DataFile
 
 ROOT = Path(__file__).parents[1]
 
@@ -120,10 +121,10 @@ def test_data_that_would_wait_is_refused(tmp_path, monkeypatch):
         ("/dev/zero", "is neither a file nor a directory"),
     ):
         with pytest.raises(ranks.UsageError, match=f"^--data {path}: {words}$"):
-            datafiles.DataFile(str(path))
+            DataFile(str(path))
     monkeypatch.setattr(disk, "MOST_FILES", 20)
     with pytest.raises(ranks.UsageError, match=r"^--data /: holds more than 20 files"):
-        datafiles.DataFile("/")
+        DataFile("/")
 
 
 def test_help_joins_no_group(monkeypatch, capsys):

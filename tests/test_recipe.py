@@ -90,7 +90,7 @@ def open_rows(folder, count=50, **fields):
     rows = [{"problem": str(n), "solution": "s"} for n in range(count)]
     path = folder / "rows.json"
     path.write_text(json.dumps(rows))
-    args = toy_args(ral_grpo, data=str(path), eval_examples=6, **fields)
+    args = toy_args(ral_grpo, data=str(path), eval_examples=6, text_only=True, **fields)
     train, held_out, _ = data.open_data(args, SimpleNamespace)
     return train, held_out.prompts.rows.tolist()
 

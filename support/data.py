@@ -272,7 +272,7 @@ def open_data(
         return task.open_data(args, encode, keep_media=keep_media)
     train = held_out = open_file(args, "--data")
     many = f"--rows {args.rows}: --data {' '.join(each(args.data))} has {len(train):,}"
-    require((args.rows or 0) <= len(train), f"{many}; leave it out")
+    require((args.rows or 0) <= len(train), f"{many} rows; lower or omit --rows")
     rows, behind = np.split(np.arange(len(train)), [args.rows or len(train)])
     if args.eval_data:
         held_out = open_file(args, "--eval-data")

@@ -205,8 +205,8 @@ class JsonLines:
         return f" ({name}line {line})"
 
 
-def open_rows(files: list[Path]) -> tuple[Any, pyarrow.Schema | None]:
-    """The rows of data files, and the types of all columns if the files state them."""
+def open_rows(files: list[Path]) -> tuple[Any, dict[str, pyarrow.DataType]]:
+    """The rows of data files, and the type of each column if the files state types."""
     kinds = {}
     for file in files:
         try:
@@ -217,10 +217,24 @@ def open_rows(files: list[Path]) -> tuple[Any, pyarrow.Schema | None]:
     require(len(kinds) == 1, f"has files of different kinds, {different}; keep one kind")
     (kind,) = kinds
     if kind == "JSON lines":
-        return JsonLines(files), None
+        return JsonLines(files), {}
     if kind == "a JSON array":
-        return [row for file in files for row in read_array(file)], None
-    return open_arrow(files, kind)
+        return [row for file in files for row in read_array(file)], {}
+    cache, copied = Path(os.environ.get("HF_DATASETS_CACHE") or f"{HF_HOME}/datasets"), ""
+    try:
+        if kind == "Parquet":
+            copied, schemas = f" or copied to {cache}", map(parquet.read_schema, files)
+            schema = next(filter(len, schemas), pyarrow.schema([]))
+            rows = ArrowRows([arrow_copy(files, cache)], kind)
+        else:
+            rows = ArrowRows(files, kind)
+            schema = rows.schema
+        require(len(schema) > 0, "has no columns")
+        return rows, {column.name: column.type for column in schema}
+    except UsageError:
+        raise
+    except Exception as error:  # hostile bytes raise any error of the library
+        raise UsageError(f"cannot be read{copied} ({first_line(error)})") from None
 
 
 def file_kind(file: Path) -> str:
@@ -274,25 +288,6 @@ class ArrowRows:
         return batch.to_pylist()[0]
 
 
-def open_arrow(files: list[Path], kind: str) -> tuple[ArrowRows, pyarrow.Schema]:
-    """The rows of Parquet or Arrow files, and the types of all columns."""
-    cache, copied = Path(os.environ.get("HF_DATASETS_CACHE") or f"{HF_HOME}/datasets"), ""
-    try:
-        if kind == "Parquet":
-            copied, schemas = f" or copied to {cache}", map(parquet.read_schema, files)
-            schema = next((x for x in schemas if x.names), pyarrow.schema([]))
-            rows = ArrowRows([arrow_copy(files, cache)], kind)
-        else:
-            rows = ArrowRows(files, kind)
-            schema = rows.schema
-        require(schema.names, "has no columns")  # names that are not text raise here
-        return rows, schema
-    except UsageError:
-        raise
-    except Exception as error:  # hostile bytes raise any error of the library
-        raise UsageError(f"cannot be read{copied} ({first_line(error)})") from None
-
-
 def is_binary(kind: pyarrow.DataType) -> bool:
     """Whether a column may hold media: the type of {bytes, path} names "binary", too."""
     return "binary" in str(kind)
@@ -317,8 +312,8 @@ def kept_columns(schema: pyarrow.Schema) -> list[str]:
 def arrow_copy(files: list[Path], cache: Path) -> Path:
     """Copy Parquet files to an Arrow file, whose rows can be read one by one.
 
-    The copy is named by a hash of each file's size, first and last MB. The last MB has the footer
-    with the statistics of each column. So the copy is made once, and again after a change.
+    The copy is named by a hash of each file's size, first and last MB, which has the statistics of
+    each column. So the copy is made once, and again after a change.
 
     Raises:
         UsageError: a column differs between files, or the copy is far larger than the files.
@@ -338,9 +333,7 @@ def arrow_copy(files: list[Path], cache: Path) -> Path:
     with FileLock(f"{target}.lock"):
         if target.exists():
             return target
-        schema, announced = shared_schema(files)
-        require(announced <= limit, large)
-        part = target.with_suffix(".part")
+        schema, part = shared_schema(files), target.with_suffix(".part")
         try:
             with pyarrow.OSFile(str(part), "wb") as sink, ipc.new_stream(sink, schema) as stream:
                 for file in files:
@@ -355,38 +348,33 @@ def arrow_copy(files: list[Path], cache: Path) -> Path:
     return target
 
 
-def shared_schema(files: list[Path]) -> tuple[pyarrow.Schema, int]:
-    """The columns of Parquet files that are kept, with types that suit all files with rows, and the
-    size in bytes that the footers announce for all rows. Of the columns that nothing reads, those
-    that differ between the files are left out."""
-    schemas, announced = {}, 0
+def shared_schema(files: list[Path]) -> pyarrow.Schema:
+    """The columns of Parquet files that are kept, with types that suit all files with rows. Columns
+    that nothing reads are left out if they differ between the files."""
+    schemas, columns = {}, defaultdict(dict)
     for file in files:
         with parquet.ParquetFile(file) as rows:
-            groups = [rows.metadata.row_group(n) for n in range(rows.metadata.num_row_groups)]
-            announced += sum(group.total_byte_size for group in groups)
             if rows.metadata.num_rows:
-                whole = rows.schema_arrow
-                schemas[file.name] = {name: whole.field(name).type for name in kept_columns(whole)}
+                schemas[file.name] = kept_columns(rows.schema_arrow)
+                for name in schemas[file.name]:
+                    kind = rows.schema_arrow.field(name).type  # pandas' categories: a dictionary
+                    kind = kind.value_type if types.is_dictionary(kind) else kind
+                    columns[name][file.name] = pyarrow.schema({name: kind})
     require(schemas, "has no rows")
-    (first, shared), *others = schemas.items()
-    shared = {k: x.value_type if types.is_dictionary(x) else x for k, x in shared.items()}
-    for name, columns in others:
-        read = {*read_columns([*shared])} | {*read_columns([*columns])}
-        for column in {*shared} ^ {*columns}:
-            has, lacks = (first, name) if column in shared else (name, first)
-            require(column not in read, f"{has} has the column {column}, but {lacks} does not")
-            shared.pop(column, None)
-        for column in [*shared]:
-            kind = columns[column]  # pandas' categories are a dictionary
-            kind = kind.value_type if types.is_dictionary(kind) else kind
-            pair = [pyarrow.schema({column: x}) for x in (shared[column], kind)]
+    read, shared = {x for names in schemas.values() for x in read_columns(names)}, []
+    for name, found in columns.items():
+        has, lacks = [*found], [file for file in schemas if file not in found]
+        fault = f"{has[0]} has the column {name}, but {lacks[0]} does not" if lacks else ""
+        kind = found[has[0]]
+        for file in has if not fault else ():
             try:
-                shared[column] = pyarrow.unify_schemas(pair).field(column).type
+                kind = pyarrow.unify_schemas([kind, found[file]])
             except pyarrow.ArrowException as error:
-                differs = f"{name} differs from {first}: {first_line(error)}"
-                require(column not in read, differs)
-                del shared[column]
-    return pyarrow.schema(shared), announced
+                fault = f"{file} differs from {has[0]}: {first_line(error)}"
+                break
+        require(not fault or name not in read, fault)
+        shared += [] if fault else [kind.field(0)]
+    return pyarrow.schema(shared)
 
 
 # 3. Examples
@@ -400,7 +388,7 @@ class Part:
     name: str
     source: str
     rows: Any
-    schema: pyarrow.Schema | None
+    types: dict[str, pyarrow.DataType]
     roots: list[Path]
     start: int
     columns: dict[str, str] = field(default_factory=dict)  # the name of each field of `COLUMNS`
@@ -508,8 +496,8 @@ class DataFile:
     def inspect(self, part: Part, first: range) -> tuple[list[str], set[str], set[str]]:
         """All columns, those that look like media by their name, type or values, and those that
         hold lists of short texts, as options do."""
-        present = dict.fromkeys(part.schema.names if part.schema else ())
-        media = {x.name for x in part.schema or () if is_binary(x.type)}
+        present = dict.fromkeys(part.types)
+        media = {name for name, kind in part.types.items() if is_binary(kind)}
         texts, reason = set(), ""
         for row in first[: 10 if present else INSPECTED]:  # rows of Arrow may hold large media
             try:

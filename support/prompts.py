@@ -419,7 +419,7 @@ def encode_prompt(processor: Processor, example: Example) -> Prompt:
     """
     encode = partial(processor.tokenizer.encode, add_special_tokens=False)
     thinks = processor.prompt_config.think or not processor.response_prefix
-    require(thinks, "--no-think: the chat template of this model opens a thought; leave it out")
+    require(thinks, "--no-think: the chat template of this model opens a thought; omit --no-think")
     parts = split_turn(processor.prompt_config, example)
     kinds = [part.kind if isinstance(part, Media) else "text" for part in parts]
     ids, blocks, text = [], [], ""  # `text` is not yet encoded: its end and a stamp are one text

@@ -9,6 +9,7 @@ import traceback
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import Any, Literal, TextIO
 
 import torch.distributed as dist
@@ -182,12 +183,16 @@ def keep_printing() -> list[OSError]:
 
 
 def check_switches(args_class: type) -> None:
-    """Refuse a value for an option that takes none, such as `--think=false`."""
+    """Refuse a value for an option that takes none, such as `--think=false`, and none for one that
+    takes several, as from an unset shell variable: it would count as unset."""
     switches = {field.name for field in fields(args_class) if field.type is bool}
-    for word in sys.argv[1:]:
+    several = {option(x.name) for x in fields(args_class) if str(x.type).startswith("tuple")}
+    for word, following in pairwise([*sys.argv[1:], "--"]):
         name, has_value, _ = word.removeprefix("--").removeprefix("no-").partition("=")
         refused = has_value and name.replace("-", "_") in switches
         require(not refused, f"{word}: takes no value; give --{name} or --no-{name}")
+        given = word not in several or not following.startswith("--")
+        require(given, f"{word}: needs a value, or leave it out")
 
 
 def given_options() -> Namespace:

@@ -105,8 +105,8 @@ class Task:
 
 
 def defaults(table: dict[str, Any], unset: str | None = "runs/sft/checkpoint") -> dict[str, Any]:
-    """Returns `table` if the checkpoint named on the command line, or else `unset`, is a toy or does
-    not exist yet, with what follows from its task; {} (the defaults of `Args`) if it is a real
+    """Returns `table`, with what follows from its task, if the checkpoint named on the command line
+    (or else `unset`) is a toy or does not exist yet; {} (the defaults of `Args`) if it is a real
     model."""
     given = given_options()
     model = given.model or unset

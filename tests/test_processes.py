@@ -112,6 +112,14 @@ def test_a_switch_with_a_value_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == f"error: --no-train-vision=1: {words}\n"
 
 
+@pytest.mark.parametrize("words", [["--data"], ["--data", "--model", "x"]])
+def test_an_option_without_its_values_is_not_unset(monkeypatch, words):
+    """As from `--data $FILE` without a FILE: the built-in task would be trained."""
+    monkeypatch.setattr(sys, "argv", ["sft.py", *words])
+    with pytest.raises(ranks.UsageError, match=r"^--data: needs a value"):
+        cli.check_switches(sft.Args)
+
+
 def test_data_that_would_wait_is_refused(tmp_path, monkeypatch):
     pipe = tmp_path / "train.parquet"
     os.mkfifo(pipe)

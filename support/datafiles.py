@@ -422,7 +422,7 @@ class DataFile:
         paths, self.parts, self.ends = each(paths), [], []
         names = [Path(path).name for path in paths]
         for path, name in zip(paths, names, strict=True):
-            name, notes, before = path if names.count(name) > 1 else name, Counter(), len(self)
+            name, notes = path if names.count(name) > 1 else name, Counter()
             try:
                 folder, splits = find_files(path)
                 for label, files in splits.items():
@@ -432,13 +432,11 @@ class DataFile:
                     part = Part(named, source, *open_rows(files), own, len(self))
                     self.parts.append(part)
                     self.ends.append(part.start + len(part.rows))
-                    notes[self.find_columns(part, text_only)] += 1
+                    notes[self.find_columns(part, text_only)] += len(part.rows)
             except UsageError as error:
                 raise UsageError(f"{option} {path}: {error}") from None
-            rows = f"{len(self) - before:,} rows"
             for note, count in notes.items():
-                of = f"in {count} of {len(splits)} splits: " if len(notes) > 1 else ""
-                print_once(f"{option} {path}: {rows}, {of}{note}")
+                print_once(f"{option} {path}: {count:,} rows, {note}")
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -621,13 +619,10 @@ class DataFile:
             return found
         kinds = [kind for kind, *_ in found]
         if Counter(markers) != Counter(kinds):
-            marked, has = (
-                f"{x.count('image')} {word} and {x.count('video')} {last}"
-                for x, word, last in (
-                    (markers, "<image>", "<video> markers"),
-                    (kinds, "images", "videos"),
-                )
+            marked = (
+                f"{markers.count('image')} <image> and {markers.count('video')} <video> markers"
             )
+            has = f"{kinds.count('image')} images and {kinds.count('video')} videos"
             raise BadRow(f"the text has {marked}, but the row has {has}")
         return [found.pop([kind for kind, *_ in found].index(marker)) for marker in markers]
 

@@ -455,8 +455,8 @@ def split_turn(asked: PromptConfig, example: Example) -> list[str | Media]:
         return [part for part in parts if part]
     given = [f"<{medium.kind}>" for medium in media]
     if pieces[1::2] != given:
-        found = f"its text places {', '.join(pieces[1::2])}"
-        raise ValueError(f"{found}, but its media are {', '.join(given) or 'none'}")
+        found = f"the text has the markers {', '.join(pieces[1::2])}"
+        raise ValueError(f"{found}, but the media are {', '.join(given) or 'none'}")
     pieces[1::2] = media
     return [piece for piece in pieces if piece]
 

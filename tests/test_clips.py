@@ -162,7 +162,7 @@ FAILS = "{% if messages[0].content | length > 6 %}{{ messages[0].content + 'text
     ("template", "request_text", "words"),
     [
         (FAILS, "", "its chat template raises TypeError"),
-        ("", "See <image>.", "text places <image>"),
+        ("", "See <image>.", "text has the markers <image>"),
     ],
 )
 def test_a_row_that_cannot_be_asked_is_bad(checkpoints, template, request_text, words):

@@ -102,10 +102,10 @@ def test_media_without_markers_come_first_or_last(real):
 @pytest.mark.parametrize(
     ("text", "media", "message"),
     [
-        ("<image> and <image>?", 1, "places <image>, <image>, but its media are <image>"),
-        ("<video>?", 1, "places <video>, but its media are <image>"),
-        ("Which? <image>", 0, "places <image>, but its media are none"),
-        ("<image>?", 2, "places <image>, but its media are <image>, <image>"),
+        ("<image> and <image>?", 1, "has the markers <image>, <image>, but the media are <image>"),
+        ("<video>?", 1, "has the markers <video>, but the media are <image>"),
+        ("Which? <image>", 0, "has the markers <image>, but the media are none"),
+        ("<image>?", 2, "has the markers <image>, but the media are <image>, <image>"),
     ],
 )
 def test_markers_that_do_not_match_are_named(real, text, media, message):

@@ -1226,9 +1226,9 @@ def accuracy(text: str, example: Example, rule: str = "by-type") -> float:
     """The score of the first answer in `text`, between 0 and 1.
 
     With `rule="exact"` (paper), an answer identical to the solution scores 1 and any other scores
-    0. Otherwise the problem type selects the measure [ours, as in Video-R1]; see
-    support/answers.py. Of several solutions, the best score counts. An answer longer than
-    MAX_ANSWER characters scores 0, which bounds the time to score a response.
+    0. Otherwise the problem type selects the measure [ours, as in Video-R1]; without one, equal
+    answers are right. See support/answers.py. Of several solutions, the best score counts. An
+    answer longer than MAX_ANSWER characters scores 0, which bounds the time to score a response.
     """
     solutions = (example.solution, *example.also_right)
     return max(solution_accuracy(text, example, solution.strip(), rule) for solution in solutions)

@@ -39,6 +39,7 @@ import pyarrow
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HOME
+from huggingface_hub.errors import LocalEntryNotFoundError
 from pyarrow import ipc, parquet, types
 
 from support.answers import MAX_ANSWER, extract_answer, folded, option_letter, option_texts
@@ -147,10 +148,12 @@ def download(name: str, split: str) -> Path:
         pass  # offline: an earlier download is read
     try:
         return Path(fetch(allow_patterns=chosen))
+    except LocalEntryNotFoundError:
+        reason = f"cannot download {name}: no connection, and not in the cache"
+        remedy = "Check the network and HF_HUB_OFFLINE, or give a local directory"
+        raise UsageError(f"{reason}. {remedy}") from None
     except (OSError, ValueError) as error:
-        reason = f"cannot be downloaded, and is not in the cache ({first_line(error)})"
-        remedy = "check the name, the network and HF_HUB_OFFLINE, or give a local directory"
-        raise UsageError(f"{reason}; {remedy}") from None
+        raise UsageError(f"is neither here nor on the hub ({first_line(error)})") from None
 
 
 def choose_splits(names: list[str], split: str, place: str) -> dict[str, list[str]]:
@@ -461,7 +464,7 @@ class DataFile:
         read. JSON rows may differ, so the first rows are inspected."""
         require(len(part.rows) > 0, "has no rows")
         first = range(part.start, part.start + min(INSPECTED, len(part.rows)))
-        present, media, texts = self.inspect(part, first)
+        present, looks = self.inspect(part, first)
         found = {field: [x for x in names if x in present] for field, names in COLUMNS.items()}
         part.columns = {field: names[0] if names else field for field, names in found.items()}
         question, answer = part.columns["problem"], part.columns["solution"]
@@ -471,32 +474,31 @@ class DataFile:
         columns = f"has the columns {', '.join(sorted(present))[:300]}"
         require(found["problem"] and answer, f"{columns}; {expected}")
         read = read_columns(present)
+        read += sorted(looks["like a group of media"].difference(read))
         unread = [name for name in present if name not in read]
         shown = text_only or any(self.has_media(row) for row in first)
         blind = f"none of the first {len(first)} rows has an image or a video"
         columns = f"columns read: {', '.join(read)}, not read: {', '.join(unread)[:300] or 'none'}"
         require(shown, f"{blind}; {columns}; give --text-only if that is meant")
-        images = [x for names in MEDIA_COLUMNS.values() for x in names]
-        images = [x for x in images if x in present] + [x for x in read if NUMBERED.fullmatch(x)]
+        clip = [x for x in read if x in sum(CLIP.values(), ())]
+        media = [x for x in read if x not in (*part.columns.values(), *clip, *CHANGES)]
         note = f"question in {question}, answer in {answer}, "
-        note += f"media in {', '.join(images) or 'no column'}"
-        clip = [name for names in CLIP.values() for name in names if name in present]
+        note += f"media in {', '.join(media) or 'no column'}"
         for words, names in (
             ("the part of a video in", clip),
-            ("not read, but perhaps media:", [x for x in unread if x in media]),
-            ("not read, but perhaps options:", [x for x in unread if x in texts]),
+            ("not read, but perhaps media:", [x for x in unread if x in looks["like media"]]),
+            ("not read, but perhaps options:", [x for x in unread if x in looks["like options"]]),
         ):
             note += f"; {words} {', '.join(names)[:300]}" if names else ""
         if not found["problem_type"]:
             note += "; no problem_type: multiple choice with options, else equal answers are right"
         return note
 
-    def inspect(self, part: Part, first: range) -> tuple[list[str], set[str], set[str]]:
-        """All columns, those that look like media by their name, type or values, and those that
-        hold lists of short texts, as options do."""
-        present = dict.fromkeys(part.types)
-        media = {name for name, kind in part.types.items() if is_binary(kind)}
-        texts, reason = set(), ""
+    def inspect(self, part: Part, first: range) -> tuple[list[str], dict[str, set[str]]]:
+        """All columns, and those that look like media by their name, type or values, like options
+        (lists of short texts), or like a group of media (`images` or `videos` inside)."""
+        present, looks, reason = dict.fromkeys(part.types), defaultdict(set), ""
+        looks["like media"] = {name for name, kind in part.types.items() if is_binary(kind)}
         for row in first[: 10 if present else INSPECTED]:  # rows of Arrow may hold large media
             try:
                 fields = self.fields(row)
@@ -509,11 +511,15 @@ class DataFile:
             for name, value in fields.items():
                 items = value if isinstance(value, list) else [value]
                 short = [x for x in items if isinstance(x, str) and len(x) < 1000]
-                media |= {name} if any(map(MEDIA_PATH.fullmatch, short[:10])) else set()
-                texts |= {name} if len(short) == len(items) > 1 else set()
-        media |= {name for name in present if PERHAPS_MEDIA.search(name)}
+                if any(map(MEDIA_PATH.fullmatch, short[:10])):
+                    looks["like media"].add(name)
+                if len(short) == len(items) > 1:
+                    looks["like options"].add(name)
+                if isinstance(value, dict) and (value.get("images") or value.get("videos")):
+                    looks["like a group of media"].add(name)
+        looks["like media"] |= {name for name in present if PERHAPS_MEDIA.search(name)}
         require(present, f"{reason or 'its rows are empty'}; {EXPECTED}")
-        return [*present], media, texts
+        return [*present], looks
 
     def has_media(self, row: int) -> bool:
         """Whether a row lists an image or a video, readable or not."""

@@ -105,13 +105,16 @@ IN_STRUCT = {"media": {"images": [{"path": "0.png"}], "videos": None}}
         (IN_STRUCT, "image"),
     ],
 )
-def test_more_names_of_columns(folder, fields, expected):
+def test_more_names_of_columns(folder, fields, expected, capsys):
     row = {"text": "p", "label": "blue", "candidates": ["red", "blue"]} | fields
     (folder / "rows.jsonl").write_text(json.dumps(row))
     table = pyarrow.table({key: [value] for key, value in row.items()})
     pyarrow.parquet.write_table(table, folder / "rows.parquet")
     for name in ("rows.jsonl", "rows.parquet"):
+        print_once.cache_clear()
         example = DataFile(str(folder / name)).example(0)
+        noted = capsys.readouterr().out
+        assert "media in no column" not in noted and "perhaps media" not in noted
         assert (example.problem, example.solution) == ("p", "B")
         assert [medium.kind for medium in example.media] == [expected]
 

@@ -304,7 +304,7 @@ def test_a_hub_name_reads_the_downloaded_files(tmp_path, monkeypatch):
     assert len(file) == 2 and file.name(1) == "geometry3k:test row 2"
     assert sizes(file.example(1)) == [(41, 30)]
     with pytest.raises(
-        UsageError, match="--data hiyouga/missing: cannot be downloaded, and is not in the cache"
+        UsageError, match="cannot download hiyouga/missing: no connection, and not in the cache"
     ):
         DataFile("hiyouga/missing")
 
@@ -378,7 +378,7 @@ def test_video_r1_mixed_with_columns_that_others_have(tmp_path, capsys):
     lines = "\n".join(map(json.dumps, rows[1:]))
     file = open_rows(tmp_path, lines)
     assert (
-        "question in question, answer in ground_truth, media in image, videos, path"
+        "question in question, answer in ground_truth, media in path, videos, image"
         in capsys.readouterr().out
     )
     examples = [open_rows(tmp_path, json.dumps(rows[0])).example(0)]
@@ -783,6 +783,8 @@ CHOICES = [  # options, solution; options and solution of the example
     (("a) red", "b) blue"), "blue", ("a) red", "b) blue"), "B"),
     (("A", "B"), "b", ("A", "B"), "B"),
     (("X", "Y"), "Y", ("A. X", "B. Y"), "B"),
+    (("A) red", "B) blue"), "B. blue", ("A) red", "B) blue"), "B"),
+    (None, "b", (), "B"),
     ((), "(b)", (), "B"),
     ((), "yes", (), "yes"),
 ]

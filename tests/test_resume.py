@@ -343,7 +343,7 @@ def test_what_is_not_finite_stops_the_run(cold_start, teacher, tmp_path, monkeyp
 
 def test_a_full_disk_leaves_the_last_state(whole_runs, cold_start, teacher, tmp_path, monkeypatch):
     fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"), keep=1)
-    save, calls = runs.save_file, []
+    save, calls = states.save_file, []
 
     def full(tensors, path):
         calls.append(1)

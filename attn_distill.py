@@ -447,7 +447,7 @@ def main(args: Args) -> dict[str, float]:
     options = {"max_new_tokens": args.max_new_tokens, "batch_size": 2 * args.prompts_per_step}
     options["attn_layer"] = args.attn_layer  # Attention
     before = after = evaluate(model, processor, prepared.held_out, **options)
-    taught = None
+    teacher_before = None
     if args.evaluate_teacher:
         options_teacher = options | {"attn_layer": args.teacher_attn_layer}  # Attention
         teacher_before = evaluate(teacher, processor, prepared.held_out, **options_teacher)
@@ -492,13 +492,8 @@ def main(args: Args) -> dict[str, float]:
             return metrics
     evaluations = {"before": before, "after": after}
     evaluations |= {"teacher": teacher_before} if teacher_before else {}
-    plotted = (
-        "rollout/reward",
-        "eval/accuracy",
-        "eval/target_attn",
-        "train/gkd",
-        "train/grad_norm",
-    )
+    plotted = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
+    plotted += ("train/gkd",)
     plotted += ("train/attn_distill",)  # Attention
     save = partial(common.save_model, model=model, processor=processor)
     run.finish(args.steps, model, optimizer, save, evaluations, plotted, start, "kd_baseline.py")

@@ -417,13 +417,8 @@ def main(args: Args) -> dict[str, float]:
             return metrics
     evaluations = {"before": before, "after": after}
     evaluations |= {"teacher": teacher_before} if teacher_before else {}
-    plotted = (
-        "rollout/reward",
-        "eval/accuracy",
-        "eval/target_attn",
-        "train/gkd",
-        "train/grad_norm",
-    )
+    plotted = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
+    plotted += ("train/gkd",)
     save = partial(common.save_model, model=model, processor=processor)
     run.finish(args.steps, model, optimizer, save, evaluations, plotted, start, "attn_distill.py")
     return metrics

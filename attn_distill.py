@@ -11,14 +11,13 @@ of each model, averaged over heads), without its own column and renormalised:
 The sum is over a response's tokens and E is the mean over responses. There is no advantage: the
 teacher's attention is useful whatever the answer was. The models may differ in layers, heads and
 width, since the loss compares only distributions over the same tokens. The method is the lines
-marked `# Attention` and the functions `attention_policy`, `divergence` and `frame_bins`:
+marked `# Attention` and the functions `attention_policy` and `divergence`:
 `diff kd_baseline.py attn_distill.py`.
 
 [ours] marks what the paper does not say, or says in two ways: the choices of kd_baseline.py, and
   1. gamma_attn is 1. The paper tried 0.05, 0.5 and 1, and does not say which made its tables.
   2. The predicting row, the mean over tokens and other layers: the paper has the own row (eq. 2),
      the sum, and the last layer of both models.
-  3. `--attn-bins frames`, as in CAPD, a successor for videos of 2026; see `frame_bins`.
 
     python sft.py --toy-size large --stop-accuracy 0.99 --eval-above 0.8 --out runs/teacher
     python attn_distill.py --teacher runs/teacher/checkpoint             # from runs/sft

@@ -213,7 +213,7 @@ def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
     step = [ral_grpo.Batch(rollout[cut], advantages[cut]) for cut in cuts]
     grpo = replace(args, lambda_attn=0.0, beta=0.0, num_iterations=1)
-    ral_grpo.update(model, optimizer, step, grpo, measure=False)
+    ral_grpo.update(model, optimizer, step, grpo)
     halves |= {name: both(name) for name in at_step}
     whole = {name: sum(parts) for name, parts in halves.items()}
     return diagnosis | {

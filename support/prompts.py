@@ -56,9 +56,7 @@ class Media:
         return bare
 
     def __getattr__(self, name: str) -> Any:
-        dropped = (
-            "the frames of this prompt's media were dropped; pass keep_media=True to open_data"
-        )
+        dropped = "the frames of this prompt's media were dropped; pass keep_media=True to prepare"
         raise AttributeError(dropped if name == "frames" else name)
 
     @property

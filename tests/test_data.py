@@ -1035,7 +1035,7 @@ def test_media_travel_only_where_they_are_asked_for(tmp_path, workers):
         assert {medium.size for medium in media} == {(40, 30)}
         assert {hasattr(medium, "frames") for medium in media} == {keep_media}
         if not keep_media:
-            with pytest.raises(AttributeError, match="pass keep_media=True to open_data"):
+            with pytest.raises(AttributeError, match="pass keep_media=True to prepare"):
                 len(media[0].frames)
         assert [len(prompt.example.media[0].frames) for prompt in held_out] == [1, 1]
     assert seen[False] == seen[True]

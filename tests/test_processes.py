@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import eval
 import ral_grpo
 import sft
 from support import cli, data, disk, ranks, startup

@@ -70,7 +70,6 @@ from support.cli import option
 from support.data import BadRows, Reader, check_data, check_files, open_data
 from support.memory import ATTENTION_CHUNK, LOGIT_CHUNK, empty_model, fit_memory
 from support.prompts import (
-    SLOTS,
     Example,
     Media,
     Processor,
@@ -80,7 +79,6 @@ from support.prompts import (
     encode_prompt,
     encoder_outputs,
     read_prompt_config,
-    repair_turns,
 )
 from support.ranks import (
     Finished,
@@ -97,6 +95,7 @@ from support.ranks import (
     world_size,
 )
 from support.states import State, find_state
+from support.templates import SLOTS, repair_turns
 
 transformers_logging.disable_progress_bar()
 

@@ -112,7 +112,10 @@ def defaults(table: dict[str, Any], unset: str | None = "runs/sft/checkpoint") -
     task = Task.load(Path(model)) if model else Task()
     if task is None and (given.model or Path(model).is_dir()):
         return {}
-    think = given.think if given.think is not None else task is not None and task.think
+    think = table["think"] if task is None or not model else task.think
+    think = think if given.think is None else given.think
+    if think == table["think"]:
+        return table
     return table | {"think": think, "max_new_tokens": MAX_NEW_TOKENS[think]}
 
 

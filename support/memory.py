@@ -200,7 +200,7 @@ def fit_memory(
     if args.gradient_checkpointing is None:
         args = replace(args, gradient_checkpointing=torch.cuda.is_available())
     if args.lora_rank is None and (state := read_state(args)):  # resuming keeps the choice
-        args = replace(args, lora_rank=state["args"]["lora_rank"])
+        args = replace(args, lora_rank=state.args.get("lora_rank"))
     have = min(gather([available_gb()]))  # ranks on other hosts must not choose differently
     teachers = [teacher] if teacher is not None else []
     evaluated = teacher if evaluate_teacher else None

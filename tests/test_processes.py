@@ -103,15 +103,6 @@ def test_values_that_nothing_can_compute_with_are_refused(script, name):
             script.Args(**needed | {name: value})
 
 
-def test_a_switch_with_a_value_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(os, "_exit", sys.exit)
-    monkeypatch.setattr(sys, "argv", ["sft.py", "--no-train-vision=1"])
-    with pytest.raises(SystemExit):
-        cli.run_script(sft.Args, None, "", sft.partial(sft.toy.defaults, sft.TOY, unset=None))
-    words = "takes no value; give --train-vision or --no-train-vision"
-    assert capsys.readouterr().err == f"error: --no-train-vision=1: {words}\n"
-
-
 def test_data_that_would_wait_is_refused(tmp_path, monkeypatch):
     pipe = tmp_path / "train.parquet"
     os.mkfifo(pipe)

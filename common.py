@@ -47,6 +47,7 @@ from support.answers import (
     extract_answer,
     number_accuracy,
     option_accuracy,
+    plain_accuracy,
     regression_accuracy,
     rouge,
     word_accuracy,
@@ -894,12 +895,18 @@ def has_format(text: str, think: bool) -> bool:
 def accuracy(text: str, example: Example, rule: str = "by-type") -> float:
     """The score of the first answer in `text`, between 0 and 1.
 
-    With `rule="exact"` (paper), or if the example has no problem type, an answer identical to the
-    solution scores 1 and any other scores 0. Otherwise the problem type selects the measure [ours,
-    as in Video-R1]; see support/answers.py. An answer longer than MAX_ANSWER characters scores 0,
-    which bounds the time to score a response.
+    With `rule="exact"` (paper), an answer identical to the solution scores 1 and any other scores
+    0. Otherwise the problem type selects the measure [ours, as in Video-R1]; without one, equal
+    answers are right. See support/answers.py. Of several solutions, the best score counts. An
+    answer longer than MAX_ANSWER characters scores 0, which bounds the time to score a response.
     """
-    answer, solution = extract_answer(text), example.solution.strip()
+    solutions = (example.solution, *example.also_right)
+    return max(solution_accuracy(text, example, solution.strip(), rule) for solution in solutions)
+
+
+def solution_accuracy(text: str, example: Example, solution: str, rule: str) -> float:
+    """The score that `accuracy` gives for one of the solutions."""
+    answer = extract_answer(text)
     if answer is None:
         return 0.0
     if answer == solution or rule == "exact" or len(answer) > MAX_ANSWER:
@@ -915,7 +922,7 @@ def accuracy(text: str, example: Example, rule: str = "by-type") -> float:
             return word_accuracy(answer, solution)
         case "free-form":
             return rouge(answer, solution)
-    return 0.0
+    return plain_accuracy(answer, solution)
 
 
 # 6. Preparation

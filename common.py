@@ -962,6 +962,7 @@ def prepare(
     teacher_layers: Sequence[str] = (),
     needs_reference: bool = False,
     keep_media: bool = False,
+    passes: int = 1,
 ) -> Prepared:
     """Check all arguments and files, then read the data, fit the run into memory, find the state to
     resume from, and load the models. Whatever can fail without the weights fails before they load.
@@ -970,7 +971,7 @@ def prepare(
     `--learning-rate` becomes `learning_rate(args, config, is_toy)`. `base` is the checkpoint of a
     new toy, in place of `--model`, and `encode` makes the prompt of a row. `layers` and
     `teacher_layers` name the arguments that choose a decoder layer. With `keep_media`, rewards see
-    the images and frames of the training prompts.
+    the images and frames of the training prompts. `passes`: see `fit_memory`.
 
     Raises:
         UsageError: the message names the argument or file and the remedy.
@@ -1013,6 +1014,7 @@ def prepare(
         needs_reference,
         other and other.config,
         getattr(args, "evaluate_teacher", False),
+        passes,
     )
     if args.learning_rate is None:
         args = replace(args, learning_rate=learning_rate(args, processor.config, is_toy))

@@ -197,11 +197,7 @@ def open_lines(path: Path) -> FileIO:
 
 
 def append(file: FileIO, rows: Iterable[dict[str, Any]]) -> None:
-    """Append one line of JSON per row.
-
-    Raises:
-        UsageError: the file cannot be written, as on a full disk.
-    """
+    """Append one line of JSON per row."""
     path = Path(file.name)
     with writing(path.parent, path.name):
         for row in rows:
@@ -219,12 +215,9 @@ def without_split(name: str) -> Path:
 
 
 def data_files(path: str | None) -> list[Path]:
-    """The local files that `--data` names: a file, or the data files of a directory.
-
-    Raises:
-        UsageError: one of them is not a regular file (a pipe might wait for ever), or the directory
-            holds too many files to be a data set.
-    """
+    """The local files that `--data` names: a file, or the data files of a directory. Refuses one
+    that is not a regular file (reading a pipe might wait for ever), and a directory with too many
+    files to be a data set."""
     if not path:
         return []
     place = without_split(path)

@@ -229,16 +229,13 @@ def draw_page(path: Path, predictions: dict[str, list[Prediction]], title: str) 
 
 
 def write_page(path: Path, gazes: dict[str, list[Gaze]], title: str) -> int:
-    """Write one self-contained HTML page to `path` and return the number of examples that it holds.
-    The page needs no server and sends no request, so it can be mailed or kept beside a run.
+    """Write one HTML page to `path` and return the number of examples that it holds. The page needs
+    no server and sends no request, so it can be mailed or kept beside a run.
 
     The keys of `gazes` are labels such as "before" and "after". Each has the same examples in the
     same order, and the page shows them side by side. An example above 2.5 MB shows every second
     pair of frames of its videos, or every fourth, and so on. Examples that would make the page
     larger than 10 MB are left out. The page says both.
-
-    Raises:
-        UsageError: the file cannot be written, as on a full disk.
     """
     # Questions and responses come from data files and models. They reach the page as JSON and
     # become text nodes, and its Content-Security-Policy runs the one script of `gaze.html` alone.

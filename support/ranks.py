@@ -68,11 +68,8 @@ def end_readers() -> None:
 
 def start_ranks() -> None:
     """Join the other ranks if torchrun started this process. On a GPU, a single process forms a
-    group of one, so there is only one code path.
-
-    Raises:
-        UsageError: a scheduler, but not torchrun, announces several processes.
-    """
+    group of one, so there is only one code path. Refuses several processes that a scheduler
+    announces without torchrun."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     lacking = [name for name in names if not os.environ.get(name)]
     announced = os.environ.get("WORLD_SIZE") or "1"
@@ -127,11 +124,8 @@ def gather(items: list) -> list:
 
 
 def together(action: Callable[[], Any]) -> Any:
-    """Run `action` on every rank and return its result.
-
-    Raises:
-        UsageError: `action` raised it on any rank. It is raised on all, so that none waits.
-    """
+    """Run `action` on every rank and return its result. A `UsageError` on any rank is raised on
+    all, so that none waits."""
     result, refusals = None, []
     try:
         result = action()
@@ -143,14 +137,13 @@ def together(action: Callable[[], Any]) -> Any:
 
 
 def on_rank_0(action: Callable[[], Any]) -> Any:
-    """Run `action` on rank 0 and return its result there, None on the other ranks. Raises as
-    `together` does."""
+    """Run `action` on rank 0 and return its result there, None on the other ranks. A `UsageError`
+    is raised on all."""
     return together(lambda: action() if rank() == 0 else None)
 
 
 def from_rank_0(action: Callable[[], Any]) -> Any:
-    """Run `action` on rank 0 and return its result on all ranks, as for files that only rank 0's
-    disk holds. Raises as `together` does."""
+    """Like `on_rank_0`, but all ranks get the result, as of files that only rank 0's disk holds."""
     return gather([on_rank_0(action)])[0]
 
 

@@ -79,8 +79,8 @@ class Stopwatch:
         self.last = now
 
     def stop(self, tokens: int) -> dict[str, float]:
-        """The seconds of every phase and of the whole step, tokens per second, and peak memory (the
-        GPU's, if there is one)."""
+        """The seconds of every phase and of the step, tokens per second, and peak memory (of the
+        GPU, if there is one)."""
         seconds = self.last - self.start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak *= 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes on Linux
@@ -95,14 +95,8 @@ class Stopwatch:
 
 def check_run(args: Any, *models: str, kind: str = TRAINING_RUN) -> None:
     """Refuse, before any work is done, arguments that differ between ranks, a default checkpoint
-    that is not there, and an `--out` that cannot become the directory of this `kind` of program.
-
-    `models` are the names of the arguments with checkpoints that the run reads. Nothing that it
-    reads may lie in `--out`, which is moved or replaced.
-
-    Raises:
-        UsageError: the message names the argument.
-    """
+    that is not there (`models` names the arguments with checkpoints that the run reads), and an
+    `--out` that cannot become the directory of this `kind` of program."""
     require_same_on_ranks(options(args))
     on_rank_0(partial(check_out, args, kind))
     for name in models:
@@ -119,8 +113,8 @@ def check_run(args: Any, *models: str, kind: str = TRAINING_RUN) -> None:
 
 
 def check_out(args: Any, kind: str) -> None:
-    """Refuse an `--out` that cannot become the directory of this `kind` of program. Only rank 0's
-    disk holds a run; `Run` checks again once it has the lock, and keeps it."""
+    """Refuse an `--out` that cannot become the directory of this `kind` of program. `Run` locks it
+    and checks again."""
     out = Path(args.out)
     require_kind(out, kind)
     require_outside(out, args)
@@ -152,14 +146,11 @@ def with_wandb(call: Callable[[Any], Any]) -> Any:
 
 
 class Run:
-    """The directory of a run, with all its files: `args.json`, `metrics.jsonl`, `samples.jsonl`,
-    `skipped.jsonl`, `tensorboard/`, pictures, `state/`, `checkpoint/` and, for a run that trains
-    adapters, `adapter/`.
+    """The directory of a run, see docs/scaling.md, and all that is written there, by rank 0 alone.
 
-    An existing run at `out` is moved to `<out>.1` and so on, or replaced with `--overwrite`;
-    `check_run` says what is never touched. With a `state`, the existing run is resumed instead:
-    `start` cuts its files back to the state. `--track` also sends the metrics to Weights &
-    Biases. Only rank 0 writes. The directory stays locked until the script's `main` returns.
+    An existing run at `out` is moved to `<out>.1` and so on, or replaced with `--overwrite`. With a
+    `state`, it is resumed instead: `start` cuts its files back to the state. The directory stays
+    locked until the script's `main` returns.
     """
 
     def __init__(self, args: Any, bad_rows: BadRows, state: State | None = None):
@@ -321,17 +312,14 @@ class Run:
             self.equal = None
 
     def require_finite(self, step: int, metrics: dict[str, float], prompts: Sequence[Any]) -> None:
-        """Stop if the gradient is not finite; `update` skipped the optimiser step for it.
-
-        Raises:
-            UsageError: the message names the prompts and the last good state.
-        """
-        if not math.isfinite(metrics["train/grad_norm"]):
-            names = [prompt.example.name for prompt in prompts[:8]]
-            rows = ", ".join(filter(None, names)) or "of the toy"
-            saved = from_rank_0(partial(good_states, self.out))
-            last = f"the last good state is {saved[-1]}" if saved else "no state yet"
-            raise UsageError(f"step {step}: the gradient is not finite; prompts: {rows}; {last}")
+        """Stop if the gradient is not finite; `update` skipped the optimiser step for it."""
+        if math.isfinite(metrics["train/grad_norm"]):
+            return
+        names = [prompt.example.name for prompt in prompts[:8]]
+        rows = ", ".join(filter(None, names)) or "of the toy"
+        saved = from_rank_0(partial(good_states, self.out))
+        last = f"the last good state is {saved[-1]}" if saved else "no state is saved yet"
+        raise UsageError(f"step {step}: the gradient is not finite; prompts: {rows}; {last}")
 
     def interrupt(self, number: int, frame: Any) -> None:
         """Handle one of `STOP_SIGNALS`: let the step finish. A second signal ends a run of one
@@ -343,11 +331,8 @@ class Run:
 
     def save_checkpoint(self, save: Callable[[Path | None], None]) -> None:
         """Write `checkpoint/` with `save(directory)`, and the `adapter/` that it may create beside
-        it; see `written_aside`. All ranks must call it; ranks other than 0 call `save(None)`.
-
-        Raises:
-            UsageError: it cannot be written, as on a full disk; an earlier checkpoint is unchanged.
-        """
+        it. All ranks must call it; ranks other than 0 call `save(None)`. If it cannot be written,
+        an earlier checkpoint is unchanged."""
         if rank() != 0:
             save(None)
             return
@@ -368,6 +353,9 @@ class Run:
         after a signal. Returns whether the run must stop now. `extra` holds anything else that the
         script needs to resume."""
         stop = max(gather([self.signal or 0])) > 0 and not done
+        due = self.args.save_every > 0 and (done or step % self.args.save_every == 0)
+        if not due and not stop:
+            return False
         tensors = state_tensors(model, optimizer)
 
         def write() -> None:
@@ -395,9 +383,7 @@ class Run:
                 for _ in tensors:  # every rank gathers to the end, even if rank 0 cannot write
                     pass
 
-        due = self.args.save_every > 0 and (done or step % self.args.save_every == 0)
-        if due or stop:
-            together(take_part)
+        together(take_part)
         if stop and rank() == 0:
             here = os.environ.get("LOCAL_WORLD_SIZE", world_size())  # on this host
             several = f"torchrun --shutdown-timeout 1800 --nproc_per_node={here}"

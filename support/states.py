@@ -141,12 +141,8 @@ def own_file(path: Path) -> Path:
 
 def read_state(args: Any) -> State | None:
     """The state that `--resume` names or, with `auto`, the newest of the run; None if there is
-    none. Only rank 0's disk holds a run, so rank 0 chooses and reads for all.
-
-    Raises:
-        UsageError: the state is not one of this run, is unreadable, or was written by a version
-            that computes something else.
-    """
+    none. Only rank 0's disk holds a run, so rank 0 chooses and reads for all. Refuses a state that
+    is not of this run, is unreadable, or was written by a version that computes something else."""
 
     def read() -> State | None:
         saved = good_states(Path(args.out))
@@ -176,13 +172,8 @@ def read_state(args: Any) -> State | None:
 
 
 def find_state(args: Any) -> State | None:
-    """The state to resume from, see `read_state`. Input files must be the same on all
-    ranks.
-
-    Raises:
-        Finished: no steps are left.
-        UsageError: there is no such state, or it was made with other arguments or input files.
-    """
+    """The state to resume from, see `read_state`. Refuses one that was made with other arguments or
+    input files, and input files that differ between ranks; raises `Finished` if no step is left."""
     inputs = fingerprint_inputs(args)
     require_same_on_ranks(inputs)
     state, named = read_state(args), f"--resume {args.resume}"
@@ -226,13 +217,9 @@ def state_tensors(model: Module, optimizer: Optimizer) -> Iterator[tuple[str, di
 def write_state(
     out: Path, state: State, tensors: Iterable[tuple[str, dict[str, Tensor]]], keep: int
 ) -> None:
-    """Write a state, and delete all but the newest `keep` states, and those that
+    """Write a state, and then delete all but the newest `keep` states, and those that
     `Run.move_later_states` has renamed. Each trained parameter has its own file, so that rank 0
-    holds only one at a time.
-
-    Raises:
-        UsageError: it cannot be written, as on a full disk; earlier states are unchanged.
-    """
+    holds only one at a time."""
     with writing(out, f"state/{state.name}"), written_aside(out / "state", state.name) as folder:
         for name, content in tensors:
             save_file(content, folder / f"{name}.safetensors")

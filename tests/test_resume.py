@@ -99,7 +99,7 @@ STAGES = [  # owner, function, call, when
     ("script", "update", 1, "before"),
     ("script", "update", 2, "after"),
     ("script", "update", 4, "before"),
-    ("states", "state_tensors", 1, "after"),
+    ("runs", "state_tensors", 1, "after"),
     ("states", "save_file", 1, "halfway"),
     ("states", "save_file", TRAINED + 2, "halfway"),
     ("states", "random_state", 2, "before"),

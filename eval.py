@@ -42,8 +42,7 @@ from common import (
 from support import cli, data, disk, ranks, states, toy
 from support.data import Prompts, Reader
 from support.datafiles import DataFile
-from support.gaze import Gaze
-from support.pictures import Prediction, draw_page, draw_sweep
+from support.pictures import Gaze, Prediction, draw_page, draw_sweep
 from support.prompts import Processor, Prompt, PromptConfig, collate, encode_prompt
 
 # 1. Evaluation

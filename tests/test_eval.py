@@ -18,7 +18,7 @@ from PIL import Image
 import common
 import eval
 from support import disk, pictures, ranks, states
-from support.gaze import Gaze
+from support.pictures import Gaze
 from support.prompts import Media, PromptConfig, collate
 
 

@@ -126,6 +126,18 @@ def test_help_joins_no_group(monkeypatch, capsys):
     assert ended.value.code == 0 and "What it is." in capsys.readouterr().out
 
 
+def test_help_lists_the_scripts_own_arguments_first(monkeypatch, capsys):
+    """A text of several lines is one paragraph."""
+    monkeypatch.setattr(sys, "argv", ["ral_grpo.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit):
+        cli.parse(ral_grpo.Args, "", {"steps": 7})
+    shown = capsys.readouterr().out
+    flags = ("--model", "--lambda-attn", "--data")
+    assert sorted(flags, key=lambda flag: shown.index(f"│ {flag} ")) == list(flags)
+    assert "see docs/data.md. Unset: the built-in task." in shown and "(default: 7)" in shown
+
+
 def test_readers_use_no_shared_memory(monkeypatch):
     """Of which a container has little. Each tensor there would be an open file, too."""
     monkeypatch.setitem(ForkingPickler._extra_reducers, torch.Tensor, lambda _: (str, ("shared",)))

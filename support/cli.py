@@ -11,6 +11,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from inspect import get_annotations
+from itertools import pairwise
 from typing import Annotated, Any, Literal, TextIO, get_type_hints
 
 import docstring_parser
@@ -34,14 +35,16 @@ from support.ranks import (
 class RunArgs:
     """The arguments of every training run, whatever its method."""
 
-    data: str | None = None
-    """JSON, JSON lines, Parquet, a directory of a data set, or a hub name; see docs/data.md. Unset:
-    the built-in task."""
-    eval_data: str | None = None
+    data: tuple[str, ...] = ()
+    """JSON, JSON lines, Parquet, a directory of a data set, or a hub name, one or several; see
+    docs/data.md. Unset: the built-in task."""
+    eval_data: tuple[str, ...] = ()
     """Data to evaluate on. Unset: rows of --data after the first ROWS, or else up to a tenth of its
     rows, which are then not trained on."""
     media_root: tuple[str, ...] = ()
     """Folders that the paths in the rows are relative to. Unset: the folder of the data file."""
+    text_only: bool = False
+    """Accept data without images and videos."""
     rows: int | None = None
     """Train on the first ROWS rows of --data. Unset: all. Paper: 51,200 of Video-R1-260k."""
     check_data: bool = False
@@ -106,7 +109,7 @@ class RunArgs:
         """Names of the arguments that `--resume` may change: they do not affect what is computed.
         Some are declared by the scripts."""
         names = "out overwrite track save_every keep resume allow_changed_args"
-        names += " workers check_data max_skipped gradient_checkpointing"
+        names += " workers check_data max_skipped text_only gradient_checkpointing"
         names += " steps eval_every micro_batch_size prompts_per_step"
         return set(names.split())
 
@@ -174,10 +177,11 @@ def check_values(args: Any) -> None:
 def same_inputs(args: Any) -> str:
     """The model and data arguments of a run as command-line text."""
     words = []
-    for name in ("model", "teacher", "data", "eval_data", "media_root", "rows", "frames", "fps"):
+    names = ("model", "teacher", "data", "eval_data", "media_root", "rows", "frames", "fps")
+    for name in (*names, "text_only"):
         value = getattr(args, name, None)
         if value and value != getattr(type(args), name):
-            words += [option(name), *map(str, each(value))]
+            words += [option(name), *(() if value is True else map(str, each(value)))]
     return "".join(f" {shlex.quote(word)}" for word in words)
 
 
@@ -224,7 +228,15 @@ def run_script(
 def parse(args_class: type, description: str, defaults: dict[str, Any]) -> Any:
     """Parse the command line. `--help` lists the script's own arguments before those of `RunArgs`;
     each help text and each paragraph of the description is one line, which tyro or the terminal
-    wraps."""
+    wraps.
+
+    An option that takes several values needs one: without any, as from an unset shell variable, it
+    would count as unset.
+    """
+    several = {option(x.name) for x in fields(args_class) if str(x.type).startswith("tuple")}
+    for word, following in pairwise([*sys.argv[1:], "--"]):
+        given = word not in several or not following.startswith("--")
+        require(given, f"{word}: needs a value, or leave it out")
     hints, bases = get_type_hints(args_class), args_class.__mro__[:-1]
     helps = {
         param.arg_name: " ".join(param.description.split())

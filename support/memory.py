@@ -46,6 +46,7 @@ def memory_gb(
     evaluated: Any = None,
     processes: int = 1,
     distils: bool = False,
+    passes: int = 1,
 ) -> dict[str, dict[str, float]]:
     """Estimate the GB (2**30 bytes) that each of `processes` ranks needs at the peak of each phase
     of a step, by purpose.
@@ -134,6 +135,7 @@ def memory_gb(
         29 * seen,
     )
     update += seen * kept
+    update *= passes
     need["update"] = {
         "gathered": width * (root + 2 * layer) if gathers else 0,
         "gradients": 4 * trained / processes,
@@ -189,10 +191,12 @@ def fit_memory(
     needs_reference: bool = False,
     teacher: Any = None,
     evaluate_teacher: bool = False,
+    passes: int = 1,
 ) -> Any:
     """Choose, before any weights are loaded, what to train: all weights if they fit, otherwise
     adapters of rank 64. `--lora-rank` and the resumed run take precedence. With adapters, the
-    reference is the model without them. `config` and `teacher` are model configs.
+    reference is the model without them. `config` and `teacher` are model configs. `passes` are the
+    forward passes whose graphs an update holds at once: 2 for a loss that also sees a masked image.
 
     Raises:
         UsageError: nothing fits; the message names two remedies.
@@ -210,6 +214,7 @@ def fit_memory(
         processes, now = changed.pop("processes", world_size()), replace(args, **changed)
         frozen = teachers + [config] * (needs_reference and not now.lora_rank)
         rest = {"evaluated": evaluated, "processes": processes, "distils": bool(teachers)}
+        rest["passes"] = passes
         phases = memory_gb(config, now, now.lora_rank, group_size, frozen, **rest)
         return max(sum(parts.values()) for parts in phases.values())
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from support.cli import option
+from support.cli import each, option
 from support.disk import data_files, good_states, step_of, writing, written_aside
 from support.ranks import (
     Finished,
@@ -36,7 +36,7 @@ from support.ranks import (
     world_size,
 )
 
-DEFINITIONS = 3  # raise it when the same arguments compute something else
+DEFINITIONS = 4  # raise it when the same arguments compute something else
 
 # 1. Fingerprints of inputs
 
@@ -63,9 +63,10 @@ def fingerprint_inputs(args: Any) -> dict[str, str]:
     in a JSON file is noticed up to that size, and a changed Parquet footer at any size.
     """
     prints = {}
-    for name in ("model", "teacher", "data", "eval_data"):
-        if not (path := getattr(args, name, None)):
-            continue
+    names = ("model", "teacher", "data", "eval_data")
+    for name, path in ((x, path) for x in names for path in each(getattr(args, x, None) or ())):
+        several = len(each(getattr(args, name))) > 1
+        argument = f"{option(name)} {path}" if several else option(name)
         if name.endswith("data"):
             kind, files = "dataset", data_files(path)
         else:
@@ -74,15 +75,15 @@ def fingerprint_inputs(args: Any) -> dict[str, str]:
         if not files:
             folder = f"{kind}s--{path.partition(':')[0].replace('/', '--')}"
             commit = Path(HF_HUB_CACHE, folder, "refs", "main")
-            prints[option(name)] = commit.read_text() if commit.is_file() else "none"
+            prints[argument] = commit.read_text() if commit.is_file() else "none"
             continue
         root, blocks = os.path.commonpath([x.parent for x in files]), BLOCKS // len(files)
         for file in files:
-            label = f"{option(name)} {file.relative_to(root)}"
+            label = f"{argument} {file.relative_to(root)}"
             try:
                 prints[label] = fingerprint(file, max(2, blocks))
             except OSError as error:
-                cannot = f"{option(name)}: {file} cannot be read ({error.strerror})"
+                cannot = f"{argument}: {file} cannot be read ({error.strerror})"
                 raise UsageError(cannot) from None
     return prints
 

@@ -42,8 +42,7 @@ from common import (
 from support import cli, data, disk, ranks, states, toy
 from support.data import Prompts, Reader
 from support.datafiles import DataFile
-from support.gaze import Gaze
-from support.pictures import Prediction, draw_page, draw_sweep
+from support.pictures import Gaze, Prediction, draw_page, draw_sweep
 from support.prompts import Processor, Prompt, PromptConfig, collate, encode_prompt
 
 # 1. Evaluation
@@ -100,7 +99,7 @@ def predict(
             if row < scored:  # row t of a layer emits token t, row t + 1 is that token's own
                 rows = {layer: x[row, 0].cpu() for layer, x in attentions.items()}
                 longest, n = part.prompts.ids.shape[1], len(ids)
-            if done < gazes and all(medium.frames for medium in example.media):
+            if done < gazes and all(hasattr(medium, "frames") for medium in example.media):
                 unpadded = slice(longest - len(prompt.ids), longest + n)
                 kept = {layer: x[: n + 1, unpadded].clone() for layer, x in rows.items()}
                 gaze = make_gaze(prompt, record, token_texts(tokenizer, ids), kept)
@@ -225,11 +224,13 @@ def answer_tokens(tokenizer: Any, ids: list[int], text: str, first_mention: bool
 class Args:
     model: str
     """Checkpoint directory or hub name."""
-    data: str | None = None
-    """JSON, JSON lines, Parquet, a directory of a data set, or a hub name; see docs/data.md. Unset:
-    the built-in task."""
+    data: tuple[str, ...] = ()
+    """JSON, JSON lines, Parquet, a directory of a data set, or a hub name, one or several; see
+    docs/data.md. Unset: the built-in task."""
     media_root: tuple[str, ...] = ()
     """Folders that the rows' paths are relative to; unset: the data file's own."""
+    text_only: bool = False
+    """Accept data without images and videos."""
     out: str = f"runs/{Path(__file__).stem}"
     """Directory of predictions, table and pictures; the same command resumes there."""
     overwrite: bool = False
@@ -382,12 +383,12 @@ def prompts_of(
     tokens = {"image_tokens": image_tokens, "min_image_tokens": args.min_image_tokens}
     processor = replace(processor, **tokens, frame_tokens=frame_tokens)
     encode = partial(encode_prompt, processor)
-    if args.data is None:
+    if not args.data:
         task = replace(task, frames=frames or task.frames, grid=grid or task.grid)
         examples = toy.held_out_examples(task, args.examples or 512)
         names = [example.name for example in examples]
         return names, lambda numbers: (encode(examples[n]) for n in numbers), data.BadRows()
-    file = DataFile(args.data, args.media_root, frames, args.fps)
+    file = DataFile(args.data, args.media_root, frames, args.fps, text_only=args.text_only)
     rows = range(len(file))[: args.examples]
     prompts = Prompts(file, encode, rows, None, args.max_prompt_tokens, 2 * args.gaze)
     bad_rows = data.BadRows(args.max_skipped, len(file))
@@ -405,7 +406,7 @@ def table(results: dict[Setting, list[dict[str, Any]]], varied: list[int]) -> st
             values = sorted({record[field] for record in records})
             for value in values if len(values) > 1 or values[0] else []:
                 chosen = [record for record in records if record[field] == value]
-                name = value or {"problem_type": "exact match", "source": "no source"}[field]
+                name = value or {"problem_type": "no type", "source": "no source"}[field]
                 groups.append((name, chosen))
         lines.append(
             f"\n{label or 'held-out':<36}{'rows':>7}{'accuracy':>10}{'format':>8}{'length':>8}"
@@ -427,10 +428,8 @@ def main(args: Args) -> dict[str, float]:
     ranks.require(ranks.world_size() == 1, one)
     base = Path(args.model)
     is_toy = toy.Task.load(base) is not None
-    ranks.require(
-        not (is_toy and args.data), f"--data {args.data}: the toy knows only its own task"
-    )
-    for name in () if args.data else ("fps", "media_root"):
+    ranks.require(not (is_toy and args.data), "--data: the toy knows only its own task")
+    for name in () if args.data else ("fps", "media_root", "text_only"):
         ranks.require(not getattr(args, name), f"{cli.option(name)}: needs --data")
     of_toy = args.grid != (None,) or args.toy_order is not None
     ranks.require(not (args.data and of_toy), "--grid, --toy-order: not with --data")
@@ -489,7 +488,7 @@ def main(args: Args) -> dict[str, float]:
                 draw_page(page, {label or base.name: shown}, f"{args.model} {label}")
             if bad_rows.file is not None:
                 bad_rows.file.close()
-            ranks.require(len(results[setting]) > 0, f"--data {args.data}: no row can be used")
+            ranks.require(len(results[setting]) > 0, "--data: no row can be used")
     results = {setting: results[setting] for setting in sweep}
     text = table(results, varied)
     with disk.writing(out, "table.txt"):

@@ -18,7 +18,7 @@ from PIL import Image
 import common
 import eval
 from support import disk, pictures, ranks, states
-from support.gaze import Gaze
+from support.pictures import Gaze
 from support.prompts import Media, PromptConfig, collate
 
 
@@ -268,7 +268,7 @@ def test_rows_without_a_type_have_a_line_of_the_table():
     records = [{"problem_type": kind, "source": "", "accuracy": a, "format": 1, "completion_len": 2}
                for kind, a in (("", 1.0), ("", 0.0), ("numerical", 1.0))]  # fmt: skip
     lines = eval.table({(None,) * 4: records}, []).splitlines()
-    assert [line.split("  ")[0] for line in lines[2:]] == ["all", "exact match", "numerical"]
+    assert [line.split("  ")[0] for line in lines[2:]] == ["all", "no type", "numerical"]
     assert lines[3].split()[2:4] == ["2", "0.500"]
 
 

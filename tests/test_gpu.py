@@ -174,8 +174,8 @@ def test_a_fused_optimizer_resumes_with_its_steps_on_the_gpu(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    args = ral_grpo.Args(out=str(tmp_path))
-    states.write_state(tmp_path, {"step": 1}, states.state_tensors(model, optimizer), args)
+    state = states.State(1, True, {}, prompts=1, read=0, extra={}, args={}, inputs={})
+    states.write_state(tmp_path, state, states.state_tensors(model, optimizer), keep=1)
     resumed = torch.nn.Linear(2, 2, device="meta")
     optimizer = torch.optim.AdamW(resumed.parameters(), lr=1e-3)
     optimizer.defaults["fused"] = True  # it refuses parameters on that device

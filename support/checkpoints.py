@@ -29,16 +29,15 @@ from transformers import (
 )
 
 from support.prompts import (
-    SLOTS,
     Example,
     Media,
     Processor,
     PromptConfig,
     encode_prompt,
     read_prompt_config,
-    repair_turns,
 )
 from support.ranks import UsageError, compute_dtype, print_once, require
+from support.templates import SLOTS, repair_turns
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 REMEDY = "give a checkpoint directory or a hub name (owner/name)"

@@ -744,7 +744,7 @@ def other_columns(fields: dict[str, Any], read: set[str]) -> dict[str, Any]:
         return str(value)
 
     extra, size = {}, 0
-    for name in fields.keys() - read:
+    for name in (x for x in fields if x not in read):
         try:
             text = json.dumps(fields[name], default=text_of)
         except (TypeError, ValueError, RecursionError):
@@ -792,7 +792,7 @@ def read_example(fields: dict[str, Any]) -> Example:
         raise BadRow(f"problem_type is {str(problem_type)[:40]!r}; known are {known}")
     if problem_type == "multiple choice":
         pairs = zip(answers, solutions, strict=True)
-        letters = [letter_of(text, options, isinstance(answer, int)) for answer, text in pairs]
+        letters = [letter_of(text, options, type(answer) is int) for answer, text in pairs]
         options, solutions = with_letters(options), letters
     return Example(
         problem=problem,

@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText
 
 import common
 import eval
-from support import prompts, ranks, toy
+from support import ranks, templates, toy
 from support.prompts import Example, Media, collate, encode_prompt
 
 
@@ -277,9 +277,9 @@ def test_a_template_that_ends_is_not_refused(copy):
     """With the tag that marks what is trained on, and beside one that does not end."""
     tokenizer = common.load_processor(copy).tokenizer
     marked = TEMPLATE + "{% generation %}x{% endgeneration %}"
-    prompts.require_bounded(tokenizer, [TEMPLATE, marked])
+    templates.require_bounded(tokenizer, [TEMPLATE, marked])
     with pytest.raises(ValueError, match="more than 3 seconds"):
-        prompts.require_bounded(tokenizer, [marked, FOREVER + marked])
+        templates.require_bounded(tokenizer, [marked, FOREVER + marked])
 
 
 @pytest.fixture

@@ -831,7 +831,7 @@ field_texts = field_texts.map("".join)
 @settings(deadline=None, max_examples=400)
 @given(
     st.sampled_from(datafiles.PROBLEM_TYPES),
-    st.one_of(field_texts, st.integers(), st.floats()),
+    st.one_of(field_texts, st.integers(), st.floats(), st.booleans(), st.lists(field_texts)),
     st.lists(field_texts, max_size=4),
 )
 def test_a_row_earns_its_own_reward_or_is_bad(tmp_path_factory, kind, solution, options):
@@ -841,8 +841,9 @@ def test_a_row_earns_its_own_reward_or_is_bad(tmp_path_factory, kind, solution, 
         example = datafiles.read_example(fields)
     except media.BadRow:
         return
-    assert accuracy(f"<answer>{example.solution}</answer>", example) == 1
-    assert accuracy(f"<answer>{example.solution}</answer>", example, "exact") == 1
+    for right in (example.solution, *example.also_right):
+        assert accuracy(f"<answer>{right}</answer>", example) == 1
+        assert accuracy(f"<answer>{right}</answer>", example, "exact") == 1
     if kind == "multiple choice" and options:
         assert example.solution in option_texts(example.options)
         assert option_texts(example.options).keys() == option_texts(options).keys()

@@ -2,6 +2,7 @@
 
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from common import accuracy, extract_answer, has_format
-from grpo_baseline import reward
+from grpo_baseline import Args, reward
 from support.answers import MAX_ANSWER, option_letter, rouge
 from support.prompts import Example
 
@@ -91,11 +92,19 @@ def test_100_kB_of_noise(noise):
     assert accuracy(f"<answer>red</answer>{text}", RED) == 1.0
 
 
-def test_the_reward_is_the_papers():
-    import torch
-
-    values = reward(torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([1.0, 0.0, 1.0, 0.0]))
-    torch.testing.assert_close(values, torch.tensor([1.0, 0.9, 0.1, 0.0]))
+@pytest.mark.parametrize(
+    ("text", "truncated", "value"),
+    [
+        ("<think>t</think><answer>red</answer>", False, 1.0),
+        ("<answer>red</answer>", False, 0.9),
+        ("<think>t</think><answer>blue</answer>", False, 0.1),
+        ("red", False, 0.0),
+        ("<think>t</think><answer>red</answer>", True, 0.9),
+    ],
+)
+def test_the_reward_is_the_papers(text, truncated, value):
+    prompt = SimpleNamespace(example=RED)
+    assert reward(prompt, text, truncated, Args())["reward"] == pytest.approx(value)
 
 
 MC, NUM, REG, OCR, FREE = "multiple choice", "numerical", "regression", "OCR", "free-form"

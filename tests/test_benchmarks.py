@@ -1,0 +1,367 @@
+"""The benchmarks, read from stand-ins with the published columns, types and folders: what is asked,
+what is right, and how each benchmark counts it."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pyarrow
+import pytest
+from PIL import Image
+from pyarrow import parquet
+from real import write_video
+
+from support import benchmarks
+from support.benchmarks import BENCHMARKS, GROUPS, BenchmarkFile
+from support.media import BadRow
+from support.prompts import Example
+from support.ranks import UsageError
+
+
+def picture(side: int = 30) -> dict:
+    """An image as Parquet files of the hub hold it."""
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), "red").save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": "a.png"}
+
+
+def numbered(count: int, of: int) -> dict:
+    return {f"image_{n}": picture(29 + n) if n <= count else None for n in range(1, of + 1)}
+
+
+DIRECTLY = "Answer with the option's letter from the given choices directly."
+VSTAR = {"image": "direct_attributes/sa_1.jpg", "category": "direct_attributes", "question_id": 0}
+VSTAR |= {"text": f"What colour is it?\n(A) red\n(B) blue: dark\n{DIRECTLY}", "label": "B"}
+MMMU = {"id": "test_Art_1", "answer": "B", "subject": "Art", "explanation": "", "img_type": "[]"}
+STANDARD = MMMU | {"question": "Which of <image 2> and <image 1>?", "options": "['A', '<image 3>']"}
+MME = {"question": "Is it red? Please answer yes or no.", "image": picture()}
+MUIR = {"idx": "1", "task": "Counting", "image_relation": "", "image_type": "", "answer": "B"}
+MUIR |= {"question": "<image> Which?", "options": ["<image>", "B", "A"], "counterpart_idx": None}
+CHART = {"type": "human_test", "image": picture()}
+VIZWIZ = {"question_id": "VizWiz_val_1.jpg", "image": picture(), "question": "what Colour is it?"}
+VIZWIZ |= {"answers": ["dark red"] * 2 + ["dark-red"] + ["red"] * 5 + ["a rose", "none"]}
+BLINK = {"idx": "val_1", "question": "Which?", "answer": "(B)", "explanation": ""}
+BLINK |= {"choices": ["B", "A"], "prompt": "Look at both. Which?\n(A) B\n(B) A\n"}
+CV = {"idx": 1, "type": "2D", "task": "Count", "image": picture(), "question": "How many?"}
+CV |= {"choices": ["2", "1"], "answer": "(A)", "prompt": "How many? Choose.\n(A) 2\n(B) 1"}
+CV |= {"filename": "x.png"}
+LONG = {
+    "video_id": "x",
+    "id": "x_0",
+    "video_path": "x.mp4",
+    "question": "Who?",
+    "correct_choice": 2,
+}
+LONG |= {f"option{n}": text for n, text in enumerate(("cat", "dog", "C", "N/A", "N/A"))}
+LONG |= {"duration_group": 15, "subtitle_path": "x_en.json"}
+NEXT = {"video": 4010, "question": "why", "answer": 3, "qid": 1, "type": "CW"}
+NEXT |= {f"a{n}": text for n, text in enumerate(("0", "3", "1", "2", "4"))}
+MME_V = {"video_id": "001", "duration": "short", "domain": "Art", "videoID": "x", "answer": "C"}
+MME_V |= {"question": "Who?", "options": ["A. 1.", "B. Two", "C. Three.", "D. 4."]}
+MMMU_V = {"id": "dev_Art_Theory_1", "question": "Which?", "options": ["1", "2"], "answer": "B"}
+LV = {"uid": "1", "key": "x", "type": "cartoon", "video_path": "x.mp4", "answer": "A"}
+LV |= {"question": "When?\n(A) 1636\n(B) 1366", "time_reference": "00:15-00:19"}
+MV = {"video": "x.mp4", "question": "What?", "candidates": ["up", "down", "A"], "answer": "A"}
+TEMP = {"video_id": "x", "dim": "action"}
+TRUTH = TEMP | {"question": "What?\nA. a cat\nB. a dog", "answer": "B. a dog"}
+CAPTION = TEMP | {"question": "Which?\nOption 1: a: b\nOption 2: c", "answer": "Option 1: a: b"}
+
+# By benchmark: the rows of each file, the videos, and of each row in order the number of its media,
+# its options, its solution and its source.
+AB = ("A. 1", "B. 2")
+STANDINS = {
+    "vstar": (
+        {"test_questions.jsonl": [VSTAR], "direct_attributes/sa_1.json": [{"bbox": []}]},
+        [(1, ("A. red", "B. blue: dark"), "B", "direct_attributes")],
+    ),
+    "mmmu_pro": (
+        {"standard (10 options)/test-00000-of-00002.parquet": [STANDARD | numbered(3, 7)],
+         "standard (4 options)/test-00000-of-00001.parquet": [STANDARD | numbered(3, 7)],
+         "vision/test-00000-of-00001.parquet": [MMMU | {"image": picture(), "options": "[]"}]},
+        [(3, ("A. A", "B. <image>"), "B", "standard"), (1, (), "B", "vision")],
+    ),
+    "mme": (
+        {"data/test-00000-of-00001.parquet": [
+            MME | {"question_id": "OCR/1.png", "answer": "Yes", "category": "OCR"},
+            MME | {"question_id": "OCR/1.png", "answer": "No", "category": "OCR"}]},
+        [(1, (), "Yes", "OCR"), (1, (), "No", "OCR")],
+    ),
+    "muirbench": (
+        {"data/test-00000-of-00001.parquet": [MUIR | {"image_list": [picture(), picture(31)]}]},
+        [(2, ("A. <image>", "B. B", "C. A"), "B", "Counting")],
+    ),
+    "chartqa": (
+        {"data/test-00000-of-00001.parquet": [CHART | {"question": "How many?", "answer": "42"}]},
+        [(1, (), "42", "human_test")],
+    ),
+    "vizwiz": (
+        {"data/val-00000-of-00001.parquet": [VIZWIZ | {"category": "other"}],
+         "data/test-00000-of-00001.parquet": [VIZWIZ | {"category": "hidden"}]},
+        [(1, (), "red", "other")],
+    ),
+    "blink": (
+        {"Jigsaw/val-00000-of-00001.parquet": [BLINK | numbered(3, 4) | {"sub_task": "Jigsaw"}],
+         "IQ_Test/val-00000-of-00001.parquet": [BLINK | numbered(1, 4) | {"sub_task": "IQ_Test"}],
+         "IQ_Test/test-00000-of-00001.parquet": [BLINK | numbered(1, 4) | {"sub_task": "hidden"}]},
+        [(1, ("A. B", "B. A"), "B", "IQ_Test"), (3, ("A. B", "B. A"), "B", "Jigsaw")],
+    ),
+    "cv_bench": (
+        {"test_2d.parquet": [CV | {"source": "COCO"}],
+         "test_3d.parquet": [CV | {"source": "Omni3D"}]},
+        [(1, ("A. 2", "B. 1"), "A", "COCO"), (1, ("A. 2", "B. 1"), "A", "Omni3D")],
+    ),
+    "longvideobench": (
+        {"validation-00000-of-00001.parquet": [LONG], "lvb_val.json": [LONG], "videos/x.mp4": None},
+        [(1, ("A. cat", "B. dog", "C. C"), "C", "15")],
+    ),
+    "nextqa": (
+        {"MC/test-00000-of-00001.parquet": [NEXT], "OE/test-00000-of-00001.parquet": [{"x": 1}],
+         "NExTVideo/4010.mp4": None},
+        [(1, ("A. 0", "B. 3", "C. 1", "D. 2", "E. 4"), "D", "CW")],
+    ),
+    "videomme": (
+        {"videomme/test-00000-of-00001.parquet": [MME_V], "data/x.mp4": None},
+        [(1, ("A. 1.", "B. Two", "C. Three.", "D. 4."), "C", "short")],
+    ),
+    "videommmu": (
+        {f"{part}/test-00000-of-00001.parquet": [MMMU_V | {"question_type": kind} | more]
+         for part, kind, more in (
+             ("Perception", "perception", {"options": [*AB]}),
+             ("Comprehension", "multiple-choice", {}),
+             ("Adaptation", "open", {"options": [], "answer": "3.5"}))}
+        | {"Art/dev_Art_Theory_1.mp4": None},
+        [(1, AB, "B", "Perception"), (1, AB, "B", "Comprehension"), (1, (), "3.5", "Adaptation")],
+    ),
+    "lvbench": (
+        {"data/train-00000-of-00001.parquet": [LV], "x.mp4": None},
+        [(1, ("A. 1636", "B. 1366"), "A", "cartoon")],
+    ),
+    "mvbench": (
+        {"json/action_sequence.json": [MV | {"start": 0.5, "end": 1.0, "accurate_start": 1}],
+         "json/episodic_reasoning.json": [MV | {"video": "s01_clip", "start": 1, "end": 2}],
+         "video/star/Charades_v1_480/x.mp4": None,
+         **{f"video/tvqa/frames_fps3_hq/s01_clip/{n:05}.jpg": None for n in range(1, 10)}},
+        [(1, ("A. up", "B. down", "C. A"), "C", "action_sequence"),
+         (1, ("A. up", "B. down", "C. A"), "C", "episodic_reasoning")],
+    ),
+    "tempcompass": (
+        {"multi-choice/test-00000-of-00001.parquet": [TRUTH],
+         "yes_no/test-00000-of-00001.parquet": [TEMP | {"question": "Is it?", "answer": "no"}],
+         "caption_matching/test-00000-of-00001.parquet": [CAPTION],
+         "captioning/test-00000-of-00001.parquet": [TEMP], "videos/x.mp4": None},
+        [(1, ("A. a cat", "B. a dog"), "B", "multi-choice"), (1, (), "no", "yes_no"),
+         (1, ("A. a: b", "B. c"), "A", "caption_matching")],
+    ),
+}  # fmt: skip
+
+
+def write_standin(name: str, place: Path, video: Path) -> None:
+    for file, rows in STANDINS[name][0].items():
+        path = place / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".mp4":
+            shutil.copy(video, path)
+        elif path.suffix == ".jpg":
+            Image.new("RGB", (32, 32), (20 * int(path.stem),) * 3).save(path)
+        elif path.suffix == ".parquet":
+            parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        elif path.suffix == ".json":
+            path.write_text(json.dumps(rows))
+        else:
+            path.write_text("\n".join(map(json.dumps, rows)))
+    if name == "vstar":
+        Image.new("RGB", (40, 30)).save(place / VSTAR["image"])
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory) -> Path:
+    """What `--benchmark-root` names: a folder with every benchmark."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    write_video(folder / "clip.mp4", 20)  # two seconds
+    for name, entry in BENCHMARKS.items():
+        write_standin(name, folder / entry.hub.replace("/", "--"), folder / "clip.mp4")
+    return folder
+
+
+def opened(name: str, root: Path | None, **options) -> BenchmarkFile:
+    return BenchmarkFile(name, root and str(root), **{"frames": 4, "fps": None} | options)
+
+
+def check(name: str, file: BenchmarkFile) -> list[Example]:
+    examples, expected = [file.example(row) for row in range(len(file))], STANDINS[name][1]
+    found = [(len(x.media), x.options, x.solution, x.source) for x in examples]
+    assert found == expected
+    asked = [{medium.kind for medium in x.media} for x in examples]
+    assert asked == [{"video" if name in GROUPS["videos"] else "image"}] * len(expected)
+    assert all(
+        x.problem and "(A)" not in x.problem and "<image " not in x.problem for x in examples
+    )
+    return examples
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_rows_become_questions_with_media(name, root):
+    assert check(name, opened(name, root))
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_the_hub_has_them_too(name, root, tmp_path, monkeypatch):
+    """As a download lies in the cache, whose files are links to blobs. Videos are zip files
+    there."""
+    entry = BENCHMARKS[name]
+    folder = entry.hub.replace("/", "--")
+    cache = tmp_path / f"datasets--{folder}"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("1234")
+    (cache / "blobs").mkdir()
+    for number, file in enumerate(sorted((root / folder).rglob("*"))):
+        link = cache / "snapshots" / "1234" / file.relative_to(root / folder)
+        if file.is_file() and (file.suffix != ".jpg" or not entry.videos) and file.suffix != ".mp4":
+            shutil.copy(file, cache / "blobs" / str(number))
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(cache / "blobs" / str(number))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    if name in GROUPS["images"]:
+        check(name, opened(name, tmp_path / "elsewhere"))
+        return
+    words = f"^--benchmark {name}: {entry.hub} has none of the videos .*--local-dir DIR/{folder}"
+    with pytest.raises(UsageError, match=f"{words}`.*and give --benchmark-root DIR$"):
+        opened(name, None)
+
+
+def test_special_cases(root, tmp_path):
+    """The order of marked images, seconds of a clip, folders of frames."""
+    standard, _ = check("mmmu_pro", opened("mmmu_pro", root))
+    assert [medium.frames[0].width for medium in standard.media] == [31, 30, 32]
+    assert standard.problem == "Which of <image> and <image>?"
+    clip, frames = check("mvbench", opened("mvbench", root, frames=None, fps=10))
+    assert clip.media[0].times == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+    assert frames.media[0].times == pytest.approx([1, 4 / 3, 5 / 3, 2])
+    assert [frame.getpixel((0, 0))[0] for frame in frames.media[0].frames] == [80, 100, 120, 140]
+    assert "Unanswerable" in check("vizwiz", opened("vizwiz", root))[0].problem
+    assert DIRECTLY not in check("vstar", opened("vstar", root))[0].problem
+
+
+def edited(root: Path, to: Path, name: str, file: str, **change) -> Path:
+    """A copy of a benchmark whose first row in `file` differs; returns the root."""
+    place = to / BENCHMARKS[name].hub.replace("/", "--")
+    shutil.copytree(root / place.name, place)
+    rows = [row | change for row in STANDINS[name][0][file]]
+    rows = [{key: value for key, value in row.items() if value != "gone"} for row in rows]
+    if file.endswith("parquet"):
+        parquet.write_table(pyarrow.Table.from_pylist(rows), place / file)
+    else:
+        text = json.dumps(rows) if file.endswith(".json") else "\n".join(map(json.dumps, rows))
+        (place / file).write_text(text)
+    return to
+
+
+TEST = "data/test-00000-of-00001.parquet"
+STANDARD_FILE = "standard (10 options)/test-00000-of-00002.parquet"
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "change", "reason"),
+    [
+        ("vstar", "test_questions.jsonl", {"text": "Red?\nAnswer."}, "lists no options"),
+        ("vstar", "test_questions.jsonl", {"label": "D"}, "is 'D', but it has 2 options"),
+        ("mme", TEST, {"image": "gone"}, "has no column 'image'"),
+        ("muirbench", TEST, {"image_list": []}, "has no image or video"),
+        ("blink", "IQ_Test/val-00000-of-00001.parquet", {"image_1": None}, "no image or video"),
+        ("mmmu_pro", STANDARD_FILE, {"options": "(" * 9000}, "its options are no list"),
+        ("mmmu_pro", STANDARD_FILE, {"options": "__import__('os')"}, "is not as published"),
+        ("mmmu_pro", STANDARD_FILE, {"options": "[" + "1," * 9000}, "more than 10,000 characters"),
+        ("nextqa", "MC/test-00000-of-00001.parquet", {"answer": 7}, "is 7, but it has 5"),
+        ("mvbench", "json/action_sequence.json", {"answer": "left"}, "is not as published"),
+    ],
+)  # fmt: skip
+def test_another_layout_is_refused_before_any_work(root, tmp_path, name, file, change, reason):
+    words = f"^--benchmark {name}: .* is not laid out as {BENCHMARKS[name].hub} was: .*{reason}"
+    with pytest.raises(UsageError, match=words):
+        opened(name, edited(root, tmp_path, name, file, **change))
+
+
+def test_an_absent_benchmark_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match=r"^--benchmark blink BLINK-Benchmark/BLINK:val: .*cache"):
+        opened("blink", tmp_path)
+    (tmp_path / "BLINK-Benchmark--BLINK").mkdir()
+    with pytest.raises(
+        UsageError, match=r"^--benchmark blink .*has no data files of a split 'val'"
+    ):
+        opened("blink", tmp_path)
+
+
+def test_a_missing_video_is_a_bad_row_and_no_path_leads_outside(root, tmp_path):
+    rows = [NEXT, NEXT | {"video": 4011}]
+    place = tmp_path / "lmms-lab--NExTQA"
+    shutil.copytree(root / place.name, place)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), place / "MC/test-00000-of-00001.parquet")
+    file = opened("nextqa", tmp_path)
+    assert len(file.example(0).media) == 1
+    with pytest.raises(BadRow, match=r"path '4011\.mp4' is not under"):
+        file.example(1)
+    episodic = "json/episodic_reasoning.json"
+    for number, video in enumerate(("../../../../..", "../../../../../clip.mp4")):
+        away = edited(root, tmp_path / str(number), "mvbench", episodic, video=video)
+        with pytest.raises(BadRow, match="leaves"):
+            opened("mvbench", away).example(1)
+
+
+def example(solution: str, answers=(), **fields) -> Example:
+    return Example("", solution, [], extra={"answers": [*answers]}, **fields)
+
+
+TEN = [*VIZWIZ["answers"]]  # three of them are "dark red"
+
+
+@pytest.mark.parametrize(
+    ("name", "solution", "answers", "scores"),
+    [
+        ("mme", "Yes", (), {"Yes": 1, "yes.": 1, "Yes, it is": 1, "No": 0, "": 0, "red": 0}),
+        ("chartqa", "42", (), {"41": 1, "44": 1, "44.2": 0, "41%": 0, "forty-two": 0}),
+        ("chartqa", "50%", (), {"0.51": 1, "48%": 1, "50": 0}),
+        ("chartqa", "0", (), {"0": 1, "0.0": 0}),
+        ("chartqa", "Red", (), {"red": 1, "reddish": 0}),
+        ("vizwiz", "", TEN, {"dark red": 0.9, "Dark-red!": 0.9, "red": 1, "blue": 0}),
+        ("vizwiz", "", TEN, {"rose": 0.3, "0": 0.3, "the rose.": 0.3}),
+        ("vizwiz", "", ["dont", "Don't know", "it's 1.5"] * 4, {"don't": 1, "IT'S one.5": 0}),
+        ("videommmu", "3.5", (), {"3.50": 1, "3.6": 0}),
+    ],
+)  # fmt: skip
+def test_metrics(name, solution, answers, scores):
+    metric = BENCHMARKS[name].metric
+    found = {answer: metric(answer, example(solution, answers)) for answer in scores}
+    assert found == pytest.approx(scores)
+
+
+def test_letters_count_by_any_notation():
+    asked = example("B", options=("A. B", "B. A"), problem_type="multiple choice")
+    found = {x: BENCHMARKS["blink"].metric(x, asked) for x in ("B", "(b)", "B. A", "A", "C", "")}
+    assert found == {"B": 1, "(b)": 1, "B. A": 1, "A": 0, "C": 0, "": 0}
+
+
+def records(*rows) -> list[dict]:
+    return [dict(zip(("source", "score", "question_id"), row, strict=False)) for row in rows]
+
+
+def test_totals():
+    three = records(("a", 1), ("a", 0), ("b", 1))
+    assert BENCHMARKS["blink"].total(three) == pytest.approx(200 / 3)
+    assert BENCHMARKS["mvbench"].total(three) == pytest.approx(75)
+    cv = records(("ADE20K", 1), ("COCO", 0), ("COCO", 1), ("Omni3D", 0), ("Omni3D", 0))
+    assert BENCHMARKS["cv_bench"].total(cv) == pytest.approx(37.5)
+    # One image of two is right in both questions, the other in one: 75 and 50.
+    ocr = [("OCR", 1, "1"), ("OCR", 1, "1"), ("OCR", 1, "2"), ("OCR", 0, "2")]
+    count = [("count", 1, "1"), ("count", 1, "1")]
+    assert BENCHMARKS["mme"].total(records(*ocr)) == 125
+    assert BENCHMARKS["mme"].total(records(*ocr, *count)) == 325
+
+
+def test_missing_rows_stand_beside_the_number():
+    assert benchmarks.number("blink", records(*[("a", 1)] * 1901)) == "100.0"
+    assert benchmarks.number("nextqa", records(*[("a", 0)] * 1512)) == "0.0 (rows 1,512 of 8,564)"

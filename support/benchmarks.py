@@ -245,6 +245,11 @@ class Benchmark:
     total: Callable[[Sequence[Row]], float] = percent
     unit: str = "%"
 
+    def score(self, answer: str | None, example: Example) -> float:
+        """The score of an answer, which is 0 for none and for one that is too long to judge."""
+        usable = answer is not None and len(answer) <= MAX_ANSWER
+        return self.metric(answer, example) if usable else 0.0
+
 
 BENCHMARKS = {
     "vstar": Benchmark(

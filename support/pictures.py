@@ -164,20 +164,25 @@ def draw_sweep(
     names: Sequence[str],
     varied: Sequence[int],
 ) -> None:
-    """Plot accuracy with its standard error against the first varied argument, with one line per
-    combination of the others."""
+    """Plot accuracy, or a benchmark's own score, with its standard error against the first varied
+    number, with one line per combination of the other varied arguments. Nothing is drawn if no
+    number varies."""
+    numbers = [i for i in varied if isinstance(next(iter(results))[i], int)]
+    if not numbers:
+        return
+    others = [i for i in varied if i != numbers[0]]
     pyplot = load_pyplot()
     figure, axis = pyplot.subplots(figsize=(5, 3.6))
     lines = defaultdict(list)
     for setting, records in results.items():
-        rest = ", ".join(f"{names[i]} {setting[i]}" for i in varied[1:])
-        accuracies = np.array([record["accuracy"] for record in records])
+        rest = ", ".join(f"{names[i]} {setting[i]}" for i in others)
+        accuracies = np.array([record.get("score", record["accuracy"]) for record in records])
         error = accuracies.std() / math.sqrt(len(records))
-        lines[rest].append((setting[varied[0]], accuracies.mean(), error))
+        lines[rest].append((setting[numbers[0]], accuracies.mean(), error))
     for label, points in lines.items():
         x, y, error = zip(*sorted(points), strict=True)
         axis.errorbar(x, y, error, marker="o", capsize=3, label=label)
-    axis.set(xlabel=names[varied[0]], ylabel="accuracy")
+    axis.set(xlabel=names[numbers[0]], ylabel="accuracy")
     axis.grid(alpha=0.3)
     if len(lines) > 1:
         axis.legend(fontsize=8)

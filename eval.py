@@ -42,7 +42,7 @@ from common import (
     score,
 )
 from support import cli, data, disk, ranks, toy
-from support.benchmarks import BENCHMARKS, GROUPS, BenchmarkFile
+from support.benchmarks import BENCHMARKS, GROUPS, BenchmarkFile, chosen
 from support.data import BadRows, Prompts, Reader
 from support.datafiles import DataFile
 from support.gaze import Gaze
@@ -356,12 +356,6 @@ def defaults() -> dict[str, Any]:
     return {"model": model} | own | toy.defaults(TOY, unset=None)
 
 
-def settings_of(args: Args) -> list[Setting]:
-    chosen = [name for group in args.benchmark for name in GROUPS.get(group, [group])]
-    sweep = (args.frames, args.image_tokens, args.frame_tokens, args.grid)
-    return list(product(dict.fromkeys(chosen) or (None,), *sweep))
-
-
 def open_processor(args: Args, task: toy.Task | None) -> Processor:
     """The checkpoint's processor, which asks as its training script did, or as the arguments
     say."""
@@ -483,7 +477,9 @@ def main(args: Args) -> dict[str, float]:
         ranks.on_rank_0(partial(compare, args))
         return {}
     ranks.require_same_on_ranks(cli.options(args))
-    task, settings, out = toy.Task.load(Path(args.model)), settings_of(args), Path(args.out)
+    task, out = toy.Task.load(Path(args.model)), Path(args.out)
+    sweep = (args.frames, args.image_tokens, args.frame_tokens, args.grid)
+    settings = list(product(chosen(args.benchmark) or (None,), *sweep))
     images_only = task is not None and task.frames is None and args.frames != (None,)
     asked = f"--frames {' '.join(map(str, args.frames))}: {args.model} has learned images only"
     ranks.require(not images_only, f"{asked}; leave it out, or train a toy with sft.py --frames")

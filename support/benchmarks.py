@@ -245,6 +245,10 @@ class Benchmark:
     total: Callable[[Sequence[Row]], float] = percent
     unit: str = "%"
 
+    @property
+    def folder(self) -> str:
+        return self.hub.replace("/", "--")
+
     def score(self, answer: str | None, example: Example) -> float:
         """The score of an answer, which is 0 for none and for one that is too long to judge."""
         usable = answer is not None and len(answer) <= MAX_ANSWER
@@ -350,8 +354,20 @@ PAPER = {
 }
 
 
+def chosen(names: Sequence[str]) -> list[str]:
+    """The benchmarks that the names of benchmarks and of `GROUPS` stand for."""
+    return [*dict.fromkeys(x for name in names for x in GROUPS.get(name, [name]))]
+
+
+def place_of(name: str, root: str | None) -> str:
+    """The folder of a benchmark below `root`, or else its name on the hub."""
+    entry = BENCHMARKS[name]
+    local = Path(root or "", entry.folder)
+    return str(local) if root and local.is_dir() else entry.hub
+
+
 class BenchmarkFile(DataFile):
-    """The rows of a benchmark as `Example`s, from the folder `root`/owner--name or else the hub.
+    """The rows of a benchmark as `Example`s, from its folder below `root` or from the hub.
 
     Raises:
         UsageError: the benchmark is not there, is laid out otherwise, or its videos are missing.
@@ -359,9 +375,7 @@ class BenchmarkFile(DataFile):
 
     def __init__(self, name: str, root: str | None, frames: int | None, fps: float | None):
         self.benchmark = benchmark = BENCHMARKS[name]
-        folder, option = benchmark.hub.replace("/", "--"), f"--benchmark {name}"
-        local = root is not None and Path(root, folder).is_dir()
-        place = str(Path(root, folder)) if local else benchmark.hub
+        place, option = place_of(name, root), f"--benchmark {name}"
         super().__init__([f"{place}:{x}" for x in benchmark.splits], (), frames, fps, option)
         for part in self.parts:
             part.roots += [(part.roots[0] / folder).resolve() for folder in benchmark.videos]
@@ -372,7 +386,7 @@ class BenchmarkFile(DataFile):
                 raise UsageError(f"{option}: {other}: {part.name} row 1 {error}") from None
         found = not benchmark.videos or any(map(self.has_video, range(min(20, len(self)))))
         how = f"{LOCAL}, {benchmark.unpack}, and give --benchmark-root DIR"
-        how = how.format(hub=benchmark.hub, folder=folder)
+        how = how.format(hub=benchmark.hub, folder=benchmark.folder)
         require(found, f"{option}: {place} has none of the videos of its first rows; {how}")
 
     def find_columns(self, part: Part, text_only: bool) -> str:

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from io import FileIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TextIO
 
 import numpy as np
 
 from support import disk, states
-from support.benchmarks import BENCHMARKS, number, paper_tables
+from support.benchmarks import BENCHMARKS, chosen, number, paper_tables, place_of
 from support.pictures import draw_sweep
 from support.ranks import require
 
@@ -52,7 +53,8 @@ def open_out(args: Any) -> tuple[TextIO, FileIO, dict[Setting, Records]]:
     settings = asdict(args)
     for name in ("out", "overwrite", "gaze", "batch_size", "workers", "max_skipped", "compare"):
         del settings[name]  # these affect no prediction
-    settings["inputs"] = states.fingerprint_inputs(args)
+    read = args.data or [place_of(name, args.benchmark_root) for name in chosen(args.benchmark)]
+    settings["inputs"] = states.fingerprint_inputs(SimpleNamespace(model=args.model, data=read))
     settings["definitions"] = states.DEFINITIONS
     settings = json.loads(json.dumps(settings))  # JSON turns tuples into lists
     disk.require_kind(out, disk.EVALUATION)

@@ -9,12 +9,15 @@ from pathlib import Path
 import huggingface_hub
 import pyarrow
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 from pyarrow import parquet
 from real import write_video
 
+import eval
+from common import Rollout
 from support import benchmarks
-from support.benchmarks import BENCHMARKS, GROUPS, BenchmarkFile
+from support.benchmarks import BENCHMARKS, GROUPS, PAPER, BenchmarkFile
 from support.media import BadRow
 from support.prompts import Example
 from support.ranks import UsageError
@@ -365,3 +368,113 @@ def test_totals():
 def test_missing_rows_stand_beside_the_number():
     assert benchmarks.number("blink", records(*[("a", 1)] * 1901)) == "100.0"
     assert benchmarks.number("nextqa", records(*[("a", 0)] * 1512)) == "0.0 (rows 1,512 of 8,564)"
+
+
+@pytest.fixture
+def evaluate(real, root, tmp_path, monkeypatch):
+    """Run eval.py on benchmarks with a model that always says the same; returns the directory and
+    what it was asked."""
+
+    def run(said: str, **fields) -> tuple[Path, list[str]]:
+        asked, encode = [], eval.encode_prompt
+
+        def keep(processor, example):
+            prompt = encode(processor, example)
+            asked.append(processor.tokenizer.decode(prompt.ids))
+            return prompt
+
+        monkeypatch.setattr(eval, "encode_prompt", keep)
+        monkeypatch.setattr(Rollout, "texts", lambda self, _: [[said]] * len(self.response_ids))
+        out = tmp_path / f"out{len(list(tmp_path.glob('out*')))}"
+        small = {"image_tokens": (4,), "min_image_tokens": 1, "frame_tokens": (4,), "workers": 0}
+        small |= {"frames": (2,), "max_new_tokens": 2, "benchmark_root": str(root)}
+        small |= {"model": str(real / "qwen2_5_vl"), "out": str(out)}
+        eval.main(eval.Args(**small | fields))
+        return out, asked
+
+    return run
+
+
+def test_an_evaluation_has_the_benchmarks_own_numbers(evaluate):
+    out, asked = evaluate("<think> </think><answer>Yes</answer>", benchmark=("mme", "mvbench"))
+    assert "Please answer yes or no.\nThink first" in asked[0] and "A. up" in asked[2]
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert [line["score"] for line in lines] == [1, 0, 0, 0]
+    assert lines[1]["question_id"] == "OCR/1.png"
+    assert "\nMME: 50.0 (rows 2 of 2,374)" in (out / "table.txt").read_text()
+    images, _, details = (out / "table.md").read_text().partition("\n\n")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in images.splitlines()]
+    assert [row[0] for row in rows[2:]] == [*(f"{name} (paper)" for name in PAPER), str(out)]
+    assert [row[3] for row in rows] == ["MME", "---", "2309.3", "2258.7", "2352.8", rows[5][3]]
+    assert rows[5][1:4] == ["", "", "50.0 (rows 2 of 2,374)"] and "| LongVideoBench |" in details
+    assert f"| {out} | mme | 50.0 (rows 2 of 2,374) | 2 | 0.500 | 0.000 | 2.0 |" in details
+
+
+def test_a_base_model_is_asked_in_the_benchmarks_words(evaluate):
+    out, asked = evaluate("C", benchmark=("nextqa", "videomme"), bare=True)
+    assert all("<answer>" not in text and DIRECTLY in text for text in asked)
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert [(line["score"], line["accuracy"]) for line in lines] == [(0, 0), (1, 1)]
+
+
+def test_missing_videos_are_named_and_counted(evaluate, root, tmp_path):
+    place = tmp_path / "lmms-lab--NExTQA"
+    shutil.copytree(root / place.name, place)
+    table = pyarrow.Table.from_pylist([NEXT, NEXT | {"video": 4011}])
+    parquet.write_table(table, place / "MC/test-00000-of-00001.parquet")
+    fields = {"benchmark": ("nextqa",), "benchmark_root": str(tmp_path)}
+    with pytest.raises(UsageError, match=r"--max-skipped 0\.01: 1 of .*'4011\.mp4'"):
+        evaluate("<answer>D</answer>", **fields)
+    out, _ = evaluate("<answer>D</answer>", **fields, max_skipped=0.5)
+    assert "NExT-QA: 100.0 (rows 1 of 8,564)" in (out / "table.txt").read_text()
+    assert "4011.mp4" in (out / "skipped.jsonl").read_text()
+
+
+def test_evaluations_stand_side_by_side(evaluate, tmp_path, monkeypatch, capsys):
+    drawn, errorbar = [], Axes.errorbar
+
+    def keep(axis, *values, label, **options):
+        drawn.append((label, *values[:2]))
+        return errorbar(axis, *values, label=label, **options)
+
+    fields = {"benchmark": ("mvbench",), "frames": (2, 4)}
+    right, _ = evaluate("<answer>C</answer>", **fields)
+    wrong, _ = evaluate("<answer>A</answer>", **fields)
+    monkeypatch.setattr(Axes, "errorbar", keep)
+    both = {"compare": (str(right), str(wrong))}
+    eval.main(eval.Args(**both, out=str(tmp_path / "both")))
+    assert drawn == [
+        (f"evaluation {right}", (2, 4), (1, 1)),
+        (f"evaluation {wrong}", (2, 4), (0, 0)),
+    ]
+    table = (tmp_path / "both" / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    for out, number in ((right, "100.0"), (wrong, "0.0")):
+        for frames in (2, 4):
+            cell = f"{number} (rows 2 of 4,000)"
+            assert f"| {out}, frames {frames} |  |  |  |  |  | {cell} |  |" in table
+    assert "| RAL (paper) | 60.1 | 74.1 |" in table and "V*" not in table
+    with pytest.raises(UsageError, match="is not an output directory of eval"):
+        eval.main(eval.Args(compare=(str(tmp_path),), out=str(tmp_path / "more")))
+    with pytest.raises(UsageError, match="another program's evaluation"):
+        eval.main(eval.Args(**both, out=str(right)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"benchmark": ("vstarr",)}, "--benchmark vstarr: known are all, images, videos, vstar"),
+        ({"benchmark": ("blink",), "data": ("x.json",)}, "give one of them"),
+        ({"bare": True}, "--bare: needs --benchmark"),
+        ({"model": None}, "--model: is missing"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_one_line(fields, words):
+    with pytest.raises(UsageError, match=words):
+        eval.Args(**{"model": "m"} | fields)
+
+
+def test_groups_stand_for_the_papers_tables():
+    assert benchmarks.chosen(["blink", "all"])[0] == "blink"
+    assert len(benchmarks.chosen(["images", "vstar"])) == 8 and len(GROUPS["videos"]) == 7
+    assert {len(row.split()) for row in PAPER.values()} == {len(BENCHMARKS)}

@@ -11,14 +11,13 @@ of each model, averaged over heads), without its own column and renormalised:
 The sum is over a response's tokens and E is the mean over responses. There is no advantage: the
 teacher's attention is useful whatever the answer was. The models may differ in layers, heads and
 width, since the loss compares only distributions over the same tokens. The method is the lines
-marked `# Attention` and the functions `attention_policy`, `divergence` and `frame_bins`:
+marked `# Attention` and the functions `attention_policy` and `divergence`:
 `diff kd_baseline.py attn_distill.py`.
 
 [ours] marks what the paper does not say, or says in two ways: the choices of kd_baseline.py, and
   1. gamma_attn is 1. The paper tried 0.05, 0.5 and 1, and does not say which made its tables.
   2. The predicting row, the mean over tokens and other layers: the paper has the own row (eq. 2),
      the sum, and the last layer of both models.
-  3. `--attn-bins frames`, as in CAPD, a successor for videos of 2026; see `frame_bins`.
 
     python sft.py --toy-size large --stop-accuracy 0.99 --eval-above 0.8 --out runs/teacher
     python attn_distill.py --teacher runs/teacher/checkpoint             # from runs/sft
@@ -37,7 +36,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.utils import clip_grad_norm_
@@ -46,11 +44,8 @@ from tqdm import tqdm
 
 import common
 from eval import evaluate
-from support import cli, ranks, runs, states, toy
-from support.data import check_data, check_files, open_data
-from support.memory import fit_memory
-from support.pictures import draw_run
-from support.prompts import Processor, Prompt, PromptBatch, PromptConfig, collate, encode_prompt
+from support import cli, ranks, runs, toy
+from support.prompts import Processor, Prompt, PromptBatch, collate
 
 # 1. Arguments
 
@@ -131,12 +126,6 @@ class Args(cli.RunArgs):
     attn_reduction: Literal["sum", "mean"] = "sum"  # Attention (eq. 5)
     """A response's divergence is the sum over its tokens (paper), or their mean [ours], as in L_RL
     and L_GKD. For a response of 300 tokens, the sum makes gamma_attn weigh 300 times as much."""
-    attn_bins: Literal["tokens", "frames"] = "tokens"  # Attention
-    """Compare the attention token by token (paper), or summed over each temporal patch [ours]."""
-    attn_norm_every: int = 10  # Attention
-    """Steps between measurements of each distillation term's own gradient norm, which cost two
-    extra passes; 0: never. If gamma_attn * `train/attn_grad_norm` is far above mu_gkd *
-    `train/gkd_grad_norm`, attention alone decides where a step goes: lower gamma_attn. [ours]"""
 
     def may_change(self) -> set[str]:
         return super().may_change() | {"evaluate_teacher"}
@@ -148,7 +137,6 @@ class Args(cli.RunArgs):
         cut = f"--num-minibatches {self.num_minibatches}: must divide --prompts-per-step"
         ranks.require(self.prompts_per_step % self.num_minibatches == 0, cut)
         cli.require_not_negative(self, "mu_gkd", "rl_coef", "gamma_attn")
-        cli.require_not_negative(self, "attn_norm_every")
         ranks.require(0 <= self.gkd_beta <= 1, f"--gkd-beta {self.gkd_beta}: must be in [0, 1]")
 
 
@@ -181,9 +169,12 @@ PROMPTS = {
 }
 
 
-def reward(accuracy: Tensor, format: Tensor) -> Tensor:
-    """The reward of each response, from its accuracy and format reward (paper)."""
-    return 0.9 * accuracy + 0.1 * format
+def reward(prompt: Prompt, text: str, truncated: bool, args: Args) -> dict[str, float]:
+    """The reward of a response, and the parts to log: 0.9 * accuracy + 0.1 * format (paper). A
+    response that was cut off earns no format reward [ours]."""
+    accuracy = common.accuracy(text, prompt.example, args.accuracy_rule)
+    has_format = float(common.has_format(text, args.think) and not truncated)
+    return {"reward": 0.9 * accuracy + 0.1 * has_format, "accuracy": accuracy, "format": has_format}
 
 
 # 3. Rollout
@@ -211,22 +202,21 @@ def roll_out(
     G), the rewards (B, G) and the metrics."""
     numbers = [prompt.number for prompt in prompts]
     noise = common.sampling_noise(args.seed, numbers, args.group_size, args.max_new_tokens)
-    rollout = common.generate_group(
-        model, batch, args.group_size, args.max_new_tokens, noise, args.temperature, args.top_p
-    )
+    sampling = {"noise": noise, "temperature": args.temperature, "top_p": args.top_p}
+    rollout = common.generate_group(model, batch, args.group_size, args.max_new_tokens, **sampling)
     texts = rollout.texts(processor)
-    accuracies = [
-        [common.accuracy(text, prompt.example, args.accuracy_rule) for text in group]
-        for group, prompt in zip(texts, prompts, strict=True)
+    rows = zip(prompts, texts, rollout.truncated.tolist(), strict=True)
+    judged = [
+        [reward(prompt, text, cut, args) for text, cut in zip(group, cuts, strict=True)]
+        for prompt, group, cuts in rows
     ]
-    accuracies = torch.tensor(accuracies)
-    formats = [[float(common.has_format(t, args.think)) for t in group] for group in texts]
-    formats = torch.tensor(formats).masked_fill(rollout.truncated.cpu(), 0.0)
-    rewards = reward(accuracies, formats)
-    metrics = {
-        "rollout/reward": rewards.mean().item(),
-        "rollout/accuracy": accuracies.mean().item(),
-        "rollout/format": formats.mean().item(),
+    parts = {
+        name: torch.tensor([[response[name] for response in group] for group in judged])
+        for name in judged[0][0]
+    }
+    rewards = parts["reward"]
+    metrics = {f"rollout/{name}": values.mean().item() for name, values in parts.items()}
+    metrics |= {
         "rollout/reward_std": rewards.std(dim=1).mean().item(),
         "rollout/frac_zero_std": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
         "rollout/completion_len": rollout.response_mask.sum(-1).float().mean().item(),
@@ -243,12 +233,22 @@ def score_reference(reference: Module, batches: list[Batch], args: Args) -> None
         batch.ref_logps = scores.logps
 
 
+def score_policy(model: Module, batch: Batch, args: Args) -> common.Scores:
+    """The policy's scores of the responses. A batch's first are from before any step, when the
+    policy is still that of the rollout: they are kept as the old ones."""
+    layers = [args.attn_layer]  # Attention
+    scores = common.score(model, batch.rollout, args.temperature, layers, keep_logits=True)
+    if batch.old_logps is None:
+        batch.old_logps = scores.logps.detach()
+    return scores
+
+
 @torch.no_grad()
-def score_old(model: Module, batches: list[Batch], args: Args) -> None:
-    """Add the rollout policy's own scores of the responses to each batch, before any step."""
-    for batch in batches:
-        scores = common.score(model, batch.rollout, args.temperature)
-        batch.old_logps = scores.logps
+def score_teacher(teacher: Module, batch: Batch, args: Args) -> common.Scores:
+    """The teacher's scores of the responses, anew in every pass: a step's logits are too large to
+    keep."""
+    layers, rollout = [args.teacher_attn_layer], batch.teacher_rollout  # Attention
+    return common.score(teacher, rollout, args.temperature, layers, keep_logits=True)
 
 
 # 4. Loss
@@ -322,11 +322,11 @@ def gkd(
 def attention_policy(rows: Tensor, row: str) -> Tensor:
     """The attention policy of each response token, (B, G, T, P + T).
 
-    `rows` (B, G, T + 1, P + T) are the attention of the prompt's last position and of each response
-    token; each sums to 1. "own" is the policy of eq. 2, the row of y_t without its own column:
-    p^t(i) = alpha_{t,i} / sum_{j <= t - 1} alpha_{t,j} for i <= t - 1. It is all zeros where y_t
-    attends only to itself. "predicting" [ours] is the row of position t - 1, whose output predicts
-    y_t: it sees the same positions and needs no denominator.
+    `rows` (B, G, T + 1, P + T) are the attention of the prompt's last position (row 0) and of each
+    response token y_t (row t, from 1 to T); each sums to 1. "own" is the policy of eq. 2, row t
+    without its own column: p^t(i) = alpha_{t,i} / sum_{j <= t - 1} alpha_{t,j} for i <= t - 1. It
+    is all zeros where y_t attends only to itself. "predicting" [ours] is row t - 1, whose output
+    predicts y_t: it sees the same positions and needs no denominator.
 
     >>> rows = torch.tensor([[[[0.7, 0.3, 0.0], [0.2, 0.3, 0.5]]]])  # P = 2, T = 1
     >>> attention_policy(rows, "own"), attention_policy(rows, "predicting")
@@ -334,7 +334,8 @@ def attention_policy(rows: Tensor, row: str) -> Tensor:
     """
     if row == "predicting":
         return rows[:, :, :-1].contiguous()
-    earlier = rows[:, :, 1:].tril(rows.shape[3] - rows.shape[2])  # row t up to column P + t - 1
+    p = rows.shape[3] - rows.shape[2] + 1
+    earlier = rows[:, :, 1:].tril(p - 1)  # row t: the P + t - 1 positions before y_t
     return earlier / earlier.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
@@ -361,40 +362,18 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
     return common.in_chunks(chunk, *rows, elements=common.ATTENTION_CHUNK)[0].view(p.shape[:-1])
 
 
-def frame_bins(attention: Tensor, prompts: PromptBatch) -> Tensor:
-    """Attention (B, G, T, P + T) summed over temporal patches, (B, G, T, F + 2), as in CAPD. An
-    image is one temporal patch.
-
-    The last two bins hold the rest of the prompt and the earlier response, so rows still sum to 1.
-    The visual bins are never renormalised to 1: the total attention to the video is distilled too.
-    """
-    p = prompts.ids.shape[1]
-    patches, frames = prompts.patches, int(prompts.patches.max()) + 1
-    bins = F.one_hot(torch.where(patches < 0, frames, patches), frames + 1).to(attention)
-    looked = attention[..., :p] @ bins[:, None]
-    return torch.cat([looked, attention[..., p:].sum(-1, keepdim=True)], dim=-1)
-
-
-def loss_terms(model: Module, teacher: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
+def loss_terms(
+    scores: common.Scores, teacher_scores: common.Scores, batch: Batch, args: Args
+) -> dict[str, Tensor]:
     """The terms of the loss for each response, (B, G): means over its tokens, in nats per token.
 
     `attn_loss` is what gamma_attn multiplies: by default the sum over the tokens, in nats.
     """
-    both = partial(common.score, temperature=args.temperature, keep_logits=True)
-    scores = both(model, batch.rollout, attn_layers=[args.attn_layer])  # Attention
-    with torch.no_grad():  # repeated in every iteration: a step's logits are too large to keep
-        layers = [args.teacher_attn_layer]  # Attention
-        teacher_scores = both(teacher, batch.teacher_rollout, attn_layers=layers)  # Attention
+    logits = scores.logits, teacher_scores.logits
+    distance = gkd(*logits, args.gkd_beta, args.temperature, scores.suppressed)
     rows = scores.attentions[args.attn_layer]  # Attention: (B, G, T + 1, P + T)
     teacher_rows = teacher_scores.attentions[args.teacher_attn_layer]  # Attention
     attn = [attention_policy(x, args.attn_row) for x in (rows, teacher_rows)]  # Attention
-    if args.attn_bins == "frames":  # Attention
-        attn = [frame_bins(x, batch.rollout.prompts) for x in attn]  # Attention
-    suppressed = torch.tensor(common.vision_token_ids(model.config), device=model.device)
-    logits = scores.logits, teacher_scores.logits
-    distance = gkd(*logits, args.gkd_beta, args.temperature, suppressed)
-    if batch.old_logps is None:  # no step was taken yet: the policy is still that of the rollout
-        batch.old_logps = scores.logps.detach()
     pg, clipped = clipped_loss(scores.logps, batch.old_logps, batch.advantages, args.clip_eps)
     kl = torch.zeros_like(pg) if batch.ref_logps is None else k3(scores.logps, batch.ref_logps)
     terms = {"pg_loss": pg, "kl": kl, "entropy": scores.entropy, "clip_frac": clipped}
@@ -404,8 +383,8 @@ def loss_terms(model: Module, teacher: Module, batch: Batch, args: Args) -> dict
     weights = scores.mask.sum(-1) if args.attn_reduction == "sum" else 1  # Attention (eq. 5)
     terms["attn_loss"] = weights * terms["attn_distill"]  # Attention (eq. 5): T * mean = sum
     terms["loss"] = args.rl_coef * (terms["pg_loss"] + args.beta * terms["kl"])
-    terms["loss"] = terms["loss"] + args.mu_gkd * terms["gkd"]
-    terms["loss"] = terms["loss"] + args.gamma_attn * terms["attn_loss"]  # Attention (eq. 6)
+    terms["loss"] += args.mu_gkd * terms["gkd"]
+    terms["loss"] += args.gamma_attn * terms["attn_loss"]  # Attention (eq. 6)
     return terms
 
 
@@ -413,31 +392,21 @@ def loss_terms(model: Module, teacher: Module, batch: Batch, args: Args) -> dict
 
 
 def update(
-    model: Module,
-    teacher: Module,
-    optimizer: Optimizer,
-    batches: list[Batch],
-    args: Args,
-    measure: bool,  # Attention
+    model: Module, teacher: Module, optimizer: Optimizer, batches: list[Batch], args: Args
 ) -> dict[str, float]:
     """Pass over a rollout `num_iterations` times, with an optimiser step for each minibatch.
-    Returns the metrics, averaged over these steps.
-
-    `measure` adds the gradient norms of the two distillation terms before the first step.
-    """
+    Returns the metrics, averaged over these steps."""
     model.train()
     metrics = defaultdict(float)
     size = len(batches) // args.num_minibatches
     minibatches = [batches[i : i + size] for i in range(0, len(batches), size)]
     schedule = args.num_iterations * minibatches
-    for name, term in (("gkd", "gkd"), ("attn", "attn_loss")) if measure else ():  # Attention
-        terms_of = partial(loss_terms, model, teacher, args=args)  # Attention
-        norm = common.gradient_norm(model, terms_of, batches, term)  # Attention
-        metrics[f"train/{name}_grad_norm"] = norm  # Attention
     for minibatch in schedule:
-        responses = sum(batch.rollout.truncated.numel() for batch in minibatch)
+        responses = sum(batch.rollout.num_responses for batch in minibatch)
         for batch in minibatch:
-            terms = loss_terms(model, teacher, batch, args)
+            terms = loss_terms(
+                score_policy(model, batch, args), score_teacher(teacher, batch, args), batch, args
+            )
             (terms["loss"].sum() / responses).backward()
             for name, term in terms.items():
                 value = term.detach().sum().item() / responses
@@ -458,65 +427,33 @@ def main(args: Args) -> dict[str, float]:
     """Train, evaluate and write the run directory. Returns the metrics of the last step and its
     evaluation in one dictionary."""
     start = time.time()
-    runs.check_run(args, "model", "teacher")
-    is_toy, task = toy.resolve_task(args, args.model)
-    check_files(args, is_toy)
-    ranks.seed_everything(args.seed)
-    processor = common.load_processor(
-        args.model, args.image_tokens, args.frame_tokens, args.min_image_tokens
+    prepared = common.prepare(
+        args,
+        PROMPTS,
+        learning_rate=lambda args, *_: 2e-5 if args.lora_rank else 1e-5,
+        needs_reference=args.beta > 0 and args.rl_coef > 0,
+        teacher=args.teacher,
+        layers=("attn_layer",),  # Attention
+        teacher_layers=("teacher_attn_layer",),  # Attention
     )
-    common.require_layer("--attn-layer", args.attn_layer, processor.config)  # Attention
-    processor.prompt_config = PromptConfig(
-        prompts={} if is_toy else PROMPTS,  # a toy knows only its own words
-        think=args.think,
-        accuracy_rule=args.accuracy_rule,
-        question_first=task.order == "question-first",
-    )
-    encode = partial(encode_prompt, processor)
-    if args.check_data:
-        return check_data(args, encode, args.accuracy_rule)
-    train, held_out, bad_rows = open_data(args, encode, task)
-    if args.steps is None:
-        args = replace(args, steps=train.steps(args.prompts_per_step))
-    other = common.load_processor(args.teacher, field="--teacher").config
-    common.require_layer("--teacher-attn-layer", args.teacher_attn_layer, other)  # Attention
-    needs_reference = args.beta > 0 and args.rl_coef > 0
-    config, evaluated = processor.config, args.evaluate_teacher
-    args = fit_memory(args, config, args.group_size, needs_reference, other, evaluated)
-    if args.learning_rate is None:
-        args = replace(args, learning_rate=2e-5 if args.lora_rank else 1e-5)
-    state = states.find_state(args)
-    model = common.load_model(
-        args.model,
-        train_vision=args.train_vision,
-        lora_rank=args.lora_rank,
-        gradient_checkpointing=args.gradient_checkpointing,
-    )
-    teacher = common.load_teacher(args.teacher, processor)
-    same = toy.Task.load(Path(args.teacher)) in (None, task)
-    ranks.require(same, f"--teacher {args.teacher}: was trained on another task than the student")
-    reference = None
-    if needs_reference:  # with adapters, the same model without them
-        reference = model if args.lora_rank else common.load_model(args.model, frozen=True)
+    args, processor = prepared.args, prepared.processor
+    model, reference = prepared.model, prepared.reference
+    teacher = prepared.teacher
     parameters = [p for p in model.parameters() if p.requires_grad]
     settings = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": parameters[0].is_cuda}
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, **settings)
 
     options = {"max_new_tokens": args.max_new_tokens, "batch_size": 2 * args.prompts_per_step}
     options["attn_layer"] = args.attn_layer  # Attention
-    before, shown_before = evaluate(model, processor, held_out, **options)
-    after, shown_after = before, shown_before
-    shown_teacher = []
+    before = after = evaluate(model, processor, prepared.held_out, **options)
+    teacher_before = None
     if args.evaluate_teacher:
         options_teacher = options | {"attn_layer": args.teacher_attn_layer}  # Attention
-        metrics, shown_teacher = evaluate(teacher, processor, held_out, **options_teacher)
-        before = before | {"teacher/accuracy": metrics["eval/accuracy"]}
-    run = runs.Run(args, bad_rows, state)
-    if state is None:
-        run.log(0, before)
-    run.restore(model, optimizer)
-    first = 1 if state is None else state.step + 1
-    stream = train.begin(first, args.prompts_per_step)
+        teacher_before = evaluate(teacher, processor, prepared.held_out, **options_teacher)
+        before.metrics["teacher/accuracy"] = teacher_before.metrics["eval/accuracy"]
+    run = runs.Run(args, prepared.bad_rows, prepared.state)
+    first, _ = run.start(before.metrics, model, optimizer)
+    stream = prepared.train.begin(first, args.prompts_per_step)
     bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=ranks.rank() != 0)
     for step in bar:
         clock = runs.Stopwatch()
@@ -536,31 +473,29 @@ def main(args: Args) -> dict[str, float]:
                 score_reference(reference, batches, args)
         clock.lap("reference")
         if args.num_minibatches > 1:  # with one, the first pass scores it, before any step
-            score_old(model, batches, args)
-        # Attention: the two terms' gradient norms cost two passes, so not every step has them.
-        measure = args.attn_norm_every > 0 and step % args.attn_norm_every == 0  # Attention
-        metrics |= update(model, teacher, optimizer, batches, args, measure)
+            with torch.no_grad():
+                for part in batches:
+                    score_policy(model, part, args)
+        metrics |= update(model, teacher, optimizer, batches, args)
         run.require_finite(step, metrics, prompts)
         clock.lap("update")
         metrics |= clock.stop(tokens=int(rollout.response_mask.sum()))
         if step % args.eval_every == 0 or step == args.steps:
-            after, shown_after = evaluate(model, processor, held_out, **options)
-            metrics |= after
+            after = evaluate(model, processor, prepared.held_out, **options)
+            metrics |= after.metrics
         run.log(step, metrics, learns_from_reward=args.rl_coef > 0)
         run.sample(step, prompts, texts, rewards)
-        bar.set_postfix(reward=metrics["rollout/reward"], eval=after["eval/accuracy"])
+        bar.set_postfix(reward=metrics["rollout/reward"], eval=after.metrics["eval/accuracy"])
         if step < args.steps and run.save_state(step, model, optimizer):
             run.close()
             return metrics
-    run.save_checkpoint(partial(common.save_model, model=model, processor=processor))
-    names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/gkd", "train/grad_norm")
-    names += ("train/attn_distill",)  # Attention
-    shown = {"before": shown_before, "after": shown_after}
-    shown |= {"teacher": shown_teacher} if shown_teacher else {}
-    draw_run(run.out, shown, names)
-    run.save_state(args.steps, model, optimizer, done=True)
-    run.close()
-    runs.print_summary(run, before, after, args.steps, start, "kd_baseline.py", args)
+    evaluations = {"before": before, "after": after}
+    evaluations |= {"teacher": teacher_before} if teacher_before else {}
+    plotted = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
+    plotted += ("train/gkd",)
+    plotted += ("train/attn_distill",)  # Attention
+    save = partial(common.save_model, model=model, processor=processor)
+    run.finish(args.steps, model, optimizer, save, evaluations, plotted, start, "kd_baseline.py")
     return metrics
 
 

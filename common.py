@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MethodType
@@ -54,21 +55,26 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
+from support import runs, toy
 from support.answers import (
     MAX_ANSWER,
     extract_answer,
     number_accuracy,
     option_accuracy,
+    plain_accuracy,
     regression_accuracy,
     rouge,
     word_accuracy,
 )
-from support.memory import ATTENTION_CHUNK, LOGIT_CHUNK, empty_model
+from support.cli import option
+from support.data import BadRows, Reader, check_data, check_files, open_data
+from support.memory import ATTENTION_CHUNK, LOGIT_CHUNK, empty_model, fit_memory
 from support.prompts import (
     SLOTS,
     Example,
     Media,
     Processor,
+    Prompt,
     PromptBatch,
     PromptConfig,
     encode_prompt,
@@ -77,6 +83,7 @@ from support.prompts import (
     repair_turns,
 )
 from support.ranks import (
+    Finished,
     UsageError,
     compute_dtype,
     device,
@@ -86,8 +93,10 @@ from support.ranks import (
     print_once,
     rank,
     require,
+    seed_everything,
     world_size,
 )
+from support.states import State, find_state
 
 transformers_logging.disable_progress_bar()
 
@@ -626,13 +635,13 @@ def set_config(path: Path, retie: bool, tied: bool) -> None:
     path.write_text(json.dumps(config, indent=2))
 
 
-def load_teacher(path: str, processor: Processor) -> Module:
+def load_teacher(path: str, processor: Processor, other: Processor) -> Module:
     """Load a frozen teacher that takes the same token ids, positions and pixels as the student.
+    `processor` is the student's and `other` the teacher's.
 
     Raises:
-        UsageError: the teacher does not exist, or its family differs from the student's.
+        UsageError: the two do not agree.
     """
-    other = load_processor(path, field="--teacher")
     ours, theirs = processor.tokenizer, other.tokenizer
     remedy = "distil within one family of models"
     same = ours.get_vocab() == theirs.get_vocab() and ours.eos_token_id == theirs.eos_token_id
@@ -895,6 +904,11 @@ class Rollout:
     response_mask: Tensor
     truncated: Tensor
 
+    @property
+    def num_responses(self) -> int:
+        """B * G, which the loss divides by."""
+        return self.truncated.numel()
+
     def __getitem__(self, rows: slice) -> "Rollout":
         """The chosen prompts and their responses, with no more padding than they need."""
         mask = self.response_mask[rows]
@@ -1042,7 +1056,7 @@ class Scores:
 
     `logits` (B, G, T, V), if requested, are the model's, before temperature and suppression.
     `attentions` maps each requested layer to its rows, (B, G, T + 1, P + T); see `attention_rows`.
-    Where the mask is False, `logps` are 0.
+    Where the mask is False, `logps` are 0. `suppressed` are the ids whose probability is 0.
     """
 
     logps: Tensor
@@ -1050,6 +1064,7 @@ class Scores:
     mask: Tensor
     logits: Tensor | None
     attentions: dict[int, Tensor]
+    suppressed: Tensor
 
 
 def score(
@@ -1105,7 +1120,7 @@ def score(
     logits = None if logits is None else logits.view(b, g, t, -1)
     by_layer = dict(zip(sorted(set(layout.attn_layers)), attentions, strict=True))
     attentions = {layer: by_layer[layer % text.num_hidden_layers] for layer in attn_layers}
-    return Scores(logps, entropy.view(b, g, t), mask, logits, attentions)
+    return Scores(logps, entropy.view(b, g, t), mask, logits, attentions, suppressed)
 
 
 def response_bias(prompts: PromptBatch, t: int, config: Any) -> Tensor:
@@ -1182,26 +1197,6 @@ def response_mean(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, 0.0).sum(-1) / mask.sum(-1).clamp_min(1)
 
 
-def gradient_norm(
-    model: Module, loss_terms: Callable[[Any], dict[str, Tensor]], batches: Sequence[Any], term: str
-) -> float:
-    """Gradient norm of one term of the loss alone, before its weight, from a separate forward and
-    backward pass.
-
-    `loss_terms(batch)` returns the terms of each response, (B, G), and their sum under "loss". A
-    batch has its responses in `batch.rollout`.
-    """
-    responses = sum(batch.rollout.truncated.numel() for batch in batches)
-    for batch in batches:
-        terms = loss_terms(batch)
-        # Adds zero so that every FSDP layer's output receives a gradient; backward fails otherwise.
-        nothing = 0 * terms["loss"].sum()
-        (terms[term].sum() / responses + nothing).backward()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    model.zero_grad()
-    return full_tensor(norm).item()
-
-
 # 5. Reward
 
 
@@ -1224,12 +1219,18 @@ def has_format(text: str, think: bool) -> bool:
 def accuracy(text: str, example: Example, rule: str = "by-type") -> float:
     """The score of the first answer in `text`, between 0 and 1.
 
-    With `rule="exact"` (paper), or if the example has no problem type, an answer identical to the
-    solution scores 1 and any other scores 0. Otherwise the problem type selects the measure [ours,
-    as in Video-R1]; see support/answers.py. An answer longer than MAX_ANSWER characters scores 0,
-    which bounds the time to score a response.
+    With `rule="exact"` (paper), an answer identical to the solution scores 1 and any other scores
+    0. Otherwise the problem type selects the measure [ours, as in Video-R1]; without one, equal
+    answers are right. See support/answers.py. Of several solutions, the best score counts. An
+    answer longer than MAX_ANSWER characters scores 0, which bounds the time to score a response.
     """
-    answer, solution = extract_answer(text), example.solution.strip()
+    solutions = (example.solution, *example.also_right)
+    return max(solution_accuracy(text, example, solution.strip(), rule) for solution in solutions)
+
+
+def solution_accuracy(text: str, example: Example, solution: str, rule: str) -> float:
+    """The score that `accuracy` gives for one of the solutions."""
+    answer = extract_answer(text)
     if answer is None:
         return 0.0
     if answer == solution or rule == "exact" or len(answer) > MAX_ANSWER:
@@ -1245,4 +1246,121 @@ def accuracy(text: str, example: Example, rule: str = "by-type") -> float:
             return word_accuracy(answer, solution)
         case "free-form":
             return rouge(answer, solution)
-    return 0.0
+    return plain_accuracy(answer, solution)
+
+
+# 6. Preparation
+
+
+@dataclass
+class Prepared:
+    """What a run starts from: `args` with every default filled in, the models, and the data.
+
+    `reference` is the frozen starting model if the run needs one: with adapters, it is the trained
+    model, to be used inside `without_adapters`. `task` is the built-in task, and `is_toy` says
+    whether the model is one of its own. `state` is the state to resume from, if any.
+    """
+
+    args: Any
+    processor: Processor
+    model: Module
+    reference: Module | None
+    teacher: Module | None
+    train: Reader
+    held_out: Iterable[Prompt]
+    bad_rows: BadRows
+    state: State | None
+    task: toy.Task
+    is_toy: bool
+
+
+def prepare(
+    args: Any,
+    prompts: dict[str, str],
+    *,
+    learning_rate: Callable[[Any, Any, bool], float],
+    base: str | None = None,
+    encode: Callable[[Processor, Example], Prompt] = encode_prompt,
+    layers: Sequence[str] = (),
+    teacher: str | None = None,
+    teacher_layers: Sequence[str] = (),
+    needs_reference: bool = False,
+    keep_media: bool = False,
+) -> Prepared:
+    """Check all arguments and files, then read the data, fit the run into memory, find the state to
+    resume from, and load the models. Whatever can fail without the weights fails before they load.
+
+    `prompts` is the wording of the requests, saved with the weights; a toy has none. An unset
+    `--learning-rate` becomes `learning_rate(args, config, is_toy)`. `base` is the checkpoint of a
+    new toy, in place of `--model`, and `encode` makes the prompt of a row. `layers` and
+    `teacher_layers` name the arguments that choose a decoder layer. With `keep_media`, rewards see
+    the images and frames of the training prompts.
+
+    Raises:
+        UsageError: the message names the argument or file and the remedy.
+        Finished: `--check-data` has printed its report, or the run to resume has no steps left.
+    """
+    runs.check_run(args, "model", *["teacher"] * (teacher is not None))
+    is_toy, task = toy.resolve_task(args, args.model, may_differ=base is not None)
+    check_files(args, is_toy)
+    seed_everything(args.seed)
+    path = base or args.model
+    processor = load_processor(path, args.image_tokens, args.frame_tokens, args.min_image_tokens)
+    for name in layers:
+        require_layer(option(name), getattr(args, name), processor.config)
+    processor.prompt_config = PromptConfig(
+        prompts={} if is_toy else prompts,  # a toy knows only its own words
+        think=args.think,
+        accuracy_rule=getattr(args, "accuracy_rule", "by-type"),
+        question_first=task.order == "question-first",
+    )
+    encode = partial(encode, processor)
+    if args.check_data:
+        check_data(args, encode, processor.prompt_config.accuracy_rule)
+        raise Finished("--check-data: no run was started")
+    train, held_out, bad_rows = open_data(args, encode, task, keep_media=keep_media)
+    if args.steps is None:
+        epochs = getattr(args, "epochs", 1.0)
+        args = replace(args, steps=train.steps(args.prompts_per_step, epochs))
+    other = None
+    if teacher is not None:
+        other = load_processor(teacher, field="--teacher")
+        for name in teacher_layers:
+            require_layer(option(name), getattr(args, name), other.config)
+        known = toy.Task.load(Path(teacher))
+        trained = f"--teacher {teacher}: was trained on another task than the student"
+        require(known in (None, task), trained)
+    args = fit_memory(
+        args,
+        processor.config,
+        getattr(args, "group_size", 1),
+        needs_reference,
+        other and other.config,
+        getattr(args, "evaluate_teacher", False),
+    )
+    if args.learning_rate is None:
+        args = replace(args, learning_rate=learning_rate(args, processor.config, is_toy))
+    state = find_state(args)
+    model = load_model(
+        path,
+        train_vision=args.train_vision,
+        lora_rank=args.lora_rank,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+    frozen_teacher = None if teacher is None else load_teacher(teacher, processor, other)
+    reference = None
+    if needs_reference:  # with adapters, the same model without them
+        reference = model if args.lora_rank else load_model(path, frozen=True)
+    return Prepared(
+        args,
+        processor,
+        model,
+        reference,
+        frozen_teacher,
+        train,
+        held_out,
+        bad_rows,
+        state,
+        task,
+        is_toy,
+    )

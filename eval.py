@@ -23,7 +23,7 @@ from io import FileIO
 from itertools import islice, pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -186,11 +186,17 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     return metrics
 
 
+class Evaluation(NamedTuple):
+    """Metrics over the prompts of all ranks, and this rank's predictions."""
+
+    metrics: dict[str, float]
+    predictions: list[Prediction]
+
+
 def evaluate(
     model: Module, processor: Processor, prompts: Iterable[Prompt], **options: Any
-) -> tuple[dict[str, float], list[Prediction]]:
-    """Metrics over the prompts of all ranks, and this rank's predictions; `options` are those of
-    `predict`.
+) -> Evaluation:
+    """Answer and score the prompts; `options` are those of `predict`.
 
     `eval/target_attn` is the mass on the target's visual tokens in layer `attn_layer`, in the row
     that emits the first token of the answer where the response first names it (the row of the
@@ -205,7 +211,7 @@ def evaluate(
         predictions = list(predict(model, processor, bar, **options))
     records = ranks.gather([prediction.record for prediction in predictions])
     ranks.require(len(records) > 0, "none of the rows to evaluate on can be used; see --check-data")
-    return summarise(records), predictions
+    return Evaluation(summarise(records), predictions)
 
 
 def answer_tokens(tokenizer: Any, ids: list[int], text: str, first_mention: bool) -> range:

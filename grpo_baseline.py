@@ -27,7 +27,7 @@ import support.startup
 
 import time
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -42,11 +42,8 @@ from tqdm import tqdm
 
 import common
 from eval import evaluate
-from support import cli, ranks, runs, states, toy
-from support.data import check_data, check_files, open_data
-from support.memory import fit_memory
-from support.pictures import draw_run
-from support.prompts import Processor, Prompt, PromptBatch, PromptConfig, collate, encode_prompt
+from support import cli, ranks, runs, toy
+from support.prompts import Processor, Prompt, PromptBatch, collate
 
 # 1. Arguments
 
@@ -137,9 +134,12 @@ PROMPTS = {
 }
 
 
-def reward(accuracy: Tensor, format: Tensor) -> Tensor:
-    """The reward of each response, from its accuracy and format reward (paper)."""
-    return 0.9 * accuracy + 0.1 * format
+def reward(prompt: Prompt, text: str, truncated: bool, args: Args) -> dict[str, float]:
+    """The reward of a response, and the parts to log: 0.9 * accuracy + 0.1 * format (paper). A
+    response that was cut off earns no format reward [ours]."""
+    accuracy = common.accuracy(text, prompt.example, args.accuracy_rule)
+    has_format = float(common.has_format(text, args.think) and not truncated)
+    return {"reward": 0.9 * accuracy + 0.1 * has_format, "accuracy": accuracy, "format": has_format}
 
 
 # 3. Rollout
@@ -163,22 +163,21 @@ def roll_out(
     G), the rewards (B, G) and the metrics."""
     numbers = [prompt.number for prompt in prompts]
     noise = common.sampling_noise(args.seed, numbers, args.group_size, args.max_new_tokens)
-    rollout = common.generate_group(
-        model, batch, args.group_size, args.max_new_tokens, noise, args.temperature, args.top_p
-    )
+    sampling = {"noise": noise, "temperature": args.temperature, "top_p": args.top_p}
+    rollout = common.generate_group(model, batch, args.group_size, args.max_new_tokens, **sampling)
     texts = rollout.texts(processor)
-    accuracies = [
-        [common.accuracy(text, prompt.example, args.accuracy_rule) for text in group]
-        for group, prompt in zip(texts, prompts, strict=True)
+    rows = zip(prompts, texts, rollout.truncated.tolist(), strict=True)
+    judged = [
+        [reward(prompt, text, cut, args) for text, cut in zip(group, cuts, strict=True)]
+        for prompt, group, cuts in rows
     ]
-    accuracies = torch.tensor(accuracies)
-    formats = [[float(common.has_format(t, args.think)) for t in group] for group in texts]
-    formats = torch.tensor(formats).masked_fill(rollout.truncated.cpu(), 0.0)
-    rewards = reward(accuracies, formats)
-    metrics = {
-        "rollout/reward": rewards.mean().item(),
-        "rollout/accuracy": accuracies.mean().item(),
-        "rollout/format": formats.mean().item(),
+    parts = {
+        name: torch.tensor([[response[name] for response in group] for group in judged])
+        for name in judged[0][0]
+    }
+    rewards = parts["reward"]
+    metrics = {f"rollout/{name}": values.mean().item() for name, values in parts.items()}
+    metrics |= {
         "rollout/reward_std": rewards.std(dim=1).mean().item(),
         "rollout/frac_zero_std": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
         "rollout/completion_len": rollout.response_mask.sum(-1).float().mean().item(),
@@ -195,12 +194,13 @@ def score_reference(reference: Module, batches: list[Batch], args: Args) -> None
         batch.ref_logps = scores.logps
 
 
-@torch.no_grad()
-def score_old(model: Module, batches: list[Batch], args: Args) -> None:
-    """Add the rollout policy's own scores of the responses to each batch, before any step."""
-    for batch in batches:
-        scores = common.score(model, batch.rollout, args.temperature)
-        batch.old_logps = scores.logps
+def score_policy(model: Module, batch: Batch, args: Args) -> common.Scores:
+    """The policy's scores of the responses. A batch's first are from before any step, when the
+    policy is still that of the rollout: they are kept as the old ones."""
+    scores = common.score(model, batch.rollout, args.temperature)
+    if batch.old_logps is None:
+        batch.old_logps = scores.logps.detach()
+    return scores
 
 
 # 4. Loss
@@ -241,11 +241,8 @@ def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return torch.exp(difference) - difference - 1
 
 
-def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
+def loss_terms(scores: common.Scores, batch: Batch, args: Args) -> dict[str, Tensor]:
     """The terms of the loss for each response, (B, G): means over its tokens, in nats per token."""
-    scores = common.score(model, batch.rollout, args.temperature)
-    if batch.old_logps is None:  # no step was taken yet: the policy is still that of the rollout
-        batch.old_logps = scores.logps.detach()
     pg, clipped = clipped_loss(scores.logps, batch.old_logps, batch.advantages, args.clip_eps)
     kl = torch.zeros_like(pg) if batch.ref_logps is None else k3(scores.logps, batch.ref_logps)
     terms = {"pg_loss": pg, "kl": kl, "entropy": scores.entropy, "clip_frac": clipped}
@@ -268,9 +265,9 @@ def update(
     minibatches = [batches[i : i + size] for i in range(0, len(batches), size)]
     schedule = args.num_iterations * minibatches
     for minibatch in schedule:
-        responses = sum(batch.rollout.truncated.numel() for batch in minibatch)
+        responses = sum(batch.rollout.num_responses for batch in minibatch)
         for batch in minibatch:
-            terms = loss_terms(model, batch, args)
+            terms = loss_terms(score_policy(model, batch, args), batch, args)
             (terms["loss"].sum() / responses).backward()
             for name, term in terms.items():
                 value = term.detach().sum().item() / responses
@@ -291,52 +288,23 @@ def main(args: Args) -> dict[str, float]:
     """Train, evaluate and write the run directory. Returns the metrics of the last step and its
     evaluation in one dictionary."""
     start = time.time()
-    runs.check_run(args, "model")
-    is_toy, task = toy.resolve_task(args, args.model)
-    check_files(args, is_toy)
-    ranks.seed_everything(args.seed)
-    processor = common.load_processor(
-        args.model, args.image_tokens, args.frame_tokens, args.min_image_tokens
+    prepared = common.prepare(
+        args,
+        PROMPTS,
+        learning_rate=lambda args, *_: 2e-5 if args.lora_rank else 1e-5,
+        needs_reference=args.beta > 0,
     )
-    processor.prompt_config = PromptConfig(
-        prompts={} if is_toy else PROMPTS,  # a toy knows only its own words
-        think=args.think,
-        accuracy_rule=args.accuracy_rule,
-        question_first=task.order == "question-first",
-    )
-    encode = partial(encode_prompt, processor)
-    if args.check_data:
-        return check_data(args, encode, args.accuracy_rule)
-    train, held_out, bad_rows = open_data(args, encode, task)
-    if args.steps is None:
-        args = replace(args, steps=train.steps(args.prompts_per_step))
-    needs_reference = args.beta > 0
-    args = fit_memory(args, processor.config, args.group_size, needs_reference)
-    if args.learning_rate is None:
-        args = replace(args, learning_rate=2e-5 if args.lora_rank else 1e-5)
-    state = states.find_state(args)
-    model = common.load_model(
-        args.model,
-        train_vision=args.train_vision,
-        lora_rank=args.lora_rank,
-        gradient_checkpointing=args.gradient_checkpointing,
-    )
-    reference = None
-    if needs_reference:  # with adapters, the same model without them
-        reference = model if args.lora_rank else common.load_model(args.model, frozen=True)
+    args, processor = prepared.args, prepared.processor
+    model, reference = prepared.model, prepared.reference
     parameters = [p for p in model.parameters() if p.requires_grad]
     settings = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": parameters[0].is_cuda}
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, **settings)
 
     options = {"max_new_tokens": args.max_new_tokens, "batch_size": 2 * args.prompts_per_step}
-    before, shown_before = evaluate(model, processor, held_out, **options)
-    after, shown_after = before, shown_before
-    run = runs.Run(args, bad_rows, state)
-    if state is None:
-        run.log(0, before)
-    run.restore(model, optimizer)
-    first = 1 if state is None else state.step + 1
-    stream = train.begin(first, args.prompts_per_step)
+    before = after = evaluate(model, processor, prepared.held_out, **options)
+    run = runs.Run(args, prepared.bad_rows, prepared.state)
+    first, _ = run.start(before.metrics, model, optimizer)
+    stream = prepared.train.begin(first, args.prompts_per_step)
     bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=ranks.rank() != 0)
     for step in bar:
         clock = runs.Stopwatch()
@@ -354,26 +322,26 @@ def main(args: Args) -> dict[str, float]:
                 score_reference(reference, batches, args)
         clock.lap("reference")
         if args.num_minibatches > 1:  # with one, the first pass scores it, before any step
-            score_old(model, batches, args)
+            with torch.no_grad():
+                for part in batches:
+                    score_policy(model, part, args)
         metrics |= update(model, optimizer, batches, args)
         run.require_finite(step, metrics, prompts)
         clock.lap("update")
         metrics |= clock.stop(tokens=int(rollout.response_mask.sum()))
         if step % args.eval_every == 0 or step == args.steps:
-            after, shown_after = evaluate(model, processor, held_out, **options)
-            metrics |= after
+            after = evaluate(model, processor, prepared.held_out, **options)
+            metrics |= after.metrics
         run.log(step, metrics)
         run.sample(step, prompts, texts, rewards)
-        bar.set_postfix(reward=metrics["rollout/reward"], eval=after["eval/accuracy"])
+        bar.set_postfix(reward=metrics["rollout/reward"], eval=after.metrics["eval/accuracy"])
         if step < args.steps and run.save_state(step, model, optimizer):
             run.close()
             return metrics
-    run.save_checkpoint(partial(common.save_model, model=model, processor=processor))
-    names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
-    draw_run(run.out, {"before": shown_before, "after": shown_after}, names)
-    run.save_state(args.steps, model, optimizer, done=True)
-    run.close()
-    runs.print_summary(run, before, after, args.steps, start, "ral_grpo.py", args)
+    evaluations = {"before": before, "after": after}
+    plotted = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
+    save = partial(common.save_model, model=model, processor=processor)
+    run.finish(args.steps, model, optimizer, save, evaluations, plotted, start, "ral_grpo.py")
     return metrics
 
 

@@ -35,7 +35,7 @@ import support.startup
 
 import time
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -50,11 +50,8 @@ from tqdm import tqdm
 
 import common
 from eval import evaluate
-from support import cli, ranks, runs, states, toy
-from support.data import check_data, check_files, open_data
-from support.memory import fit_memory
-from support.pictures import draw_run
-from support.prompts import Processor, Prompt, PromptBatch, PromptConfig, collate, encode_prompt
+from support import cli, ranks, runs, toy
+from support.prompts import Processor, Prompt, PromptBatch, collate
 
 # 1. Arguments
 
@@ -126,9 +123,6 @@ class Args(cli.RunArgs):
     attn_anchor: Literal["rollout", "reference"] = "rollout"  # RAL (eq. 3)
     """Anchor p_old: the attention at rollout time ("old" in the paper), or that of the frozen
     reference ("reference" in its introduction). [ours]"""
-    attn_norm_every: int = 10  # RAL
-    """Steps between measurements of each term's own gradient norm, which cost two extra passes;
-    0: never. [ours]"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,7 +130,7 @@ class Args(cli.RunArgs):
         ranks.require(0 < self.top_p <= 1, f"--top-p {self.top_p}: must be in (0, 1]")
         cut = f"--num-minibatches {self.num_minibatches}: must divide --prompts-per-step"
         ranks.require(self.prompts_per_step % self.num_minibatches == 0, cut)
-        cli.require_not_negative(self, "lambda_attn", "attn_norm_every")
+        cli.require_not_negative(self, "lambda_attn")
 
 
 # Defaults of a toy checkpoint, in place of those of `Args`.
@@ -167,9 +161,12 @@ PROMPTS = {
 }
 
 
-def reward(accuracy: Tensor, format: Tensor) -> Tensor:
-    """The reward of each response, from its accuracy and format reward (paper)."""
-    return 0.9 * accuracy + 0.1 * format
+def reward(prompt: Prompt, text: str, truncated: bool, args: Args) -> dict[str, float]:
+    """The reward of a response, and the parts to log: 0.9 * accuracy + 0.1 * format (paper). A
+    response that was cut off earns no format reward [ours]."""
+    accuracy = common.accuracy(text, prompt.example, args.accuracy_rule)
+    has_format = float(common.has_format(text, args.think) and not truncated)
+    return {"reward": 0.9 * accuracy + 0.1 * has_format, "accuracy": accuracy, "format": has_format}
 
 
 # 3. Rollout
@@ -198,22 +195,21 @@ def roll_out(
     G), the rewards (B, G) and the metrics."""
     numbers = [prompt.number for prompt in prompts]
     noise = common.sampling_noise(args.seed, numbers, args.group_size, args.max_new_tokens)
-    rollout = common.generate_group(
-        model, batch, args.group_size, args.max_new_tokens, noise, args.temperature, args.top_p
-    )
+    sampling = {"noise": noise, "temperature": args.temperature, "top_p": args.top_p}
+    rollout = common.generate_group(model, batch, args.group_size, args.max_new_tokens, **sampling)
     texts = rollout.texts(processor)
-    accuracies = [
-        [common.accuracy(text, prompt.example, args.accuracy_rule) for text in group]
-        for group, prompt in zip(texts, prompts, strict=True)
+    rows = zip(prompts, texts, rollout.truncated.tolist(), strict=True)
+    judged = [
+        [reward(prompt, text, cut, args) for text, cut in zip(group, cuts, strict=True)]
+        for prompt, group, cuts in rows
     ]
-    accuracies = torch.tensor(accuracies)
-    formats = [[float(common.has_format(t, args.think)) for t in group] for group in texts]
-    formats = torch.tensor(formats).masked_fill(rollout.truncated.cpu(), 0.0)
-    rewards = reward(accuracies, formats)
-    metrics = {
-        "rollout/reward": rewards.mean().item(),
-        "rollout/accuracy": accuracies.mean().item(),
-        "rollout/format": formats.mean().item(),
+    parts = {
+        name: torch.tensor([[response[name] for response in group] for group in judged])
+        for name in judged[0][0]
+    }
+    rewards = parts["reward"]
+    metrics = {f"rollout/{name}": values.mean().item() for name, values in parts.items()}
+    metrics |= {
         "rollout/reward_std": rewards.std(dim=1).mean().item(),
         "rollout/frac_zero_std": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
         "rollout/completion_len": rollout.response_mask.sum(-1).float().mean().item(),
@@ -233,14 +229,16 @@ def score_reference(reference: Module, batches: list[Batch], args: Args) -> None
             batch.old_attn = attention_policy(rows, args.attn_row)  # RAL
 
 
-@torch.no_grad()
-def score_old(model: Module, batches: list[Batch], args: Args) -> None:
-    """Add the rollout policy's own scores of the responses to each batch, before any step."""
-    for batch in batches:
-        scores = common.score(model, batch.rollout, args.temperature, [args.attn_layer])  # RAL
-        batch.old_logps = scores.logps
-        if batch.old_attn is None:  # RAL: else it is the reference's
-            batch.old_attn = attention_policy(scores.attentions[args.attn_layer], args.attn_row)
+def score_policy(model: Module, batch: Batch, args: Args) -> common.Scores:
+    """The policy's scores of the responses. A batch's first are from before any step, when the
+    policy is still that of the rollout: they are kept as the old ones."""
+    scores = common.score(model, batch.rollout, args.temperature, [args.attn_layer])  # RAL
+    if batch.old_logps is None:
+        batch.old_logps = scores.logps.detach()
+    if batch.old_attn is None:  # RAL: else it is the reference's
+        rows = scores.attentions[args.attn_layer].detach()  # RAL
+        batch.old_attn = attention_policy(rows, args.attn_row)  # RAL
+    return scores
 
 
 # 4. Loss
@@ -284,11 +282,11 @@ def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
 def attention_policy(rows: Tensor, row: str) -> Tensor:
     """The attention policy of each response token, (B, G, T, P + T).
 
-    `rows` (B, G, T + 1, P + T) are the attention of the prompt's last position and of each response
-    token; each sums to 1. "own" is the policy of eq. 2, the row of y_t without its own column:
-    p^t(i) = alpha_{t,i} / sum_{j <= t - 1} alpha_{t,j} for i <= t - 1. It is all zeros where y_t
-    attends only to itself. "predicting" [ours] is the row of position t - 1, whose output predicts
-    y_t: it sees the same positions and needs no denominator.
+    `rows` (B, G, T + 1, P + T) are the attention of the prompt's last position (row 0) and of each
+    response token y_t (row t, from 1 to T); each sums to 1. "own" is the policy of eq. 2, row t
+    without its own column: p^t(i) = alpha_{t,i} / sum_{j <= t - 1} alpha_{t,j} for i <= t - 1. It
+    is all zeros where y_t attends only to itself. "predicting" [ours] is row t - 1, whose output
+    predicts y_t: it sees the same positions and needs no denominator.
 
     >>> rows = torch.tensor([[[[0.7, 0.3, 0.0], [0.2, 0.3, 0.5]]]])  # P = 2, T = 1
     >>> attention_policy(rows, "own"), attention_policy(rows, "predicting")
@@ -296,7 +294,8 @@ def attention_policy(rows: Tensor, row: str) -> Tensor:
     """
     if row == "predicting":
         return rows[:, :, :-1].contiguous()
-    earlier = rows[:, :, 1:].tril(rows.shape[3] - rows.shape[2])  # row t up to column P + t - 1
+    p = rows.shape[3] - rows.shape[2] + 1
+    earlier = rows[:, :, 1:].tril(p - 1)  # row t: the P + t - 1 positions before y_t
     return earlier / earlier.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
@@ -323,7 +322,7 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
     return common.in_chunks(chunk, *rows, elements=common.ATTENTION_CHUNK)[0].view(p.shape[:-1])
 
 
-def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
+def loss_terms(scores: common.Scores, batch: Batch, args: Args) -> dict[str, Tensor]:
     """The terms of the loss for each response, (B, G): means over its tokens, in nats per token.
 
     Two limits of the attention term [ours; tested, and measured in docs/results.md]:
@@ -333,22 +332,17 @@ def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
         of s + 1), and so the divergences D_t. The loss contains such a row as D_t * sum_i A_i / T_i
         with T_i the length of response i. If the whole group shares it and has one length, it is 0.
     """
-    scores = common.score(model, batch.rollout, args.temperature, [args.attn_layer])  # RAL
     attn = attention_policy(scores.attentions[args.attn_layer], args.attn_row)  # RAL
-    if batch.old_attn is None:  # RAL: as for the log-probabilities below
-        batch.old_attn = attn.detach()
-    if batch.old_logps is None:  # no step was taken yet: the policy is still that of the rollout
-        batch.old_logps = scores.logps.detach()
     pg, clipped = clipped_loss(scores.logps, batch.old_logps, batch.advantages, args.clip_eps)
     kl = torch.zeros_like(pg) if batch.ref_logps is None else k3(scores.logps, batch.ref_logps)
     attn_jsd = divergence(attn, batch.old_attn)  # RAL: (B, G, T)
     terms = {"pg_loss": pg, "kl": kl, "entropy": scores.entropy, "clip_frac": clipped}
     terms |= {"attn_jsd": attn_jsd, "attn_loss": batch.advantages * attn_jsd}  # RAL
     terms = {name: common.response_mean(term, scores.mask) for name, term in terms.items()}
-    # RAL (eq. 3): T * mean = sum
-    terms["attn_loss"] *= scores.mask.sum(-1) if args.attn_reduction == "sum" else 1  # RAL
+    if args.attn_reduction == "sum":  # RAL (eq. 3): T * mean = sum
+        terms["attn_loss"] *= scores.mask.sum(-1)  # RAL
     terms["loss"] = terms["pg_loss"] + args.beta * terms["kl"]
-    terms["loss"] = terms["loss"] + args.lambda_attn * terms["attn_loss"]  # RAL
+    terms["loss"] += args.lambda_attn * terms["attn_loss"]  # RAL
     return terms
 
 
@@ -356,13 +350,12 @@ def loss_terms(model: Module, batch: Batch, args: Args) -> dict[str, Tensor]:
 
 
 def update(
-    model: Module, optimizer: Optimizer, batches: list[Batch], args: Args, measure: bool
+    model: Module, optimizer: Optimizer, batches: list[Batch], args: Args
 ) -> dict[str, float]:
     """Pass over a rollout `num_iterations` times, with an optimiser step for each minibatch.
     Returns the metrics, averaged over these steps.
 
-    `train/attn_jsd_<k>` is the divergence before the k-th optimiser step. `measure` adds the
-    gradient norms of the two terms before the last one.
+    `train/attn_jsd_<k>` is the divergence before the k-th optimiser step.
     """
     model.train()
     metrics = defaultdict(float)
@@ -370,13 +363,9 @@ def update(
     minibatches = [batches[i : i + size] for i in range(0, len(batches), size)]
     schedule = args.num_iterations * minibatches
     for k, minibatch in enumerate(schedule, 1):  # RAL
-        responses = sum(batch.rollout.truncated.numel() for batch in minibatch)
-        for term in ("pg", "attn") if measure and k == len(schedule) else ():  # RAL
-            terms_of = partial(loss_terms, model, args=args)  # RAL
-            norm = common.gradient_norm(model, terms_of, minibatch, f"{term}_loss")  # RAL
-            metrics[f"train/{term}_grad_norm"] = norm  # RAL
+        responses = sum(batch.rollout.num_responses for batch in minibatch)
         for batch in minibatch:
-            terms = loss_terms(model, batch, args)
+            terms = loss_terms(score_policy(model, batch, args), batch, args)
             (terms["loss"].sum() / responses).backward()
             for name, term in terms.items():
                 value = term.detach().sum().item() / responses
@@ -399,54 +388,25 @@ def main(args: Args) -> dict[str, float]:
     """Train, evaluate and write the run directory. Returns the metrics of the last step and its
     evaluation in one dictionary."""
     start = time.time()
-    runs.check_run(args, "model")
-    is_toy, task = toy.resolve_task(args, args.model)
-    check_files(args, is_toy)
-    ranks.seed_everything(args.seed)
-    processor = common.load_processor(
-        args.model, args.image_tokens, args.frame_tokens, args.min_image_tokens
+    prepared = common.prepare(
+        args,
+        PROMPTS,
+        learning_rate=lambda args, *_: 2e-5 if args.lora_rank else 1e-5,
+        needs_reference=args.beta > 0 or args.attn_anchor == "reference",  # RAL
+        layers=("attn_layer",),  # RAL
     )
-    common.require_layer("--attn-layer", args.attn_layer, processor.config)  # RAL
-    processor.prompt_config = PromptConfig(
-        prompts={} if is_toy else PROMPTS,  # a toy knows only its own words
-        think=args.think,
-        accuracy_rule=args.accuracy_rule,
-        question_first=task.order == "question-first",
-    )
-    encode = partial(encode_prompt, processor)
-    if args.check_data:
-        return check_data(args, encode, args.accuracy_rule)
-    train, held_out, bad_rows = open_data(args, encode, task)
-    if args.steps is None:
-        args = replace(args, steps=train.steps(args.prompts_per_step))
-    needs_reference = args.beta > 0 or args.attn_anchor == "reference"  # RAL
-    args = fit_memory(args, processor.config, args.group_size, needs_reference)
-    if args.learning_rate is None:
-        args = replace(args, learning_rate=2e-5 if args.lora_rank else 1e-5)
-    state = states.find_state(args)
-    model = common.load_model(
-        args.model,
-        train_vision=args.train_vision,
-        lora_rank=args.lora_rank,
-        gradient_checkpointing=args.gradient_checkpointing,
-    )
-    reference = None
-    if needs_reference:  # with adapters, the same model without them
-        reference = model if args.lora_rank else common.load_model(args.model, frozen=True)
+    args, processor = prepared.args, prepared.processor
+    model, reference = prepared.model, prepared.reference
     parameters = [p for p in model.parameters() if p.requires_grad]
     settings = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": parameters[0].is_cuda}
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, **settings)
 
     options = {"max_new_tokens": args.max_new_tokens, "batch_size": 2 * args.prompts_per_step}
     options["attn_layer"] = args.attn_layer  # RAL
-    before, shown_before = evaluate(model, processor, held_out, **options)
-    after, shown_after = before, shown_before
-    run = runs.Run(args, bad_rows, state)
-    if state is None:
-        run.log(0, before)
-    run.restore(model, optimizer)
-    first = 1 if state is None else state.step + 1
-    stream = train.begin(first, args.prompts_per_step)
+    before = after = evaluate(model, processor, prepared.held_out, **options)
+    run = runs.Run(args, prepared.bad_rows, prepared.state)
+    first, _ = run.start(before.metrics, model, optimizer)
+    stream = prepared.train.begin(first, args.prompts_per_step)
     bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=ranks.rank() != 0)
     for step in bar:
         clock = runs.Stopwatch()
@@ -464,29 +424,27 @@ def main(args: Args) -> dict[str, float]:
                 score_reference(reference, batches, args)
         clock.lap("reference")
         if args.num_minibatches > 1:  # with one, the first pass scores it, before any step
-            score_old(model, batches, args)
-        # RAL: the two terms' gradient norms cost two passes, so not every step has them.
-        measure = args.attn_norm_every > 0 and step % args.attn_norm_every == 0
-        metrics |= update(model, optimizer, batches, args, measure)
+            with torch.no_grad():
+                for part in batches:
+                    score_policy(model, part, args)
+        metrics |= update(model, optimizer, batches, args)
         run.require_finite(step, metrics, prompts)
         clock.lap("update")
         metrics |= clock.stop(tokens=int(rollout.response_mask.sum()))
         if step % args.eval_every == 0 or step == args.steps:
-            after, shown_after = evaluate(model, processor, held_out, **options)
-            metrics |= after
+            after = evaluate(model, processor, prepared.held_out, **options)
+            metrics |= after.metrics
         run.log(step, metrics)
         run.sample(step, prompts, texts, rewards)
-        bar.set_postfix(reward=metrics["rollout/reward"], eval=after["eval/accuracy"])
+        bar.set_postfix(reward=metrics["rollout/reward"], eval=after.metrics["eval/accuracy"])
         if step < args.steps and run.save_state(step, model, optimizer):
             run.close()
             return metrics
-    run.save_checkpoint(partial(common.save_model, model=model, processor=processor))
-    names = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
-    names += ("train/attn_jsd",)  # RAL
-    draw_run(run.out, {"before": shown_before, "after": shown_after}, names)
-    run.save_state(args.steps, model, optimizer, done=True)
-    run.close()
-    runs.print_summary(run, before, after, args.steps, start, "grpo_baseline.py", args)
+    evaluations = {"before": before, "after": after}
+    plotted = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
+    plotted += ("train/attn_jsd",)  # RAL
+    save = partial(common.save_model, model=model, processor=processor)
+    run.finish(args.steps, model, optimizer, save, evaluations, plotted, start, "grpo_baseline.py")
     return metrics
 
 

@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -44,12 +44,9 @@ from tqdm import tqdm
 
 import common
 from eval import evaluate
-from support import cli, ranks, runs, states, toy
-from support.data import check_data, check_files, open_data
+from support import cli, ranks, runs, toy
 from support.media import BadRow
-from support.memory import fit_memory
-from support.pictures import draw_run
-from support.prompts import Example, Processor, Prompt, PromptConfig, collate, encode_prompt
+from support.prompts import Example, Processor, Prompt, collate, encode_prompt
 
 # 1. Arguments
 
@@ -186,6 +183,13 @@ def loss_terms(model: Module, rollout: common.Rollout) -> dict[str, Tensor]:
 # 5. Update
 
 
+def default_learning_rate(args: Args, config: Any, is_toy: bool) -> float:
+    """What an unset `--learning-rate` means, see there."""
+    if is_toy:
+        return 1.5e-3 if config.text_config.hidden_size < 256 else 1e-3
+    return 1e-4 if args.lora_rank else 5e-6
+
+
 def learning_rate(step: int, args: Args) -> float:
     """The learning rate of a step: a linear rise over `warmup_steps`, then constant, or half a
     cosine down to 0."""
@@ -232,40 +236,18 @@ def main(args: Args) -> dict[str, float]:
     """Train until `stop_accuracy` and write the run directory. Returns the metrics of the last step
     and its evaluation in one dictionary."""
     start = time.time()
-    runs.check_run(args, "model")
-    is_toy, task = toy.resolve_task(args, args.model, may_differ=True)
-    check_files(args, is_toy)
-    ranks.seed_everything(args.seed)
     with tempfile.TemporaryDirectory() as scratch:
-        base = args.model or scratch
         if args.model is None:
-            toy.write_base(Path(base), args.seed, args.toy_size)
-        processor = common.load_processor(
-            base, args.image_tokens, args.frame_tokens, args.min_image_tokens
+            toy.write_base(Path(scratch), args.seed, args.toy_size)
+        prepared = common.prepare(
+            args,
+            PROMPTS,
+            learning_rate=default_learning_rate,
+            base=args.model or scratch,
+            encode=encode_demonstration if args.data else encode_prompt,
         )
-        processor.prompt_config = PromptConfig(
-            prompts={} if is_toy else PROMPTS,  # a toy knows only its own words
-            think=args.think,
-            question_first=task.order == "question-first",
-        )
-        encode = partial(encode_demonstration if args.data else encode_prompt, processor)
-        if args.check_data:
-            return check_data(args, encode)
-        train, held_out, bad_rows = open_data(args, encode, task)
-        if args.steps is None:
-            args = replace(args, steps=train.steps(args.prompts_per_step, args.epochs))
-        args = fit_memory(args, processor.config)
-        if args.learning_rate is None:
-            small = processor.config.text_config.hidden_size < 256
-            toy_rate, rate = 1.5e-3 if small else 1e-3, 1e-4 if args.lora_rank else 5e-6
-            args = replace(args, learning_rate=toy_rate if is_toy else rate)
-        state = states.find_state(args)
-        model = common.load_model(
-            base,
-            train_vision=args.train_vision,
-            lora_rank=args.lora_rank,
-            gradient_checkpointing=args.gradient_checkpointing,
-        )
+    args, processor, model = prepared.args, prepared.processor, prepared.model
+    is_toy, task, train = prepared.is_toy, prepared.task, prepared.train
     if is_toy:
         processor.files |= task.files()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -273,16 +255,13 @@ def main(args: Args) -> dict[str, float]:
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, **settings)
 
     options = {"max_new_tokens": args.max_new_tokens, "batch_size": 2 * args.prompts_per_step}
-    before, shown_before = evaluate(model, processor, held_out, **options)
-    after, shown_after = before, shown_before
-    done = before["eval/accuracy"] >= args.stop_accuracy
-    reached = f"the model already has accuracy {before['eval/accuracy']:.3f}; raise it"
+    before = after = evaluate(model, processor, prepared.held_out, **options)
+    accuracy = before.metrics["eval/accuracy"]
+    done = accuracy >= args.stop_accuracy
+    reached = f"the model already has accuracy {accuracy:.3f}; raise it"
     ranks.require(not done, f"--stop-accuracy {args.stop_accuracy}: {reached}")
-    run = runs.Run(args, bad_rows, state)
-    if state is None:
-        run.log(0, before)
-    extra = run.restore(model, optimizer)
-    first = 1 if state is None else state.step + 1
+    run = runs.Run(args, prepared.bad_rows, prepared.state)
+    first, extra = run.start(before.metrics, model, optimizer)
     stream = train.begin(first, args.prompts_per_step)
     # A new toy for videos learns the lookup on images first.
     images_only = is_toy and task.frames is not None and args.model is None
@@ -305,11 +284,11 @@ def main(args: Args) -> dict[str, float]:
         learned = is_toy and not caption and metrics["train/demo_prob"] > args.eval_above
         images_only = images_only and not learned
         if learned or step % args.eval_every == 0 or step == args.steps:
-            after, shown_after = evaluate(model, processor, held_out, **options)
-            metrics |= after
-            done = after["eval/accuracy"] >= args.stop_accuracy
+            after = evaluate(model, processor, prepared.held_out, **options)
+            metrics |= after.metrics
+            done = after.metrics["eval/accuracy"] >= args.stop_accuracy
         run.log(step, metrics)
-        bar.set_postfix(loss=metrics["train/loss"], eval=after["eval/accuracy"])
+        bar.set_postfix(loss=metrics["train/loss"], eval=after.metrics["eval/accuracy"])
         if done or step == args.steps:
             break
         if run.save_state(step, model, optimizer, {"images_only": images_only}):
@@ -320,14 +299,22 @@ def main(args: Args) -> dict[str, float]:
         ranks.print_on_rank_0(
             f"did not reach --stop-accuracy {args.stop_accuracy}; try more --steps or a --seed"
         )
-    run.save_checkpoint(partial(common.save_model, model=model, processor=processor))
-    names = ("train/loss", "train/demo_prob", "eval/accuracy", "eval/target_attn")
-    draw_run(run.out, {"before": shown_before, "after": shown_after}, names)
-    run.save_state(step, model, optimizer, {"images_only": images_only}, done=True)
-    run.close()
+    evaluations = {"before": before, "after": after}
+    plotted = ("train/loss", "train/demo_prob", "eval/accuracy", "eval/target_attn")
+    save = partial(common.save_model, model=model, processor=processor)
     trained = None if args.out == Args.out else f"{run.out}/checkpoint"
-    inputs = replace(args, model=trained, toy_size="small")
-    runs.print_summary(run, before, after, step, start, "ral_grpo.py", inputs)
+    run.finish(
+        step,
+        model,
+        optimizer,
+        save,
+        evaluations,
+        plotted,
+        start,
+        "ral_grpo.py",
+        inputs=replace(args, model=trained, toy_size="small"),
+        extra={"images_only": images_only},
+    )
     return metrics
 
 

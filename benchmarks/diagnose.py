@@ -40,16 +40,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import ral_grpo
-from common import (
-    Rollout,
-    gradient_norm,
-    load_model,
-    load_processor,
-    require_layer,
-    response_mean,
-    score,
-)
-from ral_grpo import Batch, attention_policy, divergence, loss_terms
+from common import Rollout, load_model, load_processor, require_layer, response_mean, score
+from ral_grpo import Batch, attention_policy, divergence, loss_terms, score_policy
 from support import cli, disk, ranks, runs, toy
 from support.data import check_files, open_data
 from support.memory import GIB, fit_memory, memory_gb
@@ -116,6 +108,18 @@ def remainders(batches: list[Batch], moved: list[Tensor], row: str) -> dict[str,
     }
 
 
+def gradient_norm(model: Module, batches: list[Batch], term: str, args: Args) -> float:
+    """Gradient norm of one term of the loss alone, before its weight."""
+    responses = sum(batch.rollout.num_responses for batch in batches)
+    for batch in batches:
+        terms = loss_terms(score_policy(model, batch, args), batch, args)
+        # Adds zero: under FSDP, every layer's output must receive a gradient.
+        (terms[term].sum() / responses + 0 * terms["loss"].sum()).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    return ranks.full_tensor(norm).item()
+
+
 def diagnose(
     model: Module, processor: Processor, prompts: list[Prompt], args: Args, layers: list[int]
 ) -> tuple[dict[str, Any], list[dict]]:
@@ -159,7 +163,7 @@ def diagnose(
     try:
         optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
         grpo = replace(args, lambda_attn=0.0, beta=0.0, num_iterations=1)
-        norm = ral_grpo.update(model, optimizer, batches, grpo, measure=False)["train/grad_norm"]
+        norm = ral_grpo.update(model, optimizer, batches, grpo)["train/grad_norm"]
         require(math.isfinite(norm), f"--model {args.model}: the gradient of GRPO is {norm}")
         del optimizer
         moved = {key: [] for key in product(layers, ROWS)}
@@ -171,15 +175,13 @@ def diagnose(
                 policies = [attention_policy(x, row) for x in both]
                 moved[layer, row].append(divergence(*policies))
         model.train()  # gradient checkpointing needs it
-        terms_of = partial(loss_terms, model, args=args)
-        tokens = gradient_norm(model, terms_of, batches, "pg_loss")
+        tokens = gradient_norm(model, batches, "pg_loss", args)
         for line in tqdm(report["rows"], desc="gradients"):
             layer, row = line["layer"], line["row"]
             for batch, old in pairs:
                 batch.old_attn = attention_policy(old[layer].to(model.device), row)
             options = replace(args, attn_layer=layer, attn_row=row)
-            terms_of = partial(loss_terms, model, args=options)
-            ratio = gradient_norm(model, terms_of, batches, "attn_loss") / tokens
+            ratio = gradient_norm(model, batches, "attn_loss", options) / tokens
             line |= {"moved": mean(moved[layer, row]), "gradient": ratio}
             line["lambda"] = 0.1 / ratio if ratio else None
             line |= remainders(batches, moved[layer, row], row)

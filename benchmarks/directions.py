@@ -136,7 +136,8 @@ def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
             if cut.start not in kept:
                 more = {"target": target[cut]} if script is oracle else {}
                 kept[cut.start] = script.Batch(rollout[cut], advantages[cut], **more)
-            terms = script.loss_terms(model, kept[cut.start], options)
+            batch = kept[cut.start]
+            terms = script.loss_terms(script.score_policy(model, batch, options), batch, options)
             return (weights[cut, :, 0] * terms[name]).mean()
 
         kept = batches.setdefault((script, options.attn_row), {})
@@ -168,7 +169,8 @@ def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
     }
 
     def compared(batch: ral_grpo.Batch, name: str = "attn_loss") -> Tensor:
-        return ral_grpo.loss_terms(model, batch, own)[name].mean()
+        scores = ral_grpo.score_policy(model, batch, own)
+        return ral_grpo.loss_terms(scores, batch, own)[name].mean()
 
     text = model.config.text_config
     heads, last = text.num_attention_heads, text.num_hidden_layers - 1
@@ -211,7 +213,7 @@ def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
     step = [ral_grpo.Batch(rollout[cut], advantages[cut]) for cut in cuts]
     grpo = replace(args, lambda_attn=0.0, beta=0.0, num_iterations=1)
-    ral_grpo.update(model, optimizer, step, grpo, measure=False)
+    ral_grpo.update(model, optimizer, step, grpo)
     halves |= {name: both(name) for name in at_step}
     whole = {name: sum(parts) for name, parts in halves.items()}
     return diagnosis | {

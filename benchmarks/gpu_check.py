@@ -405,7 +405,7 @@ def toys(found: Findings, work: Path) -> None:
     taught = {"teacher": large}
     jobs = {
         "grpo_baseline": (grpo_baseline, {}),
-        "ral_grpo": (ral_grpo, {"attn_norm_every": 1}),
+        "ral_grpo": (ral_grpo, {}),
         "ral_grpo, predicting row": (ral_grpo, {"attn_row": "predicting"}),
         "ral_grpo, adapters": (ral_grpo, {"lora_rank": 4}),
         "ral_grpo, trained vision": (ral_grpo, {"train_vision": True, "steps": 1}),
@@ -433,7 +433,7 @@ class Stopped(Exception):
 
 def resume(found: Findings, work: Path) -> None:
     model = start_toy(found, work)
-    fields = {"model": model, "steps": 4, "save_every": 2, "attn_norm_every": 2}
+    fields = {"model": model, "steps": 4, "save_every": 2}
     fields |= {} if GPU else SHORT
     for name, more in (("all weights", {}), ("adapters", {"lora_rank": 4})):
         found.attempt(name, stop_and_resume, found, work, name, fields | more)

@@ -1,5 +1,6 @@
-"""Other tasks for the toy and another divergence, each a context manager around a script's `main`.
-`reproduce.py` runs them as tasks of its claims. Other methods are forks, in `forks/`."""
+"""Other tasks for the toy, another divergence and coarser attention, as context managers.
+
+`reproduce.py` runs the `main` of a script inside them. Other methods are forks, in `forks/`."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -8,12 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import attn_distill
 import eval
 import ral_grpo
 from support import toy
-from support.prompts import Example, Media
+from support.prompts import Example, Media, PromptBatch
 
 
 @contextmanager
@@ -37,6 +40,36 @@ def forward_kl() -> Iterator[None]:
         return (q * (q.clamp_min(tiny).log() - p.clamp_min(tiny).log())).sum(-1)
 
     with replaced(ral_grpo, divergence=divergence):
+        yield
+
+
+def binned(attention: Tensor, prompts: PromptBatch) -> Tensor:
+    """Attention (B, G, T, P + T) summed over temporal patches, (B, G, T, F + 2); an image is one.
+
+    The last two bins hold the rest of the prompt and the earlier response, so rows still sum to 1,
+    and the total attention to the video counts too.
+    """
+    p = prompts.ids.shape[1]
+    patches, frames = prompts.patches, int(prompts.patches.max()) + 1
+    bins = F.one_hot(torch.where(patches < 0, frames, patches), frames + 1).to(attention)
+    looked = attention[..., :p] @ bins[:, None]
+    return torch.cat([looked, attention[..., p:].sum(-1, keepdim=True)], dim=-1)
+
+
+@contextmanager
+def frame_bins() -> Iterator[None]:
+    """Attention distillation that compares the mass on each pair of frames instead of each token,
+    as in CAPD, a successor for videos of 2026."""
+    loss_terms, divergence = attn_distill.loss_terms, attn_distill.divergence
+
+    def of_bins(scores, teacher_scores, batch, args):
+        def between(*policies: Tensor) -> Tensor:
+            return divergence(*(binned(x, batch.rollout.prompts) for x in policies))
+
+        with replaced(attn_distill, divergence=between):
+            return loss_terms(scores, teacher_scores, batch, args)
+
+    with replaced(attn_distill, loss_terms=of_bins):
         yield
 
 

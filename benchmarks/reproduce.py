@@ -54,7 +54,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from forks import fixed_fraction, one_sided, oracle, posterior_gaze
-from probes import forward_kl, guessable, half_of_the_shapes, replaced, three_shapes
+from probes import forward_kl, frame_bins, guessable, half_of_the_shapes, replaced, three_shapes
 
 import attn_distill
 import common
@@ -155,9 +155,9 @@ def taught(*gammas: float, **fields) -> dict[str, tuple]:
     return cells
 
 
-def only_attention(name: str, **fields) -> dict[str, tuple]:
+def only_attention(name: str, probe: Any = nullcontext, **fields) -> dict[str, tuple]:
     """A cell of attention distillation at gamma 1, with other arguments."""
-    return {f"KD + attention, gamma 1, {name}": (attn_distill, DISTILL | SUM | fields)}
+    return {f"KD + attention, gamma 1, {name}": (attn_distill, DISTILL | SUM | fields, probe)}
 
 
 # Claim: task -> cells, the first of which is the baseline of the differences.
@@ -188,7 +188,7 @@ CLAIMS = {
         },
         "videos, taught": {
             **taught(0.5, 1, 5),
-            **only_attention("bins of frames", attn_bins="frames"),
+            **only_attention("bins of frames", probe=frame_bins),
         },
         "thinking, taught": taught(0.5, 1, 5),
         "9 x 9 cells, taught": taught(0.5, 1, 5),

@@ -83,13 +83,13 @@ class Args:
 def build(directory: Path | None = None):
     """The benchmark's model with random weights, and a processor with 4096 words."""
     import torch
-    import toy
-    from prompts import Processor, PromptConfig
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     import common
+    from support import toy
+    from support.prompts import Processor, PromptConfig
 
     words = 4096 - len(toy.SPECIAL)
     vocabulary = {word: i for i, word in enumerate(("<unk>", "user", "assistant"))}
@@ -153,10 +153,10 @@ def picture(p: int):
 def update_work(variant: str, p: int, t: int) -> Callable[[], None]:
     """One update on one prompt of p positions (16 of them text) and 8 responses of t tokens."""
     import torch
-    from prompts import BaseModelOutputWithDeepstackFeatures, Block, PromptBatch
 
     import grpo_baseline
     import ral_grpo
+    from support.prompts import BaseModelOutputWithDeepstackFeatures, Block, PromptBatch
 
     model, _, common = build()
     config = model.config
@@ -215,7 +215,7 @@ def update_work(variant: str, p: int, t: int) -> Callable[[], None]:
 
 def prompt_of(processor, model, p: int):
     """The prompt whose image has p visual tokens."""
-    from prompts import Example, Media, encode_prompt
+    from support.prompts import Example, Media, encode_prompt
 
     question = " ".join(f"w{i}" for i in range(10, 22))
     example = Example(question, "w7", [Media([picture(p)])])
@@ -225,7 +225,8 @@ def prompt_of(processor, model, p: int):
 def rollout_work(variant: str, p: int, t: int) -> Callable[[], None]:
     """8 sampled responses of t tokens, from pixels."""
     import torch
-    from prompts import collate
+
+    from support.prompts import collate
 
     model, processor, common = build()
     prompt = prompt_of(processor, model, p)
@@ -261,10 +262,10 @@ def rollout_work(variant: str, p: int, t: int) -> Callable[[], None]:
 def step_work(variant: str, p: int, t: int) -> Callable[[], None]:
     """A whole step of a script: image processing, vision, rollout, update."""
     import torch
-    from prompts import collate
 
     import grpo_baseline
     import ral_grpo
+    from support.prompts import collate
 
     script = grpo_baseline if variant == "step-grpo" else ral_grpo
     model, processor, _ = build()

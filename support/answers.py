@@ -186,6 +186,22 @@ def regression_accuracy(answer: str, solution: str) -> float:
     return float(1 - min(1, abs(p - g) / abs(g)))
 
 
+def plain_accuracy(answer: str, solution: str) -> float:
+    """1 if a reader would call the answers equal, else 0. They are equal if they are the same text
+    apart from case, spaces, markup and a final full stop, the same number with the same unit, or
+    the same option's letter.
+
+    >>> plain_accuracy("42.0", "42"), plain_accuracy("(b) red", "B"), plain_accuracy("9 am", "9 pm")
+    (1.0, 1.0, 0.0)
+    """
+    if re.fullmatch(r"\W*[a-zA-Z]\W*", solution):
+        return option_accuracy(answer, solution, ())
+    p, g = read_number(answer), read_number(solution)
+    units = {re.sub(r"[\d.,\s*`+−-]", "", text.casefold()) for text in (answer, solution)} - {""}
+    same_number = p is not None and p == g and len(units) < 2
+    return float(same_number or same_text(answer, solution))
+
+
 # 4. Words
 
 

@@ -9,6 +9,7 @@ import traceback
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import Any, Literal, TextIO
 
 import torch.distributed as dist
@@ -31,14 +32,16 @@ from support.ranks import (
 class RunArgs:
     """The arguments of every training run, whatever its method."""
 
-    data: str | None = None
-    """JSON, JSON lines, Parquet, a directory of a data set, or a hub name; see docs/data.md. Unset:
-    the built-in task."""
-    eval_data: str | None = None
+    data: tuple[str, ...] = ()
+    """JSON, JSON lines, Parquet, a directory of a data set, or a hub name, one or several; see
+    docs/data.md. Unset: the built-in task."""
+    eval_data: tuple[str, ...] = ()
     """Data to evaluate on. Unset: rows of --data behind its first ROWS, or else up to a tenth of
     its rows, held out."""
     media_root: tuple[str, ...] = ()
     """Folders that the paths in the rows are relative to. Unset: the folder of the data file."""
+    text_only: bool = False
+    """Accept data without images and videos."""
     rows: int | None = None
     """Train on the first ROWS rows of --data. Unset: all. Paper: 51,200 of Video-R1-260k."""
     check_data: bool = False
@@ -106,7 +109,7 @@ class RunArgs:
         """Names of the arguments that `--resume` may change: they do not affect what is computed.
         Some are declared by the scripts."""
         files = {"out", "overwrite", "track", "save_every", "keep", "resume", "allow_changed_args"}
-        reading = {"workers", "check_data", "max_skipped"}
+        reading = {"workers", "check_data", "max_skipped", "text_only"}
         steps = {"steps", "eval_every", "micro_batch_size", "prompts_per_step"}
         return files | reading | steps | {"gradient_checkpointing"}
 
@@ -180,12 +183,16 @@ def keep_printing() -> list[OSError]:
 
 
 def check_switches(args_class: type) -> None:
-    """Refuse a value for an option that takes none, such as `--think=false`."""
+    """Refuse a value for an option that takes none, such as `--think=false`, and none for one that
+    takes several, as from an unset shell variable: it would count as unset."""
     switches = {field.name for field in fields(args_class) if field.type is bool}
-    for word in sys.argv[1:]:
+    several = {option(x.name) for x in fields(args_class) if str(x.type).startswith("tuple")}
+    for word, following in pairwise([*sys.argv[1:], "--"]):
         name, has_value, _ = word.removeprefix("--").removeprefix("no-").partition("=")
         refused = has_value and name.replace("-", "_") in switches
         require(not refused, f"{word}: takes no value; give --{name} or --no-{name}")
+        given = word not in several or not following.startswith("--")
+        require(given, f"{word}: needs a value, or leave it out")
 
 
 def given_options() -> Namespace:
@@ -259,8 +266,8 @@ def same_inputs(args: Any) -> str:
     """The model and data arguments of a run as command-line text."""
     words = []
     names = ("model", "teacher", "data", "eval_data", "media_root", "rows", "frames", "fps")
-    for name in names:
+    for name in (*names, "text_only"):
         value = getattr(args, name, None)
         if value and value != getattr(type(args), name):
-            words += [option(name), *map(str, each(value))]
+            words += [option(name), *(() if value is True else map(str, each(value)))]
     return "".join(f" {shlex.quote(word)}" for word in words)

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from support.answers import read_number
-from support.cli import option
+from support.cli import each, option
 from support.datafiles import DataFile
 from support.disk import append
 from support.media import BadRow, first_line
@@ -141,7 +141,7 @@ class Prompts(Dataset):
                 prompt = self.prompt(row)
                 prompt.number = n
                 if n >= self.keep_media:  # avoid sending pictures between processes
-                    media = [replace(medium, frames=[]) for medium in prompt.example.media]
+                    media = [medium.without_frames() for medium in prompt.example.media]
                     prompt.example = replace(prompt.example, media=media)
                 return prompt, bad
             except BadRow as error:
@@ -239,15 +239,22 @@ def check_files(args: Any, is_toy: bool) -> None:
     bounded = any((args.image_tokens, args.min_image_tokens, args.frame_tokens))
     sizes = "--image-tokens, --min-image-tokens, --frame-tokens: on the toy a cell is a token"
     require(not (is_toy and bounded), f"{sizes}; use sft.py --grid")
-    if args.data is None:
-        for name in ("eval_data", "media_root", "rows", "check_data", "fps"):
+    if not args.data:
+        for name in ("eval_data", "media_root", "rows", "check_data", "fps", "text_only"):
             require(not getattr(args, name), f"{option(name)}: needs --data")
         if not is_toy:
             print_on_rank_0("no --data: training on the built-in task, as a smoke test")
         return
     learned = "the toy knows only the words of its task"
-    require(not is_toy, f"--data {args.data}: {learned}; give --model a real checkpoint")
+    data = " ".join(each(args.data))
+    require(not is_toy, f"--data {data}: {learned}; give --model a real checkpoint")
     require(args.grid is None and args.toy_order is None, "--grid, --toy-order: not with --data")
+
+
+def open_file(args: Any, name: str) -> DataFile:
+    """The rows of `--data` or `--eval-data`."""
+    paths = args.data if name == "--data" else args.eval_data
+    return DataFile(paths, args.media_root, args.frames, args.fps, name, args.text_only)
 
 
 def open_data(
@@ -261,20 +268,20 @@ def open_data(
     that `--rows` trains on, if there are any, else at most a tenth of the rows to train on. They
     are the same for every seed.
     """
-    if args.data is None:
+    if not args.data:
         return task.open_data(args, encode, keep_media=keep_media)
-    train = held_out = DataFile(args.data, args.media_root, args.frames, args.fps)
-    many = f"--rows {args.rows}: --data {args.data} has {len(train):,}"
-    require((args.rows or 0) <= len(train), f"{many}; leave it out")
+    train = held_out = open_file(args, "--data")
+    many = f"--rows {args.rows}: --data {' '.join(each(args.data))} has {len(train):,}"
+    require((args.rows or 0) <= len(train), f"{many} rows; lower or omit --rows")
     rows, behind = np.split(np.arange(len(train)), [args.rows or len(train)])
     if args.eval_data:
-        held_out = DataFile(args.eval_data, args.media_root, args.frames, args.fps, "--eval-data")
+        held_out = open_file(args, "--eval-data")
         apart = np.random.default_rng(0).permutation(len(held_out))[: args.eval_examples]
     elif len(behind):
         apart = np.random.default_rng(0).permutation(behind)[: args.eval_examples]
     require_same_on_ranks({"--data": f"{len(train)} rows", "--eval-data": f"{len(held_out)} rows"})
     if not args.eval_data and not len(behind):
-        require(len(rows) > 1, f"--data {args.data}: has one row; give --eval-data")
+        require(len(rows) > 1, f"--data {' '.join(each(args.data))}: has one row; give --eval-data")
         rows = np.random.default_rng(0).permutation(rows)
         apart, rows = np.split(rows, [min(args.eval_examples, max(1, len(rows) // 10))])
     apart, rows, max_tokens = np.sort(apart), np.sort(rows), args.max_prompt_tokens
@@ -301,10 +308,10 @@ def check_data(
     """
     require(world_size() == 1, "--check-data: runs in one process; start it without torchrun")
     report = {}
-    for flag, path in (("--data", args.data), ("--eval-data", args.eval_data)):
-        if path is None:
+    for flag, paths in (("--data", args.data), ("--eval-data", args.eval_data)):
+        if not paths:
             continue
-        file = DataFile(path, args.media_root, args.frames, args.fps, flag)
+        file, path = open_file(args, flag), " ".join(each(paths))
         bad_rows, rows = BadRows(1.0, len(file)), np.arange(len(file))
         prompts = Prompts(file, encode, rows, max_tokens=args.max_prompt_tokens)
         kinds, lengths, no_number = Counter(), [], []
@@ -313,7 +320,7 @@ def check_data(
             example = prompt.example
             media = [medium.kind for medium in example.media]
             kind = "several" if len(media) > 1 else "".join(media) or "text"
-            kinds[f"{kind}, {example.problem_type or 'exact match'}"] += 1
+            kinds[f"{kind}, {example.problem_type or 'no problem type'}"] += 1
             lengths.append(len(prompt.ids))
             numeric = example.problem_type in ("numerical", "regression")
             if numeric and accuracy_rule == "by-type" and read_number(example.solution) is None:

@@ -14,7 +14,8 @@ EasyR1 publishes it (Parquet), and one of LLaVA:
 
 `<image>` and `<video>` in the question or its options say where each medium stands; without them,
 media come first. Data files are untrusted: a row that cannot be used is reported with its reason
-and skipped, and no path leads outside the media roots.
+and skipped, and no path leads outside the media roots. Section 1 finds files, section 2 opens
+their rows, section 3 makes examples of them.
 """
 
 import glob
@@ -24,9 +25,10 @@ import math
 import os
 import re
 from array import array
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -36,9 +38,12 @@ import numpy as np
 import pyarrow
 from filelock import FileLock
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HOME
+from huggingface_hub.errors import LocalEntryNotFoundError
 from pyarrow import ipc, parquet, types
 
 from support.answers import MAX_ANSWER, extract_answer, folded, option_letter, option_texts
+from support.cli import each
 from support.disk import data_files
 from support.media import (
     MAX_FRAME_BYTES,
@@ -56,7 +61,7 @@ from support.ranks import UsageError, print_once, require
 # Accepted column names of each field. If a file has several of them, the first is read.
 COLUMNS = {
     "problem": ("problem", "question", "prompt", "query", "text", "conversations", "messages"),
-    "solution": ("solution", "answer", "ground_truth", "label"),
+    "solution": ("solution", "answer", "ground_truth", "label", "answers"),
     "process": ("process", "thought"),
     "options": ("options", "choices", "candidates"),
     "problem_type": ("problem_type",),
@@ -64,13 +69,13 @@ COLUMNS = {
     "data_source": ("data_source",),
 }
 CHATS = ("conversations", "messages")  # they hold the answer, too
+# `images` and `videos` may also stand inside a column, and image_1, image_2, ... are one list.
 MEDIA_COLUMNS = {
     "image": ("images", "image", "image_list"),
     "video": ("videos", "video", "video_path"),
     None: ("path",),
 }
-PERHAPS_MEDIA = re.compile("image|img|picture|photo|video|clip|frame", re.I)  # in a column's name
-MEDIA_PATH = re.compile(r".*\.(jpe?g|png|webp|gif|bmp|tiff?|mp4|mkv|webm|avi|mov|flv)", re.I)
+NUMBERED = re.compile(r"image_(\d{1,3})")
 # Keys of a row, or of one medium of it, that say which frames of a video are shown, as in Qwen's
 # own tools. For a list of frames, `fps` says how many of them are a second.
 CLIP = {"start": ("video_start", "start"), "end": ("video_end", "end"), "frames": ("nframes",)}
@@ -79,8 +84,10 @@ CLIP |= {"fps": ("sample_fps", "fps")}
 CHANGES = ("crop", "resized_height", "resized_width", "min_pixels", "max_pixels", "total_pixels")
 CHANGES += ("min_frames", "max_frames", "start_time", "end_time", "start_frame", "end_frame")
 CHANGES += ("frame_indices",)
-KNOWN = (*COLUMNS.values(), *MEDIA_COLUMNS.values(), *CLIP.values(), CHANGES)
-KNOWN = sum(KNOWN, ())  # columns that are read
+ROW_KEYS = sum((*MEDIA_COLUMNS.values(), *CLIP.values(), CHANGES), ())
+# A column that is not read but perhaps holds media, by its name or by a value.
+PERHAPS_MEDIA = re.compile("image|img|picture|photo|video|clip|frame", re.I)
+MEDIA_PATH = re.compile(r".*\.(jpe?g|png|webp|gif|bmp|tiff?|mp4|mkv|webm|avi|mov|flv)", re.I)
 ROLES = (["user"], ["human"], ["user", "assistant"], ["human", "gpt"])  # of a chat's turns
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 EXPECTED = "expected a JSON array of objects, one JSON object a line, or Parquet or Arrow files"
@@ -91,13 +98,80 @@ NOT_ROWS |= {b"\x1f\x8b": "is compressed"} | dict.fromkeys((b"\x80\4", b"\x80\5"
 KINDS = {b"PAR1": "Parquet", b"ARROW1": "an Arrow file", b"\xff\xff\xff\xff": "an Arrow stream"}
 KINDS |= {b"{": "JSON lines", b"[": "a JSON array"}
 HUB_NAME = re.compile(r"(?!.*\.(?:jsonl?|parquet|arrow|csv)$)[\w-][\w.-]*/[\w-][\w.-]*")
+# What is downloaded from a hub's repository beside JSON files, which name media by their paths.
+LOOSE_MEDIA = [f"*.{end}" for end in ("jpg", "jpeg", "png", "webp", "mp4", "mkv", "webm", "avi")]
 SHARD = re.compile(r"(^|[-_/])\d+(-of-\d+)?(-[0-9a-f]{16})?$")  # the number in a file's name
 # A row that exceeds a limit is bad. MAX_ROW is in bytes, MAX_MEDIA in images and videos, MAX_LISTED
 # in files that are the frames of a video, the others are in characters.
 MAX_ROW, MAX_PROBLEM, MAX_SOLUTION, MAX_THOUGHT = 2**20, 100_000, MAX_ANSWER, 50_000
-MAX_MEDIA, MAX_LISTED = 64, 10_000
+MAX_MEDIA, MAX_LISTED, MAX_EXTRA = 64, 10_000, 100_000
 # Parquet files may grow to so many times their size, or to so many bytes.
 MAX_GROWTH, LEAST_GROWTH = 100, 2**30
+INSPECTED = 100  # rows in which columns and media are looked for
+
+# 1. Files
+
+
+def find_files(path: str) -> tuple[Path, dict[str, list[Path]]]:
+    """The directory of a data set, and the files of each of its splits.
+
+    `path` is a file, a directory, or a data set's hub name, whose Parquet files, or else its JSON
+    files, are downloaded. `:SPLIT` after a directory or a hub name chooses from several splits.
+    """
+    place, split = Path(path), ""
+    if ":" in path and not place.exists():
+        place, split = Path(path.rpartition(":")[0]), path.rpartition(":")[2]
+    named = str(place)
+    if not place.exists() and HUB_NAME.fullmatch(named):
+        place = download(named, split)
+    require(place.exists(), "no such file or directory")
+    if place.is_file():
+        require(not split, f"is one file; leave out :{split}")
+        return place.parent, {"": [place]}
+    require(place.is_dir(), "is neither a file nor a directory")
+    files = {file.relative_to(place).as_posix(): file for file in data_files(str(place))}
+    splits = choose_splits(list(files), split, named)
+    return place, {label: [files[name] for name in names] for label, names in splits.items()}
+
+
+def download(name: str, split: str) -> Path:
+    """Download the chosen splits of a data set of the hub; returns their directory in the cache."""
+    fetch = partial(snapshot_download, name, repo_type="dataset")
+    chosen = ["*.parquet", "*.json", "*.jsonl"]
+    try:  # choose before anything is downloaded
+        names = [file.filename for file in fetch(allow_patterns=chosen, dry_run=True)]
+        tables = [x for x in names if x.endswith(".parquet")]
+        splits = choose_splits(tables or names, split, name).values()
+        chosen = [glob.escape(x) for names in splits for x in names]
+        chosen += [] if tables else LOOSE_MEDIA
+    except (OSError, ValueError):
+        pass  # offline: an earlier download is read
+    try:
+        return Path(fetch(allow_patterns=chosen))
+    except LocalEntryNotFoundError:
+        reason = f"cannot download {name}: no connection, and not in the cache"
+        remedy = "Check the network and HF_HUB_OFFLINE, or give a local directory"
+        raise UsageError(f"{reason}. {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"is neither here nor on the hub ({first_line(error)})") from None
+
+
+def choose_splits(names: list[str], split: str, place: str) -> dict[str, list[str]]:
+    """The names of the files of each split, which differ only in a number. Of several splits, those
+    with the file or folder name `split`, such as the validation splits of all configurations."""
+    splits = defaultdict(list)
+    for name in sorted(names):
+        label = SHARD.sub("", os.path.splitext(name)[0])
+        if not split or f"/{split}/" in f"/{label}/":
+            splits[label].append(name)
+    of_split = f" of a split {split!r}" if split else ""
+    require(splits, f"has no data files{of_split}; {EXPECTED}")
+    several = f"has the splits {', '.join(splits)[:300]}; choose, as in {place}:{min(splits)}"
+    require(len(splits) == 1 or split, several)
+    return splits
+
+
+# 2. Rows
 
 
 class JsonLines:
@@ -134,54 +208,8 @@ class JsonLines:
         return f" ({name}line {line})"
 
 
-def find_files(path: str) -> tuple[Path, list[Path]]:
-    """The directory of a data set, and the files of one of its splits.
-
-    `path` is a file, a directory of Parquet or Arrow files, or a data set's hub name, whose Parquet
-    files are downloaded. `:SPLIT` after a directory or a hub name chooses one of several splits.
-    """
-    place, split = Path(path), ""
-    if ":" in path and not place.exists():
-        place, split = Path(path.rpartition(":")[0]), path.rpartition(":")[2]
-    named = str(place)
-    if not place.exists() and HUB_NAME.fullmatch(named):
-        download = partial(snapshot_download, named, repo_type="dataset")
-        chosen = f"*{glob.escape(split)}*.parquet"
-        try:  # choose before anything is downloaded
-            names = [file.filename for file in download(allow_patterns=chosen, dry_run=True)]
-            chosen = [glob.escape(name) for name in one_split(names, split, named)]
-        except (OSError, ValueError):
-            pass  # offline: an earlier download is read
-        try:
-            place = Path(download(allow_patterns=chosen))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"is neither here nor on the hub ({first_line(error)})") from None
-    require(place.exists(), "no such file or directory")
-    if place.is_file():
-        require(not split, f"is one file; leave out :{split}")
-        return place.parent, [place]
-    require(place.is_dir(), "is neither a file nor a directory")
-    files = {file.relative_to(place).as_posix(): file for file in data_files(str(place))}
-    return place, [files[name] for name in one_split(list(files), split, named)]
-
-
-def one_split(names: list[str], split: str, place: str) -> list[str]:
-    """The names of the files of one split: they differ only in a number."""
-    splits = defaultdict(list)
-    for name in names:
-        label = SHARD.sub("", os.path.splitext(name)[0])
-        if not split or f"/{split}/" in f"/{label}/":
-            splits[label].append(name)
-    of_split = f" of a split {split!r}" if split else ""
-    require(splits, f"has no data files{of_split}; {EXPECTED}")
-    several = f"has the splits {', '.join(splits)[:300]}; choose one, as in {place}:{min(splits)}"
-    require(len(splits) == 1, several)
-    return splits.popitem()[1]
-
-
-def open_rows(files: list[Path]) -> tuple[Any, pyarrow.Schema | None]:
-    """The rows of data files, as a sequence of parsed JSON or of Arrow tables of one row, and the
-    types of all columns if the files state them."""
+def open_rows(files: list[Path]) -> tuple[Any, dict[str, pyarrow.DataType]]:
+    """The rows of data files, and the type of each column if the files state types."""
     kinds = {}
     for file in files:
         try:
@@ -192,10 +220,24 @@ def open_rows(files: list[Path]) -> tuple[Any, pyarrow.Schema | None]:
     require(len(kinds) == 1, f"has files of different kinds, {different}; keep one kind")
     (kind,) = kinds
     if kind == "JSON lines":
-        return JsonLines(files), None
+        return JsonLines(files), {}
     if kind == "a JSON array":
-        return [row for file in files for row in read_array(file)], None
-    return open_arrow(files, kind)
+        return [row for file in files for row in read_array(file)], {}
+    cache, copied = Path(os.environ.get("HF_DATASETS_CACHE") or f"{HF_HOME}/datasets"), ""
+    try:
+        if kind == "Parquet":
+            copied, schemas = f" or copied to {cache}", map(parquet.read_schema, files)
+            schema = next(filter(len, schemas), pyarrow.schema([]))
+            rows = ArrowRows([arrow_copy(files, cache)], kind)
+        else:
+            rows = ArrowRows(files, kind)
+            schema = rows.schema
+        require(len(schema) > 0, "has no columns")
+        return rows, {column.name: column.type for column in schema}
+    except UsageError:
+        raise
+    except Exception as error:  # hostile bytes raise any error of the library
+        raise UsageError(f"cannot be read{copied} ({first_line(error)})") from None
 
 
 def file_kind(file: Path) -> str:
@@ -221,47 +263,65 @@ def read_array(file: Path) -> list[Any]:
         raise UsageError(f"its array is not JSON, line {line}: {reason}") from None
 
 
-def open_arrow(files: list[Path], kind: str) -> tuple[Any, pyarrow.Schema]:
-    """The rows of Parquet or Arrow files, and the types of all columns. The rows stay on disk, and
-    their media stay undecoded."""
-    import datasets  # takes a second
+class ArrowRows:
+    """The rows of Arrow files, which stay on disk with their media undecoded."""
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are raised, too
-    cache, parts, copied = Path(datasets.config.HF_DATASETS_CACHE), [], ""
-    try:
-        if kind == "Parquet":
-            copied, schemas = f" or copied to {cache}", map(parquet.read_schema, files)
-            schema = next((x for x in schemas if x.names), pyarrow.schema([]))
-            files = [arrow_copy(files, cache)]
+    def __init__(self, files: list[Path], kind: str):
+        self.batches, self.schema = [], pyarrow.schema([])
         for file in files:
+            source = pyarrow.memory_map(str(file))
             if kind == "an Arrow file":
-                table = ipc.open_file(pyarrow.memory_map(str(file))).read_all()
-                table = datasets.table.InMemoryTable(table)
-                parts.append(datasets.Dataset(table, fingerprint=file.name))  # not hashed
+                reader = ipc.open_file(source)
+                batches = map(reader.get_batch, range(reader.num_record_batches))
             else:
-                parts.append(datasets.Dataset.from_file(str(file)))
-        rows = datasets.concatenate_datasets(parts)
-        schema = schema if copied else rows.data.schema
-        require(schema.names, "has no columns")  # names that are not text raise here
-        known = [name for name in rows.column_names if name in KNOWN]
-        return rows.with_format("arrow", known), schema
-    except UsageError:
-        raise
-    except Exception as error:  # hostile bytes raise any error of either library
-        raise UsageError(f"cannot be read{copied} ({first_line(error)})") from None
+                batches = reader = ipc.open_stream(source)
+            self.schema = self.schema if self.schema.names else reader.schema
+            kept = kept_columns(reader.schema)
+            self.batches += [batch.select(kept) for batch in batches if batch.num_rows]
+        self.ends = np.cumsum([batch.num_rows for batch in self.batches])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        number = int(np.searchsorted(self.ends, row, side="right"))
+        batch = self.batches[number]
+        batch = batch.slice(row - int(self.ends[number]) + batch.num_rows, 1)
+        batch.validate(full=True)  # a column with bad offsets would end the process
+        return batch.to_pylist()[0]
+
+
+def is_binary(kind: pyarrow.DataType) -> bool:
+    """Whether a column may hold media: the type of {bytes, path} names "binary", too."""
+    return "binary" in str(kind)
+
+
+def read_columns(names: Sequence[str]) -> list[str]:
+    """Those of the columns `names` that are read: of several names of a field, the first."""
+    fields = [next((x for x in known if x in names), None) for known in COLUMNS.values()]
+    return [x for x in names if x in fields or x in ROW_KEYS or NUMBERED.fullmatch(x)]
+
+
+def kept_columns(schema: pyarrow.Schema) -> list[str]:
+    """The columns of Parquet or Arrow files that are used: all but media that nothing reads."""
+    read, nested = read_columns(schema.names), re.compile("(images|videos): ")
+    return [
+        column.name
+        for column in schema
+        if column.name in read or not is_binary(column.type) or nested.search(str(column.type))
+    ]
 
 
 def arrow_copy(files: list[Path], cache: Path) -> Path:
-    """Copy those columns of Parquet files that are used to an Arrow file, whose rows can be read
-    one by one.
+    """Copy Parquet files to an Arrow file, whose rows can be read one by one.
 
-    The copy is named by a hash of each file's size, first and last MB. The last MB has the footer
-    with the statistics of each column. So the copy is made once, and again after a change.
+    The copy is named by a hash of each file's size, first and last MB, which has the statistics of
+    each column. So the copy is made once, and again after a change.
 
     Raises:
         UsageError: a column differs between files, or the copy is far larger than the files.
     """
-    digest, total = hashlib.sha256(repr(KNOWN).encode()), 0
+    digest, total = hashlib.sha256(repr((COLUMNS, ROW_KEYS, "all")).encode()), 0
     for file in files:
         size = file.stat().st_size
         total += size
@@ -276,9 +336,7 @@ def arrow_copy(files: list[Path], cache: Path) -> Path:
     with FileLock(f"{target}.lock"):
         if target.exists():
             return target
-        schema, announced = shared_schema(files)
-        require(announced <= limit, large)
-        part = target.with_suffix(".part")
+        schema, part = shared_schema(files), target.with_suffix(".part")
         try:
             with pyarrow.OSFile(str(part), "wb") as sink, ipc.new_stream(sink, schema) as stream:
                 for file in files:
@@ -293,134 +351,188 @@ def arrow_copy(files: list[Path], cache: Path) -> Path:
     return target
 
 
-def read_columns(names: Sequence[str]) -> list[str]:
-    """Those of the columns `names` that are read: of several names of a field, the first."""
-    unread = {x for known in COLUMNS.values() for x in [y for y in known if y in names][1:]}
-    return [name for name in names if name in KNOWN and name not in unread]
-
-
-def shared_schema(files: list[Path]) -> tuple[pyarrow.Schema, int]:
-    """The columns of Parquet files that are used, with types that suit all files with rows, and the
-    size in bytes that the footers announce for all rows."""
-    shared, first, announced = None, "", 0
+def shared_schema(files: list[Path]) -> pyarrow.Schema:
+    """The columns of Parquet files that are kept, with types that suit all files with rows. Columns
+    that nothing reads are left out if they differ between the files."""
+    schemas, columns = {}, defaultdict(dict)
     for file in files:
         with parquet.ParquetFile(file) as rows:
-            schema, footer = rows.schema_arrow, rows.metadata
-            groups = [footer.row_group(n) for n in range(footer.num_row_groups)]
-            announced += sum(group.total_byte_size for group in groups)
-            count = footer.num_rows
-        if not count:
-            continue
-        plain = {name: schema.field(name).type for name in read_columns(schema.names)}
-        for name, kind_of in plain.items():
-            if types.is_dictionary(kind_of):  # pandas' categories
-                plain[name] = kind_of.value_type
-        schema = pyarrow.schema(plain)
-        shared, first = shared or schema, first or file.name
-        for name in {*schema.names} ^ {*shared.names}:
-            has, lacks = (first, file.name) if name in shared.names else (file.name, first)
-            raise UsageError(f"{has} has the column {name}, but {lacks} does not")
-        try:
-            shared = pyarrow.unify_schemas([shared, schema])
-        except pyarrow.ArrowException as error:
-            raise UsageError(f"{file.name} differs from {first}: {first_line(error)}") from None
-    require(shared is not None, "has no rows")
-    return shared, announced
+            if rows.metadata.num_rows:
+                schemas[file.name] = kept_columns(rows.schema_arrow)
+                for name in schemas[file.name]:
+                    kind = rows.schema_arrow.field(name).type  # pandas' categories: a dictionary
+                    kind = kind.value_type if types.is_dictionary(kind) else kind
+                    columns[name][file.name] = pyarrow.schema({name: kind})
+    require(schemas, "has no rows")
+    read, shared = {x for names in schemas.values() for x in read_columns(names)}, []
+    for name, found in columns.items():
+        has, lacks = [*found], [file for file in schemas if file not in found]
+        fault = f"{has[0]} has the column {name}, but {lacks[0]} does not" if lacks else ""
+        kind = found[has[0]]
+        for file in has if not fault else ():
+            try:
+                kind = pyarrow.unify_schemas([kind, found[file]])
+            except pyarrow.ArrowException as error:
+                fault = f"{file} differs from {has[0]}: {first_line(error)}"
+                break
+        require(not fault or name not in read, fault)
+        shared += [] if fault else [kind.field(0)]
+    return pyarrow.schema(shared)
+
+
+# 3. Examples
+
+
+@dataclass
+class Part:
+    """The rows of one split, from row `start` of the whole on. `source` is the data source of rows
+    that name none."""
+
+    name: str
+    source: str
+    rows: Any
+    types: dict[str, pyarrow.DataType]
+    roots: list[Path]
+    start: int
+    columns: dict[str, str] = field(default_factory=dict)  # the name of each field of `COLUMNS`
 
 
 class DataFile:
-    """The rows of a data file as `Example`s, read one at a time.
+    """The rows of data files as `Example`s, read one at a time.
 
-    `path` is passed to `find_files`, `frames` and `fps` to `frame_indices`. Without both, a video
-    gives one frame a second, as in the paper. Media are searched for under `roots`, by default the
-    file's own directory. Rank 0 prints which columns are read.
+    `paths` are one or several that `find_files` takes; their rows follow one another. `frames` and
+    `fps` are passed to `frame_indices`. Without both, a video gives one frame a second, as in the
+    paper. Media are searched for under `roots`, by default the directory of each file. Rank 0
+    prints which columns are read.
 
     Raises:
-        UsageError: the file or a root does not exist, or the file holds no questions.
+        UsageError: a file or a root does not exist, or a file holds no questions or, unless
+            `text_only` is set, no media in its first rows.
     """
 
     def __init__(
         self,
-        path: str,
+        paths: str | Sequence[str],
         roots: Sequence[str] = (),
         frames: int | None = None,
         fps: float | None = None,
         option: str = "--data",
+        text_only: bool = False,
     ):
-        self.file, self.frames = Path(path).name, frames
-        self.fps = 1.0 if frames is None and fps is None else fps
+        self.frames, self.fps = frames, 1.0 if frames is None and fps is None else fps
         for root in roots:
             require(Path(root).is_dir(), f"--media-root {root}: no such directory")
-        try:
-            folder, files = find_files(path)
-            self.roots = [Path(root).resolve() for root in roots or [folder]]
-            self.rows, self.schema = open_rows(files)
-            self.columns, note = self.find_columns()
-        except UsageError as error:
-            raise UsageError(f"{option} {path}: {error}") from None
-        print_once(f"{option} {path}: {len(self):,} rows, {note}")
+        paths, self.parts, self.ends = each(paths), [], []
+        names = [Path(path).name for path in paths]
+        for path, name in zip(paths, names, strict=True):
+            name, notes = path if names.count(name) > 1 else name, Counter()
+            try:
+                folder, splits = find_files(path)
+                for label, files in splits.items():
+                    source = label if len(splits) > 1 else name if len(paths) > 1 else ""
+                    named = f"{name.partition(':')[0]}:{label}" if len(splits) > 1 else name
+                    own = [Path(root).resolve() for root in roots or [folder]]
+                    part = Part(named, source, *open_rows(files), own, len(self))
+                    self.parts.append(part)
+                    self.ends.append(part.start + len(part.rows))
+                    notes[self.find_columns(part, text_only)] += len(part.rows)
+            except UsageError as error:
+                raise UsageError(f"{option} {path}: {error}") from None
+            for note, count in notes.items():
+                print_once(f"{option} {path}: {count:,} rows, {note}")
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.ends[-1] if self.ends else 0
 
-    def find_columns(self) -> tuple[dict[str, str], str]:
-        """The file's name for each of `COLUMNS`, and a note that says which are read. JSON rows may
-        differ, so the first 100 are inspected."""
-        require(len(self) > 0, "has no rows")
-        present, reason = set(self.schema.names if self.schema else ()), ""
-        unread = {name for name in present if PERHAPS_MEDIA.search(name)}
-        # The type of a column of {bytes, path} has "binary" in it, too.
-        unread |= {field.name for field in self.schema or () if "binary" in str(field.type)}
-        for row in range(0 if present else min(100, len(self))):
-            try:
-                fields = self.fields(row)
-                present |= fields.keys()
-                for name, value in fields.items():
-                    value = value[0] if isinstance(value, list) and value else value
-                    is_path = isinstance(value, str) and MEDIA_PATH.fullmatch(value[:1000])
-                    if is_path or PERHAPS_MEDIA.search(name):
-                        unread.add(name)
-            except BadRow as error:
-                reason = reason or f"{self.place(row)} {error}"
-                if row == 1 and not present:  # not JSON lines, perhaps a dictionary around rows
-                    break
-        require(present, f"{reason or 'its rows are empty'}; {EXPECTED}")
-        columns = {
-            field: next((name for name in names if name in present), None)
-            for field, names in COLUMNS.items()
-        }
-        question, answer = columns["problem"], columns["solution"]
-        answer = answer or (question if question in CHATS else None)
-        wanted = [" or ".join(COLUMNS[field]) for field in ("problem", "solution")]
-        expected = f"expected a question in {wanted[0]}, and an answer in {wanted[1]}"
-        found = f"has the columns {', '.join(sorted(present))[:300]}"
-        require(question and answer, f"{found}; {expected}")
-        media = [name for names in MEDIA_COLUMNS.values() for name in names if name in present]
-        media = ", ".join(media) or "no column"
-        note = f"question in {question}, answer in {answer}, media in {media}"
-        if unread := ", ".join(sorted(unread - {*KNOWN}))[:300]:
-            note += f"; not read, but perhaps media: {unread}"
-        clip = [name for names in CLIP.values() for name in names if name in present]
-        note += f"; the part of a video in {', '.join(clip)}" if clip else ""
-        if columns["problem_type"] is None:
-            note += "; no problem_type: multiple choice with options, else exact match"
-        return {field: name or field for field, name in columns.items()}, note
+    def locate(self, row: int) -> tuple[Part, int]:
+        """The part that holds row number `row`, and the number of the row there."""
+        part = self.parts[bisect_right(self.ends, row)]
+        return part, row - part.start
 
     def name(self, row: int) -> str:
-        return f"{self.file} row {row + 1}"
+        part, row = self.locate(row)
+        return f"{part.name} row {row + 1}"
 
     def place(self, row: int) -> str:
         """The name of a row and, in JSON lines, the number of its line, both counted from 1."""
-        is_lines = isinstance(self.rows, JsonLines)
-        return self.name(row) + (self.rows.place(row) if is_lines else "")
+        part, number = self.locate(row)
+        is_lines = isinstance(part.rows, JsonLines)
+        return self.name(row) + (part.rows.place(number) if is_lines else "")
+
+    def find_columns(self, part: Part, text_only: bool) -> str:
+        """Find the part's name for each of `COLUMNS`; returns a note that says which columns are
+        read. JSON rows may differ, so the first rows are inspected."""
+        require(len(part.rows) > 0, "has no rows")
+        first = range(part.start, part.start + min(INSPECTED, len(part.rows)))
+        present, looks = self.inspect(part, first)
+        found = {field: [x for x in names if x in present] for field, names in COLUMNS.items()}
+        part.columns = {field: names[0] if names else field for field, names in found.items()}
+        question, answer = part.columns["problem"], part.columns["solution"]
+        answer = answer if found["solution"] else question if question in CHATS else None
+        wanted = [" or ".join(COLUMNS[field]) for field in ("problem", "solution")]
+        expected = f"expected a question in {wanted[0]}, and an answer in {wanted[1]}"
+        columns = f"has the columns {', '.join(sorted(present))[:300]}"
+        require(found["problem"] and answer, f"{columns}; {expected}")
+        read = read_columns(present)
+        read += sorted(looks["like a group of media"].difference(read))
+        unread = [name for name in present if name not in read]
+        shown = text_only or any(self.has_media(row) for row in first)
+        blind = f"none of the first {len(first)} rows has an image or a video"
+        columns = f"columns read: {', '.join(read)}, not read: {', '.join(unread)[:300] or 'none'}"
+        require(shown, f"{blind}; {columns}; give --text-only if that is meant")
+        clip = [x for x in read if x in sum(CLIP.values(), ())]
+        media = [x for x in read if x not in (*part.columns.values(), *clip, *CHANGES)]
+        note = f"question in {question}, answer in {answer}, "
+        note += f"media in {', '.join(media) or 'no column'}"
+        for words, names in (
+            ("the part of a video in", clip),
+            ("not read, but perhaps media:", [x for x in unread if x in looks["like media"]]),
+            ("not read, but perhaps options:", [x for x in unread if x in looks["like options"]]),
+        ):
+            note += f"; {words} {', '.join(names)[:300]}" if names else ""
+        if not found["problem_type"]:
+            note += "; no problem_type: multiple choice with options, else equal answers are right"
+        return note
+
+    def inspect(self, part: Part, first: range) -> tuple[list[str], dict[str, set[str]]]:
+        """All columns, and those that look like media by their name, type or values, like options
+        (lists of short texts), or like a group of media (`images` or `videos` inside)."""
+        present, looks, reason = dict.fromkeys(part.types), defaultdict(set), ""
+        looks["like media"] = {name for name, kind in part.types.items() if is_binary(kind)}
+        for row in first[: 10 if present else INSPECTED]:  # rows of Arrow may hold large media
+            try:
+                fields = self.fields(row)
+            except BadRow as error:
+                reason = reason or f"{self.place(row)} {error}"
+                if row == part.start + 1 and not present:  # perhaps a dictionary around the rows
+                    break
+                continue
+            present |= dict.fromkeys(fields)
+            for name, value in fields.items():
+                items = value if isinstance(value, list) else [value]
+                short = [x for x in items if isinstance(x, str) and len(x) < 1000]
+                if any(map(MEDIA_PATH.fullmatch, short[:10])):
+                    looks["like media"].add(name)
+                if len(short) == len(items) > 1:
+                    looks["like options"].add(name)
+                if isinstance(value, dict) and (value.get("images") or value.get("videos")):
+                    looks["like a group of media"].add(name)
+        looks["like media"] |= {name for name in present if PERHAPS_MEDIA.search(name)}
+        require(present, f"{reason or 'its rows are empty'}; {EXPECTED}")
+        return [*present], looks
+
+    def has_media(self, row: int) -> bool:
+        """Whether a row lists an image or a video, readable or not."""
+        try:
+            return bool(listed_media(self.named_fields(row)))
+        except BadRow:
+            return False
 
     def fields(self, row: int) -> dict[str, Any]:
         """The columns of a row, as the file has them."""
+        part, number = self.locate(row)
         try:
-            fields = self.rows[row]
-            if isinstance(fields, pyarrow.Table):
-                fields.validate(full=True)  # a column with bad offsets would end the process
-                (fields,) = fields.to_pylist()
+            fields = part.rows[number]
         except json.JSONDecodeError as error:
             raise BadRow(f"is not JSON: {error.msg} at column {error.colno}") from None
         except BadRow:
@@ -431,20 +543,32 @@ class DataFile:
             raise BadRow("is not a JSON object")
         return fields
 
+    def named_fields(self, row: int) -> dict[str, Any]:
+        """The columns of a row, with those of `COLUMNS` and its media under the project's names."""
+        own, columns = self.fields(row), self.locate(row)[0].columns
+        fields = own | {field: own.get(column) for field, column in columns.items()}
+        for column in own.values():
+            for name in ("images", "videos") if isinstance(column, dict) else ():
+                fields[name] = fields.get(name) or column.get(name)
+        if isinstance(fields["problem"], list):
+            chat = read_chat(fields["problem"])
+            fields |= {x: y for x, y in chat.items() if x == "problem" or not fields.get(x)}
+        if not any(map(fields.get, MEDIA_COLUMNS["image"])):
+            numbered = sorted((int(x[1]), x[0]) for x in map(NUMBERED.fullmatch, own) if x)
+            fields["images"] = [own[name] for _, name in numbered if own[name]]
+        return fields
+
     def example(self, row: int) -> Example:
         """Row number `row` (from 0) with its media.
 
         Raises:
             BadRow: the row cannot be used.
         """
-        fields = self.fields(row)
-        fields = fields | {field: fields.get(column) for field, column in self.columns.items()}
-        if isinstance(fields["problem"], list):
-            chat = read_chat(fields["problem"])
-            fields |= {x: y for x, y in chat.items() if x == "problem" or not fields.get(x)}
+        part, _ = self.locate(row)
+        fields = self.named_fields(row)
         example = read_example(fields)
         media, size = [], 0
-        for kind, source, clip in self.media_sources(fields, example):
+        for kind, source, clip in self.media_sources(fields, example, part.roots):
             flags = {"frames": self.frames, "fps": None if "frames" in clip else self.fps}
             if kind == "image":
                 medium = Media([read_image(source)])
@@ -457,25 +581,24 @@ class DataFile:
             size += sum(3 * frame.width * frame.height for frame in medium.frames)
             if size > MAX_FRAME_BYTES:
                 raise BadRow("its media take more than 4 GB")
-        return replace(example, media=media, name=self.name(row))
+        extra = other_columns(self.fields(row), read={*part.columns.values(), *ROW_KEYS})
+        source = example.source or part.source
+        return replace(example, media=media, name=self.name(row), source=source, extra=extra)
 
     def media_sources(
-        self, fields: dict[str, Any], example: Example
+        self, fields: dict[str, Any], example: Example, roots: list[Path]
     ) -> list[tuple[str, Any, dict[str, float]]]:
         """For each medium of a row: "image" or "video", its file or content (a list, if a video is
         given as frames), and the result of `read_clip`. The order is that of the markers in the
         text; without markers, images come first."""
         found, data_type = [], fields["data_type"] or None
-        for kind, names in MEDIA_COLUMNS.items():
-            name = next(filter(fields.get, names), None)
-            if name is None or (name == "path" and found):
-                continue
+        for column_kind, name, items in listed_media(fields):
             if name == "path" and data_type not in ("image", "video", None):
                 raise BadRow(f"data_type is {str(data_type)[:40]!r}; known are image and video")
-            kind = kind or data_type
-            items = fields[name] if isinstance(fields[name], list) else [fields[name]]
+            kind = column_kind or data_type
+            open_item = partial(open_medium, roots=roots, name=name)
             if kind == "video" and len(items) > 1 and not isinstance(items[0], list):
-                is_frames = not is_video(self.source(items[0], name, 1))
+                is_frames = not is_video(open_item(items[0], number=1))
                 items = [items] if is_frames else items
             if len(items) > MAX_MEDIA:
                 raise BadRow(f"{name!r} has {len(items):,} files; at most {MAX_MEDIA} are allowed")
@@ -484,9 +607,9 @@ class DataFile:
                 if kind == "video" and isinstance(listed, list) and listed:
                     if len(listed) > MAX_LISTED:
                         raise BadRow(f"{name!r} has {len(listed):,} frames; at most {MAX_LISTED:,}")
-                    source = [self.source(frame, name, number) for frame in listed]
+                    source = [open_item(frame, number=number) for frame in listed]
                 else:
-                    source = self.source(item, name, number)
+                    source = open_item(item, number=number)
                 medium = kind or ("video" if is_video(source) else "image")
                 found.append((medium, source, read_clip(item if isinstance(item, dict) else {})))
         of_row = read_clip(fields) if found else {}
@@ -500,43 +623,36 @@ class DataFile:
         markers = re.findall("<(image|video)>", "\n".join([example.problem, *example.options]))
         if not markers:
             return found
-        kinds = Counter(kind for kind, *_ in found)
-        if Counter(markers) != kinds:
-            placed = f"places {markers.count('image')} images and {markers.count('video')} videos"
-            raise BadRow(f"its text {placed}, but it has {kinds['image']} and {kinds['video']}")
+        kinds = [kind for kind, *_ in found]
+        if Counter(markers) != Counter(kinds):
+            marked = (
+                f"{markers.count('image')} <image> and {markers.count('video')} <video> markers"
+            )
+            has = f"{kinds.count('image')} images and {kinds.count('video')} videos"
+            raise BadRow(f"the text has {marked}, but the row has {has}")
         return [found.pop([kind for kind, *_ in found].index(marker)) for marker in markers]
 
-    def source(self, item: Any, name: str, number: int) -> Path | MediaBytes:
-        """The file or content of an item of the column `name`."""
-        content = medium_source(item)
-        if isinstance(content, bytes):
-            return MediaBytes(f"{name} {number}", content)
-        if isinstance(content, str) and content:
-            return self.find(content)
-        raise BadRow(f"{name!r} has {str(item)[:40]}, not the path or bytes of a file")
 
-    def find(self, path: str) -> Path:
-        """The file that `path` names under one of the roots; targets of links are checked too."""
-        outside = folder = False
-        wanted = "give a path under --media-root, or the bytes in Parquet"
-        if scheme := re.match(r"(data:|[a-z][a-z0-9+]+://)", path):
-            raise BadRow(f"path {path[:40]!r} is an address ({scheme[0]}); {wanted}")
-        for root in self.roots:
-            try:
-                target = (root / path).resolve()
-                if any(target.is_relative_to(allowed) for allowed in self.roots):
-                    if target.is_file():
-                        return target
-                    folder = folder or target.is_dir()
-                else:
-                    outside = True
-            except (OSError, ValueError, RuntimeError):  # too long, has a NUL, or a loop of links
-                continue
-        if folder:
-            raise BadRow(f"path {path[:200]!r} is a folder; list its frames in order")
-        if re.fullmatch(r"[\w+/\s-]{99,}=*\s*", path):
-            raise BadRow(f"path {path[:40]!r}... is base64; {wanted}")
-        raise BadRow(f"path {path[:200]!r} {'leaves' if outside else 'is not under'} --media-root")
+def listed_media(fields: dict[str, Any]) -> list[tuple[str | None, str, list]]:
+    """The columns of a row that list its media: the kind (None if the column does not say), the
+    name and the items."""
+    found = []
+    for kind, names in MEDIA_COLUMNS.items():
+        name = next(filter(fields.get, names), None)
+        if name is not None and not (name == "path" and found):
+            items = fields[name] if isinstance(fields[name], list) else [fields[name]]
+            found.append((kind, name, items))
+    return found
+
+
+def open_medium(item: Any, roots: list[Path], name: str, number: int) -> Path | MediaBytes:
+    """The file or content of an item of the column `name`."""
+    content = medium_source(item)
+    if isinstance(content, bytes):
+        return MediaBytes(f"{name} {number}", content)
+    if isinstance(content, str) and content:
+        return find_medium(content, roots)
+    raise BadRow(f"{name!r} has {str(item)[:40]}, not the path or bytes of a file")
 
 
 def medium_source(item: Any) -> Any:
@@ -544,6 +660,32 @@ def medium_source(item: Any) -> Any:
     if not isinstance(item, dict):
         return item
     return item.get("bytes") or item.get("path") or item.get("url") or item.get("base64")
+
+
+def find_medium(path: str, roots: list[Path]) -> Path:
+    """The file that `path` names under one of the roots; targets of links are checked too."""
+    outside = folder = False
+    wanted = "give a path under --media-root, or the bytes in Parquet"
+    if scheme := re.match(r"(data:|[a-z][a-z0-9+]+://)", path):
+        raise BadRow(f"path {path[:40]!r} is an address ({scheme[0]}); {wanted}")
+    # The files of a data set in the hub's cache are links to its blobs.
+    blobs = [root.parent.parent / "blobs" for root in roots if root.parent.name == "snapshots"]
+    for root in roots:
+        try:
+            target = (root / path).resolve()
+            if any(target.is_relative_to(allowed) for allowed in [*roots, *blobs]):
+                if target.is_file():
+                    return target
+                folder = folder or target.is_dir()
+            else:
+                outside = True
+        except (OSError, ValueError, RuntimeError):  # too long, has a NUL, or a loop of links
+            continue
+    if folder:
+        raise BadRow(f"path {path[:200]!r} is a folder; list its frames in order")
+    if re.fullmatch(r"[\w+/\s-]{99,}=*\s*", path):
+        raise BadRow(f"path {path[:40]!r}... is base64; {wanted}")
+    raise BadRow(f"path {path[:200]!r} {'leaves' if outside else 'is not under'} --media-root")
 
 
 def read_clip(fields: dict[str, Any]) -> dict[str, float]:
@@ -591,37 +733,52 @@ def read_chat(turns: list[Any]) -> dict[str, Any]:
     return fields
 
 
+def other_columns(fields: dict[str, Any], read: set[str]) -> dict[str, Any]:
+    """The columns of a row that nothing reads, as JSON has them: numbers, texts, lists and objects.
+    A date or a decimal is its text. Media, and what exceeds `MAX_EXTRA` characters, are left out.
+    """
+
+    def text_of(value: Any) -> str:
+        if isinstance(value, bytes):
+            raise TypeError("media")
+        return str(value)
+
+    extra, size = {}, 0
+    for name in fields.keys() - read:
+        try:
+            text = json.dumps(fields[name], default=text_of)
+        except (TypeError, ValueError, RecursionError):
+            continue
+        if size + len(text) <= MAX_EXTRA:
+            extra[name], size = json.loads(text), size + len(text)
+    return extra
+
+
 def read_example(fields: dict[str, Any]) -> Example:
     """The example of a row without its media.
 
     Raises:
         BadRow: a field is missing or invalid.
     """
-    texts = []
-    for field, name in (("problem", "question"), ("solution", "answer")):
-        text = fields[field]
-        if isinstance(text, int) or (isinstance(text, float) and math.isfinite(text)):
-            text = str(text)
-        elif isinstance(text, Decimal):
-            text = re.sub(r"\.0*$|(\.\d*[1-9])0+$", r"\1", f"{text:f}")
-        if not isinstance(text, str) or not text.strip():
-            raise BadRow(f"has no text for its {name}")
-        texts.append(text)
-    problem, solution = texts
-    thought = fields["process"] if isinstance(fields["process"], str) else ""
-    before, end, after = solution.partition("</think>")
-    if end:
-        thought, solution = thought.strip() or before + end, after
-    answer = extract_answer(solution)
-    solution = solution.strip() if answer is None else answer
-    if not solution or "<answer>" in solution or "</answer>" in solution:
-        raise BadRow("has an unpaired answer tag, or nothing between the tags")
+    problem, answers = as_text(fields["problem"], "question"), fields["solution"]
+    answers = answers[:MAX_MEDIA] if isinstance(answers, list) and answers else [answers]
+    solutions, thought = [], fields["process"] if isinstance(fields["process"], str) else ""
+    for answer in answers:
+        solution = as_text(answer, "answer")
+        before, end, after = solution.partition("</think>")
+        if end:
+            thought, solution = thought.strip() or before + end, after
+        inside = extract_answer(solution)
+        solution = solution.strip() if inside is None else inside
+        if not solution or "<answer>" in solution or "</answer>" in solution:
+            raise BadRow("has an unpaired answer tag, or nothing between the tags")
+        solutions.append(solution)
     options = fields["options"] or []
     if not isinstance(options, list) or not all(isinstance(x, str) for x in options):
         raise BadRow("options is not a list of texts")
     for name, text, limit in (
         ("question", problem, MAX_PROBLEM),
-        ("answer", solution, MAX_SOLUTION),
+        *(("answer", solution, MAX_SOLUTION) for solution in solutions),
         ("options", "\n".join(options), MAX_SOLUTION),
         ("thought", thought, MAX_THOUGHT),
     ):
@@ -634,10 +791,13 @@ def read_example(fields: dict[str, Any]) -> Example:
         known = ", ".join(PROBLEM_TYPES)
         raise BadRow(f"problem_type is {str(problem_type)[:40]!r}; known are {known}")
     if problem_type == "multiple choice":
-        options, solution = choices(options, solution)
+        pairs = zip(answers, solutions, strict=True)
+        letters = [letter_of(text, options, isinstance(answer, int)) for answer, text in pairs]
+        options, solutions = with_letters(options), letters
     return Example(
         problem=problem,
-        solution=solution,
+        solution=solutions[0],
+        also_right=tuple(solutions[1:]),
         media=[],
         response=thought.strip() or None,
         problem_type=problem_type,
@@ -646,11 +806,32 @@ def read_example(fields: dict[str, Any]) -> Example:
     )
 
 
-def choices(options: list[str], solution: str) -> tuple[list[str], str]:
-    """The options with their letters, which the prompt asks for, and the letter of the solution.
+def as_text(value: Any, name: str) -> str:
+    """The text of a question or an answer, which may be a number."""
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        value = str(value)
+    elif isinstance(value, Decimal):
+        value = re.sub(r"\.0*$|(\.\d*[1-9])0+$", r"\1", f"{value:f}")
+    if not isinstance(value, str) or not value.strip():
+        raise BadRow(f"has no text for its {name}")
+    return value
 
-    Options without letters get the letters of their positions. If no options are listed (the
-    problem may contain them), a solution that is not a letter remains unchanged.
+
+def with_letters(options: list[str]) -> list[str]:
+    """The options with their letters, which the prompt asks for: their own, or those of their
+    positions."""
+    texts = option_texts(options)
+    if list(texts.values()) == options:
+        return [f"{name}. {text}" for name, text in texts.items()]
+    return options
+
+
+def letter_of(solution: str, options: list[str], is_integer: bool) -> str:
+    """The letter of the option that a solution names by letter or text. If no options are listed
+    (the problem may contain them), a solution that is not a letter remains unchanged.
+
+    Raises:
+        BadRow: it names none, or several.
     """
     texts = option_texts(options)
     if len(texts) < len(options):
@@ -661,6 +842,8 @@ def choices(options: list[str], solution: str) -> tuple[list[str], str]:
         raise BadRow(f"solution {solution[:40]!r} is a letter, and the text of option {same[0]}")
     if options and not letter:
         raise BadRow(f"solution {solution[:40]!r} is not one of the options {', '.join(texts)}")
-    if list(texts.values()) == options:
-        options = [f"{name}. {text}" for name, text in texts.items()]
-    return options, letter or solution
+    places = dict(enumerate(texts)) if is_integer else {}
+    if places.get(int(solution) if places else 0, letter) != letter:
+        either = f"the text of option {letter} or the number of another"
+        raise BadRow(f"solution {solution} is {either}; give a letter, or the text as a string")
+    return letter or solution

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -35,16 +36,28 @@ Features = tuple[Tensor, ...]
 
 @dataclass
 class Media:
-    """One image, or the frames of one video. `times` are the seconds at which a video shows its
-    frames, by default two a second. Qwen3-VL reads them, and Qwen2.5-VL's positions follow
-    `seconds_per_patch`, the mean time between two pairs of frames."""
+    """One image, or the frames of one video, of `size` (width, height). `times` are the seconds at
+    which a video shows its frames, by default two a second. Qwen3-VL reads them, and Qwen2.5-VL's
+    positions follow `seconds_per_patch`, the mean time between two pairs of frames."""
 
     frames: list[Image.Image]
     is_video: bool = False
     times: Sequence[float] = ()
+    size: tuple[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.times = self.times or [i / 2 for i in range(len(self.frames))]
+        self.size = self.frames[0].size if self.frames else (0, 0)
+
+    def without_frames(self) -> "Media":
+        """A copy that keeps the size and the times. Its frames raise an error if they are used."""
+        bare = copy(self)
+        del bare.frames
+        return bare
+
+    def __getattr__(self, name: str) -> Any:
+        dropped = "the frames of this prompt's media were dropped; pass keep_media=True to prepare"
+        raise AttributeError(dropped if name == "frames" else name)
 
     @property
     def kind(self) -> str:
@@ -63,7 +76,9 @@ class Example:
     the media come before the text, or after it if `PromptConfig.question_first` is set.
     `response` is a demonstration for SFT. `target`, on the toy only, holds the indices of the
     visual tokens that show what the question asks about. `problem_type` selects the accuracy
-    measure; "" means exact match. `name` identifies the example's row. `source` is its data source.
+    measure; "" means that equal answers are right. `name` identifies the example's row, `source` is
+    its data source, and `extra` holds the columns of the row that nothing else reads, for rewards
+    and metrics of one's own. Any solution of `also_right` is as good as `solution`.
     """
 
     problem: str
@@ -75,6 +90,8 @@ class Example:
     options: tuple[str, ...] = ()
     name: str = ""
     source: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+    also_right: tuple[str, ...] = ()
 
 
 @dataclass
@@ -400,7 +417,7 @@ def encode_prompt(processor: Processor, example: Example) -> Prompt:
     """
     encode = partial(processor.tokenizer.encode, add_special_tokens=False)
     thinks = processor.prompt_config.think or not processor.response_prefix
-    require(thinks, "--no-think: the chat template of this model opens a thought; leave it out")
+    require(thinks, "--no-think: the chat template of this model opens a thought; omit --no-think")
     parts = split_turn(processor.prompt_config, example)
     kinds = [part.kind if isinstance(part, Media) else "text" for part in parts]
     ids, blocks, text = [], [], ""  # `text` is not yet encoded: its end and a stamp are one text
@@ -436,8 +453,8 @@ def split_turn(asked: PromptConfig, example: Example) -> list[str | Media]:
         return [part for part in parts if part]
     given = [f"<{medium.kind}>" for medium in media]
     if pieces[1::2] != given:
-        found = f"its text places {', '.join(pieces[1::2])}"
-        raise ValueError(f"{found}, but its media are {', '.join(given) or 'none'}")
+        found = f"the text has the markers {', '.join(pieces[1::2])}"
+        raise ValueError(f"{found}, but the media are {', '.join(given) or 'none'}")
     pieces[1::2] = media
     return [piece for piece in pieces if piece]
 
@@ -463,17 +480,19 @@ def target_tokens(processor: Processor, example: Example, blocks: list[Block]) -
 def load_blocks(processor: Processor, media: Media) -> list[tuple[str, Block]]:
     """The vision blocks of one image or video, each with the text that precedes it."""
     pixels, (t, h, w) = process_media(processor, media)
-    vision, merge = processor.config.vision_config, processor.image_processor.merge_size
+    family, merge = processor.config.model_type, processor.image_processor.merge_size
     rows, columns, interval = h // merge, w // merge, 1
-    if media.is_video and processor.config.model_type == "qwen3_vl":
+    unknown = f"{family}: its layout of videos is not known; add it to load_blocks"
+    require(family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), unknown)
+    if media.is_video and family == "qwen3_vl":
         # Each pair of frames is a block behind its mean time. The release replaces the template's
         # <|vision_start|> and <|vision_end|> too; transformers 5 keeps an outer pair of them.
         times = [*media.times, media.times[-1]]  # an odd number of frames repeats the last
         stamps = [f"<{(times[2 * i] + times[2 * i + 1]) / 2:.1f} seconds>" for i in range(t)]
         blocks = [Block(x, (1, rows, columns), is_video=True) for x in pixels.chunk(t)]
         return list(zip(stamps, blocks, strict=True))
-    if media.is_video and processor.config.model_type == "qwen2_5_vl":  # Qwen2-VL counts patches
-        interval = vision.tokens_per_second * media.seconds_per_patch
+    if media.is_video and family == "qwen2_5_vl":  # Qwen2-VL counts patches
+        interval = processor.config.vision_config.tokens_per_second * media.seconds_per_patch
     return [("", Block(pixels, (t, rows, columns), media.is_video, interval))]
 
 

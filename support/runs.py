@@ -42,6 +42,7 @@ from support.disk import (
     write_record,
     writing,
 )
+from support.pictures import draw_run
 from support.ranks import (
     STOP_SIGNALS,
     UsageError,
@@ -163,7 +164,7 @@ class Run:
 
     An existing run at `out` is moved to `<out>.1` and so on, or replaced with `--overwrite`;
     `check_run` says what is never touched. With a `state`, the existing run is resumed instead:
-    `restore` cuts its files back to the state. `--track` also sends the metrics to Weights &
+    `start` cuts its files back to the state. `--track` also sends the metrics to Weights &
     Biases. Only rank 0 writes. The directory stays locked until the script's `main` returns.
     """
 
@@ -439,15 +440,46 @@ class Run:
             print(f"\nstopped after step {step}; resume with: {launch} {words}")
         return stop
 
-    def restore(self, model: Module, optimizer: Optimizer) -> dict[str, Any]:
-        """Load the state into model and optimizer, restore the random number generators, and only
-        then cut the files back to the state; returns the state's `extra`."""
+    def start(
+        self, before: dict[str, float], model: Module, optimizer: Optimizer
+    ) -> tuple[int, dict[str, Any]]:
+        """Log the metrics before the first step or, with a state, continue from it: load it into
+        model and optimizer, restore the random number generators, and only then cut the files back
+        to the state. Returns the number of the first step, and the state's `extra`."""
         if self.state is None:
-            return {}
+            self.log(0, before)
+            return 1, {}
         load_state(f"--resume {self.args.resume}", self.state.path, model, optimizer)
         on_rank_0(self.begin)
         self.bad_rows.read = self.state.read // world_size()
-        return self.state.extra
+        return self.state.step + 1, self.state.extra
+
+    def finish(
+        self,
+        step: int,
+        model: Module,
+        optimizer: Optimizer,
+        save: Callable[[Path | None], None],
+        evaluations: dict[str, Any],
+        plotted: Sequence[str],
+        start: float,
+        next_script: str,
+        inputs: Any = None,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        """Write the checkpoint with `save`, the pictures and the last state, and print a summary.
+
+        `evaluations` are those to show, by name: first the one before training, then the one after
+        it. `plotted` are the metrics of `curves.png`, and `start` is the time at which the script
+        began. The summary names `next_script`, with the model and data of `inputs` (default: those
+        of this run).
+        """
+        self.save_checkpoint(save)
+        draw_run(self.out, {name: x.predictions for name, x in evaluations.items()}, plotted)
+        self.save_state(step, model, optimizer, extra, done=True)
+        self.close()
+        before, after, *_ = (evaluation.metrics for evaluation in evaluations.values())
+        print_summary(self, before, after, step, start, next_script, inputs or self.args)
 
 
 def sample_rows(

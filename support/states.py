@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from support.cli import option, options
+from support.cli import each, option, options
 from support.disk import data_files, flush, good_states, step_of, writing
 from support.ranks import (
     Finished,
@@ -36,12 +36,14 @@ from support.ranks import (
     world_size,
 )
 
-DEFINITIONS = 3  # raise it, with an entry below, when the same arguments compute something else
+DEFINITIONS = 4  # raise it, with an entry below, when the same arguments compute something else
 CHANGES = {  # by the number that introduced them
     2: "the default attention row of a token is its own (was: the one that predicts it),"
     " attn_distill.py's attention loss is a sum over the response (was: a mean), accuracy by"
     " problem type accepts more notations, and videos have other frames and a minimum size",
     3: "a video without --frames gives one frame a second, or --fps, and at most 128",
+    4: "answers to rows without a problem type are right if a reader would call them equal (was: if"
+    " they are identical)",
 }
 
 
@@ -185,10 +187,10 @@ def fingerprint_inputs(args: Any) -> dict[str, str]:
     in a JSON file is noticed up to that size, and a changed Parquet footer at any size.
     """
     prints = {}
-    for name in ("model", "teacher", "data", "eval_data"):
-        if not (path := getattr(args, name, None)):
-            continue
+    names = ("model", "teacher", "data", "eval_data")
+    for name, path in ((x, path) for x in names for path in each(getattr(args, x, None) or ())):
         label, of_data = option(name), name.endswith("data")
+        label += f" {path}" if len(each(getattr(args, name))) > 1 else ""
         if of_data:
             files = data_files(path)
         else:

@@ -105,14 +105,18 @@ class Task:
 
 
 def defaults(table: dict[str, Any], unset: str | None = "runs/sft/checkpoint") -> dict[str, Any]:
-    """The defaults of a script for the checkpoint that the command line names, or `unset`: `table`
-    for a toy and for no checkpoint, nothing for a real model."""
+    """Returns `table`, with what follows from its task, if the checkpoint named on the command line
+    (or else `unset`) is a toy or does not exist yet; {} (the defaults of `Args`) if it is a real
+    model."""
     given = given_options()
     model = given.model or unset
     task = Task.load(Path(model)) if model else Task()
     if task is None and (given.model or Path(model).is_dir()):
         return {}
-    think = given.think if given.think is not None else task is not None and task.think
+    think = table["think"] if task is None or not model else task.think
+    think = think if given.think is None else given.think
+    if think == table["think"]:
+        return table
     return table | {"think": think, "max_new_tokens": MAX_NEW_TOKENS[think]}
 
 
@@ -124,22 +128,24 @@ def resolve_task(args: Any, model: str | None, may_differ: bool = False) -> tupl
     `UsageError` for a task that the checkpoint was not trained on.
     """
     known = Task.load(Path(model)) if model else None
-    fields = {
-        "grid": args.grid,
-        "frames": args.frames,
-        "order": args.toy_order,
-        "think": args.think,
-    }
+    fields = {"grid": args.grid, "frames": args.frames, "order": args.toy_order}
+    fields |= {"think": args.think}
     asked = {name: value for name, value in fields.items() if value is not None}
-    for name, value in asked.items():
-        require(
-            known is None or may_differ or getattr(known, name) == value,
-            f"--{'toy-order' if name == 'order' else name} {value}: {model} was trained with"
-            f" {getattr(known, name, None)}; leave it out, or train such a checkpoint with sft.py",
-        )
+    for name, value in asked.items() if known and not may_differ else ():
+        wanted, own = as_option(name, value), as_option(name, getattr(known, name))
+        trained = "on images" if own == "--frames None" else f"with {own}"
+        remedy = f"Omit it, or train such a toy: python sft.py {wanted} --out runs/other"
+        require(wanted == own, f"{wanted}: {model} was trained {trained}. {remedy}")
     # Chat prompts put the image first, so a model that is not a toy gets this order.
     task = replace(known or Task(order="image-first" if model else "question-first"), **asked)
     return model is None or known is not None, task
+
+
+def as_option(name: str, value: Any) -> str:
+    """A field of the task as on the command line."""
+    if name == "think":
+        return "--think" if value else "--no-think"
+    return f"--{'toy-order' if name == 'order' else name} {value}"
 
 
 @dataclass(frozen=True)

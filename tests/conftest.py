@@ -221,3 +221,10 @@ def real(tmp_path_factory):
     lines = [json.dumps(row) for row in rows]
     (folder / "rows.jsonl").write_text("\n".join([*lines[:7], "{not JSON", *lines[7:]]))
     return folder
+
+
+def terms_of(script, model, batch, args, teacher=None) -> dict[str, torch.Tensor]:
+    """The terms of the loss of a batch, scored by the model and, for distillation, its teacher."""
+    scores = [script.score_policy(model, batch, args)]
+    scores += [script.score_teacher(teacher, batch, args)] if teacher else []
+    return script.loss_terms(*scores, batch, args)

@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import terms_of
 from torch import Tensor
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -424,11 +425,10 @@ def step(
         phase("reference")
         if device == "cuda":
             with torch.no_grad():
-                script.loss_terms(model, *teachers, batches[-1], args)
+                terms_of(script, model, batches[-1], args, *teachers)
             phase("update")
             return peaks
-        measured = {"measure": False} if hasattr(args, "attn_norm_every") else {}
-        script.update(model, *teachers, optimizer, batches[-2:], args, **measured)
+        script.update(model, *teachers, optimizer, batches[-2:], args)
         phase("update")
         assert all(p.grad is None for p in parameters)
     return peaks

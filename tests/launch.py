@@ -7,6 +7,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import pkgutil
 import signal
 import socket
 import sys
@@ -78,10 +79,8 @@ def hang(prompts, n: int) -> None:
 
 def plant(place: str, do: str, calls: int = sys.maxsize) -> None:
     """Call the function `do` before each of the first `calls` calls of `place`."""
-    module, *path, name = place.split(".")
-    owner = importlib.import_module(module)
-    for part in path:
-        owner = getattr(owner, part)
+    path, _, name = place.rpartition(".")
+    owner = pkgutil.resolve_name(path)
     function, left = getattr(owner, name), calls
 
     def planted(*args, **kwargs):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import load, make_prompts, make_rollout, toy_args, unpacked
+from conftest import load, make_prompts, make_rollout, terms_of, toy_args, unpacked
 from transformers import AutoModelForImageTextToText
 
 import attn_distill
@@ -115,7 +115,7 @@ def test_what_is_kept_of_a_rollout_is_its_policy_and_no_more(loaded):
             batch = ral_grpo.Batch(rollout, torch.ones(2, 3, 1))
             ral_grpo.score_reference(model, [batch], args)
             assert (batch.old_attn is None) == (anchor == "rollout")
-            ral_grpo.loss_terms(model, batch, args)
+            terms_of(ral_grpo, model, batch, args)
             kept, t = batch.old_attn, rollout.response_ids.shape[-1]
             assert kept.shape == (2, 3, t, rollout.prompts.ids.shape[1] + t)
             assert not kept.requires_grad

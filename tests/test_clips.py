@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 from test_media import level, seen, write
 
-from support import data, datafiles
+from support import data
+from support.datafiles import DataFile
 from support.media import BadRow
 from support.prompts import Example, Media, PromptConfig, encode_prompt
+from support.ranks import print_once
 
 ROW = {"problem": "p", "answer": "a"}
 
@@ -29,7 +31,7 @@ def folder(tmp_path_factory):
 def videos(folder, row, **options) -> list[list[int]]:
     """The numbers of the frames of each video of a row."""
     (folder / "rows.jsonl").write_text(json.dumps(ROW | row))
-    file = datafiles.DataFile(str(folder / "rows.jsonl"), **options)
+    file = DataFile(str(folder / "rows.jsonl"), **options)
     return [seen(medium.frames) for medium in file.example(0).media if medium.is_video]
 
 
@@ -69,34 +71,52 @@ def test_each_video_has_its_own_clip(folder):
     assert videos(folder, {"videos": two}, frames=2) == [[0, 10], [50, 55]]
 
 
-def test_the_note_says_what_chooses_frames(folder):
+def test_the_note_says_what_chooses_frames(folder, capsys):
+    print_once.cache_clear()
     videos(folder, CLIP)
-    note = datafiles.DataFile(str(folder / "rows.jsonl")).find_columns()[1]
-    assert "; the part of a video in video_start, video_end" in note
+    assert "; the part of a video in video_start, video_end" in capsys.readouterr().out
 
 
-def test_the_note_names_media_that_are_not_read(folder):
-    row = ROW | {"image_1": None, "where": ["a/0.PNG"], "video_path": "v.mp4", "topic": "a.b"}
-    (folder / "rows.jsonl").write_text(json.dumps(row))
-    table = pyarrow.table(
-        {"problem": ["p"], "answer": ["a"], "seen": [{"bytes": b"", "path": "x"}]}
-    )
-    pyarrow.parquet.write_table(table, folder / "rows.parquet")
-    for name, unread in (("rows.jsonl", "image_1, where"), ("rows.parquet", "seen")):
-        note = datafiles.DataFile(str(folder / name)).find_columns()[1]
-        assert f"; not read, but perhaps media: {unread};" in note
+def test_the_note_names_media_and_options_that_are_not_read(folder, tmp_path, capsys):
+    row = ROW | {"where": ["a/0.PNG"], "video_path": "v.mp4", "topic": "a.b"}
+    row |= {"answer_options": ["red", "blue"]}
+    unread = "perhaps media: where; not read, but perhaps options: answer_options;"
+    for name in ("rows.jsonl", "rows.parquet"):
+        if name == "rows.jsonl":
+            (tmp_path / name).write_text(json.dumps(row))
+        else:
+            image = {"seen": [{"bytes": b"", "path": "x"}]}
+            table = pyarrow.table({key: [value] for key, value in row.items()} | image)
+            pyarrow.parquet.write_table(table, tmp_path / name)
+            unread = unread.replace("where", "where, seen")
+        DataFile(str(tmp_path / name))
+        assert f"media in video_path; not read, but {unread}" in capsys.readouterr().out
+
+
+IN_STRUCT = {"media": {"images": [{"path": "0.png"}], "videos": None}}
 
 
 @pytest.mark.parametrize(
     ("fields", "expected"),
-    [({"image_list": ["0.png"]}, "image"), ({"video_path": "v.mp4"}, "video")],
+    [
+        ({"image_list": ["0.png"]}, "image"),
+        ({"video_path": "v.mp4"}, "video"),
+        ({"image_1": None, "image_2": {"path": "0.png"}, "image": None}, "image"),
+        (IN_STRUCT, "image"),
+    ],
 )
-def test_more_names_of_columns(folder, fields, expected):
+def test_more_names_of_columns(folder, fields, expected, capsys):
     row = {"text": "p", "label": "blue", "candidates": ["red", "blue"]} | fields
     (folder / "rows.jsonl").write_text(json.dumps(row))
-    example = datafiles.DataFile(str(folder / "rows.jsonl")).example(0)
-    assert (example.problem, example.solution) == ("p", "B")
-    assert [medium.kind for medium in example.media] == [expected]
+    table = pyarrow.table({key: [value] for key, value in row.items()})
+    pyarrow.parquet.write_table(table, folder / "rows.parquet")
+    for name in ("rows.jsonl", "rows.parquet"):
+        print_once.cache_clear()
+        example = DataFile(str(folder / name)).example(0)
+        noted = capsys.readouterr().out
+        assert "media in no column" not in noted and "perhaps media" not in noted
+        assert (example.problem, example.solution) == ("p", "B")
+        assert [medium.kind for medium in example.media] == [expected]
 
 
 BAD = [
@@ -130,7 +150,7 @@ def test_parts_of_a_chat_in_other_notations(folder, key, path):
         part = {"type": "image_url", "image_url": {"url": path}}
     turn = {"role": "user", "content": [part, {"type": "text", "text": "p"}]}
     (folder / "rows.jsonl").write_text(json.dumps({"messages": [turn], "answer": "a"}))
-    file = datafiles.DataFile(str(folder / "rows.jsonl"))
+    file = DataFile(str(folder / "rows.jsonl"))
     if path == "0.png":
         assert file.example(0).media[0].frames[0].size == (64, 48)
     else:
@@ -145,7 +165,7 @@ FAILS = "{% if messages[0].content | length > 6 %}{{ messages[0].content + 'text
     ("template", "request_text", "words"),
     [
         (FAILS, "", "its chat template raises TypeError"),
-        ("", "See <image>.", "text places <image>"),
+        ("", "See <image>.", "text has the markers <image>"),
     ],
 )
 def test_a_row_that_cannot_be_asked_is_bad(checkpoints, template, request_text, words):

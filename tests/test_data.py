@@ -5,6 +5,8 @@ import io
 import json
 import os
 import tracemalloc
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,8 +29,9 @@ from support import data, datafiles, media, states
 from support.answers import option_texts
 from support.data import BadRows
 from support.prompts import Media, Prompt, PromptConfig, split_turn
-from support.ranks import UsageError
+from support.ranks import UsageError, print_once
 
+DataFile = partial(datafiles.DataFile, text_only=True)
 ROW = {
     "problem": "What is it?",
     "data_type": "image",
@@ -40,9 +43,9 @@ ROW = {
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """`datasets` keeps its Arrow copies of Parquet files here."""
+    """Arrow copies of Parquet files are kept here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
         datasets.disable_progress_bars()
         yield
 
@@ -50,7 +53,7 @@ def cache(tmp_path_factory):
 def open_rows(tmp_path, content: str | bytes) -> datafiles.DataFile:
     path = tmp_path / "rows.json"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return datafiles.DataFile(str(path))
+    return DataFile(str(path))
 
 
 def png(size=(40, 30), colour="red") -> bytes:
@@ -132,8 +135,8 @@ def test_only_offsets_of_json_lines_are_in_memory(tmp_path):
     assert file.example(2).problem == "p"
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 5 * 2**20 and list(vars(file.rows)) == ["files", "places"]
-    assert file.rows.places.nbytes == 3 * 3 * 8  # file, offset and number of each line
+    assert peak < 5 * 2**20 and list(vars(file.parts[0].rows)) == ["files", "places"]
+    assert file.parts[0].rows.places.nbytes == 3 * 3 * 8  # file, offset and number of each line
 
 
 ANYTHING_ELSE = [  # what a file is; what its one line says
@@ -219,6 +222,7 @@ def test_geometry3k(tmp_path, layout, capsys):
         geometry().save_to_disk(name)
         name += "/data-00000-of-00001.arrow"
     capsys.readouterr()
+    before = pyarrow.total_allocated_bytes()
     file = datafiles.DataFile(name)
     noted = f"--data {name}: 3 rows, question in problem, answer in answer, media in images; "
     assert capsys.readouterr().out.startswith(noted + "no problem_type: multiple choice with")
@@ -228,21 +232,21 @@ def test_geometry3k(tmp_path, layout, capsys):
         ("<image>Find x.", "2 \\sqrt { 221 }", "", None)
     }
     assert file.place(2) == f"{Path(name).name} row 3"
-    assert file.rows.cache_files, "the rows are not on disk"
+    assert pyarrow.total_allocated_bytes() < before + 1000, "the rows are not on disk"
 
 
 def test_one_split_is_asked_for(tmp_path):
     write_hub(tmp_path / "geometry3k")
-    with pytest.raises(UsageError, match="has the splits data/test, data/train; choose one, as in"):
-        datafiles.DataFile(str(tmp_path / "geometry3k"))
+    with pytest.raises(UsageError, match="has the splits data/test, data/train; choose, as in"):
+        DataFile(str(tmp_path / "geometry3k"))
     with pytest.raises(UsageError, match="has no data files of a split 'dev'"):
-        datafiles.DataFile(f"{tmp_path}/geometry3k:dev")
+        DataFile(f"{tmp_path}/geometry3k:dev")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="has no data files; expected a JSON array"):
-        datafiles.DataFile(str(tmp_path / "empty"))
+        DataFile(str(tmp_path / "empty"))
     for name in ("missing", "missing:train", "missing/rows.json"):
         with pytest.raises(UsageError, match=f"--data .*{name}: no such file or directory"):
-            datafiles.DataFile(str(tmp_path / name))
+            DataFile(str(tmp_path / name))
 
 
 def test_a_split_of_a_hub_name_is_chosen_before_anything_is_downloaded(tmp_path, monkeypatch):
@@ -257,24 +261,36 @@ def test_a_split_of_a_hub_name_is_chosen_before_anything_is_downloaded(tmp_path,
         return str(tmp_path)
 
     monkeypatch.setattr(datafiles, "snapshot_download", download)
-    words = r"has the splits .*; choose one, as in owner/set:data/test"
+    words = r"has the splits .*; choose, as in owner/set:data/test"
     with pytest.raises(UsageError, match=words):
-        datafiles.DataFile("owner/set")
+        DataFile("owner/set")
     assert asked == []
-    datafiles.DataFile("owner/set:test")
+    DataFile("owner/set:test")
     assert asked == [[name for name in names if "test" in name]]
 
 
-def test_the_remedy_for_several_splits_works(tmp_path):
+def test_several_splits_or_files_are_one_set(tmp_path):
+    """Each with columns of its own; their names are the data source of rows that name none."""
     for folder in ("a", "b"):
-        write_hub(tmp_path / folder)
+        write_hub(tmp_path / "set" / folder)
+    rows = [{"question": "p", "answer": "s"}, {"question": "q", "answer": "t", "data_source": "x"}]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(UsageError) as refused:
-        datafiles.DataFile(f"{tmp_path}:train")
-    remedy = str(refused.value).rpartition("as in ")[2]
-    assert len(datafiles.DataFile(remedy)) > 0
-    (tmp_path / "x.jsonl").write_text('{"problem": "p", "answer": "s"}')
+        DataFile(str(tmp_path / "set"))
+    assert len(DataFile(str(refused.value).rpartition("as in ")[2])) == 2
+    file = DataFile([f"{tmp_path}/set:train", f"{tmp_path}/x.jsonl"])
+    examples = [file.example(row) for row in range(len(file))]
+    sources = ["a/data/train"] * 3 + ["b/data/train"] * 3 + ["x.jsonl", "x"]
+    assert [example.source for example in examples] == sources
+    assert [examples[n].problem for n in (5, 6, 7)] == ["<image>Find x.", "p", "q"]
+    places = ["set:b/data/train row 3", "x.jsonl row 2 (line 2)"]
+    assert [file.place(5), file.place(7)] == places and examples[7].name == "x.jsonl row 2"
+    (tmp_path / "y").mkdir()
+    (tmp_path / "y" / "x.jsonl").write_text((tmp_path / "x.jsonl").read_text())
+    file = DataFile([f"{tmp_path}/x.jsonl", f"{tmp_path}/y/x.jsonl"])
+    assert len({file.name(row) for row in range(len(file))}) == 4
     with pytest.raises(UsageError, match="is one file; leave out :train"):
-        datafiles.DataFile(f"{tmp_path}/x.jsonl:train")
+        DataFile(f"{tmp_path}/x.jsonl:train")
 
 
 def test_a_hub_name_reads_the_downloaded_files(tmp_path, monkeypatch):
@@ -284,11 +300,13 @@ def test_a_hub_name_reads_the_downloaded_files(tmp_path, monkeypatch):
     (cached / "refs" / "main").write_text("1234")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    file = datafiles.DataFile("hiyouga/geometry3k:test")
+    file = DataFile("hiyouga/geometry3k:test")
     assert len(file) == 2 and file.name(1) == "geometry3k:test row 2"
     assert sizes(file.example(1)) == [(41, 30)]
-    with pytest.raises(UsageError, match="--data hiyouga/missing: is neither here nor on the hub"):
-        datafiles.DataFile("hiyouga/missing")
+    with pytest.raises(
+        UsageError, match="cannot download hiyouga/missing: no connection, and not in the cache"
+    ):
+        DataFile("hiyouga/missing")
 
 
 def test_multimodal_open_r1(tmp_path):
@@ -304,7 +322,7 @@ def test_multimodal_open_r1(tmp_path):
     rows = [row | {"image": {"bytes": png(), "path": None}}]
     rows = datasets.Dataset.from_list(rows, features=Features(features))
     rows.to_parquet(tmp_path / "r1.parquet")
-    example = datafiles.DataFile(str(tmp_path / "r1.parquet")).example(0)
+    example = DataFile(str(tmp_path / "r1.parquet")).example(0)
     assert (example.problem, example.solution, example.problem_type) == (problem, "B", "")
     assert example.response == "<think>3 + 1 = 4.</think>" and sizes(example) == [(40, 30)]
 
@@ -360,12 +378,14 @@ def test_video_r1_mixed_with_columns_that_others_have(tmp_path, capsys):
     lines = "\n".join(map(json.dumps, rows[1:]))
     file = open_rows(tmp_path, lines)
     assert (
-        "question in question, answer in ground_truth, media in image, videos, path"
+        "question in question, answer in ground_truth, media in path, videos, image"
         in capsys.readouterr().out
     )
     examples = [open_rows(tmp_path, json.dumps(rows[0])).example(0)]
     whole = open_rows(tmp_path, json.dumps(rows[1:]))
-    assert whole.example(0).solution == "B" and whole.rows == rows[1:]  # reading changes nothing
+    assert (
+        whole.example(0).solution == "B" and whole.parts[0].rows == rows[1:]
+    )  # reading changes nothing
     file = open_rows(tmp_path, lines)
     examples += [file.example(row) for row in range(4)]
     kinds = [["video" if x.is_video else "image" for x in example.media] for example in examples]
@@ -393,11 +413,91 @@ def test_markers_place_the_media(tmp_path):
     assert read("Is <video> in", options=options, answer="B") == [(64, 48), (10, 20), (30, 20)]
     for problem in ("<image>?", "<image><image>?", "<image><video>?", "<image><image><image>?"):
         with pytest.raises(
-            media.BadRow, match=r"its text places \d images and \d videos, but it has"
+            media.BadRow, match=r"the text has \d <image> and \d <video> markers, but the row"
         ):
             read(problem)
-    with pytest.raises(media.BadRow, match="places 1 images and 0 videos, but it has 0 and 0"):
+    with pytest.raises(
+        media.BadRow, match="has 1 <image> and 0 <video> markers, but the row has 0 images"
+    ):
         read("<image>?", images=[], video=None)
+
+
+@pytest.mark.parametrize("layout", ["json", "jsonl", "parquet"])
+def test_a_file_without_media_is_refused(tmp_path, layout, capsys):
+    """As all rows of a benchmark were, whose videos are named in a column that is not read."""
+    row = {"question": "What?", "answer": "B", "clip_id": "a7", "where": "clips/a7.mp4"}
+    path = tmp_path / f"rows.{layout}"
+    if layout == "parquet":
+        datasets.Dataset.from_list([row] * 3).to_parquet(path)
+    else:
+        path.write_text(
+            "\n".join([json.dumps(row)] * 3 if layout == "jsonl" else [json.dumps([row] * 3)])
+        )
+    with pytest.raises(UsageError) as error:
+        datafiles.DataFile(str(path))
+    why = "none of the first 3 rows has an image or a video; columns read: question, answer, "
+    why += "not read: clip_id, where; give --text-only if that is meant"
+    assert str(error.value) == f"--data {path}: {why}"
+    print_once.cache_clear()
+    assert len(datafiles.DataFile(str(path), text_only=True)) == 3
+    assert (
+        "media in no column; not read, but perhaps media: clip_id, where;"
+        in capsys.readouterr().out
+    )
+    if layout != "parquet":  # a medium that cannot be read is not text
+        rows = [row] * 99 + [row | {"path": "missing.png"}]
+        path.write_text("\n".join(map(json.dumps, rows)) if layout == "jsonl" else json.dumps(rows))
+        assert len(datafiles.DataFile(str(path))) == 100
+
+
+def test_other_columns_reach_rewards_and_metrics(tmp_path):
+    other = {"boxes": [[1, 2, 3, 4]], "about": {"object": "cup", "score": 0.5}, "label": "x"}
+    row = {"problem": "p", "answer": "s", "start": None, "long": "a" * 200_000} | other
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    table = {name: [value] for name, value in row.items()}
+    thumb = {"path": "a.png", "bytes": png()}
+    table |= {"thumbs": [[thumb]], "raw": [b"a"], "cost": [Decimal("1.50")]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "rows.parquet")
+    assert DataFile(f"{tmp_path}/rows.json").example(0).extra == other
+    assert DataFile(f"{tmp_path}/rows.parquet").example(0).extra == other | {"cost": "1.50"}
+    assert open_arrow(tmp_path, row).example(0).extra == other
+
+
+def test_any_answer_of_a_list_is_right(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    row = {"question": "q", "image": "a.png", "label": ["Red.", 3, "<answer>dark red</answer>"]}
+    example = open_rows(tmp_path, json.dumps([row])).example(0)
+    assert (example.solution, example.also_right) == ("Red.", ("3", "dark red"))
+    row = {"question": "q", "choices": ["x", "y", "z"], "answers": ["y", "C"]}
+    example = open_rows(tmp_path, json.dumps([row])).example(0)
+    assert (example.solution, example.also_right) == ("B", ("C",))
+
+
+def test_a_repository_of_json_files_is_read(tmp_path, monkeypatch):
+    """As V* and MVBench are: their images lie beside, as links to the cache's blobs."""
+    cached = tmp_path / "datasets--owner--set"
+    folder = cached / "snapshots" / "1234"
+    for name in ("refs", "blobs", "snapshots/1234/json"):
+        (cached / name).mkdir(parents=True)
+    (cached / "refs" / "main").write_text("1234")
+    (cached / "blobs" / "5678").write_bytes(png())
+    (folder / "a.png").symlink_to("../../blobs/5678")
+    for name, answer in (("count", "1"), ("order", "2")):
+        row = {"question": "q", "image": "a.png", "answer": answer}
+        (folder / "json" / f"{name}.json").write_text(json.dumps([row]))
+    asked = []
+
+    def fetch(name, repo_type, allow_patterns, dry_run=False):
+        asked.append(allow_patterns)
+        files = [file.relative_to(folder).as_posix() for file in folder.rglob("*.*")]
+        return [SimpleNamespace(filename=name) for name in files] if dry_run else str(folder)
+
+    monkeypatch.setattr(datafiles, "snapshot_download", fetch)
+    file = datafiles.DataFile("owner/set:json")
+    assert asked[1][:2] == ["json/count.json", "json/order.json"] and "*.png" in asked[1]
+    assert [sizes(file.example(row)) for row in range(2)] == [[(40, 30)]] * 2
+    assert [file.example(row).source for row in range(2)] == ["json/count", "json/order"]
+    assert len(datafiles.DataFile("owner/set:order")) == 1
 
 
 # 3. Bad rows
@@ -431,7 +531,8 @@ BAD_ROWS = [
     ({"problem": " "}, "no text for its question"),
     ({"problem": {"a": {"b": "c"}}}, "no text for its question"),
     ({"problem": "a" * 200_000}, "question: 200,000 characters; at most 100,000"),
-    ({"solution": ["a"]}, "no text for its answer"),
+    ({"solution": []}, "no text for its answer"),
+    ({"solution": [["a"]]}, "no text for its answer"),
     ({"solution": "<answer> </answer>"}, "or nothing between the tags"),
     ({"solution": "a" * 20_000}, "answer: 20,000 characters"),
     ({"process": "a" * 60_000}, "thought: 60,000 characters"),
@@ -452,6 +553,15 @@ BAD_ROWS = [
     ({"solution": "<answer>a"}, "unpaired answer tag"),
     ({"solution": float("nan")}, "no text for its answer"),
     ({"solution": float("inf")}, "no text for its answer"),
+    (
+        CHOICE | {"options": ["2", "0", "1"], "solution": 1},
+        "1 is the text of option C or the number",
+    ),
+    (
+        CHOICE | {"options": ["1", "2", "3"], "solution": 2},
+        "give a letter, or the text as a string",
+    ),
+    (CHOICE | {"solution": 1}, "'1' is not one of the options A, B"),
     (CHOICE | {"solution": "green"}, "'green' is not one of the options A, B"),
     (CHOICE | {"solution": "0"}, "'0' is not one of the options A, B"),
     (CHOICE | {"solution": "C"}, "'C' is not one of the options A, B"),
@@ -531,7 +641,7 @@ def open_arrow(folder, *rows) -> datafiles.DataFile:
     table = pyarrow.Table.from_pylist(list(rows))
     with pyarrow.ipc.new_stream(str(folder / "rows.arrow"), table.schema) as file:
         file.write_table(table)
-    return datafiles.DataFile(str(folder / "rows.arrow"))
+    return DataFile(str(folder / "rows.arrow"))
 
 
 @pytest.mark.parametrize("layout", ["json", "arrow"])
@@ -554,7 +664,7 @@ def test_a_lone_surrogate_is_named(media_dir, field):
     for name in ("rows.json", "rows.jsonl"):
         (media_dir / name).write_text(json.dumps(ROW | {field: value}))
         with pytest.raises(media.BadRow, match="a lone surrogate"):
-            datafiles.DataFile(str(media_dir / name)).example(0)
+            DataFile(str(media_dir / name)).example(0)
 
 
 def test_bytes_pass_the_checks_of_files(media_dir):
@@ -605,10 +715,7 @@ def test_a_hostile_parquet_file_is_one_line(tmp_path, columns, features, words):
         table = table.replace_schema_metadata({"huggingface": asked})
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     try:
-        assert (
-            datafiles.DataFile(str(tmp_path / "rows.parquet")).example(0).problem == "p"
-            and not words
-        )
+        assert DataFile(str(tmp_path / "rows.parquet")).example(0).problem == "p" and not words
     except (UsageError, media.BadRow) as error:
         assert words and words in str(error) and "\n" not in str(error)
 
@@ -633,7 +740,7 @@ def test_a_video_in_a_column_reads_like_its_file(media_dir):
     inside = open_arrow(media_dir, rows[0] | {"video": (media_dir / "whole.mp4").read_bytes()})
     inside = inside.example(0).media[0]
     (media_dir / "rows.json").write_text(json.dumps(rows, default=str))
-    outside = datafiles.DataFile(str(media_dir / "rows.json")).example(0).media[0]
+    outside = DataFile(str(media_dir / "rows.json")).example(0).media[0]
     assert inside.is_video and len(inside.frames) == 2  # of two seconds
     assert all(map(np.array_equal, inside.frames, outside.frames))
     assert inside.seconds_per_patch == outside.seconds_per_patch
@@ -670,10 +777,14 @@ CHOICES = [  # options, solution; options and solution of the example
     (("red", "blue"), "B", LETTERED, "B"),
     (("A red", "blue"), "blue", ("A. A red", "B. blue"), "B"),
     (("0", "1"), 0, ("A. 0", "B. 1"), "A"),
+    (("2", "0", "1"), "1", ("A. 2", "B. 0", "C. 1"), "C"),
+    (("30", "40"), 40, ("A. 30", "B. 40"), "B"),
     (("(A) red", "(C) blue"), "blue", ("(A) red", "(C) blue"), "C"),
     (("a) red", "b) blue"), "blue", ("a) red", "b) blue"), "B"),
     (("A", "B"), "b", ("A", "B"), "B"),
     (("X", "Y"), "Y", ("A. X", "B. Y"), "B"),
+    (("A) red", "B) blue"), "B. blue", ("A) red", "B) blue"), "B"),
+    (None, "b", (), "B"),
     ((), "(b)", (), "B"),
     ((), "yes", (), "yes"),
 ]
@@ -702,7 +813,7 @@ def test_check_data_names_rows_whose_numbers_are_judged_as_text(media_dir, capsy
     path = media_dir / "numbers.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
     args = SimpleNamespace(data=str(path), eval_data=None, media_root=(), frames=None, fps=None)
-    vars(args).update(max_prompt_tokens=None, workers=0, max_skipped=1.0)
+    vars(args).update(text_only=False, max_prompt_tokens=None, workers=0, max_skipped=1.0)
     data.check_data(args, encode)
     report = capsys.readouterr().out
     only = "2 solutions are not one number: only identical text is correct"
@@ -742,7 +853,7 @@ def test_a_link_into_another_root_is_followed(media_dir):
     path = media_dir / "rows.jsonl"
     path.write_text(json.dumps(ROW | {"path": "link.png"}))
     roots = [str(media_dir), str(media_dir.parent)]
-    assert sizes(datafiles.DataFile(str(path), roots).example(0)) == [(40, 30)]
+    assert sizes(DataFile(str(path), roots).example(0)) == [(40, 30)]
 
 
 def test_transparency_becomes_white(tmp_path):
@@ -887,7 +998,7 @@ def test_a_missing_library_is_told_from_a_worker_too(monkeypatch):
 
 def test_the_generated_rows_are_what_they_should_be(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(write_rows(tmp_path), indent=1))
-    file = datafiles.DataFile(str(tmp_path / "rows.json"), frames=4)
+    file = DataFile(str(tmp_path / "rows.json"), frames=4)
     bad = []
     for row in range(len(file)):
         try:
@@ -909,7 +1020,9 @@ def test_media_travel_only_where_they_are_asked_for(tmp_path, workers):
     args = SimpleNamespace(
         data=str(tmp_path / "rows.parquet"), eval_data=None, media_root=(), frames=None
     )
-    vars(args).update(fps=None, max_prompt_tokens=None, workers=workers, max_skipped=0.0, seed=1)
+    vars(args).update(
+        fps=None, text_only=False, max_prompt_tokens=None, workers=workers, max_skipped=0.0, seed=1
+    )
     args.eval_examples, args.rows = 2, None
     seen = {}
     for keep_media in (False, True):
@@ -918,7 +1031,12 @@ def test_media_travel_only_where_they_are_asked_for(tmp_path, workers):
         prompts = [next(stream) for _ in range(18)]
         del stream
         seen[keep_media] = [prompt.example.problem for prompt in prompts]
-        assert {len(prompt.example.media[0].frames) for prompt in prompts} == {int(keep_media)}
+        media = [prompt.example.media[0] for prompt in prompts]
+        assert {medium.size for medium in media} == {(40, 30)}
+        assert {hasattr(medium, "frames") for medium in media} == {keep_media}
+        if not keep_media:
+            with pytest.raises(AttributeError, match="pass keep_media=True to prepare"):
+                len(media[0].frames)
         assert [len(prompt.example.media[0].frames) for prompt in held_out] == [1, 1]
     assert seen[False] == seen[True]
     order = np.random.default_rng([1, 0]).permutation(train.prompts.rows)
@@ -935,14 +1053,14 @@ def test_check_data_counts_media_and_problem_types(tmp_path, capsys):
     args = SimpleNamespace(
         data=str(tmp_path / "rows.json"), eval_data=None, media_root=(), frames=2
     )
-    vars(args).update(fps=None, max_prompt_tokens=None, workers=1, max_skipped=0.2)
+    vars(args).update(fps=None, text_only=False, max_prompt_tokens=None, workers=1, max_skipped=0.2)
     data.check_data(args, encode)
     lines = capsys.readouterr().out.splitlines()[-7:]
     assert [line.rsplit(maxsplit=1) for line in lines[1:6]] == [
-        ["  image, exact match", "2"],
         ["  image, multiple choice", "1"],
-        ["  several, exact match", "1"],
-        ["  text, exact match", "2"],
-        ["  video, exact match", "1"],
+        ["  image, no problem type", "2"],
+        ["  several, no problem type", "1"],
+        ["  text, no problem type", "2"],
+        ["  video, no problem type", "1"],
     ]
     assert lines[0] == f"--data {args.data}: 8 rows, 1 bad"

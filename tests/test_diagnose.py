@@ -50,8 +50,9 @@ def diagnosed(cold_start):
         def norm(*rest):
             assert model.training  # else gradient checkpointing is off
             stepped.update({name: x.clone() for name, x in model.state_dict().items()})
-            return common.gradient_norm(*rest)
+            return plain(*rest)
 
+        plain = diagnose.gradient_norm
         patch.setattr(diagnose, "gradient_norm", norm)
         report, _ = diagnose.diagnose(model, processor, prompts, args, [0, 1])
     return report, model, processor, prompts, args, before, stepped
@@ -184,7 +185,7 @@ def test_the_cold_starts_term_cancels_where_its_responses_are_equally_long(cold_
         options.attn_row, part.old_attn, part.old_logps = row, None, None
         weights = {name: x.clone() for name, x in model.state_dict().items()}
         optimizer.state.clear()
-        ral_grpo.update(model, optimizer, [part], options, measure=False)
+        ral_grpo.update(model, optimizer, [part], options)
         with torch.no_grad():
             scores = common.score(model, rollout, attn_layers=[-1])
             policy = ral_grpo.attention_policy(scores.attentions[-1], row)
@@ -329,9 +330,8 @@ def test_a_sharded_model_as_on_a_gpu_is_diagnosed_and_restored(cold_start, lora_
 def test_equal_rewards_are_one_line_and_nothing_is_trained(cold_start, monkeypatch):
     args = arguments(eval_examples=1)
     model, processor, prompts = open_toy(cold_start, args)
-    monkeypatch.setattr(
-        ral_grpo, "reward", lambda accuracy, format: 0.9 * torch.ones_like(accuracy)
-    )
+    equal = {"reward": 0.9, "accuracy": 1.0, "format": 0.0}
+    monkeypatch.setattr(ral_grpo, "reward", lambda *_: equal)
     monkeypatch.setattr(ral_grpo, "update", None)
     report, _ = diagnose.diagnose(model, processor, prompts, args, [1])
     assert len(report["notes"]) == 1

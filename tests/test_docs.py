@@ -51,7 +51,7 @@ FOREIGN |= {"reasoning_tags", "nnodes", "node-rank", "master-addr", "signals-to-
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_named_files_and_flags_exist(page):
-    programs = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]
+    programs = [*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("benchmarks/*.py")]
     fields = "\n".join(path.read_text() for path in programs)
     text = page.read_text()
     for name in set(re.findall(r"[\w/]+\.py\b", text)):

@@ -14,7 +14,7 @@ import pytest
 
 LAUNCH = Path(__file__).with_name("launch.py")
 SCRIPTS = ("sft", "grpo_baseline", "ral_grpo", "kd_baseline", "attn_distill")
-LOOP = "runs.Stopwatch.lap"  # what every training loop calls, with readers at work
+LOOP = "support.runs.Stopwatch.lap"  # what every training loop calls, with readers at work
 STOPPED = "\nstopped by Ctrl-C; what was saved before is intact\n"
 SECONDS = 60  # more than any end may take on a busy machine
 
@@ -101,7 +101,7 @@ def test_a_finished_run_ends(run, real, tmp_path, script):
 
 def test_a_finished_run_ends_though_a_reader_hangs(run, real, tmp_path):
     words = argv(real, tmp_path, "ral_grpo", workers=1)
-    status, output = run("ral_grpo", words, [("data.Prompts.__getitem__", "hang")])
+    status, output = run("ral_grpo", words, [("support.data.Prompts.__getitem__", "hang")])
     assert status == 0 and "\nnext: python" in output, output[-3000:]
 
 
@@ -109,7 +109,7 @@ def test_a_finished_run_ends_though_a_reader_hangs(run, real, tmp_path):
 AT_WORK = {
     "training": ("ral_grpo", [], LOOP),
     "evaluation": ("eval", [], "eval.collate"),
-    "checking": ("sft", ["--check-data"], "data.read_number"),
+    "checking": ("sft", ["--check-data"], "support.data.read_number"),
 }
 
 
@@ -184,7 +184,7 @@ def test_readers_end_with_a_process_that_is_killed(run, real, tmp_path, work, nu
     script, more, place = AT_WORK[work]
     words = argv(real, tmp_path, script) + more
     words += ["--gaze", "20"] if script == "eval" else []
-    plants = [(place, "wait"), ("data.Prompts.__getitem__", "hang")]
+    plants = [(place, "wait"), ("support.data.Prompts.__getitem__", "hang")]
     signals = (number,) * (2 if (work, number) == ("training", signal.SIGTERM) else 1)
     status, output = run(script, words, plants, signals)
     assert status == -number and "readers: 2" in output and "Traceback" not in output
@@ -221,7 +221,7 @@ def test_two_ranks_are_told_of_a_broken_checkpoint(run, real, tmp_path):
 def test_two_ranks_are_told_of_a_full_disk(run, real, tmp_path):
     """One of them writes the state; the other takes part in gathering the rest of it."""
     words = [*argv(real, tmp_path, "ral_grpo"), "--save-every", "1"]
-    status, output = run("ral_grpo", words, [("runs.save_file", "full")], ranks=2)
+    status, output = run("ral_grpo", words, [("support.states.save_file", "full")], ranks=2)
     assert status == 2 and "Traceback" not in output, output[-3000:]
     full = "state/step-000001 cannot be written (No space left on device)"
     assert output.count(full) == 2, output[-3000:]

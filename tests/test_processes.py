@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+import eval
 import ral_grpo
 import sft
-from support import cli, data, datafiles, disk, ranks, startup
+from support import cli, data, disk, ranks, startup
 from support.data import Prompts, Reader
+from support.datafiles import DataFile
 
 ROOT = Path(__file__).parents[1]
 
@@ -111,6 +113,14 @@ def test_a_switch_with_a_value_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == f"error: --no-train-vision=1: {words}\n"
 
 
+@pytest.mark.parametrize("words", [["--data"], ["--data", "--model", "x"]])
+def test_an_option_without_its_values_is_not_unset(monkeypatch, words):
+    """As from `--data $FILE` without a FILE: the built-in task would be trained."""
+    monkeypatch.setattr(sys, "argv", ["sft.py", *words])
+    with pytest.raises(ranks.UsageError, match=r"^--data: needs a value"):
+        cli.check_switches(sft.Args)
+
+
 def test_data_that_would_wait_is_refused(tmp_path, monkeypatch):
     pipe = tmp_path / "train.parquet"
     os.mkfifo(pipe)
@@ -120,10 +130,10 @@ def test_data_that_would_wait_is_refused(tmp_path, monkeypatch):
         ("/dev/zero", "is neither a file nor a directory"),
     ):
         with pytest.raises(ranks.UsageError, match=f"^--data {path}: {words}$"):
-            datafiles.DataFile(str(path))
+            DataFile(str(path))
     monkeypatch.setattr(disk, "MOST_FILES", 20)
     with pytest.raises(ranks.UsageError, match=r"^--data /: holds more than 20 files"):
-        datafiles.DataFile("/")
+        DataFile("/")
 
 
 def test_help_joins_no_group(monkeypatch, capsys):

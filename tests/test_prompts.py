@@ -68,6 +68,18 @@ def test_a_prompt_is_that_of_the_processor(real, family, case):
     )
 
 
+def test_an_unknown_family_has_no_layout(real):
+    """A family that is added to `FAMILIES` alone would get the layout of another."""
+    processor = common.load_processor(real / "qwen2_vl")
+    processor.config.model_type = "qwen9_vl"
+    for media in (
+        [Media([Image.new("RGB", (56, 56))])],
+        [Media([Image.new("RGB", (56, 56))], True)],
+    ):
+        with pytest.raises(ranks.UsageError, match=r"^qwen9_vl: its layout of videos is not known"):
+            encode_prompt(processor, Example("So?", "", media))
+
+
 def test_media_without_markers_come_first_or_last(real):
     processor = common.load_processor(real / "qwen3_vl")
     image, video = (
@@ -90,10 +102,10 @@ def test_media_without_markers_come_first_or_last(real):
 @pytest.mark.parametrize(
     ("text", "media", "message"),
     [
-        ("<image> and <image>?", 1, "places <image>, <image>, but its media are <image>"),
-        ("<video>?", 1, "places <video>, but its media are <image>"),
-        ("Which? <image>", 0, "places <image>, but its media are none"),
-        ("<image>?", 2, "places <image>, but its media are <image>, <image>"),
+        ("<image> and <image>?", 1, "has the markers <image>, <image>, but the media are <image>"),
+        ("<video>?", 1, "has the markers <video>, but the media are <image>"),
+        ("Which? <image>", 0, "has the markers <image>, but the media are none"),
+        ("<image>?", 2, "has the markers <image>, but the media are <image>, <image>"),
     ],
 )
 def test_markers_that_do_not_match_are_named(real, text, media, message):

@@ -90,7 +90,7 @@ def open_rows(folder, count=50, **fields):
     rows = [{"problem": str(n), "solution": "s"} for n in range(count)]
     path = folder / "rows.json"
     path.write_text(json.dumps(rows))
-    args = toy_args(ral_grpo, data=str(path), eval_examples=6, **fields)
+    args = toy_args(ral_grpo, data=str(path), eval_examples=6, text_only=True, **fields)
     train, held_out, _ = data.open_data(args, SimpleNamespace)
     return train, held_out.prompts.rows.tolist()
 
@@ -107,7 +107,7 @@ def test_the_first_rows_are_trained_on_and_those_behind_are_held_out(tmp_path):
         assert held_out == sorted(np.random.default_rng(0).permutation(50)[:5])
     train, held_out = open_rows(tmp_path, rows=40, eval_data=str(tmp_path / "rows.json"))
     assert train.prompts.rows.tolist() == list(range(40)) and len(held_out) == 6
-    with pytest.raises(ranks.UsageError, match=r"--rows 51: --data .* has 50; leave it out"):
+    with pytest.raises(ranks.UsageError, match=r"--rows 51: --data .* has 50 rows; lower or omit"):
         open_rows(tmp_path, rows=51)
 
 

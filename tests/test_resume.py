@@ -99,16 +99,16 @@ STAGES = [  # owner, function, call, when
     ("script", "update", 2, "after"),
     ("script", "update", 4, "before"),
     ("runs", "state_tensors", 1, "after"),
-    ("runs", "save_file", 1, "halfway"),
-    ("runs", "save_file", TRAINED + 2, "halfway"),
-    ("runs", "random_state", 2, "before"),
-    ("runs", "flush", 1, "before"),
-    ("runs", "flush", TRAINED + 3, "after"),  # all but the name is on the disk
-    ("runs", "flush", TRAINED + 4, "before"),  # renamed
-    ("runs", "good_states", 2, "before"),  # the older ones are not yet deleted
+    ("states", "save_file", 1, "halfway"),
+    ("states", "save_file", TRAINED + 2, "halfway"),
+    ("states", "random_state", 2, "before"),
+    ("states", "flush", 1, "before"),
+    ("states", "flush", TRAINED + 3, "after"),  # all but the name is on the disk
+    ("states", "flush", TRAINED + 4, "before"),  # renamed
+    ("states", "good_states", 2, "before"),  # the older ones are not yet deleted
     ("common", "save_model", 1, "before"),
     ("common", "save_model", 1, "halfway"),
-    ("runs", "save_file", 2 * TRAINED + 1, "halfway"),  # of the state after the last step
+    ("states", "save_file", 2 * TRAINED + 1, "halfway"),  # of the state after the last step
     ("script", "draw_run", 1, "before"),
     ("runs", "print_summary", 1, "before"),
 ]
@@ -119,8 +119,9 @@ def test_a_killed_run_goes_on(
     whole_runs, cold_start, teacher, tmp_path, monkeypatch, owner, name, call, when
 ):
     fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"), keep=1)
+    owners = {"script": ral_grpo, "common": common, "runs": runs, "states": states}
     with monkeypatch.context() as patch:
-        kill(patch, {"script": ral_grpo, "common": common, "runs": runs}[owner], name, call, when)
+        kill(patch, owners[owner], name, call, when)
         with pytest.raises(Killed):
             ral_grpo.main(toy_args(ral_grpo, **fields))
     restore_signals()
@@ -343,7 +344,7 @@ def test_what_is_not_finite_stops_the_run(cold_start, teacher, tmp_path, monkeyp
 
 def test_a_full_disk_leaves_the_last_state(whole_runs, cold_start, teacher, tmp_path, monkeypatch):
     fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"), keep=1)
-    save, calls = runs.save_file, []
+    save, calls = states.save_file, []
 
     def full(tensors, path):
         calls.append(1)

@@ -241,9 +241,20 @@ BY_TYPE = [  # type, answer, solution, accuracy; of multiple choice with and wit
     (FREE, "a", "!!!", 0),
     (FREE, "", "!!!", 0),
     (FREE, "the cars are red", "", 0),
-    ("", "A.", "A", 0),
-    ("", "A", "A", 1),
-    ("", "42.0", "42", 0),
+    ("", "A.", "A", 1),  # without a type, as a reader would compare them
+    ("", "(b) blue", "B", 1),
+    ("", "(b) blue", "(A)", 0),
+    ("", " yes", "Yes", 1),
+    ("", "Yes.", "yes", 1),
+    ("", "no", "yes", 0),
+    ("", "42.0", "42", 1),
+    ("", "42.5", "42", 0),
+    ("", "1,234 km", "1234", 1),
+    ("", "5 cm", "5 km", 0),
+    ("", "9 am", "9 pm", 0),
+    ("", "$42", "€42", 0),
+    ("", "**−42.0**", "-42", 1),
+    ("", "", "yes", 0),
 ]
 
 
@@ -255,6 +266,14 @@ def test_accuracy_by_type(kind, answer, solution, value):
         assert accuracy(text, example) == pytest.approx(value)
         assert accuracy(text, example, "exact") == float(answer == solution)
         assert accuracy(answer, example) == 0  # no tags, no answer
+
+
+def test_any_solution_of_several_is_right():
+    example = Example("", "red", [], also_right=("crimson", "42"))
+    for answer, value in (("Red", 1), ("crimson.", 1), ("42.0", 1), ("blue", 0)):
+        assert accuracy(f"<answer>{answer}</answer>", example) == value
+    assert accuracy("<answer>Crimson</answer>", example, "exact") == 0
+    assert accuracy("<answer>crimson</answer>", example, "exact") == 1
 
 
 CHOSEN = [  # options, answer, the letter it names

@@ -52,11 +52,13 @@ def locked(out: Path) -> bool:
 
 HOLD = """
 import sys, time
+from pathlib import Path
 from torch.utils.data import DataLoader
-import grpo_baseline, runs
+import grpo_baseline
+from support import data, disk, runs
 
 run = runs.Run(grpo_baseline.Args(out=sys.argv[1]), data.BadRows())
-other = disk.lock_directory(runs.Path(sys.argv[2]))
+other = disk.lock_directory(Path(sys.argv[2]))
 readers = iter(DataLoader(range(1000), num_workers=2))
 next(readers)
 print("readers", *(reader.pid for reader in readers._workers), flush=True)
@@ -201,7 +203,8 @@ def test_what_cannot_be_written_is_one_line(
 
 FILL = """
 import os, sys
-import grpo_baseline, runs
+import grpo_baseline
+from support import cli
 
 update, calls = grpo_baseline.update, []
 

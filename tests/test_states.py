@@ -270,7 +270,8 @@ def test_a_resumed_run_is_one_run_at_wandb(args, wandb):
 def test_wandb_starts_after_the_lock_and_its_errors_are_one_line(args, wandb):
     args = replace(args, track=True)
     Path(args.out).mkdir()
-    code = "import sys, time, runs; x = disk.lock_directory(runs.Path(sys.argv[1]));"
+    code = "import sys, time; from pathlib import Path; from support import disk;"
+    code += "lock = disk.lock_directory(Path(sys.argv[1]));"
     code += "print(flush=True); time.sleep(600)"
     command = [sys.executable, "-c", code, args.out]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:

@@ -1,6 +1,7 @@
 """The toy is what it says: targets lie where the shape is, and no held-out scene is trained on."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from conftest import load
 import common
 import eval
 import ral_grpo
-from support import toy
+from support import ranks, toy
 from support.prompts import collate, encode_prompt
 
 
@@ -36,6 +37,21 @@ def test_the_target_is_where_the_shape_is_and_nowhere_else(task):
         assert tuple(found) == example.target
         assert len(example.media[0].frames) == (task.frames or 1)
         assert task.frames is None or len(found) <= len(tokens) // task.grid**2 // 2
+
+
+def test_another_task_than_that_of_the_checkpoint_says_how_to_train_it(tmp_path):
+    (tmp_path / "toy_task.json").write_bytes(toy.Task().files()["toy_task.json"])
+    for fields, words in (
+        ({"frames": 8}, "--frames 8: .* was trained on images. .* python sft.py --frames 8 --out"),
+        ({"think": True}, "--think: .* was trained with --no-think. Omit it, or train such a toy"),
+        ({"toy_order": "image-first"}, "--toy-order image-first: .* with --toy-order question"),
+    ):
+        args = SimpleNamespace(
+            **{"grid": None, "frames": None, "toy_order": None} | {"think": None} | fields
+        )
+        with pytest.raises(ranks.UsageError, match=f"^{words}"):
+            toy.resolve_task(args, str(tmp_path))
+        assert toy.resolve_task(args, str(tmp_path), may_differ=True)[0]
 
 
 def test_no_held_out_scene_is_trained_on():

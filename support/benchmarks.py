@@ -328,7 +328,7 @@ BENCHMARKS = {
         "LVBench", "lmms-lab/LVBench", ("train",), 1549,
         lambda row: ask("", row["type"], listed_choice(row["question"], row["answer"]),
                         video=row["video_path"]),
-        (".", "all_videos"),
+        ("all_videos", "video_chunks"),
     ),
     "mvbench": Benchmark(
         "MVBench", "OpenGVLab/MVBench", ("json",), 4000, mvbench,

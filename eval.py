@@ -20,13 +20,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from io import FileIO
-from itertools import islice, pairwise, product
+from itertools import islice, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.nn import Module
 from tqdm import tqdm
 
@@ -41,24 +40,14 @@ from common import (
     require_layer,
     score,
 )
-from support import cli, data, disk, ranks, toy
+from support import cli, data, disk, ranks, results, toy
 from support.benchmarks import BENCHMARKS, GROUPS, BenchmarkFile, chosen
 from support.data import BadRows, Prompts, Reader
 from support.datafiles import DataFile
-from support.gaze import Gaze
+from support.gaze import make_gaze
 from support.pictures import Prediction, draw_page
 from support.prompts import Example, Processor, Prompt, PromptConfig, collate, encode_prompt
-from support.results import (
-    NAMES,
-    Records,
-    Setting,
-    compare,
-    label_of,
-    mean,
-    open_out,
-    report,
-    varied_names,
-)
+from support.results import NAMES, Records, Setting
 
 # 1. Evaluation
 
@@ -124,7 +113,7 @@ def predict(
             if done < gazes and all(hasattr(medium, "frames") for medium in example.media):
                 unpadded = slice(longest - len(prompt.ids), longest + n)
                 kept = {layer: x[: n + 1, unpadded].clone() for layer, x in rows.items()}
-                gaze = make_gaze(prompt, record, token_texts(tokenizer, ids), kept)
+                gaze = make_gaze(prompt, ids, tokenizer, record["accuracy"], kept)
             if has_targets:
                 visual = (part.prompts.patches[row] >= 0).nonzero()[:, 0]
                 target, start = visual[list(example.target)], answer.start
@@ -142,47 +131,16 @@ def predict(
             done += 1
 
 
-def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text that each token adds to the response, with the spaces between words."""
-    # A character may be spelt by several tokens: it belongs to the last of them.
-    texts = [tokenizer.decode(ids[:end]).rstrip("\ufffd") for end in range(len(ids))]
-    texts.append(tokenizer.decode(ids))
-    return [after[len(before) :] for before, after in pairwise(texts)]
-
-
-def make_gaze(
-    prompt: Prompt, record: dict[str, Any], tokens: list[str], rows: dict[int, Tensor]
-) -> Gaze:
-    """What the gaze page shows of an example; `rows` are without padding."""
-    media, shapes, grids = prompt.example.media, prompt.shapes(), []
-    for medium in media:
-        t = (len(medium.frames) + 1) // 2 if medium.is_video else 1
-        grids.append((t, *shapes[sum(count for count, _, _ in grids)]))
-    return Gaze(
-        question=prompt.example.problem,
-        solution=prompt.example.solution,
-        response=tokens,
-        accuracy=record["accuracy"],
-        media=media,
-        grids=grids,
-        visual=(prompt.patches() >= 0).nonzero()[:, 0].tolist(),
-        prompt_len=len(prompt.ids),
-        rows=rows,
-        target=prompt.example.target,
-        name=prompt.example.name,
-    )
-
-
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Means over all records and, if there are several problem types, the accuracy of each."""
     numeric = ("accuracy", "format", "completion_len")
     names = [name for name in records[0] if name in numeric or name.startswith("target_attn")]
-    metrics = {f"eval/{name}": mean(records, name) for name in names}
+    metrics = {f"eval/{name}": results.mean(records, name) for name in names}
     kinds = sorted({record["problem_type"] for record in records})
     for kind in kinds if len(kinds) > 1 else []:
         chosen = [record for record in records if record["problem_type"] == kind]
         name = kind.replace(" ", "-") or "exact-match"
-        metrics[f"eval/accuracy_{name}"] = mean(chosen, "accuracy")
+        metrics[f"eval/accuracy_{name}"] = results.mean(chosen, "accuracy")
     return metrics
 
 
@@ -320,9 +278,10 @@ class Args:
         ranks.require(not unknown, f"--benchmark {' '.join(unknown)}: known are {known}")
         one = sum(map(bool, (self.data, self.benchmark, self.compare))) < 2
         ranks.require(one, "--data, --benchmark, --compare: give one of them")
-        for name in ("benchmark_root", "bare"):
-            needed = f"{cli.option(name)}: needs --benchmark"
-            ranks.require(bool(self.benchmark or not getattr(self, name)), needed)
+        names = ("media_root", "text_only") if self.benchmark else ("benchmark_root", "bare")
+        for name in names:
+            wrong = "not with" if self.benchmark else "needs"
+            ranks.require(not getattr(self, name), f"{cli.option(name)}: {wrong} --benchmark")
         ranks.require(bool(self.model or self.compare), "--model: is missing; give a checkpoint")
         enough = all(grid is None or grid >= 3 for grid in self.grid)
         ranks.require(enough, f"--grid {self.grid}: needs 3 or more")
@@ -480,12 +439,14 @@ def main(args: Args) -> dict[str, float]:
     """Evaluate every setting of the sweep, or compare evaluations; returns the metrics of the last
     setting."""
     if args.compare:
-        ranks.on_rank_0(partial(compare, args))
+        ranks.on_rank_0(partial(results.compare, args))
         return {}
     ranks.require_same_on_ranks(cli.options(args))
     task, out = toy.Task.load(Path(args.model)), Path(args.out)
     sweep = (args.frames, args.image_tokens, args.frame_tokens, args.grid)
     settings = list(product(chosen(args.benchmark) or (None,), *sweep))
+    learned = "--benchmark: the toy knows only the words of its task; give a real --model"
+    ranks.require(not (task and args.benchmark), learned)
     images_only = task is not None and task.frames is None and args.frames != (None,)
     asked = f"--frames {' '.join(map(str, args.frames))}: {args.model} has learned images only"
     ranks.require(not images_only, f"{asked}; leave it out, or train a toy with sft.py --frames")
@@ -493,24 +454,27 @@ def main(args: Args) -> dict[str, float]:
     opened = {setting: open_rows(args, setting, processor, task) for setting in settings}
     ranks.require_same_on_ranks({"rows": [len(rows.names) for rows in opened.values()]})
     model = load_model(args.model, frozen=True)
-    kept = ranks.on_rank_0(partial(open_out, args))
-    lock, file, results = kept or (None, None, defaultdict(list))
+    kept = ranks.on_rank_0(partial(results.open_out, args))
+    lock, file, records = kept or (None, None, defaultdict(list))
     with gathered(model):
         for setting, rows in opened.items():
-            label = label_of(setting, varied_names(settings))
+            label = results.label_of(setting, results.varied_names(settings))
             if file and (args.data or args.benchmark):
                 skipped = disk.open_lines(out / f"skipped{label and f'-{label}'}.jsonl")
                 rows.bad_rows.attach(skipped)
-            shown = answer_rows(args, setting, model, rows, results[setting], file)
+            shown = answer_rows(args, setting, model, rows, records[setting], file)
             if shown:
                 page = out / f"gaze{label and f'-{label}'}.html"
                 draw_page(page, {label or out.name: shown}, f"{args.model} {label}")
-            some = ranks.from_rank_0(partial(len, results[setting])) > 0
+            some = ranks.from_rank_0(partial(len, records[setting])) > 0
             ranks.require(some, f"{label or '--data'}: no row can be used")
-    ranks.on_rank_0(partial(report, args, {setting: results[setting] for setting in settings}))
+            if rows.bad_rows.file is not None:
+                rows.bad_rows.file.close()
+    chosen_records = {setting: records[setting] for setting in settings}
+    ranks.on_rank_0(partial(results.report, args, chosen_records))
     if lock:
         lock.close()
-    return ranks.from_rank_0(partial(summarise, results[settings[-1]]))
+    return ranks.from_rank_0(partial(summarise, records[settings[-1]]))
 
 
 if __name__ == "__main__":

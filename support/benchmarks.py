@@ -11,7 +11,6 @@ from ast import literal_eval
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from support.answers import MAX_ANSWER, option_accuracy, option_texts, plain_accuracy
-from support.datafiles import COLUMNS, MAX_LISTED, DataFile, Part, find_medium
+from support.datafiles import COLUMNS, DataFile, Part, find_medium
 from support.media import BadRow, first_line
 from support.prompts import Example
 from support.ranks import UsageError, require
@@ -246,6 +245,10 @@ class Benchmark:
     unit: str = "%"
 
     @property
+    def heading(self) -> str:
+        return f"{self.title}, {self.unit}"
+
+    @property
     def folder(self) -> str:
         return self.hub.replace("/", "--")
 
@@ -269,7 +272,7 @@ BENCHMARKS = {
         "MME", "lmms-lab/MME", ("test",), 2374,
         lambda row: ask(row["question"], row["category"], {"solution": row["answer"]},
                         image=row["image"]),
-        total=mme_points, unit="of 2,800",
+        total=mme_points, unit="points of 2,800",
     ),
     "muirbench": Benchmark(
         "MuirBench", "MUIRBENCH/MUIRBENCH", ("test",), 2600,
@@ -411,8 +414,7 @@ class BenchmarkFile(DataFile):
             folders = [(root / video).resolve() for root in part.roots]
             inside = [x for x in folders if x.is_relative_to(part.roots[0]) and x.is_dir()]
             for folder in inside[:1]:
-                names = sorted(islice(os.listdir(folder), MAX_LISTED + 1))
-                fields["video"] = [[str(folder / name) for name in names]]
+                fields["video"] = [[str(folder / name) for name in sorted(os.listdir(folder))]]
         return fields
 
     def has_video(self, row: int) -> bool:

@@ -14,7 +14,9 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -22,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from support.disk import write_aside, writing
-from support.prompts import Media
+from support.prompts import Media, Prompt
 
 LIMIT = 10_000_000  # bytes of a page
 LARGE = LIMIT // 4  # bytes of an example, above which its videos are sampled
@@ -54,6 +56,38 @@ class Gaze:
     rows: dict[int, Tensor]
     target: tuple[int, ...] = ()
     name: str = ""
+
+
+def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The text that each token adds to the response, with the spaces between words."""
+    # A character may be spelt by several tokens: it belongs to the last of them.
+    texts = [tokenizer.decode(ids[:end]).rstrip("\ufffd") for end in range(len(ids))]
+    texts.append(tokenizer.decode(ids))
+    return [after[len(before) :] for before, after in pairwise(texts)]
+
+
+def make_gaze(
+    prompt: Prompt, ids: list[int], tokenizer: Any, accuracy: float, rows: dict[int, Tensor]
+) -> Gaze:
+    """What the page shows of an example and the response `ids` to it; `rows` are without
+    padding."""
+    media, shapes, grids = prompt.example.media, prompt.shapes(), []
+    for medium in media:
+        t = (len(medium.frames) + 1) // 2 if medium.is_video else 1
+        grids.append((t, *shapes[sum(count for count, _, _ in grids)]))
+    return Gaze(
+        question=prompt.example.problem,
+        solution=prompt.example.solution,
+        response=token_texts(tokenizer, ids),
+        accuracy=accuracy,
+        media=media,
+        grids=grids,
+        visual=(prompt.patches() >= 0).nonzero()[:, 0].tolist(),
+        prompt_len=len(prompt.ids),
+        rows=rows,
+        target=prompt.example.target,
+        name=prompt.example.name,
+    )
 
 
 def write_page(path: Path, gazes: dict[str, list[Gaze]], title: str) -> int:

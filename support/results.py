@@ -52,7 +52,7 @@ def open_out(args: Any) -> tuple[TextIO, FileIO, dict[Setting, Records]]:
     disk.require_outside(out, args)
     settings = asdict(args)
     for name in ("out", "overwrite", "gaze", "batch_size", "workers", "max_skipped", "compare"):
-        del settings[name]  # these affect no prediction
+        del settings[name]  # these affect no prediction, but by rounding
     read = args.data or [place_of(name, args.benchmark_root) for name in chosen(args.benchmark)]
     settings["inputs"] = states.fingerprint_inputs(SimpleNamespace(model=args.model, data=read))
     settings["definitions"] = states.DEFINITIONS
@@ -112,7 +112,7 @@ def table(results: dict[Setting, Records], varied: Sequence[int]) -> str:
             for name, row in (("target_attn", "that emits the answer"), ("target_attn_own", "own")):
                 lines.append(f"{f'on target, row {row}':<43}{mean(records, name):>10.3f}")
         if setting[0]:
-            lines.append(f"{BENCHMARKS[setting[0]].title}: {number(setting[0], records)}")
+            lines.append(f"{BENCHMARKS[setting[0]].heading}: {number(setting[0], records)}")
     return "\n".join(lines)
 
 
@@ -124,12 +124,13 @@ def side_by_side(results: dict[tuple, Records]) -> str:
     measured, lines = defaultdict(dict), [names, ["---"] * len(names)]
     for (name, *setting), records in results.items():
         label = ", ".join(filter(None, (name, label_of(setting, varied, ", ", " "))))
-        benchmark, own = setting[0], ""
-        if benchmark:
+        heading = own = ""
+        if benchmark := setting[0]:
             own = measured[label][benchmark] = number(benchmark, records)
+            heading = BENCHMARKS[benchmark].heading
         rates = [f"{mean(records, what):.3f}" for what in ("accuracy", "format")]
         length = f"{mean(records, 'completion_len'):.1f}"
-        lines.append((label, benchmark or "", own, f"{len(records):,}", *rates, length))
+        lines.append((label, heading, own, f"{len(records):,}", *rates, length))
     details = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{paper_tables(measured)}\n{details}\n"
 

@@ -245,13 +245,16 @@ def test_an_evaluation_has_the_benchmarks_own_numbers(evaluate):
     lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     assert [line["score"] for line in lines] == [1, 0, 0, 0]
     assert lines[1]["question_id"] == "OCR/1.png"
-    assert "\nMME: 50.0 (rows 2 of 2,374)" in (out / "table.txt").read_text()
+    assert "\nMME, points of 2,800: 50.0 (rows 2 of 2,374)" in (out / "table.txt").read_text()
     images, _, details = (out / "table.md").read_text().partition("\n\n")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in images.splitlines()]
     assert [row[0] for row in rows[2:]] == [*(f"{name} (paper)" for name in PAPER), str(out)]
     assert [row[3] for row in rows] == ["MME", "---", "2309.3", "2258.7", "2352.8", rows[5][3]]
     assert rows[5][1:4] == ["", "", "50.0 (rows 2 of 2,374)"] and "| LongVideoBench |" in details
-    assert f"| {out} | mme | 50.0 (rows 2 of 2,374) | 2 | 0.500 | 0.000 | 2.0 |" in details
+    assert (
+        f"| {out} | MME, points of 2,800 | 50.0 (rows 2 of 2,374) | 2 | 0.500 | 0.000 | 2.0 |"
+        in details
+    )
 
 
 def test_a_base_model_is_asked_in_the_benchmarks_words(evaluate):
@@ -270,7 +273,7 @@ def test_missing_videos_are_named_and_counted(evaluate, root, tmp_path):
     with pytest.raises(UsageError, match=r"--max-skipped 0\.01: 1 of .*'4011\.mp4'"):
         evaluate("<answer>D</answer>", **fields)
     out, _ = evaluate("<answer>D</answer>", **fields, max_skipped=0.5)
-    assert "NExT-QA: 100.0 (rows 1 of 8,564)" in (out / "table.txt").read_text()
+    assert "NExT-QA, %: 100.0 (rows 1 of 8,564)" in (out / "table.txt").read_text()
     assert "4011.mp4" in (out / "skipped.jsonl").read_text()
 
 
@@ -310,6 +313,7 @@ def test_evaluations_stand_side_by_side(evaluate, tmp_path, monkeypatch, capsys)
         ({"benchmark": ("vstarr",)}, "--benchmark vstarr: known are all, images, videos, vstar"),
         ({"benchmark": ("blink",), "data": ("x.json",)}, "give one of them"),
         ({"bare": True}, "--bare: needs --benchmark"),
+        ({"benchmark": ("mme",), "text_only": True}, "--text-only: not with --benchmark"),
         ({"model": None}, "--model: is missing"),
     ],
 )

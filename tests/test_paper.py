@@ -95,5 +95,7 @@ def test_the_page_runs(monkeypatch):
         lines = Path("runs/eval", run, "predictions.jsonl").read_text().splitlines()
         assert len(lines) == rows
     table = Path("runs/tables/table.md").read_text()
-    assert all(f"| runs/eval/{run} | mme | " in table for run in ("base", "grpo", "ral-1"))
+    assert all(
+        f"| runs/eval/{run} | MME, points of 2,800 | " in table for run in ("base", "grpo", "ral-1")
+    )
     assert len(list(Path("runs").glob("figure-3-*/table.md"))) == 2

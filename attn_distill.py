@@ -2,8 +2,8 @@
 
 The student samples the responses, and teacher and student score the same tokens. The loss moves the
 student toward the teacher's next-token distributions (kd_baseline.py) *and* toward its attention.
-For every response token t this is the attention to the prompt and the earlier response (one layer
-of each model, averaged over heads), without its own column and renormalised:
+For response token t, this is the attention alpha_{t,i} to position i of the prompt or the earlier
+response (one layer of each model, averaged over heads), without t itself and renormalised (eq. 2):
 
     L_AttnDistill = E[ sum_t JSD(p_student^t, p_teacher^t) ]                       (eq. 5)
     loss = rl_coef * L_RL + mu_gkd * L_GKD + gamma_attn * L_AttnDistill            (eq. 6)
@@ -13,6 +13,8 @@ teacher's attention is useful whatever the answer was. The models may differ in 
 width, since the loss compares only distributions over the same tokens. The method is the lines
 marked `# Attention` and the functions `attention_policy` and `divergence`:
 `diff kd_baseline.py attn_distill.py`.
+
+Shapes: B prompts of P positions, padded on the left; G responses to each, of T tokens; V words.
 
 [ours] marks what the paper does not say, or says in two ways: the choices of kd_baseline.py, and
   1. gamma_attn is 1. The paper tried 0.05, 0.5 and 1, and does not say which made its tables.

@@ -44,8 +44,7 @@ from support import cli, data, disk, ranks, results, toy
 from support.benchmarks import BENCHMARKS, GROUPS, BenchmarkFile, chosen
 from support.data import BadRows, Prompts, Reader
 from support.datafiles import DataFile
-from support.gaze import make_gaze
-from support.pictures import Prediction, draw_page
+from support.pictures import Prediction, draw_page, make_gaze
 from support.prompts import Example, Processor, Prompt, PromptConfig, collate, encode_prompt
 from support.results import NAMES, Records, Setting
 

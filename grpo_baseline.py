@@ -7,6 +7,8 @@ policy-gradient steps on the same responses (eq. 1, with its sign turned: a loss
 KL penalty toward the model that the run started from. `ral_grpo.py` is this file plus the attention
 policy: `diff grpo_baseline.py ral_grpo.py` shows the paper's idea.
 
+Shapes: B prompts of P positions, padded on the left; G responses to each, of T tokens.
+
 [ours] marks what the paper does not say, or says in two ways. Here it is:
   1. The clip range is 0.2. The KL is estimated with k3. The standard deviation has ddof 1, and
      1e-4 is added to it.

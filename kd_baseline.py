@@ -11,6 +11,8 @@ L_GKD is the reverse KL, KL(student || teacher), and L_RL stays in, as in the pa
 `--rl-coef 0` is pure distillation and needs neither a reward nor a reference. `attn_distill.py` is
 this file plus the teacher's attention: `diff kd_baseline.py attn_distill.py`.
 
+Shapes: B prompts of P positions, padded on the left; G responses to each, of T tokens; V words.
+
 [ours] marks what the paper does not say, or says in two ways: the choices of grpo_baseline.py, and
   1. mu_gkd is 1. One optimiser step per rollout keeps distillation on policy.
   2. `--temperature` divides the logits of both models, in the loss as in sampling.

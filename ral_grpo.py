@@ -1,9 +1,9 @@
 """Reinforced Attention Learning (arXiv 2602.04884): GRPO, plus the attention of each generated
 token as a policy.
 
-The advantage that reinforces a response's tokens reinforces its attention too. The attention policy
-of response token t is its attention to the prompt and the earlier response (last layer, averaged
-over heads), without its own column and renormalised:
+The advantage A_t that reinforces a response's tokens reinforces its attention too. With alpha_{t,i}
+the attention of response token t to position i of the prompt or the response (last layer, averaged
+over heads), its attention policy leaves out its own position and is renormalised:
 
     p^t(i) = alpha_{t,i} / sum_{j <= t-1} alpha_{t,j},  i <= t - 1      (eq. 2)
     L_AttnRL = E_t[ A_t * JSD(p_theta^t, p_old^t) ]                     (eq. 3)
@@ -17,6 +17,8 @@ At p_theta = p_old the divergence *and its gradient* are zero. With exactly one 
 rollout, RAL is therefore GRPO, whatever lambda_attn. It acts from the second step on: in a second
 pass (`num_iterations`), or from the second minibatch of the first pass (`num_minibatches`).
 `train/attn_jsd_<k>` is logged for each step. See `loss_terms` for two more limits [ours].
+
+Shapes: B prompts of P positions, padded on the left; G responses to each, of T tokens.
 
 [ours] marks what the paper does not say, or says in two ways: the choices of grpo_baseline.py, and
   1. The sign. Eq. 1 is to be raised and eq. 3 to be lowered, but eq. 4 adds them. The paper's text

@@ -133,8 +133,8 @@ def grpo(**fields) -> tuple:
     return grpo_baseline, fields
 
 
-# Tuned on seeds 102 and 103, see docs/results.md. A step takes 1.09 times as long as GRPO's without
-# the logged gradient norms (step_ratio.py), so 69 steps or 5 inner iterations of GRPO take longer.
+# Tuned on seeds 102 and 103, see docs/results.md. A step takes 1.09 times as long as GRPO's
+# (step_ratio.py), so 69 steps or 5 inner iterations of GRPO take longer.
 GAZE = {"lambda_attn": 10.0, "eta": 8.0}
 ONE_SIDED = {
     "pull alone, lambda 300": "pull",

@@ -23,9 +23,6 @@ A rollout is from pixels (an image of P visual tokens): `generate` with G copies
 against ours. A whole step is image processing, vision, rollout and update. TRL 1.16.0 runs in an
 environment of its own (`pip install -r requirements.txt trl==1.16.0`).
 
-Not in it: `--attn-norm-every 10`, which adds two forward and backward passes every tenth step, so
-about 5% of the update at four inner iterations.
-
 Every measurement is a process of its own, so that its peak memory is its own: one warm-up, then
 timed repetitions, of which the process reports the median. Variants take turns, and the table has
 the median and the range over the rounds. Written to benchmarks/results/step_cost.json.
@@ -174,14 +171,12 @@ def update_work(variant: str, p: int, t: int) -> Callable[[], None]:
     rollout = common.Rollout(prompts, completions, full, torch.zeros(1, GROUP, dtype=torch.bool))
     advantages = torch.linspace(-1, 1, GROUP)[None, :, None]
     if variant in IN_TURN:
-        script, more, fields = grpo_baseline, (), {}
+        script, fields = grpo_baseline, {}
         if variant != "grpo":
             row = "predicting" if variant == "ral-predicting" else "own"
-            script, more, fields = ral_grpo, (False,), {"attn_row": row}
+            script, fields = ral_grpo, {"attn_row": row}
         args = script.Args(num_iterations=1, beta=0.0, **fields)
-        return lambda: script.update(
-            model, optimizer, [script.Batch(rollout, advantages)], args, *more
-        )
+        return lambda: script.update(model, optimizer, [script.Batch(rollout, advantages)], args)
     model.set_attn_implementation("eager" if variant == "eager" else "sdpa")
     model.train()
     inputs = {
@@ -272,14 +267,13 @@ def step_work(variant: str, p: int, t: int) -> Callable[[], None]:
     args = script.Args(num_iterations=1, beta=0.0, max_new_tokens=t, think=False)
     parameters = [x for x in model.parameters() if x.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
-    more = (False,) if variant == "step-ral" else ()
 
     def work() -> None:
         prompt = prompt_of(processor, model, p)
         batch = collate(model, [prompt], processor.tokenizer.pad_token_id)
         rollout, _, rewards, _ = script.roll_out(model, processor, [prompt], batch, args)
         advantages = torch.linspace(-1, 1, GROUP)[None, :, None] + script.group_advantages(rewards)
-        script.update(model, optimizer, [script.Batch(rollout, advantages)], args, *more)
+        script.update(model, optimizer, [script.Batch(rollout, advantages)], args)
 
     return work
 

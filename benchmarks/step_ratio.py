@@ -29,16 +29,12 @@ from reproduce import DISTILL, GAZE, GRPO, SUM, ral
 import attn_distill
 import kd_baseline
 
-QUIET = {"attn_norm_every": 0}
 CELLS = {
     "GRPO": GRPO,
     "RAL, own row": ral(attn_row="own"),
-    "RAL, own row, no gradient norms": ral(attn_row="own", **QUIET),
     "posterior gaze": (posterior_gaze, GAZE),
-    "posterior gaze, no gradient norms": (posterior_gaze, GAZE | QUIET),
     "KD": (kd_baseline, DISTILL),
     "KD + attention": (attn_distill, DISTILL | SUM),
-    "KD + attention, no gradient norms": (attn_distill, DISTILL | SUM | QUIET),
 }
 
 

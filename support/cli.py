@@ -2,16 +2,19 @@
 
 import errno
 import os
+import re
 import shlex
 import signal
 import sys
 import traceback
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from inspect import get_annotations
 from itertools import pairwise
-from typing import Any, Literal, TextIO
+from typing import Annotated, Any, Literal, TextIO, get_type_hints
 
+import docstring_parser
 import torch.distributed as dist
 import tyro
 
@@ -93,115 +96,25 @@ class RunArgs:
     def __post_init__(self) -> None:
         """Check the ranges of these arguments, and of those that most scripts declare."""
         check_values(self)
-        require_positive(self, "rows", "frames", "fps", "max_prompt_tokens")
-        require_positive(self, "image_tokens", "min_image_tokens", "frame_tokens")
-        require_positive(self, "eval_every", "eval_examples", "keep")
-        require_not_negative(self, "save_every", "max_skipped", "seed", "workers")
-        positive = ("steps", "learning_rate", "max_grad_norm", "micro_batch_size")
-        positive += ("prompts_per_step", "num_iterations", "num_minibatches")
-        positive += ("max_new_tokens", "temperature", "clip_eps")
-        require_positive(self, *(name for name in positive if hasattr(self, name)))
-        not_negative = ("lora_rank", "beta")
-        require_not_negative(self, *(name for name in not_negative if hasattr(self, name)))
+        positive = "rows frames fps max_prompt_tokens image_tokens min_image_tokens frame_tokens"
+        positive += " eval_every eval_examples keep steps learning_rate max_grad_norm"
+        positive += " micro_batch_size prompts_per_step num_iterations num_minibatches"
+        positive += " max_new_tokens temperature clip_eps"
+        not_negative = "save_every max_skipped seed workers lora_rank beta"
+        require_positive(self, *(name for name in positive.split() if hasattr(self, name)))
+        require_not_negative(self, *(name for name in not_negative.split() if hasattr(self, name)))
         require(self.grid is None or self.grid >= 3, f"--grid {self.grid}: needs 3 or more")
 
     def may_change(self) -> set[str]:
         """Names of the arguments that `--resume` may change: they do not affect what is computed.
         Some are declared by the scripts."""
-        files = {"out", "overwrite", "track", "save_every", "keep", "resume", "allow_changed_args"}
-        reading = {"workers", "check_data", "max_skipped", "text_only"}
-        steps = {"steps", "eval_every", "micro_batch_size", "prompts_per_step"}
-        return files | reading | steps | {"gradient_checkpointing"}
+        names = "out overwrite track save_every keep resume allow_changed_args"
+        names += " workers check_data max_skipped text_only gradient_checkpointing"
+        names += " steps eval_every micro_batch_size prompts_per_step"
+        return set(names.split())
 
 
-def run_script(
-    args_class: type,
-    main: Callable,
-    description: str,
-    defaults: Callable[[], dict[str, Any]] = dict,
-) -> None:
-    """Parse the command line into `args_class`, with `defaults()` in place of the class's own
-    defaults, and run `main`. A `UsageError` becomes one line and exit status 2, Ctrl-C one line and
-    130, `Finished` one line and 0."""
-    unprinted = keep_printing()
-    try:
-        if signal.getsignal(signal.SIGINT) is startup.stop:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        check_switches(args_class)
-        changed = defaults()
-        default = {"default": args_class(**changed)} if changed else {}
-        args = tyro.cli(args_class, description=description, **default)  # --help ends here
-        start_ranks()
-        main(args)
-    except KeyboardInterrupt:
-        fail(130, "\nstopped by Ctrl-C; what was saved before is intact")
-    except UsageError as error:
-        fail(2, f"error: {error}")
-    except Finished as message:
-        print_on_rank_0(str(message))
-    except Exception as error:
-        if str(error).startswith("DataLoader worker (pid"):  # in PyTorch's words, and at any time
-            remedy = "if it was killed because memory is full, give fewer --workers"
-            fail(2, f"error: --workers: a reader process has ended ({error}); {remedy}")
-        fail(1, traceback.format_exc())
-    sys.stdout.flush()
-    if dist.is_initialized():
-        leave_ranks()
-    if unprinted:
-        closed = unprinted[0].errno == errno.EPIPE  # a program that ends by SIGPIPE is silent, too
-        what = f"error: the output cannot be printed ({unprinted[0].strerror}); the run is complete"
-        if closed:
-            leave(128 + signal.SIGPIPE)
-        fail(1, what)
-
-
-def keep_printing() -> list[OSError]:
-    """Let a run continue when its output cannot be printed, because the pipe is closed or the disk
-    is full: the rest of the output is dropped. Returns a list, to which such errors are added.
-
-    Characters that the output cannot encode are printed as escape sequences. An output that was
-    closed before the start is opened on the null device, so that no file of the run gets its
-    descriptor."""
-    errors = []
-
-    def guard(stream: TextIO, write: Callable) -> Callable:
-        def guarded(*args: Any) -> Any:
-            try:
-                return write(*args)
-            except OSError as error:
-                errors.append(error)
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-        return guarded
-
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-        stream.reconfigure(errors="backslashreplace")
-        stream.write, stream.flush = guard(stream, stream.write), guard(stream, stream.flush)
-        setattr(sys, name, stream)
-    return errors
-
-
-def check_switches(args_class: type) -> None:
-    """Refuse a value for an option that takes none, such as `--think=false`, and none for one that
-    takes several, as from an unset shell variable: it would count as unset."""
-    switches = {field.name for field in fields(args_class) if field.type is bool}
-    several = {option(x.name) for x in fields(args_class) if str(x.type).startswith("tuple")}
-    for word, following in pairwise([*sys.argv[1:], "--"]):
-        name, has_value, _ = word.removeprefix("--").removeprefix("no-").partition("=")
-        refused = has_value and name.replace("-", "_") in switches
-        require(not refused, f"{word}: takes no value; give --{name} or --no-{name}")
-        given = word not in several or not following.startswith("--")
-        require(given, f"{word}: needs a value, or leave it out")
-
-
-def given_options() -> Namespace:
-    """`--model` and `--think` as the command line gives them (None if it does not), before it is
-    parsed: some defaults depend on them."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--model", nargs="?")  # one without a value is reported later
-    parser.add_argument("--think", action=BooleanOptionalAction)
-    return parser.parse_known_args()[0]
+# 1. Values
 
 
 def option(name: str) -> str:
@@ -242,24 +155,23 @@ BOUNDS |= {"epochs": (1e-9, 1e6)}
 def check_values(args: Any) -> None:
     """Refuse numbers that are not finite or too large to compute with, and names that no file can
     have. An empty name, as from an unset shell variable, would otherwise mean "unset"."""
-    for name, values in vars(args).items():
+    for name, value in ((name, value) for name, x in vars(args).items() for value in each(x)):
         named = option(name)
-        for value in each(values):
-            if isinstance(value, str):
-                require(bool(value), f"{named} '': is empty; give a value or leave it out")
-                try:
-                    os.stat(value.encode())
-                except ValueError:
-                    raise UsageError(f"{named} {value!r}: has a NUL or is not UTF-8") from None
-                except OSError as error:
-                    fault = f"{named} {value[:40]}...: is too long for a file name"
-                    require(error.errno != errno.ENAMETOOLONG, fault)
-            elif isinstance(value, int):
-                require(abs(value) <= LARGEST, f"{named} {value}: must be at most {LARGEST}")
-            elif isinstance(value, float):
-                low, high = BOUNDS.get(name, (-sys.float_info.max, sys.float_info.max))
-                bounds = f"must be from {low:g} to {high:g}"
-                require(low <= value <= high, f"{named} {value}: {bounds}")
+        if isinstance(value, str):
+            require(bool(value), f"{named} '': is empty; give a value or omit it")
+            try:
+                os.stat(value.encode())
+            except ValueError:
+                raise UsageError(f"{named} {value!r}: has a NUL or is not UTF-8") from None
+            except OSError as error:
+                fault = f"{named} {value[:40]}...: is too long for a file name"
+                require(error.errno != errno.ENAMETOOLONG, fault)
+        elif isinstance(value, int | float):
+            largest = LARGEST if isinstance(value, int) else sys.float_info.max
+            low, high = BOUNDS.get(name, (-largest, largest))
+            require(
+                low <= value <= high, f"{named} {value}: must be from {low:.10g} to {high:.10g}"
+            )
 
 
 def same_inputs(args: Any) -> str:
@@ -271,3 +183,112 @@ def same_inputs(args: Any) -> str:
         if value and value != getattr(type(args), name):
             words += [option(name), *(() if value is True else map(str, each(value)))]
     return "".join(f" {shlex.quote(word)}" for word in words)
+
+
+# 2. The command line
+
+
+def run_script(
+    args_class: type,
+    main: Callable,
+    description: str,
+    defaults: Callable[[], dict[str, Any]] = dict,
+) -> None:
+    """Parse the command line into `args_class`, with `defaults()` in place of the class's own
+    defaults, and run `main`. A `UsageError` becomes one line and exit status 2, Ctrl-C one line and
+    130, `Finished` one line and 0."""
+    unprinted = keep_printing()
+    try:
+        if signal.getsignal(signal.SIGINT) is startup.stop:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        args = parse(args_class, description, defaults())  # --help ends here
+        start_ranks()
+        main(args)
+    except KeyboardInterrupt:
+        fail(130, "\nstopped by Ctrl-C; what was saved before is intact")
+    except UsageError as error:
+        fail(2, f"error: {error}")
+    except Finished as message:
+        print_on_rank_0(str(message))
+    except Exception as error:
+        if str(error).startswith("DataLoader worker (pid"):  # in PyTorch's words, and at any time
+            remedy = "if it was killed because memory is full, give fewer --workers"
+            fail(2, f"error: --workers: a reader process has ended ({error}); {remedy}")
+        fail(1, traceback.format_exc())
+    sys.stdout.flush()
+    if dist.is_initialized():
+        leave_ranks()
+    if unprinted and unprinted[0].errno == errno.EPIPE:
+        leave(128 + signal.SIGPIPE)  # a program that ends by SIGPIPE is silent, too
+    if unprinted:
+        reason = unprinted[0].strerror
+        fail(1, f"error: the output cannot be printed ({reason}); the run is complete")
+
+
+def parse(args_class: type, description: str, defaults: dict[str, Any]) -> Any:
+    """Parse the command line. `--help` lists the script's own arguments before those of `RunArgs`;
+    each help text and each paragraph of the description is one line, which tyro or the terminal
+    wraps.
+
+    An option that takes several values needs one: without any, as from an unset shell variable, it
+    would count as unset.
+    """
+    several = {option(x.name) for x in fields(args_class) if str(x.type).startswith("tuple")}
+    for word, following in pairwise([*sys.argv[1:], "--"]):
+        given = word not in several or not following.startswith("--")
+        require(given, f"{word}: needs a value, or leave it out")
+    hints, bases = get_type_hints(args_class), args_class.__mro__[:-1]
+    helps = {
+        param.arg_name: " ".join(param.description.split())
+        for base in reversed(bases)
+        for param in docstring_parser.parse_from_object(base).params
+    }
+    defaults = {x.name: x.default for x in fields(args_class)} | defaults
+    names = dict.fromkeys(name for base in bases for name in get_annotations(base))
+    form = [
+        (
+            name,
+            Annotated[hints[name], tyro.conf.arg(help=helps.get(name, ""))],
+            field(default=defaults[name]),
+        )
+        for name in names
+    ]
+    form = make_dataclass(args_class.__name__, form, kw_only=True)
+    paragraphs = re.sub(r"(?<=\S)\n(?=\S)", " ", description)
+    return args_class(**vars(tyro.cli(form, description=paragraphs)))
+
+
+def given_options() -> Namespace:
+    """`--model` and `--think` as the command line gives them (None if it does not), before it is
+    parsed: some defaults depend on them."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", nargs="?")  # one without a value is reported later
+    parser.add_argument("--think", action=BooleanOptionalAction)
+    return parser.parse_known_args()[0]
+
+
+def keep_printing() -> list[OSError]:
+    """Let a run continue when its output cannot be printed, because the pipe is closed or the disk
+    is full: the rest of the output is dropped. Returns a list, to which such errors are added.
+
+    Characters that the output cannot encode are printed as escape sequences. An output that was
+    closed before the start is opened on the null device, so that no file of the run gets its
+    descriptor."""
+    errors = []
+
+    def guard(stream: TextIO, write: Callable) -> Callable:
+        def guarded(*args: Any) -> Any:
+            try:
+                return write(*args)
+            except OSError as error:
+                errors.append(error)
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+        return guarded
+
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        stream.reconfigure(errors="backslashreplace")
+        stream.write, stream.flush = guard(stream, stream.write), guard(stream, stream.flush)
+        setattr(sys, name, stream)
+    return errors

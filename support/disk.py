@@ -1,4 +1,5 @@
-"""Files on disk: the lock of a run directory, and writes that leave no file incomplete."""
+"""Files on disk: the lock of a run directory, what it may be, and writes that leave no file
+incomplete."""
 
 import errno
 import fcntl
@@ -20,6 +21,13 @@ from support.ranks import UsageError, require
 
 LOCK = ".lock"  # in a run directory: names and is locked by the process that uses it
 PART = ".part"  # ends the name of a file or directory that is still being written
+DONE = ".done"  # a directory of complete ones that are not in their place yet
+MOST_FILES = 500_000  # in a directory of a data set, its media included
+TRAINING_RUN, EVALUATION, DIAGNOSIS = "training run", "evaluation", "diagnosis"
+RUN_FILES = "args.json metrics.jsonl samples.jsonl skipped.jsonl tensorboard gaze.html"
+RUN_FILES += " attention.png curves.png checkpoint adapter state .part .done"
+
+# 1. A directory and its owner
 
 
 def lock_directory(out: Path) -> TextIO:
@@ -63,22 +71,6 @@ def content_of(out: Path) -> list[Path]:
     return [path for path in out.iterdir() if path.name not in own] if out.is_dir() else []
 
 
-TRAINING_RUN, EVALUATION, DIAGNOSIS = "training run", "evaluation", "diagnosis"
-RUN_FILES = "args.json metrics.jsonl samples.jsonl skipped.jsonl tensorboard gaze.html"
-RUN_FILES += " attention.png curves.png checkpoint .checkpoint-* adapter state"
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write a text file under another name and rename it, so that it is never incomplete."""
-    aside = path.with_name(f".{path.name}{PART}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.rename(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-
-
 def write_record(out: Path, kind: str, settings: dict[str, Any]) -> None:
     """Write `args.json`, the first file of a directory: what made it, and the arguments."""
     write_aside(out / "args.json", json.dumps({"made_by": kind, **settings}, indent=2) + "\n")
@@ -101,11 +93,6 @@ def require_kind(out: Path, kind: str) -> None:
     require(not content_of(out) or found == kind, f"--out {out}: {other}; choose another")
 
 
-def without_split(name: str) -> Path:
-    """The path in an argument such as `--data`, without a `:SPLIT` after it."""
-    return Path(name if Path(name).exists() else name.rpartition(":")[0] or name)
-
-
 def require_outside(out: Path, args: Any) -> None:
     """Refuse an `--out` that holds anything that `args` read: it would be moved or deleted."""
     for name in ("model", "teacher", "data", "eval_data", "media_root", "benchmark_root"):
@@ -120,6 +107,20 @@ def clear(out: Path, names: str) -> None:
     """Delete what a program writes into its directory, by patterns of names; keep all else."""
     for path in sorted(path for name in names.split() for path in out.glob(name)):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def good_states(out: Path) -> list[Path]:
+    """Complete states of a run, oldest first. A state still being written has another name."""
+    named = (p for p in (out / "state").glob("step-*") if re.fullmatch(r"step-\d{1,9}", p.name))
+    return sorted((p for p in named if p.is_dir() and not p.is_symlink()), key=step_of)
+
+
+def step_of(state: Path) -> int:
+    """The number of steps done at a state, from its name."""
+    return int(state.name.removeprefix("step-"))
+
+
+# 2. Writing
 
 
 @contextmanager
@@ -139,6 +140,56 @@ def writing(out: Path, name: str) -> Iterator[None]:
         raise UsageError(message) from None
 
 
+def write_aside(path: Path, text: str) -> None:
+    """Write a text file under another name and rename it, so that it is never incomplete."""
+    aside = path.with_name(f".{path.name}{PART}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.rename(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def written_aside(folder: Path, name: str) -> Iterator[Path]:
+    """Yield a new directory. When the block ends, it becomes `folder / name`, and what the block
+    created beside it moves to `folder`, too. Until then, what has these names is unchanged. A
+    process that is killed at any point leaves no directory incomplete.
+    """
+    aside = folder / PART
+    install(folder)
+    (aside / name).mkdir(parents=True)
+    try:
+        yield aside / name
+        for path in (*aside.rglob("*"), aside):
+            flush(path)
+    except Exception:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    aside.rename(folder / DONE)
+    install(folder)
+    flush(folder)
+
+
+def install(folder: Path) -> None:
+    """Put the content of a complete `DONE` in its place, and delete an incomplete `PART`."""
+    shutil.rmtree(folder / PART, ignore_errors=True)
+    for new in (folder / DONE).glob("*"):
+        if (folder / new.name).exists():
+            (folder / new.name).rename(folder / PART)  # deleting takes longer
+        new.rename(folder / new.name)
+        shutil.rmtree(folder / PART, ignore_errors=True)
+    shutil.rmtree(folder / DONE, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Flush a file, or the names in a directory, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
 def open_lines(path: Path) -> FileIO:
     """Open a file for `append`. It is unbuffered, so an error is raised for the line that causes
     it, and closing the file raises no second error."""
@@ -146,11 +197,7 @@ def open_lines(path: Path) -> FileIO:
 
 
 def append(file: FileIO, rows: Iterable[dict[str, Any]]) -> None:
-    """Append one line of JSON per row.
-
-    Raises:
-        UsageError: the file cannot be written, as on a full disk.
-    """
+    """Append one line of JSON per row."""
     path = Path(file.name)
     with writing(path.parent, path.name):
         for row in rows:
@@ -159,27 +206,18 @@ def append(file: FileIO, rows: Iterable[dict[str, Any]]) -> None:
                 data = data[file.write(data) :]
 
 
-def good_states(out: Path) -> list[Path]:
-    """Complete states of a run, oldest first. A state still being written has another name."""
-    named = (p for p in (out / "state").glob("step-*") if re.fullmatch(r"step-\d{1,9}", p.name))
-    return sorted((p for p in named if p.is_dir() and not p.is_symlink()), key=step_of)
+# 3. Data files
 
 
-def step_of(state: Path) -> int:
-    """The number of steps done at a state, from its name."""
-    return int(state.name.removeprefix("step-"))
-
-
-MOST_FILES = 500_000  # in a directory of a data set, its media included
+def without_split(name: str) -> Path:
+    """The path in an argument such as `--data`, without a `:SPLIT` after it."""
+    return Path(name if Path(name).exists() else name.rpartition(":")[0] or name)
 
 
 def data_files(path: str | None) -> list[Path]:
-    """The local files that `--data` names: a file, or the data files of a directory.
-
-    Raises:
-        UsageError: one of them is not a regular file (a pipe might wait for ever), or the directory
-            holds too many files to be a data set.
-    """
+    """The local files that `--data` names: a file, or the data files of a directory. Refuses one
+    that is not a regular file (reading a pipe might wait for ever), and a directory with too many
+    files to be a data set."""
     if not path:
         return []
     place = without_split(path)
@@ -195,10 +233,3 @@ def data_files(path: str | None) -> list[Path]:
     for file in tables or files:
         require(file.is_file(), f"{file} is not a regular file")
     return sorted(tables or files)
-
-
-def flush(path: Path) -> None:
-    """Flush a file, or the names in a directory, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -46,6 +46,7 @@ def memory_gb(
     evaluated: Any = None,
     processes: int = 1,
     distils: bool = False,
+    passes: int = 1,
 ) -> dict[str, dict[str, float]]:
     """Estimate the GB (2**30 bytes) that each of `processes` ranks needs at the peak of each phase
     of a step, by purpose.
@@ -134,6 +135,7 @@ def memory_gb(
         29 * seen,
     )
     update += seen * kept
+    update *= passes
     need["update"] = {
         "gathered": width * (root + 2 * layer) if gathers else 0,
         "gradients": 4 * trained / processes,
@@ -189,10 +191,12 @@ def fit_memory(
     needs_reference: bool = False,
     teacher: Any = None,
     evaluate_teacher: bool = False,
+    passes: int = 1,
 ) -> Any:
     """Choose, before any weights are loaded, what to train: all weights if they fit, otherwise
     adapters of rank 64. `--lora-rank` and the resumed run take precedence. With adapters, the
-    reference is the model without them. `config` and `teacher` are model configs.
+    reference is the model without them. `config` and `teacher` are model configs. `passes` are the
+    forward passes whose graphs an update holds at once: 2 for a loss that also sees a masked image.
 
     Raises:
         UsageError: nothing fits; the message names two remedies.
@@ -200,42 +204,47 @@ def fit_memory(
     if args.gradient_checkpointing is None:
         args = replace(args, gradient_checkpointing=torch.cuda.is_available())
     if args.lora_rank is None and (state := read_state(args)):  # resuming keeps the choice
-        args = replace(args, lora_rank=state["args"]["lora_rank"])
+        args = replace(args, lora_rank=state.args.get("lora_rank"))
     have = min(gather([available_gb()]))  # ranks on other hosts must not choose differently
     teachers = [teacher] if teacher is not None else []
     evaluated = teacher if evaluate_teacher else None
 
-    def need(lora_rank: int, processes: int = 0, **fields: int) -> float:
-        frozen = teachers + [config] * (needs_reference and not lora_rank)
-        processes, changed = processes or world_size(), replace(args, **fields)
+    def need(**changed: int) -> float:
+        """GB at the peak of a step, with these arguments or another number of `processes`."""
+        processes, now = changed.pop("processes", world_size()), replace(args, **changed)
+        frozen = teachers + [config] * (needs_reference and not now.lora_rank)
         rest = {"evaluated": evaluated, "processes": processes, "distils": bool(teachers)}
-        phases = memory_gb(config, changed, lora_rank, group_size, frozen, **rest)
+        rest["passes"] = passes
+        phases = memory_gb(config, now, now.lora_rank, group_size, frozen, **rest)
         return max(sum(parts.values()) for parts in phases.values())
 
+    def fits(**changed: int) -> bool:
+        return need(**changed) < 0.95 * have
+
     both = f"--train-vision, --lora-rank {args.lora_rank}: adapters cover only the language model"
-    require(not (args.train_vision and args.lora_rank), f"{both}; leave one of them out")
+    require(not (args.train_vision and args.lora_rank), f"{both}; omit one of them")
     choices = [0, 64] if args.lora_rank is None else [args.lora_rank]
     choices = choices[:1] if args.train_vision else choices
     for lora_rank in choices:
-        if need(lora_rank) < 0.95 * have:
+        if fits(lora_rank=lora_rank):
             if lora_rank != choices[0]:
-                why = f"all weights need about {need(0):.0f} of {have:.0f} GB per process"
+                why = f"all weights need about {need(lora_rank=0):.0f} of {have:.0f} GB per process"
                 print_on_rank_0(f"{why}: training adapters, --lora-rank {lora_rank}")
             return replace(args, lora_rank=lora_rank)
-    asked = choices[-1]
-
-    def fits(lora_rank: int, processes: int = 0, **fields: int) -> bool:
-        return need(lora_rank, processes, **fields) < 0.95 * have
-
-    ways = ["--lora-rank 64"] if not asked and not args.train_vision and fits(64) else []
-    numbers = (n for n in (2, 4, 8, 16, 32) if n > world_size() and fits(asked, n))
-    ways += [f"{n} processes" for n in islice(numbers, 1)]
-    lower = (shorter(args, tokens) for tokens in (4096, 2048, 1024))
-    for fields in islice((fields for fields in lower if fields and fits(asked, **fields)), 1):
-        ways.append(" ".join(f"{option(k)} {v}" for k, v in fields.items()))
+    asked = {"lora_rank": choices[-1]}
+    remedies = [  # of each kind, the first that fits is named
+        [] if asked["lora_rank"] or args.train_vision else [{"lora_rank": 64}],
+        [{"processes": n} for n in (2, 4, 8, 16, 32) if n > world_size()],
+        [x for tokens in (4096, 2048, 1024) if (x := shorter(args, tokens))],
+    ]
+    ways = []
+    for kind in remedies:
+        for changed in islice((x for x in kind if fits(**asked | x)), 1):
+            flags = " ".join(f"{option(name)} {value}" for name, value in changed.items())
+            ways.append(f"{changed['processes']} processes" if "processes" in changed else flags)
     others = ["a smaller --max-new-tokens or --prompts-per-step", "a smaller model"]
     *ways, last = (ways + others)[: max(2, len(ways))]
-    short = f"needs about {need(asked):.0f} GB per process; {have:.0f} GB are available"
+    short = f"needs about {need(**asked):.0f} GB per process; {have:.0f} GB are available"
     short += f", 5% of them reserved; {', '.join(ways)} or {last} would make it fit"
     raise UsageError(f"--model {args.model}: {short}")
 

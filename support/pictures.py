@@ -1,22 +1,62 @@
-"""Pictures of a run: where the model looks (`attention.png`), and curves of its metrics."""
+"""Pictures of a run: where the model looks (`attention.png` and the page `gaze.html`), and curves
+of its metrics."""
 
+import base64
+import hashlib
+import io
 import json
 import math
+import re
 import warnings
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
 from support.answers import extract_answer
-from support.disk import writing
-from support.gaze import Gaze, write_page
+from support.disk import write_aside, writing
+from support.prompts import Media, Prompt
 from support.ranks import rank
+
+LIMIT = 10_000_000  # bytes of a page
+LARGE = LIMIT // 4  # bytes of an example, above which its videos are sampled
+KEPT = 0.95  # share of a row's mass on vision whose cells are stored
+PIXELS = 1_000_000  # of all pictures of an example together
+LONGEST = 896  # pixels, the longer side of a picture
+
+
+@dataclass
+class Gaze:
+    """One answered example for the page; T response tokens follow P prompt positions.
+
+    `response` holds the text of each token. `grids` has, for each medium, its temporal patches (a
+    video's pairs of frames), and rows and columns of visual tokens; `visual` has the indices of all
+    visual tokens in the prompt. `rows` maps a layer to its attention (T + 1, P + T), averaged over
+    heads. Its row 0 is that of the prompt's last position, and row t that of response token t; each
+    sums to 1. `target`, on the toy only, counts over the visual tokens. `accuracy` is between 0 and
+    1.
+    """
+
+    question: str
+    solution: str
+    response: list[str]
+    accuracy: float
+    media: list[Media]
+    grids: list[tuple[int, int, int]]
+    visual: list[int]
+    prompt_len: int
+    rows: dict[int, Tensor]
+    target: tuple[int, ...] = ()
+    name: str = ""
 
 
 @dataclass
@@ -40,13 +80,68 @@ class Prediction:
         return self.gaze.rows[self.layer][self.answer.start, self.gaze.visual]
 
 
+def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The text that each token adds to the response, with the spaces between words."""
+    # A character may be spelt by several tokens: it belongs to the last of them.
+    texts = [tokenizer.decode(ids[:end]).rstrip("\ufffd") for end in range(len(ids))]
+    texts.append(tokenizer.decode(ids))
+    return [after[len(before) :] for before, after in pairwise(texts)]
+
+
+def make_gaze(
+    prompt: Prompt, ids: list[int], tokenizer: Any, accuracy: float, rows: dict[int, Tensor]
+) -> Gaze:
+    """What the page shows of an example and the response `ids` to it; `rows` are without
+    padding."""
+    media, shapes, grids = prompt.example.media, prompt.shapes(), []
+    for medium in media:
+        t = (len(medium.frames) + 1) // 2 if medium.is_video else 1
+        grids.append((t, *shapes[sum(count for count, _, _ in grids)]))
+    return Gaze(
+        question=prompt.example.problem,
+        solution=prompt.example.solution,
+        response=token_texts(tokenizer, ids),
+        accuracy=accuracy,
+        media=media,
+        grids=grids,
+        visual=(prompt.patches() >= 0).nonzero()[:, 0].tolist(),
+        prompt_len=len(prompt.ids),
+        rows=rows,
+        target=prompt.example.target,
+        name=prompt.example.name,
+    )
+
+
 def draw_run(out: Path, shown: dict[str, list[Prediction]], names: Sequence[str]) -> None:
     """Draw a run into its directory: where it looked "before" and "after", as a page, these and any
     other entries of `shown` as a picture, and curves of the named metrics. Only rank 0 draws."""
     if rank() == 0:
-        draw_page(out / "gaze.html", {x: shown[x] for x in ("before", "after")}, str(out))
+        draw_page(out / "gaze.html", {x: shown[x] for x in ("before", "after")}, title=str(out))
         draw_attention(out / "attention.png", shown)
         draw_curves(out / "curves.png", out / "metrics.jsonl", names)
+
+
+# 1. Pictures
+
+
+def load_pyplot() -> Any:
+    """Import pyplot, set to draw to files. The import is slow, so callers do it on demand."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # text may contain dollar signs
+    warnings.filterwarnings("ignore", message="Glyph")  # and any other character
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure and forget it."""
+    figure.tight_layout()
+    with writing(path.parent, path.name):
+        figure.savefig(path, dpi=80)
+    load_pyplot().close(figure)
 
 
 def draw_gaze(axis: Any, gaze: Gaze, attention: Tensor) -> None:
@@ -95,13 +190,12 @@ def verdict(prediction: Prediction) -> tuple[str, str]:
 def draw_attention(path: Path, rows: dict[str, list[Prediction]], count: int = 6) -> None:
     """Draw the attention of the model's answers: one row of held-out examples for each entry of
     `rows`; see `draw_gaze`."""
-    pyplot = load_pyplot()
     rows = {label: [x for x in row if x.gaze and x.gaze.media] for label, row in rows.items()}
     count = min([count, *map(len, rows.values())])
     if count == 0:  # none of this rank's rows could be read
         return
     size = (2.3 * count, 2.9 * len(rows) + 0.4)  # the last for the title
-    figure, axes = pyplot.subplots(len(rows), count, figsize=size, squeeze=False)
+    figure, axes = load_pyplot().subplots(len(rows), count, figsize=size, squeeze=False)
     for (label, predictions), line in zip(rows.items(), axes, strict=True):
         for prediction, axis in zip(predictions[:count], line, strict=True):
             gaze, attention = prediction.gaze, prediction.attention()
@@ -113,49 +207,22 @@ def draw_attention(path: Path, rows: dict[str, list[Prediction]], count: int = 6
             axis.set_xlabel(gaze.question[:32], fontsize=8)
         line[0].set_ylabel(label, fontsize=10)
     figure.suptitle("attention in the row that emits the answer", fontsize=10)
-    figure.tight_layout()
-    with writing(path.parent, path.name):
-        figure.savefig(path, dpi=80)
-    pyplot.close(figure)
-
-
-def draw_page(path: Path, predictions: dict[str, list[Prediction]], title: str) -> None:
-    """Write the gaze page of the examples that every entry of `predictions` shows."""
-    gazes = {label: [x.gaze for x in row if x.gaze] for label, row in predictions.items()}
-    count = min(map(len, gazes.values()))
-    if count:
-        write_page(path, {label: row[:count] for label, row in gazes.items()}, title)
+    save(figure, path)
 
 
 def draw_curves(path: Path, metrics: Path, names: Sequence[str]) -> None:
     """Draw the named metrics of a run's `metrics.jsonl` against the step, one panel each."""
-    pyplot = load_pyplot()
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     names = [name for name in names if any(name in line for line in lines)]
-    figure, axes = pyplot.subplots(1, len(names), figsize=(3.2 * len(names), 2.8), squeeze=False)
+    size = (3.2 * len(names), 2.8)
+    figure, axes = load_pyplot().subplots(1, len(names), figsize=size, squeeze=False)
     for name, axis in zip(names, axes[0], strict=True):
         points = [(line["step"], line[name]) for line in lines if name in line]
-        axis.plot(
-            *zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3
-        )
+        marker = "o" if len(points) < 30 else None
+        axis.plot(*zip(*points, strict=True), marker=marker, markersize=3)
         axis.set(title=name, xlabel="step")
         axis.grid(alpha=0.3)
-    figure.tight_layout()
-    with writing(path.parent, path.name):
-        figure.savefig(path, dpi=80)
-    pyplot.close(figure)
-
-
-def load_pyplot() -> Any:
-    """Import pyplot, set to draw to files. The import is slow, so callers do it on demand."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["text.parse_math"] = False  # text may contain dollar signs
-    warnings.filterwarnings("ignore", message="Glyph")  # and any other character
-    from matplotlib import pyplot
-
-    return pyplot
+    save(figure, path)
 
 
 def draw_sweep(
@@ -171,8 +238,7 @@ def draw_sweep(
     if not numbers:
         return
     others = [i for i in varied if i != numbers[0]]
-    pyplot = load_pyplot()
-    figure, axis = pyplot.subplots(figsize=(5, 3.6))
+    figure, axis = load_pyplot().subplots(figsize=(5, 3.6))
     lines = defaultdict(list)
     for setting, records in results.items():
         rest = ", ".join(f"{names[i]} {setting[i]}" for i in others)
@@ -186,7 +252,135 @@ def draw_sweep(
     axis.grid(alpha=0.3)
     if len(lines) > 1:
         axis.legend(fontsize=8)
-    figure.tight_layout()
+    save(figure, path)
+
+
+# 2. The gaze page
+
+
+def draw_page(path: Path, predictions: dict[str, list[Prediction]], title: str) -> None:
+    """Write the gaze page of the examples that every entry of `predictions` shows."""
+    gazes = {label: [x.gaze for x in row if x.gaze] for label, row in predictions.items()}
+    count = min(map(len, gazes.values()))
+    if count:
+        write_page(path, {label: row[:count] for label, row in gazes.items()}, title)
+
+
+def write_page(path: Path, gazes: dict[str, list[Gaze]], title: str) -> int:
+    """Write one HTML page to `path` and return the number of examples that it holds. The page needs
+    no server and sends no request, so it can be mailed or kept beside a run.
+
+    The keys of `gazes` are labels such as "before" and "after". Each has the same examples in the
+    same order, and the page shows them side by side. An example above 2.5 MB shows every second
+    pair of frames of its videos, or every fourth, and so on. Examples that would make the page
+    larger than 10 MB are left out. The page says both.
+    """
+    # Questions and responses come from data files and models. They reach the page as JSON and
+    # become text nodes, and its Content-Security-Policy runs the one script of `gaze.html` alone.
+    template = Path(__file__).with_name("gaze.html").read_text(encoding="utf-8")
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:"
+    for tag in ("script", "style"):
+        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        policy += f"; {tag}-src 'sha256-{digest}'"
+    layers = sorted({layer for side in gazes.values() for gaze in side for layer in gaze.rows})
+    examples = list(zip(*gazes.values(), strict=True))
+    page = {"title": title, "labels": list(gazes), "of": len(examples), "layers": layers}
+    head, texts = as_text(page), []
+    room = LIMIT - len((template + policy + head).encode())
+    for sides in examples:
+        longest = max((t for t, _, _ in sides[0].grids), default=1)
+        stride, text = 1, as_text(example_data(sides, layers))
+        while len(text) > LARGE and stride < longest:
+            stride *= 2
+            text = as_text(example_data(sides, layers, stride))
+        if len(text) < room:
+            room -= len(text) + 1
+            texts.append(text)
+    data = f'{head[:-1]},"examples":[{",".join(texts)}]}}'
+    html = template.replace("{{policy}}", policy).replace("{{data}}", data)
     with writing(path.parent, path.name):
-        figure.savefig(path, dpi=80)
-    pyplot.close(figure)
+        write_aside(path, html)
+    return len(texts)
+
+
+def as_text(value: dict) -> str:
+    """Return `value` as JSON in ASCII that holds no markup: a `</script>` would end its element."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def sampled(gaze: Gaze, stride: int) -> tuple[list[list[Image.Image]], list[tuple], list[int]]:
+    """Return the frames and the grid of each medium with every `stride`-th of its temporal patches,
+    and the visual tokens of those."""
+    frames, grids, cells, start = [], [], [], 0
+    for medium, (t, h, w) in zip(gaze.media, gaze.grids, strict=True):
+        chosen = range(0, t, stride)
+        frames.append([frame for p in chosen for frame in medium.frames[2 * p : 2 * p + 2]])
+        grids.append((len(chosen), h, w))
+        cells += [start + p * h * w + cell for p in chosen for cell in range(h * w)]
+        start += t * h * w
+    return frames, grids, cells
+
+
+def example_data(sides: Sequence[Gaze], layers: list[int], stride: int = 1) -> dict:
+    """Return one example as the page reads it, with every `stride`-th temporal patch of its videos.
+    What the sides share comes from the first."""
+    first = sides[0]
+    frames, grids, cells = sampled(first, stride)
+    longest = min(LONGEST, math.isqrt(PIXELS // max(sum(map(len, frames)), 1)))
+    pictures = [[jpeg(frame, longest) for frame in some] for some in frames]
+    answers = [
+        {
+            "tokens": x.response,
+            "accuracy": x.accuracy,
+            "layers": [pack(x, x.rows[n], stride) for n in layers],
+        }
+        for x in sides
+    ]
+    shared = {name: getattr(first, name) for name in ("name", "question", "solution")}
+    shared |= {
+        "grids": grids,
+        "target": [n for n, cell in enumerate(cells) if cell in first.target],
+    }
+    return shared | {"pictures": pictures, "sides": answers, "stride": stride}
+
+
+def jpeg(picture: Image.Image, longest: int) -> str:
+    """Return a picture as a JPEG in base64, its longer side at most `longest` pixels."""
+    picture, file = picture.convert("RGB"), io.BytesIO()
+    picture.thumbnail((longest, longest))
+    picture.save(file, "JPEG", quality=90, subsampling=0)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def pack(gaze: Gaze, rows: Tensor, stride: int = 1) -> str:
+    """Return the T + 1 rows of a layer as the page reads them, deflated, in base64. Of a video they
+    hold every `stride`-th temporal patch.
+
+    First comes a 32-bit float per row for the mass on vision, on the question, on earlier response
+    tokens, on the row's own column, on the brightest cell and on the target, then one for each
+    temporal patch. Then comes a byte for each row and visual token. Byte b is the mass
+    (b / 255)^2 x brightest cell; 0 is a cell outside the brightest ones that hold 95% of the
+    row's mass on vision.
+    """
+    tokens, prompt = len(gaze.response), gaze.prompt_len
+    rows = rows.detach().float().cpu()
+    if rows.shape != (tokens + 1, prompt + tokens):
+        raise ValueError(f"rows {tuple(rows.shape)} of {tokens} tokens after {prompt} positions")
+    _, grids, cells = sampled(gaze, stride)
+    seen = rows[:, gaze.visual]  # (T + 1, visual tokens)
+    own = pad(rows[1:, prompt:].diagonal(), (1, 0))  # the prompt's last row has its own in P - 1
+    brightest = pad(seen[:, cells], (1, 0)).amax(1)  # 0 without vision
+    sums = [seen.sum(1), rows[:, :prompt].sum(1) - seen.sum(1), rows[:, prompt:].sum(1) - own]
+    sums += [own, brightest, seen[:, list(gaze.target)].sum(1)]
+    seen = seen[:, cells]
+    patches = seen.split([h * w for t, h, w in grids for _ in range(t)], dim=1)
+    sums = torch.stack(sums + [patch.sum(1) for patch in patches], dim=1)
+    ranked, order = seen.sort(descending=True)
+    before = ranked.cumsum(1) - ranked  # mass of the brighter cells
+    kept = torch.zeros_like(seen, dtype=torch.bool)
+    kept.scatter_(1, order, before < KEPT * seen.sum(1, keepdim=True))
+    code = (seen / brightest[:, None]).sqrt().mul(255).round().clamp(min=1) * kept
+    content = sums.clamp(min=0).numpy().astype("<f4").tobytes()
+    content += code.nan_to_num().to(torch.uint8).numpy().tobytes()
+    return base64.b64encode(zlib.compress(content)).decode()

@@ -16,9 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-# A scheduler sends one of them some time before it kills a job.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-
 
 class UsageError(Exception):
     """An error that the user can fix; its one line names the field, the value and the remedy."""
@@ -33,6 +30,10 @@ def require(condition: bool, message: str) -> None:
     """Raise `UsageError(message)` unless `condition` holds."""
     if not condition:
         raise UsageError(message)
+
+
+# A scheduler sends one of them some time before it kills a job.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def fail(status: int, message: str) -> NoReturn:
@@ -65,37 +66,25 @@ def end_readers() -> None:
             process.kill()
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch. On a CPU with a fixed thread count, a run is then reproducible
-    bit by bit."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def start_ranks() -> None:
     """Join the other ranks if torchrun started this process. On a GPU, a single process forms a
-    group of one, so there is only one code path.
-
-    Raises:
-        UsageError: a scheduler, but not torchrun, announces several processes.
-    """
+    group of one, so there is only one code path. Refuses several processes that a scheduler
+    announces without torchrun."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     lacking = [name for name in names if not os.environ.get(name)]
-    alone = bool(lacking) and os.environ.get("WORLD_SIZE", "1") == "1"
-    announced = f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} is set, but not {', '.join(lacking)}"
+    announced = os.environ.get("WORLD_SIZE") or "1"
     remedy = "start with torchrun, or unset WORLD_SIZE for a single process"
-    require(alone or not lacking, f"{announced}; {remedy}")
-    if dist.is_initialized() or (alone and not torch.cuda.is_available()):
+    several = f"WORLD_SIZE={announced} is set, but not {', '.join(lacking)}; {remedy}"
+    require(announced == "1" or not lacking, several)
+    on_gpu = torch.cuda.is_available()
+    if dist.is_initialized() or (lacking and not on_gpu):
         return
-    if alone:
-        dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
-        return
-    if torch.cuda.is_available():
+    if on_gpu and not lacking:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if lacking else {}
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     # The other ranks wait while rank 0 writes a state of 85 GB (7B, all weights).
-    dist.init_process_group(backend, timeout=timedelta(hours=2))
+    dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)
 
 
 def leave_ranks() -> None:
@@ -122,6 +111,9 @@ def print_on_rank_0(text: str) -> None:
         print(text)
 
 
+print_once = cache(print_on_rank_0)  # a run loads a processor several times
+
+
 def gather(items: list) -> list:
     """Concatenate the lists of all ranks, in rank order."""
     if world_size() == 1:
@@ -131,26 +123,27 @@ def gather(items: list) -> list:
     return [item for part in parts for item in part]
 
 
-def on_rank_0(action: Callable[[], Any]) -> Any:
-    """Run `action` on rank 0 and return its result there, None on the other ranks.
-
-    Raises:
-        UsageError: `action` raised it. It is raised on all ranks, so that none waits for rank 0.
-    """
-    result, refusal = None, ""
-    if rank() == 0:
-        try:
-            result = action()
-        except UsageError as error:
-            refusal = str(error)
-    refusal = gather([refusal])[0]
-    require(not refusal, refusal)
+def together(action: Callable[[], Any]) -> Any:
+    """Run `action` on every rank and return its result. A `UsageError` on any rank is raised on
+    all, so that none waits."""
+    result, refusals = None, []
+    try:
+        result = action()
+    except UsageError as error:
+        refusals = [str(error)]
+    for refusal in gather(refusals)[:1]:
+        raise UsageError(refusal)
     return result
 
 
+def on_rank_0(action: Callable[[], Any]) -> Any:
+    """Run `action` on rank 0 and return its result there, None on the other ranks. A `UsageError`
+    is raised on all."""
+    return together(lambda: action() if rank() == 0 else None)
+
+
 def from_rank_0(action: Callable[[], Any]) -> Any:
-    """Run `action` on rank 0 and return its result on all ranks, as for files that only rank 0's
-    disk holds. Raises as `on_rank_0` does."""
+    """Like `on_rank_0`, but all ranks get the result, as of files that only rank 0's disk holds."""
     return gather([on_rank_0(action)])[0]
 
 
@@ -168,13 +161,15 @@ def require_same_on_ranks(facts: dict[str, Any]) -> None:
 
 def over_ranks(metrics: dict[str, float]) -> dict[str, float]:
     """Average metrics over ranks; `perf/*` takes the maximum, tokens per second the sum."""
-    if world_size() == 1:
-        return metrics
     parts = gather([metrics])
-    columns = {name: [part[name] for part in parts] for name in metrics}
-    metrics = {name: sum(values) / len(values) for name, values in columns.items()}
-    metrics |= {name: max(values) for name, values in columns.items() if name[:5] == "perf/"}
-    return metrics | {name: sum(columns[name]) for name in ["perf/tokens_per_s"] if name in columns}
+
+    def combine(name: str) -> float:
+        values = [part[name] for part in parts]
+        if name == "perf/tokens_per_s":
+            return sum(values)
+        return max(values) if name.startswith("perf/") else sum(values) / len(values)
+
+    return {name: combine(name) for name in metrics}
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -190,13 +185,18 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor.to(other.device)
 
 
-print_once = cache(print_on_rank_0)  # a run loads a processor several times
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch. On a CPU with a fixed thread count, a run is then reproducible
+    bit by bit."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def compute_dtype() -> torch.dtype:
     """Dtype of forward and backward passes: bfloat16 on a GPU, float32 on a CPU."""
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-
-
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,16 +9,17 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -32,8 +33,8 @@ from support.disk import (
     append,
     clear,
     content_of,
-    flush,
     good_states,
+    install,
     lock_directory,
     open_lines,
     require_kind,
@@ -41,6 +42,7 @@ from support.disk import (
     step_of,
     write_record,
     writing,
+    written_aside,
 )
 from support.pictures import draw_run
 from support.ranks import (
@@ -53,16 +55,12 @@ from support.ranks import (
     rank,
     require,
     require_same_on_ranks,
+    together,
     world_size,
 )
-from support.states import (
-    DEFINITIONS,
-    State,
-    fingerprint_inputs,
-    load_state,
-    state_tensors,
-    write_state,
-)
+from support.states import State, fingerprint_inputs, load_state, state_tensors, write_state
+
+EQUAL_STEPS = 10  # in a row with equal rewards in every group, before a note says so
 
 
 class Stopwatch:
@@ -81,8 +79,8 @@ class Stopwatch:
         self.last = now
 
     def stop(self, tokens: int) -> dict[str, float]:
-        """The seconds of every phase and of the whole step, tokens per second, and peak memory (the
-        GPU's, if there is one)."""
+        """The seconds of every phase and of the step, tokens per second, and peak memory (of the
+        GPU, if there is one)."""
         seconds = self.last - self.start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak *= 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes on Linux
@@ -92,16 +90,13 @@ class Stopwatch:
         return self.metrics | {"perf/peak_mem_gb": peak / 2**30}
 
 
+# 1. Before a run
+
+
 def check_run(args: Any, *models: str, kind: str = TRAINING_RUN) -> None:
     """Refuse, before any work is done, arguments that differ between ranks, a default checkpoint
-    that is not there, and an `--out` that cannot become the directory of this `kind` of program.
-
-    `models` are the names of the arguments with checkpoints that the run reads. Nothing that it
-    reads may lie in `--out`, which is moved or replaced.
-
-    Raises:
-        UsageError: the message names the argument.
-    """
+    that is not there (`models` names the arguments with checkpoints that the run reads), and an
+    `--out` that cannot become the directory of this `kind` of program."""
     require_same_on_ranks(options(args))
     on_rank_0(partial(check_out, args, kind))
     for name in models:
@@ -114,12 +109,12 @@ def check_run(args: Any, *models: str, kind: str = TRAINING_RUN) -> None:
             command += " --toy-size large --stop-accuracy 0.99 --eval-above 0.8 --out runs/teacher"
         require(made, f"--{name}: there is no checkpoint at {path}; make it with `{command}`")
     if args.track:
-        on_rank_0(check_wandb)
+        on_rank_0(lambda: with_wandb(lambda wandb: wandb.login(verify=True)))
 
 
 def check_out(args: Any, kind: str) -> None:
-    """Refuse an `--out` that cannot become the directory of this `kind` of program. Only rank 0's
-    disk holds a run; `Run` checks again once it has the lock, and keeps it."""
+    """Refuse an `--out` that cannot become the directory of this `kind` of program. `Run` locks it
+    and checks again."""
     out = Path(args.out)
     require_kind(out, kind)
     require_outside(out, args)
@@ -131,53 +126,43 @@ def check_out(args: Any, kind: str) -> None:
     require(writable, f"--out {out}: {parent} cannot be written to; choose another")
 
 
-def check_wandb() -> None:
-    """Refuse `--track` where wandb is not installed or not logged in."""
-    # `find_spec` also finds a leftover folder `wandb/`, as a package without an origin.
-    if getattr(find_spec("wandb"), "origin", None) is None:
-        raise UsageError("--track: wandb is not installed; `pip install wandb`, or leave it out")
-    import wandb
-
+def with_wandb(call: Callable[[Any], Any]) -> Any:
+    """Return what `call(wandb)` returns; its errors, and a missing package, are one line."""
     try:
-        wandb.login(verify=True)
-    except wandb.Error as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--track: {reason}; `wandb login`, or WANDB_MODE=offline") from None
-
-
-def start_wandb(args: Any, state: "State | None") -> Any:
-    """Start a run at Weights & Biases, or continue the one whose id the state has. It ignores the
-    steps that it already has."""
-    import wandb
-
-    known = {"id": state.wandb, "resume": "allow"} if state and state.wandb else {}
+        import wandb
+    except ImportError:
+        wandb = None
+    # A folder `wandb/` that an earlier run left is imported as an empty package.
+    missing = "--track: wandb is not installed; `pip install wandb`, or omit --track"
+    require(hasattr(wandb, "login"), missing)
     try:
-        return wandb.init(project="ral", name=Path(args.out).name, config=asdict(args), **known)
+        return call(wandb)
     except wandb.Error as error:
-        raise UsageError(f"--track: {str(error).splitlines()[0]}; or leave it out") from None
+        remedy = "`wandb login`, set WANDB_MODE=offline, or omit --track"
+        raise UsageError(f"--track: {str(error).splitlines()[0]}; {remedy}") from None
+
+
+# 2. The run
 
 
 class Run:
-    """The directory of a run, with all its files: `args.json`, `metrics.jsonl`, `samples.jsonl`,
-    `skipped.jsonl`, `tensorboard/`, pictures, `state/`, `checkpoint/` and, for a run that trains
-    adapters, `adapter/`.
+    """The directory of a run, see docs/scaling.md, and all that is written there, by rank 0 alone.
 
-    An existing run at `out` is moved to `<out>.1` and so on, or replaced with `--overwrite`;
-    `check_run` says what is never touched. With a `state`, the existing run is resumed instead:
-    `start` cuts its files back to the state. `--track` also sends the metrics to Weights &
-    Biases. Only rank 0 writes. The directory stays locked until the script's `main` returns.
+    An existing run at `out` is moved to `<out>.1` and so on, or replaced with `--overwrite`. With a
+    `state`, it is resumed instead: `start` cuts its files back to the state. The directory stays
+    locked until the script's `main` returns.
     """
 
-    def __init__(self, args: Any, bad_rows: BadRows, state: "State | None" = None):
+    def __init__(self, args: Any, bad_rows: BadRows, state: State | None = None):
         self.out, self.args, self.wandb, self.bad_rows = Path(args.out), args, None, bad_rows
         self.state, self.signal, self.files, self.tensorboard = state, None, {}, None
+        self.equal = []  # see `note_equal_rewards`
         self.inputs = on_rank_0(partial(fingerprint_inputs, args))  # at the start of the run
         self.handlers = {s: signal.getsignal(s) for s in STOP_SIGNALS}
         if self.handlers[signal.SIGHUP] == signal.SIG_IGN:  # as nohup wants it
             del self.handlers[signal.SIGHUP]
         for number in self.handlers:
             signal.signal(number, self.interrupt)
-        self.equal, self.noted = [], False  # see `note_equal_rewards`
         self.lock = on_rank_0(self.claim)
         if state is None:
             on_rank_0(self.begin)
@@ -189,55 +174,12 @@ class Run:
             lock = lock_directory(self.out)
         require_kind(self.out, TRAINING_RUN)
         if self.args.track:  # before anything is moved, as it may fail
-            self.wandb = start_wandb(self.args, self.state)
+            options = {"project": "ral", "name": self.out.name, "config": asdict(self.args)}
+            if self.state and self.state.wandb:  # which ignores the steps that it already has
+                options |= {"id": self.state.wandb, "resume": "allow"}
+            self.wandb = with_wandb(lambda wandb: wandb.init(**options))
         with writing(self.out, "the run directory"):
             return lock if self.state else self.make_room(lock)
-
-    def begin(self) -> None:
-        """Open the files of the run, cut back to the state."""
-        names = ["metrics.jsonl", "samples.jsonl"] + ["skipped.jsonl"] * bool(self.args.data)
-        lengths = {name: self.state.lengths.get(name, 0) if self.state else 0 for name in names}
-        with writing(self.out, "the run directory"):
-            for name, length in lengths.items():
-                self.require_length(name, length)
-            self.move_later_states()
-            for left in list(self.out.glob(".checkpoint-*")):  # left by a killed process
-                if left.suffix == ".old" and not (self.out / "checkpoint").exists():
-                    left.rename(self.out / "checkpoint")
-                else:
-                    shutil.rmtree(left)
-            record = asdict(self.args) | {"inputs": self.inputs}
-            write_record(self.out, TRAINING_RUN, record)
-            for name, length in lengths.items():
-                self.files[name] = open_lines(self.out / name)
-                self.files[name].seek(self.files[name].truncate(length))
-            if self.args.data:
-                self.bad_rows.attach(self.files["skipped.jsonl"])
-            shutil.rmtree(self.out / "tensorboard", ignore_errors=True)
-            self.open_tensorboard()
-        for line in self.metrics():
-            self.log_tensorboard(line)
-
-    def require_length(self, name: str, length: int) -> None:
-        """Refuse a file that is shorter than at the state, or in which no line ends there."""
-        path, last = self.out / name, b""
-        there = path.stat().st_size if path.exists() else 0
-        if there >= length > 0:
-            with path.open("rb") as file:
-                file.seek(length - 1)
-                last = file.read(1)
-        short = f"--resume {self.args.resume}: {path} is shorter than at the state, or another file"
-        intact = length == 0 or last == b"\n"
-        require(intact, f"{short} ({there} of {length} bytes); give an earlier one")
-
-    def move_later_states(self) -> None:
-        """Rename the states after the resumed one, so that `auto` does not find them. `write_state`
-        deletes them once it has written a new state."""
-        for later in good_states(self.out):
-            if self.state is not None and step_of(later) > self.state.step:
-                aside = later.with_suffix(".later")
-                shutil.rmtree(aside, ignore_errors=True)
-                later.rename(aside)
 
     def make_room(self, lock: TextIO) -> TextIO:
         """Move or delete an earlier run; returns the lock of the directory, or of the one that
@@ -254,33 +196,68 @@ class Run:
                 return lock_directory(self.out)
         return lock
 
-    def metrics(self) -> list[dict[str, float]]:
-        """All lines of metrics written so far."""
-        return [json.loads(x) for x in (self.out / "metrics.jsonl").read_text().splitlines()]
+    def begin(self) -> None:
+        """Open the files of the run, cut back to the state."""
+        names = ["metrics.jsonl", "samples.jsonl"] + ["skipped.jsonl"] * bool(self.args.data)
+        lengths = {name: self.state.lengths.get(name, 0) if self.state else 0 for name in names}
+        with writing(self.out, "the run directory"):
+            for name, length in lengths.items():
+                self.require_length(name, length)
+            for folder in (self.out, self.out / "state"):
+                install(folder)  # what a killed process has not finished
+            self.move_later_states()
+            record = asdict(self.args) | {"inputs": self.inputs}
+            write_record(self.out, TRAINING_RUN, record)
+            for name, length in lengths.items():
+                self.files[name] = open_lines(self.out / name)
+                self.files[name].seek(self.files[name].truncate(length))
+            if self.args.data:
+                self.bad_rows.attach(self.files["skipped.jsonl"])
+            # TensorBoard's own `SummaryWriter` writes from a thread, which prints a traceback when
+            # the disk is full. A resumed run writes its events again.
+            shutil.rmtree(self.out / "tensorboard", ignore_errors=True)
+            (self.out / "tensorboard").mkdir()
+            name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+            self.tensorboard = RecordWriter((self.out / "tensorboard" / name).open("wb"))
+            self.add_event(file_version="brain.Event:2")
+        for line in (self.out / "metrics.jsonl").read_text().splitlines():
+            self.add_metrics(json.loads(line))
 
-    def open_tensorboard(self) -> None:
-        """Open a new event file. TensorBoard's own `SummaryWriter` writes from a thread, which
-        prints a traceback when the disk is full."""
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.summary.writer.record_writer import RecordWriter
+    def require_length(self, name: str, length: int) -> None:
+        """Refuse a file that is shorter than at the state, or in which no line ends there."""
+        path, last = self.out / name, b""
+        size = path.stat().st_size if path.exists() else 0
+        if size >= length > 0:
+            with path.open("rb") as file:
+                file.seek(length - 1)
+                last = file.read(1)
+        short = f"--resume {self.args.resume}: {path} is shorter than at the state, or another file"
+        intact = length == 0 or last == b"\n"
+        require(intact, f"{short} ({size} of {length} bytes); give an earlier one")
 
-        (self.out / "tensorboard").mkdir()
-        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
-        self.tensorboard = RecordWriter((self.out / "tensorboard" / name).open("wb"))
-        version = Event(wall_time=time.time(), file_version="brain.Event:2")
-        self.tensorboard.write(version.SerializeToString())
+    def move_later_states(self) -> None:
+        """Rename the states after the resumed one, so that `auto` does not find them. `write_state`
+        deletes them once it has written a new state."""
+        for later in good_states(self.out):
+            if self.state is not None and step_of(later) > self.state.step:
+                aside = later.with_suffix(".later")
+                shutil.rmtree(aside, ignore_errors=True)
+                later.rename(aside)
 
-    def log_tensorboard(self, line: dict[str, float]) -> None:
-        """Write one line of metrics to TensorBoard."""
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        values = [{"tag": name, "simple_value": x} for name, x in line.items() if name != "step"]
-        summary = Summary(value=[Summary.Value(**value) for value in values])
-        event = Event(wall_time=time.time(), step=line["step"], summary=summary)
-        with writing(self.out, "tensorboard"):
-            self.tensorboard.write(event.SerializeToString())
-            self.tensorboard.flush()
+    def start(
+        self, before: dict[str, float], model: Module, optimizer: Optimizer
+    ) -> tuple[int, dict[str, Any]]:
+        """Log the metrics before the first step or, with a state, continue from it: load it into
+        model and optimizer, restore the random number generators, and only then cut the files back
+        to the state. Returns the number of the first step, and the state's `extra`."""
+        if self.state is None:
+            self.log(0, before)
+            return 1, {}
+        path = self.out / "state" / self.state.name
+        load_state(f"--resume {self.args.resume}", path, model, optimizer)
+        on_rank_0(self.begin)
+        self.bad_rows.read = self.state.read // world_size()
+        return self.state.step + 1, self.state.extra
 
     def log(self, step: int, metrics: dict[str, float], learns_from_reward: bool = True) -> None:
         """Write one line of metrics to every sink: means over ranks, but maxima for `perf/*`. A run
@@ -293,11 +270,24 @@ class Run:
         if self.args.data:
             metrics = metrics | {"data/skipped": len(self.bad_rows.bad)}
         append(self.files["metrics.jsonl"], [{"step": step, **metrics}])
-        self.log_tensorboard({"step": step, **metrics})
+        self.add_metrics({"step": step, **metrics})
         if self.wandb:
             self.wandb.log(metrics, step=step)
         if learns_from_reward:
             self.note_equal_rewards(step, metrics)
+
+    def add_metrics(self, line: dict[str, float]) -> None:
+        """Write one line of metrics to TensorBoard."""
+        values = [{"tag": name, "simple_value": x} for name, x in line.items() if name != "step"]
+        summary = Summary(value=[Summary.Value(**value) for value in values])
+        self.add_event(step=line["step"], summary=summary)
+
+    def add_event(self, **fields: Any) -> None:
+        """Write an event to TensorBoard."""
+        with writing(self.out, "tensorboard"):
+            event = Event(wall_time=time.time(), **fields)
+            self.tensorboard.write(event.SerializeToString())
+            self.tensorboard.flush()
 
     def sample(
         self, step: int, prompts: Sequence[Any], texts: list[list[str]], rewards: Tensor
@@ -310,28 +300,26 @@ class Run:
     def note_equal_rewards(self, step: int, metrics: dict[str, float]) -> None:
         """Print one line, once, if the rewards in every group were equal for `EQUAL_STEPS` steps in
         a row. The advantages are then 0, and GRPO learns nothing from them."""
-        if metrics.get("rollout/frac_zero_std") != 1.0:
-            self.equal.clear()
+        if self.equal is None:
             return
-        self.equal = [*self.equal, metrics][-EQUAL_STEPS:]
-        if len(self.equal) == EQUAL_STEPS and not self.noted:
-            self.noted = True
+        self.equal.append(metrics)
+        if metrics.get("rollout/frac_zero_std") != 1.0:
+            self.equal = []
+        if len(self.equal) == EQUAL_STEPS:
             steps = f"steps {step - EQUAL_STEPS + 1} to {step}"
             what = "all responses to a prompt got the same reward, so all advantages are zero"
             print(f"\nnote: {steps}: {what}; {why_equal(self.equal)}")
+            self.equal = None
 
     def require_finite(self, step: int, metrics: dict[str, float], prompts: Sequence[Any]) -> None:
-        """Stop if the gradient is not finite; `update` skipped the optimiser step for it.
-
-        Raises:
-            UsageError: the message names the prompts and the last good state.
-        """
-        if not math.isfinite(metrics["train/grad_norm"]):
-            names = [prompt.example.name for prompt in prompts[:8]]
-            rows = ", ".join(filter(None, names)) or "of the toy"
-            saved = from_rank_0(partial(good_states, self.out))
-            last = f"the last good state is {saved[-1]}" if saved else "no state yet"
-            raise UsageError(f"step {step}: the gradient is not finite; prompts: {rows}; {last}")
+        """Stop if the gradient is not finite; `update` skipped the optimiser step for it."""
+        if math.isfinite(metrics["train/grad_norm"]):
+            return
+        names = [prompt.example.name for prompt in prompts[:8]]
+        rows = ", ".join(filter(None, names)) or "of the toy"
+        saved = from_rank_0(partial(good_states, self.out))
+        last = f"the last good state is {saved[-1]}" if saved else "no state is saved yet"
+        raise UsageError(f"step {step}: the gradient is not finite; prompts: {rows}; {last}")
 
     def interrupt(self, number: int, frame: Any) -> None:
         """Handle one of `STOP_SIGNALS`: let the step finish. A second signal ends a run of one
@@ -341,56 +329,17 @@ class Run:
         if world_size() == 1:
             signal.signal(number, self.handlers[number])
 
-    def close(self) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        for file in self.files.values():
-            file.close()
-        if self.tensorboard:
-            with writing(self.out, "tensorboard"):
-                self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
-
-    def save_checkpoint(self, save: Callable[[Path | None], None]) -> Path:
+    def save_checkpoint(self, save: Callable[[Path | None], None]) -> None:
         """Write `checkpoint/` with `save(directory)`, and the `adapter/` that it may create beside
-        it.
-
-        Both are written aside and then renamed, so neither is ever incomplete. All ranks must call
-        it; ranks other than 0 call `save(None)`.
-
-        Raises:
-            UsageError: it cannot be written, as on a full disk; an earlier checkpoint is unchanged.
-        """
-        final = self.out / "checkpoint"
+        it. All ranks must call it; ranks other than 0 call `save(None)`. If it cannot be written,
+        an earlier checkpoint is unchanged."""
         if rank() != 0:
             save(None)
-            return final
-        with writing(self.out, "checkpoint"):
-            aside = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=self.out))
-            old = aside.with_suffix(".old")
-            try:
-                new = aside / final.name
-                new.mkdir()
-                save(new)
-                for path in aside.rglob("*.safetensors"):  # safetensors makes them owner-only
-                    path.chmod(new.stat().st_mode & 0o666)
-                for path in (*aside.rglob("*"), aside):
-                    flush(path)
-                if final.exists():
-                    final.rename(old)
-                new.rename(final)
-            except Exception:
-                if old.exists():
-                    old.rename(final)
-                shutil.rmtree(aside, ignore_errors=True)
-                raise
-            for beside in aside.iterdir():
-                shutil.rmtree(self.out / beside.name, ignore_errors=True)
-                beside.rename(self.out / beside.name)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(aside)
-        return final
+            return
+        with writing(self.out, "checkpoint"), written_aside(self.out, "checkpoint") as new:
+            save(new)
+            for path in new.parent.rglob("*.safetensors"):  # safetensors makes them owner-only
+                path.chmod(new.stat().st_mode & 0o666)
 
     def save_state(
         self,
@@ -405,31 +354,36 @@ class Run:
         script needs to resume."""
         stop = max(gather([self.signal or 0])) > 0 and not done
         due = self.args.save_every > 0 and (done or step % self.args.save_every == 0)
-        if due or stop:
-            tensors, failure = state_tensors(model, optimizer), ""
+        if not due and not stop:
+            return False
+        tensors = state_tensors(model, optimizer)
+
+        def write() -> None:
+            for name, file in self.files.items():
+                with writing(self.out, name):
+                    os.fsync(file.fileno())
+            state = State(
+                step=step,
+                done=done,
+                lengths={name: file.tell() for name, file in self.files.items()},
+                prompts=self.args.prompts_per_step * world_size(),
+                read=self.bad_rows.read * world_size(),
+                extra=extra or {},
+                args=asdict(self.args),
+                inputs=self.inputs,
+                wandb=self.wandb and self.wandb.id,
+            )
+            write_state(self.out, state, tensors, self.args.keep)
+
+        def take_part() -> None:
             try:
                 if rank() == 0:
-                    for name, file in self.files.items():
-                        with writing(self.out, name):
-                            os.fsync(file.fileno())
-                    state = {
-                        "step": step,
-                        "done": done,
-                        "lengths": {name: file.tell() for name, file in self.files.items()},
-                        "read": self.bad_rows.read * world_size(),
-                        "prompts": self.args.prompts_per_step * world_size(),
-                        "extra": extra or {},
-                        "inputs": self.inputs,
-                        "wandb": self.wandb and self.wandb.id,
-                        "definitions": DEFINITIONS,
-                    }
-                    write_state(self.out, state, tensors, self.args)
-            except UsageError as error:
-                failure = str(error)
-            for _ in tensors:  # every rank gathers to the end, even if rank 0 cannot write
-                pass
-            failure = gather([failure])[0]
-            require(not failure, failure)
+                    write()
+            finally:
+                for _ in tensors:  # every rank gathers to the end, even if rank 0 cannot write
+                    pass
+
+        together(take_part)
         if stop and rank() == 0:
             here = os.environ.get("LOCAL_WORLD_SIZE", world_size())  # on this host
             several = f"torchrun --shutdown-timeout 1800 --nproc_per_node={here}"
@@ -439,20 +393,6 @@ class Run:
             words = shlex.join([*sys.argv, *resume])
             print(f"\nstopped after step {step}; resume with: {launch} {words}")
         return stop
-
-    def start(
-        self, before: dict[str, float], model: Module, optimizer: Optimizer
-    ) -> tuple[int, dict[str, Any]]:
-        """Log the metrics before the first step or, with a state, continue from it: load it into
-        model and optimizer, restore the random number generators, and only then cut the files back
-        to the state. Returns the number of the first step, and the state's `extra`."""
-        if self.state is None:
-            self.log(0, before)
-            return 1, {}
-        load_state(f"--resume {self.args.resume}", self.state.path, model, optimizer)
-        on_rank_0(self.begin)
-        self.bad_rows.read = self.state.read // world_size()
-        return self.state.step + 1, self.state.extra
 
     def finish(
         self,
@@ -481,6 +421,20 @@ class Run:
         before, after, *_ = (evaluation.metrics for evaluation in evaluations.values())
         print_summary(self, before, after, step, start, next_script, inputs or self.args)
 
+    def close(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        for file in self.files.values():
+            file.close()
+        if self.tensorboard:
+            with writing(self.out, "tensorboard"):
+                self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+# 3. What a run says
+
 
 def sample_rows(
     prompts: Sequence[Any], texts: list[list[str]], rewards: Tensor
@@ -492,9 +446,6 @@ def sample_rows(
         for x, group, values in groups
         for t, r in zip(group, values, strict=True)
     ]
-
-
-EQUAL_STEPS = 10
 
 
 def why_equal(steps: Sequence[dict[str, float]]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from real import write_checkpoint, write_rows
 from safetensors.torch import load_file
 from transformers import (
@@ -45,12 +46,47 @@ def question_first(processor: Processor) -> Processor:
     return replace(processor, prompt_config=PromptConfig({}, question_first=True))
 
 
+# These files take longest. pytest-xdist starts with them, so that no worker is left with one alone.
+LONG = ("test_gpu", "test_resume", "test_exit", "test_scripts", "test_distillation", "test_paper")
+LONG += ("test_ranks", "test_diagnose", "test_base_model", "test_states", "test_gpu_check")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    order = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory) -> dict[str, Path]:
+def made_once(tmp_path_factory):
+    """Returns the folder `name`, filled by `write` once for all workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make(name: str, write) -> Path:
+        folder, part = base / name, base / f"{name}.part"
+        with FileLock(base / f"{name}.lock"):
+            if not folder.exists():
+                part.mkdir()
+                write(part)
+                part.rename(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def checkpoints(made_once) -> dict[str, Path]:
     """A directory for each family, with the toy's tokenizer and random weights large enough to look
     somewhere."""
-    directories = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
+    folder = made_once("toys", write_toys)
+    return {family: folder / family for family in FAMILIES}
+
+
+def write_toys(folder: Path) -> None:
+    """A checkpoint of each family, see `checkpoints`."""
+    directories = {family: folder / family for family in FAMILIES}
     for directory in directories.values():
+        directory.mkdir()
         toy.write_base(directory, seed=0)
     config = common.AutoConfig.from_pretrained(directories["qwen2_vl"])
     text = config.text_config.to_dict() | {"model_type": "qwen2_5_vl_text"}
@@ -92,7 +128,6 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     mean = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     image_processor = Qwen2VLImageProcessorPil(patch_size=16, min_pixels=32 * 32, **mean)
     image_processor.save_pretrained(directories["qwen3_vl"])
-    return directories
 
 
 @pytest.fixture(params=FAMILIES)
@@ -169,11 +204,14 @@ SMALL = {"eval_examples": 8, "prompts_per_step": 2, "group_size": 4, "micro_batc
 
 
 @pytest.fixture(scope="session")
-def cold_start(tmp_path_factory) -> Path:
+def cold_start(made_once) -> Path:
     """A toy that has the format and guesses the colour, so that rewards differ within a group."""
-    out = tmp_path_factory.mktemp("runs") / "sft"
-    sft.main(toy_args(sft, out=str(out), steps=60, eval_examples=8, eval_above=1.0))
-    return out / "checkpoint"
+
+    def write(folder: Path) -> None:
+        fields = {"steps": 60, "eval_examples": 8, "eval_above": 1.0}
+        sft.main(toy_args(sft, out=str(folder / "sft"), **fields))
+
+    return made_once("cold_start", write) / "sft" / "checkpoint"
 
 
 @pytest.fixture
@@ -198,18 +236,23 @@ def same(a: dict, b: dict) -> bool:
 
 
 @pytest.fixture(scope="session")
-def teacher(tmp_path_factory) -> Path:
+def teacher(made_once) -> Path:
     """A larger toy, with more layers and heads than the student."""
-    out = tmp_path_factory.mktemp("runs") / "teacher"
-    fields = {"steps": 20, "eval_examples": 8, "eval_above": 1.0, "toy_size": "large"}
-    sft.main(toy_args(sft, out=str(out), **fields))
-    return out / "checkpoint"
+
+    def write(folder: Path) -> None:
+        fields = {"steps": 20, "eval_examples": 8, "eval_above": 1.0, "toy_size": "large"}
+        sft.main(toy_args(sft, out=str(folder / "sft"), **fields))
+
+    return made_once("teacher", write) / "sft" / "checkpoint"
 
 
 @pytest.fixture(scope="session")
-def real(tmp_path_factory):
+def real(made_once):
     """A checkpoint of each family, and a data file."""
-    folder = tmp_path_factory.mktemp("real")
+    return made_once("real", write_real)
+
+
+def write_real(folder: Path) -> None:
     for family in FAMILIES:
         (folder / family).mkdir()
         write_checkpoint(folder / family, family)
@@ -220,7 +263,6 @@ def real(tmp_path_factory):
     (folder / "rows.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False))
     lines = [json.dumps(row) for row in rows]
     (folder / "rows.jsonl").write_text("\n".join([*lines[:7], "{not JSON", *lines[7:]]))
-    return folder
 
 
 def terms_of(script, model, batch, args, teacher=None) -> dict[str, torch.Tensor]:

@@ -79,8 +79,8 @@ def hang(prompts, n: int) -> None:
 
 def plant(place: str, do: str, calls: int = sys.maxsize) -> None:
     """Call the function `do` before each of the first `calls` calls of `place`."""
-    path, _, name = place.rpartition(".")
-    owner = pkgutil.resolve_name(path)
+    owner, _, name = place.rpartition(".")
+    owner = pkgutil.resolve_name(owner)
     function, left = getattr(owner, name), calls
 
     def planted(*args, **kwargs):

@@ -52,7 +52,7 @@ def render(checkpoint: Path, kind: str) -> str:
 
 @pytest.mark.parametrize("name", BASE_TEMPLATES)
 def test_a_base_model_is_asked_as_its_instruct_sibling(bases, name, capsys):
-    common.print_once.cache_clear()
+    ranks.print_once.cache_clear()
     processor = common.load_processor(bases / name)
     common.load_model(bases / name)
     (line,) = capsys.readouterr().out.splitlines()  # read twice, said once
@@ -93,7 +93,7 @@ def test_a_client_does_not_get_a_broken_template_beside_a_good_one(tmp_path):
 
 
 def test_a_chat_model_stays_as_it_is(real, capsys):
-    common.print_once.cache_clear()
+    ranks.print_once.cache_clear()
     processor = common.load_processor(real / "qwen2_vl")
     assert not capsys.readouterr().out and processor.tokenizer.chat_template == TEMPLATE
     for name, content in processor.files.items():

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText
 import common
 import ral_grpo
 from benchmarks import diagnose
-from support import disk, ranks, toy
+from support import checkpoints, disk, ranks, toy
 from support.prompts import collate, encode_prompt
 from support.ranks import UsageError
 
@@ -370,7 +370,10 @@ def real_args(real, out, family, **fields):
     return diagnose.Args(**data | fields)
 
 
-@pytest.mark.parametrize(("family", "lora_rank"), [*((x, 0) for x in common.FAMILIES), ("tied", 4)])
+MODELS = [*((family, 0) for family in checkpoints.FAMILIES), ("tied", 4)]
+
+
+@pytest.mark.parametrize(("family", "lora_rank"), MODELS)
 def test_real_models_images_and_videos(real, tmp_path, family, lora_rank, monkeypatch, capsys):
     """And what is printed of the cost is what it costs."""
     monkeypatch.setattr(common, "accuracy", lambda text, *_: float(len(text) % 2))

@@ -17,8 +17,8 @@ from PIL import Image
 
 import common
 import eval
-from support import disk, gaze, pictures, ranks, results, states
-from support.gaze import Gaze
+from support import disk, pictures, ranks, results, states
+from support.pictures import Gaze
 from support.prompts import Media, PromptConfig, collate
 
 
@@ -257,11 +257,11 @@ def test_a_picture_shows_every_image_and_pair_of_frames(loaded):
 def test_a_character_of_several_tokens_belongs_to_the_last(real):
     tokenizer = common.load_processor(real / "qwen2_vl").tokenizer
     text = "a 😀 é 中 b"
-    tokens = gaze.token_texts(tokenizer, tokenizer.encode(text, add_special_tokens=False))
+    tokens = pictures.token_texts(tokenizer, tokenizer.encode(text, add_special_tokens=False))
     assert "".join(tokens) == text and "\ufffd" not in "".join(tokens)
     assert {"😀", "é", "中"} <= {token.strip() for token in tokens}
     cut = tokenizer.encode(text, add_special_tokens=False)[:3]  # in the middle of the first
-    assert "".join(gaze.token_texts(tokenizer, cut)) == tokenizer.decode(cut)
+    assert "".join(pictures.token_texts(tokenizer, cut)) == tokenizer.decode(cut)
 
 
 def test_rows_without_a_type_have_a_line_of_the_table():

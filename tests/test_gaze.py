@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from support import gaze
-from support.gaze import Gaze, write_page
+from support import pictures
+from support.pictures import Gaze, write_page
 from support.prompts import Media
 from support.ranks import UsageError
 from support.toy import Task, sample_example
@@ -397,13 +397,13 @@ def test_a_page_holds_what_fits_and_says_how_many(tmp_path, visit, monkeypatch):
     gazes = [make_gaze(seed) for seed in range(5)]
     write_page(tmp_path / "gaze.html", {"toy": gazes}, "A run")
     whole = (tmp_path / "gaze.html").stat().st_size
-    monkeypatch.setattr(gaze, "LIMIT", whole - 100)
+    monkeypatch.setattr(pictures, "LIMIT", whole - 100)
     assert write_page(tmp_path / "gaze.html", {"toy": gazes}, "A run") == 4
     assert whole * 0.8 < (tmp_path / "gaze.html").stat().st_size <= whole - 100
     page = visit(tmp_path / "gaze.html")
     assert page.locator("#count").inner_text() == "4 of 5 examples"
     check(page, gazes[0], 1)
-    monkeypatch.setattr(gaze, "LIMIT", 20_000)
+    monkeypatch.setattr(pictures, "LIMIT", 20_000)
     assert write_page(tmp_path / "gaze.html", {"toy": gazes}, "A run") == 0
     assert visit(tmp_path / "gaze.html").locator("#count").inner_text() == "0 of 5 examples"
 
@@ -411,7 +411,9 @@ def test_a_page_holds_what_fits_and_says_how_many(tmp_path, visit, monkeypatch):
 def test_a_long_video_is_sampled(tmp_path, monkeypatch):
     """Its masses still count all frames."""
     one = make_gaze(frames=(None, 15), target=(3, 16 + 16, 16 + 4 * 16 + 5))
-    monkeypatch.setattr(gaze, "LARGE", len(gaze.as_text(gaze.example_data([one], [1], stride=4))))
+    monkeypatch.setattr(
+        pictures, "LARGE", len(pictures.as_text(pictures.example_data([one], [1], stride=4)))
+    )
     assert write_page(tmp_path / "gaze.html", {"toy": [one]}, "A run") == 1
     text = (tmp_path / "gaze.html").read_text().split('id="data">')[1].split("</script>")[0]
     (example,) = json.loads(text)["examples"]
@@ -428,7 +430,7 @@ def test_a_long_video_is_sampled(tmp_path, monkeypatch):
 
 def test_cells_are_stored_in_8_bits_up_to_95_percent():
     one = make_gaze(frames=(6, None), tokens=["a"] * 40)
-    blob = zlib.decompress(base64.b64decode(gaze.pack(one, one.rows[1])))
+    blob = zlib.decompress(base64.b64decode(pictures.pack(one, one.rows[1])))
     patches, cells = 4, 64
     assert len(blob) == 41 * (4 * (6 + patches) + cells)
     codes = np.frombuffer(blob, np.uint8, offset=41 * 4 * (6 + patches)).reshape(41, cells)
@@ -441,7 +443,7 @@ def test_cells_are_stored_in_8_bits_up_to_95_percent():
 def test_rows_of_another_shape_are_refused():
     one = make_gaze()
     with pytest.raises(ValueError, match="3 tokens after 21 positions"):
-        gaze.pack(one, one.rows[1][:-1])
+        pictures.pack(one, one.rows[1][:-1])
 
 
 def test_a_page_that_cannot_be_written_is_one_line(tmp_path):

@@ -104,21 +104,12 @@ def test_values_that_nothing_can_compute_with_are_refused(script, name):
             script.Args(**needed | {name: value})
 
 
-def test_a_switch_with_a_value_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(os, "_exit", sys.exit)
-    monkeypatch.setattr(sys, "argv", ["sft.py", "--no-train-vision=1"])
-    with pytest.raises(SystemExit):
-        cli.run_script(sft.Args, None, "", sft.partial(sft.toy.defaults, sft.TOY, unset=None))
-    words = "takes no value; give --train-vision or --no-train-vision"
-    assert capsys.readouterr().err == f"error: --no-train-vision=1: {words}\n"
-
-
 @pytest.mark.parametrize("words", [["--data"], ["--data", "--model", "x"]])
 def test_an_option_without_its_values_is_not_unset(monkeypatch, words):
     """As from `--data $FILE` without a FILE: the built-in task would be trained."""
     monkeypatch.setattr(sys, "argv", ["sft.py", *words])
     with pytest.raises(ranks.UsageError, match=r"^--data: needs a value"):
-        cli.check_switches(sft.Args)
+        cli.parse(sft.Args, "", {})
 
 
 def test_data_that_would_wait_is_refused(tmp_path, monkeypatch):

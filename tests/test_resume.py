@@ -74,7 +74,7 @@ def assert_same(out: Path, other: Path) -> None:
     (lines, drawn, weights), (others, also_drawn, same_weights) = outcome(out), outcome(other)
     assert lines == others and drawn == also_drawn and same(weights, same_weights)
     assert len(lines[0]) == FIELDS["steps"] + 1
-    assert not list(out.glob(".checkpoint-*")) and not list(out.glob("state/*.part"))
+    assert not list(out.rglob(disk.PART)) and not list(out.rglob(disk.DONE))
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,7 @@ def whole_runs(cold_start, teacher, tmp_path_factory) -> dict:
     return run
 
 
+OWNERS = {"script": ral_grpo, "common": common, "runs": runs, "states": states, "disk": disk}
 TRAINED = 27  # trained parameters of the toy; a state has a file for each
 STAGES = [  # owner, function, call, when
     ("script", "update", 1, "before"),
@@ -102,9 +103,10 @@ STAGES = [  # owner, function, call, when
     ("states", "save_file", 1, "halfway"),
     ("states", "save_file", TRAINED + 2, "halfway"),
     ("states", "random_state", 2, "before"),
-    ("states", "flush", 1, "before"),
-    ("states", "flush", TRAINED + 3, "after"),  # all but the name is on the disk
-    ("states", "flush", TRAINED + 4, "before"),  # renamed
+    ("disk", "flush", 1, "before"),
+    ("disk", "flush", TRAINED + 4, "after"),  # all but the name is on the disk
+    ("disk", "install", 2, "before"),  # complete, but not in its place
+    ("disk", "flush", TRAINED + 5, "before"),  # renamed
     ("states", "good_states", 2, "before"),  # the older ones are not yet deleted
     ("common", "save_model", 1, "before"),
     ("common", "save_model", 1, "halfway"),
@@ -119,9 +121,8 @@ def test_a_killed_run_goes_on(
     whole_runs, cold_start, teacher, tmp_path, monkeypatch, owner, name, call, when
 ):
     fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"), keep=1)
-    owners = {"script": ral_grpo, "common": common, "runs": runs, "states": states}
     with monkeypatch.context() as patch:
-        kill(patch, owners[owner], name, call, when)
+        kill(patch, OWNERS[owner], name, call, when)
         with pytest.raises(Killed):
             ral_grpo.main(toy_args(ral_grpo, **fields))
     restore_signals()
@@ -290,7 +291,7 @@ def test_changed_arguments_are_refused(cold_start, teacher, tmp_path):
         ral_grpo.main(toy_args(ral_grpo, **fields | {"resume": "auto", "prompts_per_step": 3}))
     metrics = ral_grpo.main(toy_args(ral_grpo, **changed, allow_changed_args=True))
     assert metrics["train/grad_norm"] > 0
-    with pytest.raises(ranks.UsageError, match="is not a state of --out"):
+    with pytest.raises(ranks.UsageError, match="is not a saved state of --out"):
         ral_grpo.main(toy_args(ral_grpo, **fields | {"resume": str(cold_start)}))
 
 

@@ -354,7 +354,7 @@ def open_rows(args: Args, setting: Setting, processor: Processor, task: toy.Task
     absent = {"eval_data": (), "rows": None, "check_data": False}
     data.check_files(SimpleNamespace(**vars(args) | given | absent), task is not None)
     if benchmark and args.bare:
-        asked = PromptConfig(dict(BENCHMARKS[benchmark].bare), False, args.accuracy_rule)
+        asked = PromptConfig(dict([BENCHMARKS[benchmark].bare]), False, args.accuracy_rule)
         processor = replace(processor, prompt_config=asked)
     tokens = {"image_tokens": image_tokens, "min_image_tokens": args.min_image_tokens}
     processor = replace(processor, **tokens, frame_tokens=frame_tokens)

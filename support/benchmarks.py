@@ -10,7 +10,7 @@ import re
 from ast import literal_eval
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -229,7 +229,7 @@ class Benchmark:
     a data file.
 
     The unpacked videos lie in the folders `videos`; `unpack` says what to do for that. `bare` is
-    the benchmark's own request, by problem type.
+    a problem type and the benchmark's own request for it.
     """
 
     title: str
@@ -239,7 +239,7 @@ class Benchmark:
     row: Callable[[Row], Row]
     videos: tuple[str, ...] = ()
     unpack: str = "unpack its zip files there"
-    bare: Mapping[str, str] = field(default_factory=lambda: {"multiple choice": LETTER})
+    bare: tuple[str, str] = ("multiple choice", LETTER)
     metric: Callable[[str, Example], float] = by_rule
     total: Callable[[Sequence[Row]], float] = percent
     unit: str = "%"
@@ -283,11 +283,11 @@ BENCHMARKS = {
         "ChartQA", "lmms-lab/ChartQA", ("test",), 2500,
         lambda row: ask(row["question"], row["type"], {"solution": row["answer"]},
                         image=row["image"]),
-        bare={"": "Answer the question with a single word."}, metric=relaxed,
+        bare=("", "Answer the question with a single word."), metric=relaxed,
     ),
     "vizwiz": Benchmark(
         "VizWiz", "lmms-lab/VizWiz-VQA", ("val",), 4319, vizwiz,
-        bare={"": "Answer the question using a single word or phrase."}, metric=vqa,
+        bare=("", "Answer the question using a single word or phrase."), metric=vqa,
     ),
     "blink": Benchmark(  # [open]: the mean over rows or that of 14 tasks
         "BLINK", "BLINK-Benchmark/BLINK", ("val",), 1901,
@@ -336,12 +336,12 @@ BENCHMARKS = {
     "mvbench": Benchmark(
         "MVBench", "OpenGVLab/MVBench", ("json",), 4000, mvbench,
         ("video",), "unpack video/*.zip in DIR/{folder}/video",
-        {"multiple choice": "Only give the best option."}, total=mean_of_sources,
+        ("multiple choice", "Only give the best option."), total=mean_of_sources,
     ),
     "tempcompass": Benchmark(  # without captioning, which needs a language model as judge
         "TempCompass", "lmms-lab/TempCompass", ("multi-choice", "yes_no", "caption_matching"),
         5536, tempcompass, ("videos",),
-        bare={"multiple choice": "Please directly give the best option."},
+        bare=("multiple choice", "Please directly give the best option."),
     ),
 }  # fmt: skip
 GROUPS = {
@@ -387,10 +387,13 @@ class BenchmarkFile(DataFile):
             except BadRow as error:
                 other = f"{place} is not laid out as {benchmark.hub} was"
                 raise UsageError(f"{option}: {other}: {part.name} row 1 {error}") from None
-        found = not benchmark.videos or any(map(self.has_video, range(min(20, len(self)))))
-        how = f"{LOCAL}, {benchmark.unpack}, and give --benchmark-root DIR"
-        how = how.format(hub=benchmark.hub, folder=benchmark.folder)
-        require(found, f"{option}: {place} has none of the videos of its first rows; {how}")
+        some = range(0, len(self), 1 + len(self) // 20)
+        found = not benchmark.videos or any(map(self.has_video, some))
+        if not found:
+            video = f"{benchmark.videos[0]}/{self.named_fields(0)['video']}"
+            how = f"{LOCAL}, {benchmark.unpack}, and give --benchmark-root DIR"
+            how = how.format(hub=benchmark.hub, folder=benchmark.folder)
+            raise UsageError(f"{option}: {place} has no videos, such as {video}; {how}")
 
     def find_columns(self, part: Part, text_only: bool) -> str:
         require(len(part.rows) > 0, "has no rows")

@@ -74,7 +74,7 @@ def test_the_hub_has_them_too(name, root, tmp_path, monkeypatch):
     if name in GROUPS["images"]:
         check(name, opened(name, tmp_path / "elsewhere"))
         return
-    words = f"^--benchmark {name}: {entry.hub} has none of the videos .*--local-dir DIR/{folder}"
+    words = f"^--benchmark {name}: {entry.hub} has no videos, such as .*--local-dir DIR/{folder}"
     with pytest.raises(UsageError, match=f"{words}`.*and give --benchmark-root DIR$"):
         opened(name, None)
 

@@ -187,22 +187,22 @@ def percent(records: Sequence[Row]) -> float:
     return 100 * float(np.mean([record["score"] for record in records]))
 
 
-def percent_by(records: Sequence[Row], *names: str) -> dict[tuple, float]:
-    """The mean over the rows of each combination of values of the fields `names`."""
+def by_source(records: Sequence[Row]) -> dict[str, float]:
+    """The mean over the rows of each source."""
     groups = defaultdict(list)
     for record in records:
-        groups[tuple(record[name] for name in names)].append(record)
-    return {key: percent(group) for key, group in groups.items()}
+        groups[record["source"]].append(record)
+    return {source: percent(group) for source, group in groups.items()}
 
 
 def mean_of_sources(records: Sequence[Row]) -> float:
-    return float(np.mean([*percent_by(records, "source").values()]))
+    return float(np.mean([*by_source(records).values()]))
 
 
 def mean_of_2d_and_3d(records: Sequence[Row]) -> float:
     """CV-Bench: the mean of 3D (Omni3D) and of the mean of the 2D sources (ADE20K, COCO)."""
     parts = defaultdict(list)
-    for (source,), value in percent_by(records, "source").items():
+    for source, value in by_source(records).items():
         parts[source == "Omni3D"].append(value)
     return float(np.mean([np.mean(values) for values in parts.values()]))
 
@@ -210,10 +210,11 @@ def mean_of_2d_and_3d(records: Sequence[Row]) -> float:
 def mme_points(records: Sequence[Row]) -> float:
     """MME: accuracy and accuracy+ in percent, summed over the categories. Accuracy+ counts the
     images of which both questions are answered right."""
-    both = percent_by(records, "source", "question_id")
-    images = [{"source": source, "score": x == 100} for (source, _), x in both.items()]
-    sums = [sum(percent_by(rows, "source").values()) for rows in (records, images)]
-    return sum(sums)
+    scores = defaultdict(list)
+    for record in records:
+        scores[record["source"], record["question_id"]].append(record["score"])
+    images = [{"source": source, "score": sum(x) == 2} for (source, _), x in scores.items()]
+    return sum(by_source(records).values()) + sum(by_source(images).values())
 
 
 # 4. The benchmarks

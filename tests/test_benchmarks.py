@@ -207,6 +207,7 @@ def test_totals():
     count = [("count", 1, "1"), ("count", 1, "1")]
     assert BENCHMARKS["mme"].total(records(*ocr)) == 125
     assert BENCHMARKS["mme"].total(records(*ocr, *count)) == 325
+    assert BENCHMARKS["mme"].total(records(*ocr, count[0])) == 225  # the other row is missing
 
 
 def test_missing_rows_stand_beside_the_number():

@@ -414,11 +414,10 @@ class BenchmarkFile(DataFile):
             raise BadRow("is not as published (its options are no list)") from None
         if not any(fields.get(name) for name in ("image", "images", "video")):
             raise BadRow("has no image or video")
-        if video := fields.get("video"):
-            folders = [(root / video).resolve() for root in part.roots]
-            inside = [x for x in folders if x.is_relative_to(part.roots[0]) and x.is_dir()]
-            for folder in inside[:1]:
-                fields["video"] = [[str(folder / name) for name in sorted(os.listdir(folder))]]
+        if "video" in fields and not isinstance(fields["video"], str):
+            raise BadRow(f"has {str(fields['video'])[:40]!r} in place of a video's name")
+        if frames := "video" in fields and frames_in(fields["video"], part.roots):
+            fields["video"] = [frames]
         return fields
 
     def has_video(self, row: int) -> bool:
@@ -427,6 +426,18 @@ class BenchmarkFile(DataFile):
             return isinstance(video, list) or find_medium(video, self.locate(row)[0].roots).exists()
         except BadRow:
             return False
+
+
+def frames_in(folder: str, roots: Sequence[Path]) -> list[str]:
+    """The files in a folder under one of the roots; none if there is no such folder."""
+    for root in roots:
+        try:
+            place = (root / folder).resolve()
+            if place.is_relative_to(root) and place.is_dir():
+                return [str(place / name) for name in sorted(os.listdir(place))]
+        except (OSError, ValueError, RuntimeError):  # as in `find_medium`
+            continue
+    return []
 
 
 def number(name: str, records: Sequence[Row]) -> str:

@@ -144,7 +144,7 @@ def test_an_absent_benchmark_is_one_line(tmp_path, monkeypatch):
 
 
 def test_a_missing_video_is_a_bad_row_and_no_path_leads_outside(root, tmp_path):
-    rows = [NEXT, NEXT | {"video": 4011}]
+    rows = [NEXT | {"video": name} for name in ("4010", "4011", "x" * 5000, "\0")]
     place = tmp_path / "lmms-lab--NExTQA"
     shutil.copytree(root / place.name, place)
     parquet.write_table(pyarrow.Table.from_pylist(rows), place / "MC/test-00000-of-00001.parquet")
@@ -152,6 +152,9 @@ def test_a_missing_video_is_a_bad_row_and_no_path_leads_outside(root, tmp_path):
     assert len(file.example(0).media) == 1
     with pytest.raises(BadRow, match=r"path '4011\.mp4' is not under"):
         file.example(1)
+    for row in (2, 3):
+        with pytest.raises(BadRow, match="is not under"):
+            file.example(row)
     episodic = "json/episodic_reasoning.json"
     for number, video in enumerate(("../../../../..", "../../../../../clip.mp4")):
         away = edited(root, tmp_path / str(number), "mvbench", episodic, video=video)

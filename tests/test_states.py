@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import eval
 import grpo_baseline
 import kd_baseline
-from support import cli, data, disk, memory, ranks, runs, states
+from support import cli, data, disk, memory, ranks, results, runs, states
 
 ROOT = Path(__file__).parents[1]
 
@@ -188,7 +188,7 @@ def test_no_input_lies_in_out(args, name, overwrite):
     if name in ("model", "data", "media_root"):
         fields = {"model": args.model, "out": args.out} | changed
         with pytest.raises(ranks.UsageError, match=words):
-            eval.open_out(eval.Args(**fields))
+            results.open_out(eval.Args(**fields))
     assert tree(Path(args.out)) == before
 
 

@@ -43,7 +43,8 @@ def train(args, steps) -> None:
     state = states.find_state(args)
     model, optimizer = tiny()
     run = runs.Run(args, data.BadRows(), state)
-    run.restore(model, optimizer)
+    if state is not None:
+        run.start({}, model, optimizer)
     for step in steps:
         model(torch.ones(1, 1)).sum().backward()
         optimizer.step()

@@ -956,7 +956,7 @@ def prepare(
     *,
     learning_rate: Callable[[Any, Any, bool], float],
     base: str | None = None,
-    encode: Callable[[Processor, Example], Prompt] = encode_prompt,
+    encode: Callable[[Processor, Example], Prompt] | None = None,
     layers: Sequence[str] = (),
     teacher: str | None = None,
     teacher_layers: Sequence[str] = (),
@@ -969,7 +969,8 @@ def prepare(
 
     `prompts` is the wording of the requests, saved with the weights; a toy has none. An unset
     `--learning-rate` becomes `learning_rate(args, config, is_toy)`. `base` is the checkpoint of a
-    new toy, in place of `--model`, and `encode` makes the prompt of a row. `layers` and
+    new toy, in place of `--model`, and `encode` makes the prompt of a row,
+    in place of `encode_prompt`. `layers` and
     `teacher_layers` name the arguments that choose a decoder layer. With `keep_media`, rewards see
     the images and frames of the training prompts. `passes`: see `fit_memory`.
 
@@ -991,7 +992,7 @@ def prepare(
         accuracy_rule=getattr(args, "accuracy_rule", "by-type"),
         question_first=task.order == "question-first",
     )
-    encode = partial(encode, processor)
+    encode = partial(encode or encode_prompt, processor)
     if args.check_data:
         check_data(args, encode, processor.prompt_config.accuracy_rule)
         raise Finished("--check-data: no run was started")

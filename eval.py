@@ -1,30 +1,31 @@
-"""Evaluate a checkpoint: accuracy by problem type and by data source, sweeps over frames and visual
-tokens (the paper's Figure 3), and pictures of the model's attention.
+"""Evaluate a checkpoint: accuracy by problem type and by data source, the paper's benchmarks,
+sweeps over frames and visual tokens (its Figure 3), and pictures of the model's attention.
 
     python eval.py --model runs/ral_grpo/checkpoint --gaze 20
     python eval.py --model DIR_OR_HUB_NAME --data test.json --frames 16 32 64
+    torchrun --nproc_per_node=8 eval.py --model DIR_OR_HUB_NAME --benchmark all --benchmark-root DIR
+    python eval.py --compare OUT1 OUT2 --out runs/compared
 
 Each answer adds one line to `predictions.jsonl` in the output directory. After an interruption, the
-same command resumes the evaluation, and its averages cover all rows. The first section is the
-evaluation that the training scripts call.
+same command resumes the evaluation, and its averages cover all rows. Ranks share the rows; any
+number of them gives the same result. The first section is the evaluation that the training scripts
+call.
 """
 
 import support.startup
 
-import json
-import os
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice, pairwise, product
+from io import FileIO
+from itertools import islice, product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import Module
 from tqdm import tqdm
 
@@ -39,11 +40,13 @@ from common import (
     require_layer,
     score,
 )
-from support import cli, data, disk, ranks, states, toy
-from support.data import Prompts, Reader
+from support import cli, data, disk, ranks, results, toy
+from support.benchmarks import BENCHMARKS, GROUPS, BenchmarkFile, chosen
+from support.data import BadRows, Prompts, Reader
 from support.datafiles import DataFile
-from support.pictures import Gaze, Prediction, draw_page, draw_sweep
-from support.prompts import Processor, Prompt, PromptConfig, collate, encode_prompt
+from support.pictures import Prediction, draw_page, make_gaze
+from support.prompts import Example, Processor, Prompt, PromptConfig, collate, encode_prompt
+from support.results import NAMES, Records, Setting
 
 # 1. Evaluation
 
@@ -57,8 +60,11 @@ def predict(
     batch_size: int = 64,
     attn_layer: int = -1,
     gazes: int = 6,
+    bare: bool = False,
+    metric: Callable[[str | None, Example], float] | None = None,
 ) -> Iterator[Prediction]:
-    """Answer every prompt greedily and score each answer.
+    """Answer every prompt greedily and score each answer: in tags or, if the question was asked
+    `bare`, the whole response. A benchmark has a `metric` of its own.
 
     The first `gazes` examples keep their media and attention. Examples with a known target also get
     the attention mass on it, layer by layer, in the row that emits the first token of the answer:
@@ -84,6 +90,7 @@ def predict(
             ids = rollout.response_ids[row, 0][rollout.response_mask[row, 0]].tolist()
             said = text.removeprefix(processor.response_prefix)
             answer = answer_tokens(tokenizer, ids, said, first_mention=has_targets)
+            judged = f"<answer>{text}</answer>" if bare and "<answer>" not in text else text
             record = {
                 "row": example.name,
                 "problem_type": example.problem_type,
@@ -91,10 +98,13 @@ def predict(
                 "problem": example.problem,
                 "solution": example.solution,
                 "response": text,
-                "accuracy": accuracy(text, example, asked.accuracy_rule),
-                "format": has_format(text, asked.think) and not bool(rollout.truncated[row, 0]),
+                "accuracy": accuracy(judged, example, asked.accuracy_rule),
+                "format": has_format(judged, asked.think) and not bool(rollout.truncated[row, 0]),
                 "completion_len": len(ids),
             }
+            if metric is not None:
+                record["score"] = metric(extract_answer(judged), example)
+                record["question_id"] = example.extra.get("question_id")
             gaze = None
             if row < scored:  # row t of a layer emits token t, row t + 1 is that token's own
                 rows = {layer: x[row, 0].cpu() for layer, x in attentions.items()}
@@ -102,7 +112,7 @@ def predict(
             if done < gazes and all(hasattr(medium, "frames") for medium in example.media):
                 unpadded = slice(longest - len(prompt.ids), longest + n)
                 kept = {layer: x[: n + 1, unpadded].clone() for layer, x in rows.items()}
-                gaze = make_gaze(prompt, record, token_texts(tokenizer, ids), kept)
+                gaze = make_gaze(prompt, ids, tokenizer, record["accuracy"], kept)
             if has_targets:
                 visual = (part.prompts.patches[row] >= 0).nonzero()[:, 0]
                 target, start = visual[list(example.target)], answer.start
@@ -120,52 +130,17 @@ def predict(
             done += 1
 
 
-def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
-    """The text that each token adds to the response, with the spaces between words."""
-    # A character may be spelt by several tokens: it belongs to the last of them.
-    texts = [tokenizer.decode(ids[:end]).rstrip("\ufffd") for end in range(len(ids))]
-    texts.append(tokenizer.decode(ids))
-    return [after[len(before) :] for before, after in pairwise(texts)]
-
-
-def make_gaze(
-    prompt: Prompt, record: dict[str, Any], tokens: list[str], rows: dict[int, Tensor]
-) -> Gaze:
-    """What the gaze page shows of an example; `rows` are without padding."""
-    media, shapes, grids = prompt.example.media, prompt.shapes(), []
-    for medium in media:
-        t = (len(medium.frames) + 1) // 2 if medium.is_video else 1
-        grids.append((t, *shapes[sum(count for count, _, _ in grids)]))
-    return Gaze(
-        question=prompt.example.problem,
-        solution=prompt.example.solution,
-        response=tokens,
-        accuracy=record["accuracy"],
-        media=media,
-        grids=grids,
-        visual=(prompt.patches() >= 0).nonzero()[:, 0].tolist(),
-        prompt_len=len(prompt.ids),
-        rows=rows,
-        target=prompt.example.target,
-        name=prompt.example.name,
-    )
-
-
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Means over all records and, if there are several problem types, the accuracy of each."""
     numeric = ("accuracy", "format", "completion_len")
     names = [name for name in records[0] if name in numeric or name.startswith("target_attn")]
-    metrics = {f"eval/{name}": mean(records, name) for name in names}
+    metrics = {f"eval/{name}": results.mean(records, name) for name in names}
     kinds = sorted({record["problem_type"] for record in records})
     for kind in kinds if len(kinds) > 1 else []:
         chosen = [record for record in records if record["problem_type"] == kind]
         name = kind.replace(" ", "-") or "exact-match"
-        metrics[f"eval/accuracy_{name}"] = mean(chosen, "accuracy")
+        metrics[f"eval/accuracy_{name}"] = results.mean(chosen, "accuracy")
     return metrics
-
-
-def mean(records: Sequence[dict[str, Any]], name: str) -> float:
-    return float(np.mean([record[name] for record in records]))
 
 
 class Evaluation(NamedTuple):
@@ -222,8 +197,20 @@ def answer_tokens(tokenizer: Any, ids: list[int], text: str, first_mention: bool
 
 @dataclass
 class Args:
-    model: str
+    model: str | None = None
     """Checkpoint directory or hub name."""
+    benchmark: tuple[str, ...] = ()
+    """The paper's benchmarks, by name: `images`, `videos`, `all`, or some of vstar, mmmu_pro, mme,
+    muirbench, chartqa, vizwiz, blink, cv_bench, longvideobench, nextqa, videomme, videommmu,
+    lvbench, mvbench, tempcompass."""
+    benchmark_root: str | None = None
+    """Folder with a folder owner--name for each benchmark, as it is downloaded, its videos
+    unpacked. Unset, and for the benchmarks that are not there: the hub."""
+    bare: bool = False
+    """Ask for the answer in a benchmark's own words, without tags, and judge the whole response:
+    for a base model."""
+    compare: tuple[str, ...] = ()
+    """Output directories of evaluations to set side by side in OUT, with the paper's numbers."""
     data: tuple[str, ...] = ()
     """JSON, JSON lines, Parquet, a directory of a data set, or a hub name, one or several; see
     docs/data.md. Unset: the built-in task."""
@@ -285,6 +272,16 @@ class Args:
             alone = len(values) == 1 or None not in values
             ranks.require(alone, f"{option} {values}: give numbers, or None alone")
             cli.require_positive(self, name)
+        unknown = [x for x in self.benchmark if x not in (*GROUPS, *BENCHMARKS)]
+        known = ", ".join((*GROUPS, *BENCHMARKS))
+        ranks.require(not unknown, f"--benchmark {' '.join(unknown)}: known are {known}")
+        one = sum(map(bool, (self.data, self.benchmark, self.compare))) < 2
+        ranks.require(one, "--data, --benchmark, --compare: give one of them")
+        names = ("media_root", "text_only") if self.benchmark else ("benchmark_root", "bare")
+        for name in names:
+            wrong = "not with" if self.benchmark else "needs"
+            ranks.require(not getattr(self, name), f"{cli.option(name)}: {wrong} --benchmark")
+        ranks.require(bool(self.model or self.compare), "--model: is missing; give a checkpoint")
         enough = all(grid is None or grid >= 3 for grid in self.grid)
         ranks.require(enough, f"--grid {self.grid}: needs 3 or more")
         cli.check_values(self)
@@ -309,12 +306,6 @@ PROMPTS = {
     "free-form": "The answer is a short text.",
 }
 
-# What an evaluation writes.
-FILES = "args.json predictions.jsonl skipped*.jsonl table.txt gaze*.html sweep.png"
-
-NAMES = ("frames", "image_tokens", "frame_tokens", "grid")
-Setting = tuple[int | None, ...]  # a value of each
-
 
 def defaults() -> dict[str, Any]:
     """The defaults for the checkpoint that the command line names: `TOY` for a toy, and what the
@@ -329,176 +320,160 @@ def defaults() -> dict[str, Any]:
     return {"model": model} | own | toy.defaults(TOY, unset=None)
 
 
-def read_predictions(path: Path) -> list[dict[str, Any]]:
-    """Read the predictions of an interrupted evaluation, and remove an incomplete last line from
-    the file."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    content = content[: content.rfind(b"\n") + 1]
-    os.truncate(path, len(content))
-    return [json.loads(line) for line in content.splitlines()]
-
-
-def open_out(args: Args) -> tuple[Path, TextIO]:
-    """Open the output directory, new or left by the same command; returns it with its lock.
-
-    Raises:
-        UsageError: the directory belongs to something else, is in use by another process, or cannot
-            be written.
-    """
-    out = Path(args.out)
-    disk.require_outside(out, args)
-    settings = asdict(args)
-    for name in ("out", "overwrite", "gaze", "batch_size", "workers", "max_skipped"):
-        del settings[name]  # these affect no prediction
-    settings["inputs"] = states.fingerprint_inputs(args)
-    settings["definitions"] = states.DEFINITIONS
-    settings = json.loads(json.dumps(settings))  # JSON turns tuples into lists
-    disk.require_kind(out, disk.EVALUATION)
-    with disk.writing(out, "the directory"):
-        out.mkdir(parents=True, exist_ok=True)
-        lock = disk.lock_directory(out)
-        disk.require_kind(out, disk.EVALUATION)  # again: nobody else changes it now
-        if args.overwrite:
-            disk.clear(out, FILES)
-        if before := disk.read_record(out):
-            differ = [name for name in settings if settings[name] != before.get(name)]
-            if differ == ["inputs"]:
-                old, new = before.get("inputs") or {}, settings["inputs"]
-                differ = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-            different, remedy = ", ".join(differ[:4]), "give another --out, or --overwrite"
-            ranks.require(not differ, f"--out {out}: was made with different {different}; {remedy}")
-        else:
-            disk.write_record(out, disk.EVALUATION, settings)
-    return out, lock
-
-
-def prompts_of(
-    args: Args, setting: Setting, processor: Processor, task: toy.Task
-) -> tuple[list[str], Callable[[list[int]], Iterable[Prompt]], data.BadRows]:
-    """The names of all examples of a setting, a function from example numbers to prompts, and the
-    record of bad rows."""
-    frames, image_tokens, frame_tokens, grid = setting
-    tokens = {"image_tokens": image_tokens, "min_image_tokens": args.min_image_tokens}
-    processor = replace(processor, **tokens, frame_tokens=frame_tokens)
-    encode = partial(encode_prompt, processor)
-    if not args.data:
-        task = replace(task, frames=frames or task.frames, grid=grid or task.grid)
-        examples = toy.held_out_examples(task, args.examples or 512)
-        names = [example.name for example in examples]
-        return names, lambda numbers: (encode(examples[n]) for n in numbers), data.BadRows()
-    file = DataFile(args.data, args.media_root, frames, args.fps, text_only=args.text_only)
-    rows = range(len(file))[: args.examples]
-    prompts = Prompts(file, encode, rows, None, args.max_prompt_tokens, 2 * args.gaze)
-    bad_rows = data.BadRows(args.max_skipped, len(file))
-    names = [file.name(row) for row in rows]
-    return names, lambda numbers: Reader(prompts, numbers, args.workers, bad_rows), bad_rows
-
-
-def table(results: dict[Setting, list[dict[str, Any]]], varied: list[int]) -> str:
-    """Accuracy over all rows, by problem type and by source; format rate and response length."""
-    lines = []
-    for setting, records in results.items():
-        label = ", ".join(f"{NAMES[i]} {setting[i]}" for i in varied)
-        groups = [("all", records)]
-        for field in ("problem_type", "source"):
-            values = sorted({record[field] for record in records})
-            for value in values if len(values) > 1 or values[0] else []:
-                chosen = [record for record in records if record[field] == value]
-                name = value or {"problem_type": "no type", "source": "no source"}[field]
-                groups.append((name, chosen))
-        lines.append(
-            f"\n{label or 'held-out':<36}{'rows':>7}{'accuracy':>10}{'format':>8}{'length':>8}"
-        )
-        for name, group in groups:
-            values = [mean(group, what) for what in ("accuracy", "format", "completion_len")]
-            numbers = f"{values[0]:>10.3f}{values[1]:>8.3f}{values[2]:>8.1f}"
-            name = "".join(c if c.isprintable() else "?" for c in name[:34])
-            lines.append(f"{name:<36}{len(group):>7}{numbers}")
-        if "target_attn" in records[0]:
-            for name, row in (("target_attn", "that emits the answer"), ("target_attn_own", "own")):
-                lines.append(f"{f'on target, row {row}':<43}{mean(records, name):>10.3f}")
-    return "\n".join(lines)
-
-
-def main(args: Args) -> dict[str, float]:
-    """Evaluate every setting of the sweep; returns the metrics of the last one."""
-    one = f"--out {args.out}: is written by one process; start it without torchrun"
-    ranks.require(ranks.world_size() == 1, one)
-    base = Path(args.model)
-    is_toy = toy.Task.load(base) is not None
-    ranks.require(not (is_toy and args.data), "--data: the toy knows only its own task")
-    for name in () if args.data else ("fps", "media_root", "text_only"):
-        ranks.require(not getattr(args, name), f"{cli.option(name)}: needs --data")
-    of_toy = args.grid != (None,) or args.toy_order is not None
-    ranks.require(not (args.data and of_toy), "--grid, --toy-order: not with --data")
-    bounded = {args.image_tokens, (args.min_image_tokens,), args.frame_tokens} != {(None,)}
-    sizes = "--image-tokens, --min-image-tokens, --frame-tokens: not for the toy; use --grid"
-    ranks.require(not (is_toy and bounded), sizes)
-    task = toy.Task.load(base) or toy.Task(order="image-first")
-    images_only = is_toy and task.frames is None and args.frames != (None,)
-    asked = f"--frames {' '.join(map(str, args.frames))}: {args.model} has learned images only"
-    ranks.require(not images_only, f"{asked}; leave it out, or train a toy with sft.py --frames")
+def open_processor(args: Args, task: toy.Task | None) -> Processor:
+    """The checkpoint's processor, which asks as its training script did, or as the arguments
+    say."""
     processor = load_processor(args.model)
     require_layer("--attn-layer", args.attn_layer, processor.config)
     config = processor.prompt_config
     if "prompt.json" not in processor.files:
-        config = PromptConfig({} if is_toy else PROMPTS, question_first=task.order[:1] == "q")
-        if not is_toy:
-            print(f"{args.model} has no prompt.json: it is asked as the training scripts ask")
+        config = task.prompt_config() if task else PromptConfig(PROMPTS)
+        if not task and not args.bare:
+            known = f"{args.model} has no prompt.json"
+            ranks.print_on_rank_0(f"{known}: it is asked as the training scripts ask")
     order = args.toy_order or ("question-first" if config.question_first else "image-first")
-    processor.prompt_config = PromptConfig(
-        config.prompts, args.think, args.accuracy_rule, order == "question-first"
-    )
-    sweep = list(product(args.frames, args.image_tokens, args.frame_tokens, args.grid))
-    varied = [i for i, values in enumerate(zip(*sweep, strict=True)) if len(set(values)) > 1]
-    opened = {setting: prompts_of(args, setting, processor, task) for setting in sweep}
+    asked = (config.prompts, args.think, args.accuracy_rule, order == "question-first")
+    return replace(processor, prompt_config=PromptConfig(*asked))
+
+
+@dataclass
+class Rows:
+    """The rows of a setting: their names, a function from row numbers to prompts, bad rows, and how
+    they are asked."""
+
+    names: list[str]
+    prompts: Callable[[list[int]], Iterable[Prompt]]
+    bad_rows: BadRows
+    processor: Processor
+
+
+def open_rows(args: Args, setting: Setting, processor: Processor, task: toy.Task | None) -> Rows:
+    """Open the rows of a setting, and check the arguments about them."""
+    benchmark, frames, image_tokens, frame_tokens, grid = setting
+    given = dict(zip(NAMES, setting, strict=True)) | {"data": args.data or benchmark}
+    absent = {"eval_data": (), "rows": None, "check_data": False}
+    data.check_files(SimpleNamespace(**vars(args) | given | absent), task is not None)
+    if benchmark and args.bare:
+        asked = PromptConfig(dict([BENCHMARKS[benchmark].bare]), False, args.accuracy_rule)
+        processor = replace(processor, prompt_config=asked)
+    tokens = {"image_tokens": image_tokens, "min_image_tokens": args.min_image_tokens}
+    processor = replace(processor, **tokens, frame_tokens=frame_tokens)
+    encode = partial(encode_prompt, processor)
+    if not args.data and not benchmark:
+        task = task or toy.Task(order="image-first")
+        task = replace(task, frames=frames or task.frames, grid=grid or task.grid)
+        examples = toy.held_out_examples(task, args.examples or 512)
+        names = [example.name for example in examples]
+
+        def prompts(numbers: list[int]) -> Iterator[Prompt]:
+            return (replace(encode(examples[n]), number=n) for n in numbers)
+
+        return Rows(names, prompts, BadRows(), processor)
+    if benchmark:
+        file = BenchmarkFile(benchmark, args.benchmark_root, frames, args.fps)
+    else:
+        file = DataFile(args.data, args.media_root, frames, args.fps, text_only=args.text_only)
+    rows = range(len(file))[: args.examples]
+    source = Prompts(file, encode, rows, None, args.max_prompt_tokens, args.gaze)
+    bad_rows = BadRows(args.max_skipped, len(file))
+    names = [file.name(row) for row in rows]
+    return Rows(names, lambda n: Reader(source, n, args.workers, bad_rows), bad_rows, processor)
+
+
+def in_batches(prompts: Iterable[Prompt], batches: Iterable[range]) -> Iterator[list[Prompt]]:
+    """The prompts of each batch of numbers; those of bad rows are missing."""
+    stream = iter(prompts)
+    prompt = next(stream, None)
+    for batch in batches:
+        chunk = []
+        while prompt is not None and prompt.number in batch:
+            chunk.append(prompt)
+            prompt = next(stream, None)
+        yield chunk
+
+
+def answer_rows(
+    args: Args, setting: Setting, model: Module, rows: Rows, records: Records, file: FileIO | None
+) -> list[Prediction]:
+    """Answer the rows of a setting that `records` lacks. Only rank 0 appends to `records` and to
+    `file`; it returns the examples of the gaze page.
+
+    Ranks take batches in turn. A batch is always of the same rows, whatever was answered before an
+    interruption and by however many ranks, because its rows are padded to one length: on a GPU,
+    another padding may give another answer. So a batch is answered again if a row of it is missing.
+    """
+    names, size, entry = rows.names, args.batch_size, BENCHMARKS.get(setting[0])
+    done = ranks.from_rank_0(lambda: {record["row"] for record in records})
+    all_rows = range(len(names))
+    batches = [all_rows[first : first + size] for first in all_rows[::size]]
+    # The examples of the page are answered again after an interruption.
+    todo = [x for x in batches if x[0] < args.gaze or not done.issuperset(names[x[0] : x[-1] + 1])]
+    left, several = sum(map(len, todo)), ranks.world_size()
+    todo += [range(0)] * (-len(todo) % several)  # every rank has as many
+    mine = todo[ranks.rank() :: several]
+    rows.bad_rows.read = (len(done) + len(rows.bad_rows.bad)) // several
+    options = {"max_new_tokens": args.max_new_tokens, "batch_size": size, "bare": args.bare}
+    options |= {"attn_layer": args.attn_layer, "metric": entry and entry.score}
+    shown, label, hidden = [], setting[0] or "evaluate", ranks.rank() != 0
+    with tqdm(total=left, desc=label, dynamic_ncols=True, disable=hidden) as bar:
+        for chunk in in_batches(rows.prompts([n for batch in mine for n in batch]), mine):
+            gazes, predictions = sum(prompt.number < args.gaze for prompt in chunk), []
+            if gazes or not done.issuperset(prompt.example.name for prompt in chunk):
+                predictions = list(predict(model, rows.processor, chunk, gazes=gazes, **options))
+            for bad in ranks.gather([dict(rows.bad_rows.bad)]):
+                rows.bad_rows.name(bad)
+            predictions = ranks.gather(predictions)
+            if ranks.rank() == 0:
+                new = [x.record for x in predictions if x.record["row"] not in done]
+                disk.append(file, [{"setting": setting} | record for record in new])
+                records += new
+                shown += [x for x in predictions if x.gaze]
+            bar.update(len(predictions))
+    places = {name: place for place, name in enumerate(names)}
+    records.sort(key=lambda record: places[record["row"]])
+    return shown
+
+
+def main(args: Args) -> dict[str, float]:
+    """Evaluate every setting of the sweep, or compare evaluations; returns the metrics of the last
+    setting."""
+    if args.compare:
+        ranks.on_rank_0(partial(results.compare, args))
+        return {}
+    ranks.require_same_on_ranks(cli.options(args))
+    task, out = toy.Task.load(Path(args.model)), Path(args.out)
+    sweep = (args.frames, args.image_tokens, args.frame_tokens, args.grid)
+    settings = list(product(chosen(args.benchmark) or (None,), *sweep))
+    learned = "--benchmark: the toy knows only the words of its task; give a real --model"
+    ranks.require(not (task and args.benchmark), learned)
+    images_only = task is not None and task.frames is None and args.frames != (None,)
+    asked = f"--frames {' '.join(map(str, args.frames))}: {args.model} has learned images only"
+    ranks.require(not images_only, f"{asked}; leave it out, or train a toy with sft.py --frames")
+    processor = open_processor(args, task)
+    opened = {setting: open_rows(args, setting, processor, task) for setting in settings}
+    ranks.require_same_on_ranks({"rows": [len(rows.names) for rows in opened.values()]})
     model = load_model(args.model, frozen=True)
-    out, lock = open_out(args)
-    results = defaultdict(list)
-    for record in read_predictions(out / "predictions.jsonl"):
-        results[tuple(record.pop("setting"))].append(record)
-    with gathered(model), disk.open_lines(out / "predictions.jsonl") as file:
-        for setting, (names, prompts, bad_rows) in opened.items():
-            label = "-".join(f"{NAMES[i]}{setting[i]}" for i in varied)
-            if args.data:
-                bad_rows.attach(disk.open_lines(out / f"skipped{label and f'-{label}'}.jsonl"))
-            done = {record["row"] for record in results[setting]}
-            bad_rows.read = len(done) + len(bad_rows.bad)
-            options = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size}
-            options |= {"attn_layer": args.attn_layer}
-            # The examples of the page are answered again after an interruption.
-            first, rest = range(len(names))[: args.gaze], range(len(names))[args.gaze :]
-            rest = [n for n in rest if names[n] not in done]
-            shown = []
-            bar = tqdm(total=len(first) + len(rest), desc=label or "evaluate", dynamic_ncols=True)
-            for prediction in chain(
-                predict(model, processor, prompts(first), gazes=len(first), **options),
-                predict(model, processor, prompts(rest), gazes=0, **options),
-            ):
-                if prediction.record["row"] not in done:
-                    disk.append(file, [{"setting": setting} | prediction.record])
-                    results[setting].append(prediction.record)
-                shown += [prediction] if prediction.gaze else []
-                bar.update()
-            bar.close()
+    kept = ranks.on_rank_0(partial(results.open_out, args))
+    lock, file, records = kept or (None, None, defaultdict(list))
+    with gathered(model):
+        for setting, rows in opened.items():
+            label = results.label_of(setting, results.varied_names(settings))
+            if file and (args.data or args.benchmark):
+                skipped = disk.open_lines(out / f"skipped{label and f'-{label}'}.jsonl")
+                rows.bad_rows.attach(skipped)
+            shown = answer_rows(args, setting, model, rows, records[setting], file)
             if shown:
                 page = out / f"gaze{label and f'-{label}'}.html"
-                draw_page(page, {label or base.name: shown}, f"{args.model} {label}")
-            if bad_rows.file is not None:
-                bad_rows.file.close()
-            ranks.require(len(results[setting]) > 0, "--data: no row can be used")
-    results = {setting: results[setting] for setting in sweep}
-    text = table(results, varied)
-    with disk.writing(out, "table.txt"):
-        disk.write_aside(out / "table.txt", text.strip() + "\n")
-    print(text)
-    if varied:
-        draw_sweep(out / "sweep.png", results, NAMES, varied)
-    lock.close()
-    print(f"results: {out}")
-    return summarise(results[sweep[-1]])
+                draw_page(page, {label or out.name: shown}, f"{args.model} {label}")
+            some = ranks.from_rank_0(partial(len, records[setting])) > 0
+            ranks.require(some, f"{label or '--data'}: no row can be used")
+            if rows.bad_rows.file is not None:
+                rows.bad_rows.file.close()
+    chosen_records = {setting: records[setting] for setting in settings}
+    ranks.on_rank_0(partial(results.report, args, chosen_records))
+    if lock:
+        lock.close()
+    return ranks.from_rank_0(partial(summarise, records[settings[-1]]))
 
 
 if __name__ == "__main__":

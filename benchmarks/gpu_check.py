@@ -42,6 +42,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
+from transformers import AutoModelForImageTextToText
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
@@ -260,7 +261,7 @@ def decoders(directory: Path, layers: int) -> dict[str, Callable[[int], Any]]:
     write_checkpoint(directory, "qwen2_vl")
     text = (config := common.load_processor(directory).config).text_config
     text.num_hidden_layers, text.layer_types = layers, layers * ["full_attention"]
-    model = common.AutoModelForImageTextToText.from_config(config)
+    model = AutoModelForImageTextToText.from_config(config)
     model.generation_config.eos_token_id = 0
     model.save_pretrained(directory)
     kinds, works = {"plain": {"frozen": True}, "sharded": {}, "adapters": {"lora_rank": 8}}, {}
@@ -516,7 +517,7 @@ def real(found: Findings, work: Path, size: str, lora_rank: int | None) -> None:
 def one_run(found: Findings, script: Any, args: Any) -> dict[str, float]:
     """Run a script and meter it; returns the metrics of its last step."""
     name, needed, peaks = script.__name__, {}, {}
-    fit, lap = script.fit_memory, runs.Stopwatch.lap
+    fit, lap = common.fit_memory, runs.Stopwatch.lap
 
     def fit_memory(*given: Any, **options: Any) -> Any:
         chosen, config = fit(*given, **options), given[1]
@@ -532,7 +533,7 @@ def one_run(found: Findings, script: Any, args: Any) -> dict[str, float]:
             torch.cuda.reset_peak_memory_stats()
 
     with (
-        mock.patch.object(script, "fit_memory", fit_memory),
+        mock.patch.object(common, "fit_memory", fit_memory),
         mock.patch.object(runs.Stopwatch, "lap", metered),
     ):
         script.main(args)

@@ -39,8 +39,8 @@ class RunArgs:
     """JSON, JSON lines, Parquet, a directory of a data set, or a hub name, one or several; see
     docs/data.md. Unset: the built-in task."""
     eval_data: tuple[str, ...] = ()
-    """Data to evaluate on. Unset: rows of --data behind its first ROWS, or else up to a tenth of
-    its rows, held out."""
+    """Data to evaluate on. Unset: rows of --data after the first ROWS, or else up to a tenth of its
+    rows, which are then not trained on."""
     media_root: tuple[str, ...] = ()
     """Folders that the paths in the rows are relative to. Unset: the folder of the data file."""
     text_only: bool = False
@@ -50,10 +50,10 @@ class RunArgs:
     check_data: bool = False
     """Read every row once, report the rows that cannot be used, and stop."""
     frames: int | None = None
-    """Frames per video, evenly spaced, or at most with --fps. Unset: --fps a second, at most 128
-    (paper); on the toy, as its checkpoint."""
+    """Frames of each video, evenly spaced; with --fps, the maximum. Unset: --fps a second, at most
+    128 (paper); on the toy, as in its checkpoint."""
     fps: float | None = None
-    """Frames per second of video. Unset: 1 (paper), or --frames in all."""
+    """Frames per second of video. Unset: 1 (paper), or --frames in total."""
     image_tokens: int | None = 5120
     """Maximum visual tokens of an image. Paper: 5120."""
     min_image_tokens: int | None = 128
@@ -68,9 +68,9 @@ class RunArgs:
     workers: int = 4
     """Worker processes that read and encode prompts ahead; 0: the training process reads them."""
     grid: int | None = None
-    """Cells along each side of the toy's images (3 or more). Unset: as the checkpoint, or 4."""
+    """Cells along each side of the toy's images (3 or more). Unset: as in the checkpoint, or 4."""
     toy_order: Literal["question-first", "image-first"] | None = None
-    """Order of the toy's prompt. Unset: as the checkpoint, or question-first."""
+    """Order of the toy's prompt. Unset: as in the checkpoint, or question-first."""
     eval_every: int = 100
     """Steps between evaluations on held-out examples."""
     eval_examples: int = 128

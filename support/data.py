@@ -243,7 +243,7 @@ def check_files(args: Any, is_toy: bool) -> None:
         for name in ("eval_data", "media_root", "rows", "check_data", "fps", "text_only"):
             require(not getattr(args, name), f"{option(name)}: needs --data")
         if not is_toy:
-            print_on_rank_0("no --data: training on the built-in task, as a smoke test")
+            print_on_rank_0("no --data: the built-in task is used, as a smoke test")
         return
     learned = "the toy knows only the words of its task"
     data = " ".join(each(args.data))

@@ -95,7 +95,7 @@ def require_kind(out: Path, kind: str) -> None:
 
 def require_outside(out: Path, args: Any) -> None:
     """Refuse an `--out` that holds anything that `args` read: it would be moved or deleted."""
-    for name in ("model", "teacher", "data", "eval_data", "media_root"):
+    for name in ("model", "teacher", "data", "eval_data", "media_root", "benchmark_root"):
         for value in each(getattr(args, name, None) or ()):
             path = without_split(value)
             inside = out.resolve() in (path.resolve(), *path.resolve().parents)

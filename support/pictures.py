@@ -12,6 +12,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.nn.functional import pad
 
 from support.answers import extract_answer
 from support.disk import write_aside, writing
-from support.prompts import Media
+from support.prompts import Media, Prompt
 from support.ranks import rank
 
 LIMIT = 10_000_000  # bytes of a page
@@ -77,6 +78,38 @@ class Prediction:
         if not self.answer:
             return torch.zeros(len(self.gaze.visual))
         return self.gaze.rows[self.layer][self.answer.start, self.gaze.visual]
+
+
+def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The text that each token adds to the response, with the spaces between words."""
+    # A character may be spelt by several tokens: it belongs to the last of them.
+    texts = [tokenizer.decode(ids[:end]).rstrip("\ufffd") for end in range(len(ids))]
+    texts.append(tokenizer.decode(ids))
+    return [after[len(before) :] for before, after in pairwise(texts)]
+
+
+def make_gaze(
+    prompt: Prompt, ids: list[int], tokenizer: Any, accuracy: float, rows: dict[int, Tensor]
+) -> Gaze:
+    """What the page shows of an example and the response `ids` to it; `rows` are without
+    padding."""
+    media, shapes, grids = prompt.example.media, prompt.shapes(), []
+    for medium in media:
+        t = (len(medium.frames) + 1) // 2 if medium.is_video else 1
+        grids.append((t, *shapes[sum(count for count, _, _ in grids)]))
+    return Gaze(
+        question=prompt.example.problem,
+        solution=prompt.example.solution,
+        response=token_texts(tokenizer, ids),
+        accuracy=accuracy,
+        media=media,
+        grids=grids,
+        visual=(prompt.patches() >= 0).nonzero()[:, 0].tolist(),
+        prompt_len=len(prompt.ids),
+        rows=rows,
+        target=prompt.example.target,
+        name=prompt.example.name,
+    )
 
 
 def draw_run(out: Path, shown: dict[str, list[Prediction]], names: Sequence[str]) -> None:
@@ -198,19 +231,24 @@ def draw_sweep(
     names: Sequence[str],
     varied: Sequence[int],
 ) -> None:
-    """Plot accuracy with its standard error against the first varied argument, with one line per
-    combination of the others."""
+    """Plot accuracy, or a benchmark's own score, with its standard error against the first varied
+    number, with one line per combination of the other varied arguments. Nothing is drawn if no
+    number varies."""
+    numbers = [i for i in varied if isinstance(next(iter(results))[i], int)]
+    if not numbers:
+        return
+    others = [i for i in varied if i != numbers[0]]
     figure, axis = load_pyplot().subplots(figsize=(5, 3.6))
     lines = defaultdict(list)
     for setting, records in results.items():
-        rest = ", ".join(f"{names[i]} {setting[i]}" for i in varied[1:])
-        accuracies = np.array([record["accuracy"] for record in records])
+        rest = ", ".join(f"{names[i]} {setting[i]}" for i in others)
+        accuracies = np.array([record.get("score", record["accuracy"]) for record in records])
         error = accuracies.std() / math.sqrt(len(records))
-        lines[rest].append((setting[varied[0]], accuracies.mean(), error))
+        lines[rest].append((setting[numbers[0]], accuracies.mean(), error))
     for label, points in lines.items():
         x, y, error = zip(*sorted(points), strict=True)
         axis.errorbar(x, y, error, marker="o", capsize=3, label=label)
-    axis.set(xlabel=names[varied[0]], ylabel="accuracy")
+    axis.set(xlabel=names[numbers[0]], ylabel="accuracy")
     axis.grid(alpha=0.3)
     if len(lines) > 1:
         axis.legend(fontsize=8)

@@ -13,6 +13,7 @@ from filelock import FileLock
 from real import write_checkpoint, write_rows
 from safetensors.torch import load_file
 from transformers import (
+    AutoConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3VLConfig,
@@ -88,7 +89,7 @@ def write_toys(folder: Path) -> None:
     for directory in directories.values():
         directory.mkdir()
         toy.write_base(directory, seed=0)
-    config = common.AutoConfig.from_pretrained(directories["qwen2_vl"])
+    config = AutoConfig.from_pretrained(directories["qwen2_vl"])
     text = config.text_config.to_dict() | {"model_type": "qwen2_5_vl_text"}
     vision = {
         "depth": 2,

@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel, Qwen3VLTextModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel, Qwen3VLTextModel
 
 import common
 from support import memory as memory_module
@@ -300,7 +300,7 @@ def load(config: Any, patches: int, **fields: Any) -> torch.nn.Module:
     def read_model(path, field, processor, options):
         if dist.get_world_size() == 1 and fields.get("frozen"):  # it is not sharded
             with torch.device(common.device()):
-                model = common.AutoModelForImageTextToText.from_config(config, **options)
+                model = AutoModelForImageTextToText.from_config(config, **options)
         else:
             with unset_fake_temporarily():
                 model = common.empty_model(config, **options)

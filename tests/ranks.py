@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import common
-from support import ranks, toy
+from support import checkpoints, ranks, toy
 
 
 def by_length(group_size: int, idle: bool):
@@ -32,7 +32,7 @@ def uneven(generate):
     has, end at their first token, so that the ranks decode for different numbers of tokens."""
     pick = common.pick_tokens
 
-    def generate_group(model, batch, group_size, *rest):
+    def generate_group(model, batch, group_size, *rest, **options):
         eos = torch.as_tensor(model.generation_config.eos_token_id).flatten()[0]
 
         def pick_tokens(*inputs):
@@ -41,14 +41,14 @@ def uneven(generate):
             return torch.where(numbers % 2 == 1, eos, ids)
 
         common.pick_tokens = pick_tokens
-        rollout = generate(model, batch, group_size, *rest)
+        rollout = generate(model, batch, group_size, *rest, **options)
         common.pick_tokens = pick
         return rollout
 
     return generate_group
 
 
-def run_all(jobs: list[tuple[str, dict, str]], out: Path, names=("0123456789")) -> None:
+def run_all(jobs: list[tuple[str, dict, str]], out: Path, names="0123456789e") -> None:
     """Run each job (script, fields of its Args, "", "idle" or "uneven") in a directory of its own
     under `out`."""
     for number, (name, fields, what) in zip(names, jobs, strict=False):
@@ -69,7 +69,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     ranks.start_ranks()
     if ranks.rank() != 0:  # one process reads the checkpoint for all
-        common.AutoModelForImageTextToText.from_pretrained = None
+        checkpoints.AutoModelForImageTextToText.from_pretrained = None
     run_all(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
     if torch.distributed.is_initialized():
         ranks.leave_ranks()

@@ -146,9 +146,10 @@ def test_a_base_model_trains_and_its_checkpoint_is_whole(
     if script in (kd_baseline, attn_distill):
         args["teacher"] = str(real / "qwen2_5_vl" if script is kd_baseline else base)
     seen = []
-    encode = script.encode_prompt
+    owner = sft if script is sft else common
+    encode = owner.encode_prompt
     keep = lambda *args: seen.append(encode(*args)) or seen[-1]  # noqa: E731
-    monkeypatch.setattr(script, "encode_prompt", keep)
+    monkeypatch.setattr(owner, "encode_prompt", keep)
     metrics = script.main(script.Args(**args))
     assert metrics["train/grad_norm"] > 0
     capsys.readouterr()

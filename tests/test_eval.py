@@ -17,7 +17,7 @@ from PIL import Image
 
 import common
 import eval
-from support import disk, pictures, ranks, states
+from support import disk, pictures, ranks, results, states
 from support.pictures import Gaze
 from support.prompts import Media, PromptConfig, collate
 
@@ -80,7 +80,7 @@ def test_another_model_at_the_same_place_is_not_taken_for_the_old_one(cold_start
         kept = (model / name).read_bytes()
         (model / name).write_bytes(kept[:-2] + b" " + kept[-2:])
         with pytest.raises(ranks.UsageError, match=f"different --model {name}; .*--overwrite"):
-            eval.open_out(args)
+            results.open_out(args)
         (model / name).write_bytes(kept)
     disk.write_record(tmp_path / "run", disk.TRAINING_RUN, {})
     for out in (tmp_path / "run", model):
@@ -103,7 +103,7 @@ def test_the_tokens_of_an_answer_are_those_in_its_tags(cold_start):
 
 def test_the_toys_pictures_are_not_resized(cold_start, tmp_path):
     args = toy_args(eval, model=str(cold_start), out=str(tmp_path / "out"), image_tokens=(8,))
-    with pytest.raises(ranks.UsageError, match=r"--image-tokens.*not for the toy"):
+    with pytest.raises(ranks.UsageError, match=r"--image-tokens.*on the toy a cell is a token"):
         eval.main(args)
     grid = toy_args(eval, model=str(cold_start), out=str(tmp_path / "out"), grid=(17,), examples=2)
     seen = []
@@ -223,7 +223,7 @@ def test_a_sweep_over_frames_with_real_data(real, tmp_path):
     )
     metrics = eval.main(args)
     lines = predictions(out)
-    assert [line["setting"][0] for line in lines] == [2] * 18 + [6] * 18
+    assert [line["setting"][1] for line in lines] == [2] * 18 + [6] * 18
     for frames in (2, 6):
         shown = page(out / f"gaze-frames{frames}.html")["examples"]
         assert len(shown) == 16  # of the first 17 rows, one is bad
@@ -233,9 +233,9 @@ def test_a_sweep_over_frames_with_real_data(real, tmp_path):
         assert len(skipped) == 2
     table = (out / "table.txt").read_text()
     assert all(word in table for word in ("frames 2", "multiple choice", "OCR", "left", "right"))
-    values = [line["accuracy"] for line in lines if line["setting"][0] == 6]
+    values = [line["accuracy"] for line in lines if line["setting"][1] == 6]
     assert metrics["eval/accuracy"] == pytest.approx(sum(values) / 18)
-    kinds = [line for line in lines if line["setting"][0] == 6 and line["problem_type"] == "OCR"]
+    kinds = [line for line in lines if line["setting"][1] == 6 and line["problem_type"] == "OCR"]
     expected = sum(line["accuracy"] for line in kinds) / len(kinds)
     assert metrics["eval/accuracy_OCR"] == pytest.approx(expected)
 
@@ -257,17 +257,17 @@ def test_a_picture_shows_every_image_and_pair_of_frames(loaded):
 def test_a_character_of_several_tokens_belongs_to_the_last(real):
     tokenizer = common.load_processor(real / "qwen2_vl").tokenizer
     text = "a 😀 é 中 b"
-    tokens = eval.token_texts(tokenizer, tokenizer.encode(text, add_special_tokens=False))
+    tokens = pictures.token_texts(tokenizer, tokenizer.encode(text, add_special_tokens=False))
     assert "".join(tokens) == text and "\ufffd" not in "".join(tokens)
     assert {"😀", "é", "中"} <= {token.strip() for token in tokens}
     cut = tokenizer.encode(text, add_special_tokens=False)[:3]  # in the middle of the first
-    assert "".join(eval.token_texts(tokenizer, cut)) == tokenizer.decode(cut)
+    assert "".join(pictures.token_texts(tokenizer, cut)) == tokenizer.decode(cut)
 
 
 def test_rows_without_a_type_have_a_line_of_the_table():
     records = [{"problem_type": kind, "source": "", "accuracy": a, "format": 1, "completion_len": 2}
                for kind, a in (("", 1.0), ("", 0.0), ("numerical", 1.0))]  # fmt: skip
-    lines = eval.table({(None,) * 4: records}, []).splitlines()
+    lines = results.table({(None,) * 5: records}, []).splitlines()
     assert [line.split("  ")[0] for line in lines[2:]] == ["all", "no type", "numerical"]
     assert lines[3].split()[2:4] == ["2", "0.500"]
 

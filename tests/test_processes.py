@@ -4,6 +4,7 @@ import errno
 import io
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -133,6 +134,18 @@ def test_help_joins_no_group(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.run_script(cli.RunArgs, None, "What it is.")
     assert ended.value.code == 0 and "What it is." in capsys.readouterr().out
+
+
+def test_help_lists_the_scripts_own_arguments_first(monkeypatch, capsys):
+    """A text of several lines is one paragraph."""
+    monkeypatch.setattr(sys, "argv", ["ral_grpo.py", "--help"])
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit):
+        cli.parse(ral_grpo.Args, "", {"steps": 7})
+    shown = capsys.readouterr().out
+    flags = re.findall(r"^[^\w\n]*(--[a-z][a-z-]*)", shown, re.MULTILINE)
+    assert flags[0] == "--model" and flags.index("--lambda-attn") < flags.index("--data")
+    assert "see docs/data.md. Unset: the built-in task." in shown and "(default: 7)" in shown
 
 
 def test_readers_use_no_shared_memory(monkeypatch):

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
 
 import common
+import eval
 
 RL = {"group_size": 4, "micro_batch_size": 2, "max_new_tokens": 6, "eval_examples": 5}
 RL |= {"learning_rate": 3e-4, "steps": 3, "eval_every": 2}
@@ -35,6 +36,8 @@ def jobs(real: Path, cold_start: Path, teacher: Path, processes: int) -> list:
     # One prompt a forward: both compute in the same shapes, and round in the same way.
     one_prompt = {"micro_batch_size": 1}
     demonstrations = {k: v for k, v in fields.items() if k != "group_size"}
+    evaluation = {name: (data[name],) for name in ("frames", "image_tokens", "frame_tokens")}
+    evaluation |= {"max_new_tokens": 6, "batch_size": 3, "workers": 0, "gaze": 2}
     return [
         ("sft", demonstrations | data, ""),
         ("grpo_baseline", fields | data, ""),
@@ -46,6 +49,7 @@ def jobs(real: Path, cold_start: Path, teacher: Path, processes: int) -> list:
         ("ral_grpo", fields | data | strong | one_prompt | {"model": str(real / "tied")}, ""),
         ("ral_grpo", fields | strong | {"model": str(cold_start)}, "uneven"),
         ("ral_grpo", fields | strong | {"model": str(cold_start), "num_minibatches": 2}, ""),
+        ("eval", data | evaluation, ""),
     ]
 
 
@@ -217,3 +221,17 @@ def test_gathered_weights_need_no_hooks(group_of_one, real):
         handle = layer.register_forward_hook(lambda *_: None)  # as transformers does
     assert list(layer._forward_pre_hooks) == list(before[0])
     assert list(layer._forward_hooks) == [*before[1], handle.id]
+
+
+def test_an_evaluation_is_the_same_to_the_letter(both, real, cold_start, teacher):
+    """Two ranks answer what one does, and one finishes what two began."""
+    one, two = (folder / "e" for folder in both)
+    files = ("predictions.jsonl", "skipped.jsonl", "table.txt", "gaze.html")
+    expected = [(one / name).read_bytes() for name in files]
+    assert len(read(one / files[0])) == 18 and len(read(one / files[1])) == 2
+    assert [(two / name).read_bytes() for name in files] == expected
+    lines = expected[0].splitlines(keepends=True)
+    (two / files[0]).write_bytes(b"".join(lines[:7]) + lines[7][:30])
+    _, fields, _ = jobs(real, cold_start, teacher, 1)[-1]
+    eval.main(eval.Args(**fields, out=str(two)))
+    assert [(two / name).read_bytes() for name in files] == expected

@@ -60,9 +60,12 @@ def run(script, real, out, family="qwen2_5_vl", **fields):
         defaults |= {"group_size": 2}
     if script in (kd_baseline, attn_distill):
         defaults |= {"teacher": str(real / family)}
-    script.main(script.Args(**defaults | BUDGET | fields))
-    if fields.get("check_data"):
+    args = script.Args(**defaults | BUDGET | fields)
+    if args.check_data:
+        with pytest.raises(ranks.Finished, match="--check-data: no run was started"):
+            script.main(args)
         return None, None
+    script.main(args)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     lines = [{k: v for k, v in x.items() if not k.startswith("perf/")} for x in lines]
     return lines, out / "checkpoint"
@@ -174,8 +177,11 @@ def test_check_data_reports_and_stops(real, tmp_path, capsys):
         out=str(tmp_path / "run"),
         **BUDGET,
     )
-    assert ral_grpo.main(args) == {"--data/rows": 21, "--data/bad": 3}
-    assert not (tmp_path / "run").exists() and "row 8 (line 8)" in capsys.readouterr().out
+    with pytest.raises(ranks.Finished):
+        ral_grpo.main(args)
+    report = capsys.readouterr().out
+    assert not (tmp_path / "run").exists() and "row 8 (line 8)" in report
+    assert "21 rows, 3 bad" in report
 
 
 def test_a_prompt_that_is_too_long_is_skipped(real, tmp_path, capsys):

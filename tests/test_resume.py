@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import attn_distill
 import common
+import eval
 import grpo_baseline
 import ral_grpo
 import sft
@@ -111,7 +112,7 @@ STAGES = [  # owner, function, call, when
     ("common", "save_model", 1, "before"),
     ("common", "save_model", 1, "halfway"),
     ("states", "save_file", 2 * TRAINED + 1, "halfway"),  # of the state after the last step
-    ("script", "draw_run", 1, "before"),
+    ("runs", "draw_run", 1, "before"),
     ("runs", "print_summary", 1, "before"),
 ]
 
@@ -212,8 +213,10 @@ def test_sft_that_reached_its_accuracy_is_over(cold_start, tmp_path):
     fields |= {"eval_every": 3, "eval_examples": 8, "prompts_per_step": 2, "micro_batch_size": 2}
     with pytest.MonkeyPatch.context() as patch:
         judged = iter([0.1, 0.9])
-        patch.setattr(sft, "evaluate", lambda *_, **__: ({"eval/accuracy": next(judged)}, []))
-        patch.setattr(sft, "draw_run", lambda *_: None)
+        metrics = ({"eval/accuracy": accuracy} for accuracy in judged)
+        judge = lambda *_, **__: eval.Evaluation(next(metrics), [])  # noqa: E731
+        patch.setattr(sft, "evaluate", judge)
+        patch.setattr(runs, "draw_run", lambda *_: None)
         sft.main(toy_args(sft, **fields, stop_accuracy=0.5))
     assert disk.good_states(tmp_path / "run")[-1].name == "step-000003"
     with pytest.raises(ranks.Finished, match=r"has finished \(step 3\)"):

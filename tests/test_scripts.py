@@ -365,7 +365,6 @@ def test_every_argument_out_of_range_is_refused(script):
 def test_bad_input_is_one_line(script, line, words, cold_start, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(runs, "find_spec", lambda name: None)
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "BUSY").mkdir()
     (tmp_path / "BUSY" / "thesis.tex").touch()

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import eval
 import grpo_baseline
 import kd_baseline
-from support import cli, data, disk, memory, ranks, runs, states
+from support import cli, data, disk, memory, ranks, results, runs, states
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,7 +43,8 @@ def train(args, steps) -> None:
     state = states.find_state(args)
     model, optimizer = tiny()
     run = runs.Run(args, data.BadRows(), state)
-    run.restore(model, optimizer)
+    if state is not None:
+        run.start({}, model, optimizer)
     for step in steps:
         model(torch.ones(1, 1)).sum().backward()
         optimizer.step()
@@ -188,7 +189,7 @@ def test_no_input_lies_in_out(args, name, overwrite):
     if name in ("model", "data", "media_root"):
         fields = {"model": args.model, "out": args.out} | changed
         with pytest.raises(ranks.UsageError, match=words):
-            eval.open_out(eval.Args(**fields))
+            results.open_out(eval.Args(**fields))
     assert tree(Path(args.out)) == before
 
 

@@ -1,0 +1,168 @@
+"""The output directory of an evaluation: its predictions, and the tables and plots of them."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from io import FileIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TextIO
+
+import numpy as np
+
+from support import disk, states
+from support.benchmarks import BENCHMARKS, chosen, number, paper_tables, place_of
+from support.pictures import draw_sweep
+from support.ranks import require
+
+# What an evaluation writes.
+FILES = "args.json predictions.jsonl skipped*.jsonl table.txt table.md gaze*.html sweep.png"
+COMPARISON = "comparison"  # what `compare` writes
+
+NAMES = ("benchmark", "frames", "image_tokens", "frame_tokens", "grid")
+Setting = tuple[str | int | None, ...]  # a value of each
+Records = list[dict[str, Any]]
+
+
+def varied_names(settings: Iterable[Setting]) -> list[int]:
+    """The places of the values in which settings differ."""
+    return [i for i, values in enumerate(zip(*settings, strict=True)) if len(set(values)) > 1]
+
+
+def read_predictions(path: Path) -> tuple[dict[Setting, Records], int]:
+    """The records of each setting, and the length of the file up to its last complete line."""
+    content, records = path.read_bytes() if path.exists() else b"", defaultdict(list)
+    length = content.rfind(b"\n") + 1
+    for line in content[:length].splitlines():
+        record = json.loads(line)
+        records[tuple(record.pop("setting"))].append(record)
+    return records, length
+
+
+def open_out(args: Any) -> tuple[TextIO, FileIO, dict[Setting, Records]]:
+    """Open the output directory, new or left by the same command; returns its lock, the file of
+    predictions, and those that it has.
+
+    Raises:
+        UsageError: the directory belongs to something else, is in use by another process, or cannot
+            be written.
+    """
+    out = Path(args.out)
+    disk.require_outside(out, args)
+    settings = asdict(args)
+    for name in ("out", "overwrite", "gaze", "batch_size", "workers", "max_skipped", "compare"):
+        del settings[name]  # these affect no prediction, but by rounding
+    read = args.data or [place_of(name, args.benchmark_root) for name in chosen(args.benchmark)]
+    settings["inputs"] = states.fingerprint_inputs(SimpleNamespace(model=args.model, data=read))
+    settings["definitions"] = states.DEFINITIONS
+    settings = json.loads(json.dumps(settings))  # JSON turns tuples into lists
+    disk.require_kind(out, disk.EVALUATION)
+    with disk.writing(out, "the directory"):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = disk.lock_directory(out)
+        disk.require_kind(out, disk.EVALUATION)  # again: nobody else changes it now
+        if args.overwrite:
+            disk.clear(out, FILES)
+        if before := disk.read_record(out):
+            differ = [name for name in settings if settings[name] != before.get(name)]
+            if differ == ["inputs"]:
+                old, new = before.get("inputs") or {}, settings["inputs"]
+                differ = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+            different, remedy = ", ".join(differ[:4]), "give another --out, or --overwrite"
+            require(not differ, f"--out {out}: was made with different {different}; {remedy}")
+        else:
+            disk.write_record(out, disk.EVALUATION, settings)
+        records, length = read_predictions(out / "predictions.jsonl")
+        file = disk.open_lines(out / "predictions.jsonl")
+        file.truncate(length)
+    return lock, file, records
+
+
+def mean(records: Sequence[dict[str, Any]], name: str) -> float:
+    return float(np.mean([record[name] for record in records]))
+
+
+def label_of(setting: Setting, varied: Sequence[int], between: str = "-", equals: str = "") -> str:
+    """What distinguishes a setting, as in `nextqa-frames32`."""
+    words = [setting[i] if i == 0 else f"{NAMES[i]}{equals}{setting[i]}" for i in varied]
+    return between.join(words)
+
+
+def table(results: dict[Setting, Records], varied: Sequence[int]) -> str:
+    """Accuracy over all rows, by problem type and by source; format rate and response length. A
+    benchmark's own number follows."""
+    lines = []
+    for setting, records in results.items():
+        groups = [("all", records)]
+        for field in ("problem_type", "source"):
+            values = sorted({record[field] for record in records})
+            for value in values if len(values) > 1 or values[0] else []:
+                chosen = [record for record in records if record[field] == value]
+                name = value or {"problem_type": "no type", "source": "no source"}[field]
+                groups.append((name, chosen))
+        label = label_of(setting, varied, ", ", " ") or setting[0] or "held-out"
+        lines.append(f"\n{label:<36}{'rows':>7}{'accuracy':>10}{'format':>8}{'length':>8}")
+        for name, group in groups:
+            values = [mean(group, what) for what in ("accuracy", "format", "completion_len")]
+            numbers = f"{values[0]:>10.3f}{values[1]:>8.3f}{values[2]:>8.1f}"
+            name = "".join(c if c.isprintable() else "?" for c in name[:34])
+            lines.append(f"{name:<36}{len(group):>7}{numbers}")
+        if "target_attn" in records[0]:
+            for name, row in (("target_attn", "that emits the answer"), ("target_attn_own", "own")):
+                lines.append(f"{f'on target, row {row}':<43}{mean(records, name):>10.3f}")
+        if setting[0]:
+            lines.append(f"{BENCHMARKS[setting[0]].heading}: {number(setting[0], records)}")
+    return "\n".join(lines)
+
+
+def side_by_side(results: dict[tuple, Records]) -> str:
+    """Markdown: the paper's tables with the measured numbers below, and what stands behind these.
+    The keys of `results` are the name of an evaluation and a setting."""
+    varied = [i - 1 for i in varied_names(results) if i > 1]
+    names = ("evaluation", "benchmark", "number", "rows", "accuracy", "format", "length")
+    measured, lines = defaultdict(dict), [names, ["---"] * len(names)]
+    for (name, *setting), records in results.items():
+        label = ", ".join(filter(None, (name, label_of(setting, varied, ", ", " "))))
+        heading = own = ""
+        if benchmark := setting[0]:
+            own = measured[label][benchmark] = number(benchmark, records)
+            heading = BENCHMARKS[benchmark].heading
+        rates = [f"{mean(records, what):.3f}" for what in ("accuracy", "format")]
+        length = f"{mean(records, 'completion_len'):.1f}"
+        lines.append((label, heading, own, f"{len(records):,}", *rates, length))
+    details = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{paper_tables(measured)}\n{details}\n"
+
+
+def compare(args: Any) -> None:
+    """Write `table.md` of the evaluations in `--compare` and, if they are sweeps, one plot of
+    all."""
+    out, results = Path(args.out), {}
+    for name in args.compare:
+        is_one = disk.read_record(Path(name)).get("made_by") == disk.EVALUATION
+        require(is_one, f"--compare {name}: is not an output directory of eval.py")
+        for setting, records in read_predictions(Path(name, "predictions.jsonl"))[0].items():
+            results[name, *setting] = records
+    require(len(results) > 0, "--compare: none of them has an answered row yet")
+    disk.require_kind(out, COMPARISON)
+    with disk.writing(out, "the directory"):
+        out.mkdir(parents=True, exist_ok=True)
+        disk.write_record(out, COMPARISON, {"compare": args.compare})
+        disk.write_aside(out / "table.md", text := side_by_side(results))
+    print(text)
+    draw_sweep(out / "sweep.png", results, ("evaluation", *NAMES), varied_names(results))
+
+
+def report(args: Any, results: dict[Setting, Records]) -> None:
+    """Print and write the tables of an evaluation, and plot a sweep."""
+    out, varied = Path(args.out), varied_names(results)
+    text = table(results, varied)
+    with disk.writing(out, "table.txt"):
+        disk.write_aside(out / "table.txt", text.strip() + "\n")
+        if args.benchmark:
+            named = {(args.out, *setting): records for setting, records in results.items()}
+            disk.write_aside(out / "table.md", side_by_side(named))
+    print(text)
+    draw_sweep(out / "sweep.png", results, NAMES, varied)
+    print(f"results: {out}")

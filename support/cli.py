@@ -9,10 +9,12 @@ import sys
 import traceback
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable
+from copy import copy
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from functools import partial
 from inspect import get_annotations
 from itertools import pairwise
-from typing import Annotated, Any, Literal, TextIO, get_type_hints
+from typing import Annotated, Any, Literal, TextIO, get_origin, get_type_hints
 
 import docstring_parser
 import torch.distributed as dist
@@ -229,33 +231,43 @@ def parse(args_class: type, description: str, defaults: dict[str, Any]) -> Any:
     """Parse the command line. `--help` lists the script's own arguments before those of `RunArgs`;
     each help text and each paragraph of the description is one line, which tyro or the terminal
     wraps.
-
-    An option that takes several values needs one: without any, as from an unset shell variable, it
-    would count as unset.
     """
-    several = {option(x.name) for x in fields(args_class) if str(x.type).startswith("tuple")}
-    for word, following in pairwise([*sys.argv[1:], "--"]):
-        given = word not in several or not following.startswith("--")
-        require(given, f"{word}: needs a value, or leave it out")
     hints, bases = get_type_hints(args_class), args_class.__mro__[:-1]
+    require_values(hints)
     helps = {
         param.arg_name: " ".join(param.description.split())
         for base in reversed(bases)
         for param in docstring_parser.parse_from_object(base).params
     }
-    defaults = {x.name: x.default for x in fields(args_class)} | defaults
-    names = dict.fromkeys(name for base in bases for name in get_annotations(base))
+    own = {
+        x.name: field(default=x.default, default_factory=x.default_factory)
+        for x in fields(args_class)
+    }
+    unknown = ", ".join(defaults.keys() - own.keys())
+    require(not unknown, f"the script's table of defaults names no argument of its own: {unknown}")
+    own |= {name: field(default_factory=partial(copy, x)) for name, x in defaults.items()}
+    names = dict.fromkeys(name for base in bases for name in get_annotations(base) if name in own)
     form = [
-        (
-            name,
-            Annotated[hints[name], tyro.conf.arg(help=helps.get(name, ""))],
-            field(default=defaults[name]),
-        )
+        (name, Annotated[hints[name], tyro.conf.arg(help=helps.get(name, ""))], own[name])
         for name in names
     ]
     form = make_dataclass(args_class.__name__, form, kw_only=True)
     paragraphs = re.sub(r"(?<=\S)\n(?=\S)", " ", description)
     return args_class(**vars(tyro.cli(form, description=paragraphs)))
+
+
+def require_values(hints: dict[str, Any]) -> None:
+    """Refuse an option of several values without any, which would count as unset (as from an unset
+    shell variable), and a switch with a value. `hints` are the types of the arguments by name."""
+    several = {option(name) for name, hint in hints.items() if get_origin(hint) in (tuple, list)}
+    switches = {option(name) for name, hint in hints.items() if hint is bool}
+    for word, following in pairwise([*sys.argv[1:], "--"]):
+        given = word not in several or not following.startswith("--")
+        require(given, f"{word}: needs a value, or leave it out")
+        name, equals, value = word.replace("--no-", "--", 1).partition("=")
+        bare = name not in switches or (not equals and following.startswith("-"))
+        remedy = f"give {name} or --no-{name.removeprefix('--')}"
+        require(bare, f"{name} {value or following}: is a switch without a value; {remedy}")
 
 
 def given_options() -> Namespace:

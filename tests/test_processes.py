@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,6 +112,27 @@ def test_an_option_without_its_values_is_not_unset(monkeypatch, words):
     monkeypatch.setattr(sys, "argv", ["sft.py", *words])
     with pytest.raises(ranks.UsageError, match=r"^--data: needs a value"):
         cli.parse(sft.Args, "", {})
+
+
+@pytest.mark.parametrize("words", [["--think", "true"], ["--no-think=1"]])
+def test_a_switch_with_a_value_is_one_line(monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["sft.py", *words])
+    line = r"^--think (true|1): is a switch without a value; give --think or --no-think$"
+    with pytest.raises(ranks.UsageError, match=line):
+        cli.parse(sft.Args, "", {})
+
+
+def test_a_forks_argument_may_have_a_list_as_its_default(monkeypatch):
+    @dataclass
+    class Args(sft.Args):
+        layers: list[int] = field(default_factory=lambda: [-1])
+
+    monkeypatch.setattr(sys, "argv", ["mine.py"])
+    assert cli.parse(Args, "", {}).layers == [-1]
+    table = {"layers": [0, 1]}
+    assert cli.parse(Args, "", table).layers == [0, 1]
+    with pytest.raises(ranks.UsageError, match=r"names no argument of its own: layer$"):
+        cli.parse(Args, "", {"layer": 0})
 
 
 def test_data_that_would_wait_is_refused(tmp_path, monkeypatch):

@@ -969,10 +969,10 @@ def prepare(
 
     `prompts` is the wording of the requests, saved with the weights; a toy has none. An unset
     `--learning-rate` becomes `learning_rate(args, config, is_toy)`. `base` is the checkpoint of a
-    new toy, in place of `--model`, and `encode` makes the prompt of a row,
-    in place of `encode_prompt`. `layers` and
-    `teacher_layers` name the arguments that choose a decoder layer. With `keep_media`, rewards see
-    the images and frames of the training prompts. `passes`: see `fit_memory`.
+    new toy, in place of `--model`, and `encode` makes the prompt of a row, in place of
+    `encode_prompt`. `layers` and `teacher_layers` name the arguments that choose a decoder layer.
+    With `keep_media`, rewards see the images and frames of the training prompts. `passes`: see
+    `fit_memory`.
 
     Raises:
         UsageError: the message names the argument or file and the remedy.
@@ -1011,11 +1011,11 @@ def prepare(
     args = fit_memory(
         args,
         processor.config,
-        getattr(args, "group_size", 1),
-        needs_reference,
-        other and other.config,
-        getattr(args, "evaluate_teacher", False),
-        passes,
+        group_size=getattr(args, "group_size", 1),
+        needs_reference=needs_reference,
+        teacher=other and other.config,
+        evaluate_teacher=getattr(args, "evaluate_teacher", False),
+        passes=passes,
     )
     if args.learning_rate is None:
         args = replace(args, learning_rate=learning_rate(args, processor.config, is_toy))
@@ -1031,15 +1031,15 @@ def prepare(
     if needs_reference:  # with adapters, the same model without them
         reference = model if args.lora_rank else load_model(path, frozen=True)
     return Prepared(
-        args,
-        processor,
-        model,
-        reference,
-        frozen_teacher,
-        train,
-        held_out,
-        bad_rows,
-        state,
-        task,
-        is_toy,
+        args=args,
+        processor=processor,
+        model=model,
+        reference=reference,
+        teacher=frozen_teacher,
+        train=train,
+        held_out=held_out,
+        bad_rows=bad_rows,
+        state=state,
+        task=task,
+        is_toy=is_toy,
     )

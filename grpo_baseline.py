@@ -174,7 +174,7 @@ def roll_out(
         for prompt, group, cuts in rows
     ]
     parts = {
-        name: torch.tensor([[response[name] for response in group] for group in judged])
+        name: torch.tensor([[float(response[name]) for response in group] for group in judged])
         for name in judged[0][0]
     }
     rewards = parts["reward"]

@@ -265,6 +265,7 @@ class Args:
     """Processes that read and encode rows ahead; 0: the evaluating process reads them."""
 
     def __post_init__(self) -> None:
+        cli.check_values(self)
         for name in ("frames", "image_tokens", "frame_tokens", "grid"):
             values = getattr(self, name)
             option = cli.option(name)
@@ -284,7 +285,6 @@ class Args:
         ranks.require(bool(self.model or self.compare), "--model: is missing; give a checkpoint")
         enough = all(grid is None or grid >= 3 for grid in self.grid)
         ranks.require(enough, f"--grid {self.grid}: needs 3 or more")
-        cli.check_values(self)
         cli.require_positive(self, "fps", "max_prompt_tokens", "examples", "max_new_tokens")
         cli.require_positive(self, "batch_size", "min_image_tokens")
         cli.require_not_negative(self, "max_skipped", "gaze", "workers")

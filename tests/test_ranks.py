@@ -124,7 +124,8 @@ def group_of_one(monkeypatch):
     """As on a GPU: sharded weights, computing in bfloat16."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    monkeypatch.setattr(common, "compute_dtype", lambda: torch.bfloat16)
+    for module in (common, checkpoints):
+        monkeypatch.setattr(module, "compute_dtype", lambda: torch.bfloat16)
     yield
     torch.distributed.destroy_process_group()
 

@@ -450,10 +450,10 @@ def sample_rows(
 
 def why_equal(steps: Sequence[dict[str, float]]) -> str:
     """The likely cause of equal rewards in every group, inferred from the metrics of some steps,
-    and its remedy."""
+    and its remedy. A fork's reward may lack some of them: a comparison with NaN is false."""
     names = ("format", "accuracy", "truncated_frac")
     formats, accuracies, truncated = (
-        sum(x[f"rollout/{n}"] for x in steps) / len(steps) for n in names
+        sum(x.get(f"rollout/{n}", math.nan) for x in steps) / len(steps) for n in names
     )
     if formats < 0.01 and truncated > 0.5:
         cut = f"{truncated:.0%} of the responses are cut off before their end"

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 
 import common
 import eval
+from support import checkpoints
 
 RL = {"group_size": 4, "micro_batch_size": 2, "max_new_tokens": 6, "eval_examples": 5}
 RL |= {"learning_rate": 3e-4, "steps": 3, "eval_every": 2}

@@ -509,7 +509,7 @@ def main(args: Args) -> dict[str, float]:
             with common.without_adapters(reference):
                 score_reference(reference, batches, args)
         clock.lap("reference")
-        if args.num_minibatches > 1:  # with one, the first pass scores it, before any step
+        if args.num_minibatches > 1:  # with one, the first pass gives the same scores
             with torch.no_grad():
                 for part in batches:
                     score_policy(model, part, args)

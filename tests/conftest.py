@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import common
 import sft
-from support import toy
+from support import pictures, toy
 from support.prompts import Processor, Prompt, PromptConfig, collate, encode_prompt
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much on a busy machine
@@ -216,7 +216,14 @@ def cold_start(made_once) -> Path:
 
 
 @pytest.fixture
-def train(cold_start, tmp_path):
+def undrawn(monkeypatch):
+    """The pictures of a run are empty files: drawing them takes a third of a toy run."""
+    for name in ("draw_attention", "draw_curves"):
+        monkeypatch.setattr(pictures, name, lambda path, *_: path.touch())
+
+
+@pytest.fixture
+def train(cold_start, tmp_path, undrawn):
     """Run a script's main for a few steps; returns its metrics by step and its final weights."""
 
     def run(script, steps=2, **fields):

@@ -24,6 +24,7 @@ import sft
 from support import ranks
 from support.prompts import Example, Media, collate, encode_prompt
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 SMALL = {"steps": 1, "prompts_per_step": 2, "micro_batch_size": 1, "max_new_tokens": 4}
 SMALL |= {"eval_examples": 2, "workers": 0, "learning_rate": 1e-3, "grid": 3}
@@ -118,9 +119,9 @@ def test_both_ends_end_a_response(bases, tmp_path):
 
 CASES = [
     (sft, "empty", {"data": True}),
-    (sft, "absent", {"frames": 32}),
+    (sft, "absent", {"frames": 8}),
     (grpo_baseline, "fails", {"data": True}),
-    (ral_grpo, "empty", {"frames": 32}),
+    (ral_grpo, "empty", {"frames": 8}),
     (ral_grpo, "ignores media", {"data": True, "lora_rank": 4}),
     (kd_baseline, "absent", {"frames": 4}),
     (attn_distill, "ignores media", {}),
@@ -156,8 +157,8 @@ def test_a_base_model_trains_and_its_checkpoint_is_whole(
 
     videos = {prompt.blocks[0].is_video for prompt in seen}
     assert videos == {False, True} if on_data else videos == {"frames" in fields}
-    if fields.get("frames") == 32 and not on_data:
-        assert {prompt.blocks[0].shape[0] for prompt in seen} == {16}
+    if fields.get("frames") == 8:
+        assert {prompt.blocks[0].shape[0] for prompt in seen} == {4}
     checkpoint = out / "checkpoint"
     settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
     assert settings["eos_token"] == "<|im_end|>" and settings["pad_token"] == "<|endoftext|>"
@@ -189,7 +190,7 @@ def test_a_base_model_trains_and_its_checkpoint_is_whole(
 def test_the_command_of_the_readme(bases, tmp_path):
     """`python ral_grpo.py --model Qwen/Qwen2-VL-7B --frames 32`, in small."""
     script = Path(ral_grpo.__file__)
-    command = [sys.executable, str(script), "--model", str(bases / "empty"), "--frames", "32"]
+    command = [sys.executable, str(script), "--model", str(bases / "empty"), "--frames", "8"]
     small = SMALL | {"group_size": 2, "out": tmp_path / "run"}
     for name, value in small.items():
         command += [f"--{name.replace('_', '-')}", str(value)]

@@ -71,8 +71,8 @@ def config_of(size: str, family=Qwen2VLConfig, layers: int = 3):
     )
 
 
-def make_args(script, lora_rank: int, size: int = 1):
-    fields = {"frames": 32, "max_new_tokens": 768, "gradient_checkpointing": True}
+def make_args(script, lora_rank: int, size: int = 1, tokens: int = 768):
+    fields = {"frames": 32, "max_new_tokens": tokens, "gradient_checkpointing": True}
     fields |= {"lora_rank": lora_rank, "num_iterations": 1, "micro_batch_size": size}
     fields |= {"prompts_per_step": 3 * size}
     return script.Args(**fields)
@@ -130,7 +130,8 @@ def test_distillation_counts_the_logits_of_both_models(script):
     ("script", "lora_rank"), [(grpo_baseline, 64), (ral_grpo, 0), (attn_distill, 64)]
 )
 def test_padded_prompts_run_on_the_memory_efficient_kernel(script, lora_rank):
-    config, args = config_of("7B", Qwen2_5_VLConfig, layers=1), make_args(script, lora_rank, size=2)
+    config = config_of("7B", Qwen2_5_VLConfig, layers=1)
+    args = make_args(script, lora_rank, size=2, tokens=32)
     fake_gpu.KERNELS.clear()
     fake_gpu.step(script, config, args, 2, padded=True)
     heads = config.text_config.num_attention_heads  # the vision encoder has fewer
@@ -142,9 +143,10 @@ def test_padded_prompts_run_on_the_memory_efficient_kernel(script, lora_rank):
     [(ral_grpo, 0, 8, False), (ral_grpo, 64, 1, True), (attn_distill, 64, 2, False)],
 )
 def test_every_tensor_is_on_the_gpu(script, lora_rank, processes, padded):
-    config, args = config_of("7B", layers=1), make_args(script, lora_rank, size=2)
+    config, args = config_of("7B", layers=1), make_args(script, lora_rank, size=2, tokens=32)
     torch.backends.cuda.enable_cudnn_sdp(True)
-    fake_gpu.step(script, config, args, processes, "cuda", padded)
+    # On a GPU the scripts ask after every 16 tokens whether all responses have ended.
+    fake_gpu.step(script, config, args, processes, "cuda", padded, decoded=0)
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # it would plan for every new shape
 
 

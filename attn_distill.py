@@ -452,7 +452,8 @@ def main(args: Args) -> dict[str, float]:
     if args.evaluate_teacher:
         options_teacher = options | {"attn_layer": args.teacher_attn_layer}  # Attention
         teacher_before = evaluate(teacher, processor, prepared.held_out, **options_teacher)
-        before.metrics["teacher/accuracy"] = teacher_before.metrics["eval/accuracy"]
+        found = {"teacher/accuracy": teacher_before.metrics["eval/accuracy"]}
+        before = before._replace(metrics=before.metrics | found)
     run = runs.Run(args, prepared.bad_rows, prepared.state)
     first, _ = run.start(before.metrics, model, optimizer)
     stream = prepared.train.begin(first, args.prompts_per_step)

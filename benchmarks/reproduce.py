@@ -17,9 +17,9 @@ scripts run unchanged, through their `main`. Every cell of a task is judged on t
 examples, 2,048 (standard error 0.01), or 1,024 where a cold start is grown from that of images for
 a larger picture, a video or a thought. Raw numbers go to `benchmarks/results/reproduce.jsonl`, one
 line a cell and seed, with the commit that made them (`-dirty` where the working tree had changes:
-168 lines of seeds 1 to 10, and those of images of seeds 21 to 24, where this file had); tables with means,
-95% intervals, and differences to the baseline paired by seed to `reproduce.md`, and these
-differences to a plot.
+168 lines of seeds 1 to 10, those of images of seeds 21 to 24, where this file had, and ten of
+thinking, where the results had); tables with means, 95% intervals, and differences to the baseline
+paired by seed to `reproduce.md`, and these differences to a plot.
 
 The budget is 60 steps at a learning rate that was chosen, once for each task, on GRPO alone and on
 seeds of no result here, so that it ends near 0.7, where a better method has room to show:

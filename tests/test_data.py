@@ -1065,3 +1065,14 @@ def test_check_data_counts_media_and_problem_types(tmp_path, capsys):
         ["  video, no problem type", "1"],
     ]
     assert lines[0] == f"--data {args.data}: 8 rows, 1 bad"
+
+
+@pytest.mark.parametrize("options", [None, []])
+def test_a_choice_without_options_is_asked_by_its_letter(tmp_path, options):
+    """As the training files have them where the options stand in the question."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    row = {"problem": "Which? A. x B. y", "path": "a.png", "data_type": "image", "options": options}
+    row |= {"problem_type": "multiple choice", "solution": "<answer>B</answer>"}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    example = DataFile(str(tmp_path / "rows.json")).example(0)
+    assert (example.options, example.solution) == ((), "B")

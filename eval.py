@@ -44,11 +44,15 @@ from support import cli, data, disk, ranks, results, toy
 from support.benchmarks import BENCHMARKS, GROUPS, BenchmarkFile, chosen
 from support.data import BadRows, Prompts, Reader
 from support.datafiles import DataFile
+from support.grounding import look
 from support.pictures import Prediction, draw_page, make_gaze
 from support.prompts import Example, Processor, Prompt, PromptConfig, collate, encode_prompt
 from support.results import NAMES, Records, Setting
 
 # 1. Evaluation
+
+FEW_LAYERS = 4  # a model with at most so many is measured in every layer: a toy
+GENERIC = "Write a general description of the image."  # as in arXiv 2502.17422
 
 
 @torch.no_grad()
@@ -62,13 +66,19 @@ def predict(
     gazes: int = 6,
     bare: bool = False,
     metric: Callable[[str | None, Example], float] | None = None,
+    relative: bool = False,
 ) -> Iterator[Prediction]:
     """Answer every prompt greedily and score each answer: in tags or, if the question was asked
     `bare`, the whole response. A benchmark has a `metric` of its own.
 
-    The first `gazes` examples keep their media and attention. Examples with a known target also get
-    the attention mass on it, layer by layer, in the row that emits the first token of the answer:
-    that of the position before it, whatever `--attn-row` the run was trained with.
+    The first `gazes` examples keep their media and attention. Examples with boxes also get the
+    measures of `grounding.look` in layer `attn_layer` and, if the model has at most `FEW_LAYERS`,
+    `target_attn` in every layer. The row that emits the first token of the answer is that of the
+    position before it, whatever `--attn-row` the run was trained with.
+
+    With `relative`, `target_attn_generic` is the mass on the target in the row that begins the
+    answer to a request that is not about it, `GENERIC`, on the same media: some visual tokens get
+    much attention whatever is asked (arXiv 2502.17422).
     """
     tokenizer, asked = processor.tokenizer, processor.prompt_config
     layers = model.config.text_config.num_hidden_layers
@@ -78,18 +88,22 @@ def predict(
         batch = collate(model, chunk, tokenizer.pad_token_id)
         rollout = generate_group(model, batch, 1, max_new_tokens)
         texts = rollout.texts(processor)
-        has_targets = all(prompt.example.target for prompt in chunk)
+        has_targets = any(prompt.target for prompt in chunk)
         # Score only the examples that are measured or drawn; logits are large.
         scored = len(chunk) if has_targets else min(len(chunk), max(0, gazes - done))
         if scored:
             part = rollout[:scored]
-            wanted = range(layers) if has_targets else [attn_layer]
+            every = has_targets and layers <= FEW_LAYERS
+            wanted = range(layers) if every else [attn_layer]
             attentions = score(model, part, attn_layers=wanted).attentions
+        generic = {}
+        if relative and has_targets:
+            generic = generic_masses(model, processor, chunk, attn_layer)
         for row, (prompt, (text,)) in enumerate(zip(chunk, texts, strict=True)):
             example = prompt.example
             ids = rollout.response_ids[row, 0][rollout.response_mask[row, 0]].tolist()
             said = text.removeprefix(processor.response_prefix)
-            answer = answer_tokens(tokenizer, ids, said, first_mention=has_targets)
+            answer = answer_tokens(tokenizer, ids, said, first_mention=not asked.prompts)
             judged = f"<answer>{text}</answer>" if bare and "<answer>" not in text else text
             record = {
                 "row": example.name,
@@ -113,27 +127,48 @@ def predict(
                 unpadded = slice(longest - len(prompt.ids), longest + n)
                 kept = {layer: x[: n + 1, unpadded].clone() for layer, x in rows.items()}
                 gaze = make_gaze(prompt, ids, tokenizer, record["accuracy"], kept)
-            if has_targets:
+            if prompt.target:
                 visual = (part.prompts.patches[row] >= 0).nonzero()[:, 0]
-                target, start = visual[list(example.target)], answer.start
-                # Without an answer the mass is 0.
-                mass = [x[start, target].sum().item() if answer else 0.0 for x in rows.values()]
-                record["target_attn"] = mass[attn_layer]
-                record |= {f"target_attn_l{layer}": value for layer, value in enumerate(mass)}
-                record["target_attn_own"] = 0.0
-                if answer:  # in that token's own row, relative to the mass on all other tokens
-                    own = rows[attn_layer][start + 1]
-                    own[longest + start] = 0.0
-                    share = own[target].sum() / own.sum().clamp_min(1e-9)
-                    record["target_attn_own"] = share.item()
+                start = answer.start if answer else None
+                looks = {k: look(x, n, start, visual, prompt.target) for k, x in rows.items()}
+                record |= looks[attn_layer]
+                if every:
+                    masses = {k: x["target_attn"] for k, x in looks.items()}
+                    record |= {f"target_attn_l{k}": mass for k, mass in masses.items()}
+                if relative:
+                    record["target_attn_generic"] = generic[row]
             yield Prediction(record, gaze, answer, attn_layer)
             done += 1
 
 
+def generic_masses(
+    model: Module, processor: Processor, prompts: list[Prompt], attn_layer: int
+) -> dict[int, float]:
+    """By its place in `prompts`, which must have their media, the `target_attn_generic` of each
+    prompt with a target."""
+    problem = GENERIC if processor.prompt_config.prompts else "list all"  # in the toy's words
+    other = {"problem": problem, "problem_type": "", "options": ()}
+    asked = {
+        row: encode_prompt(processor, replace(prompt.example, **other))
+        for row, prompt in enumerate(prompts)
+        if prompt.target
+    }
+    batch = collate(model, [*asked.values()], processor.tokenizer.pad_token_id)
+    rollout = generate_group(model, batch, 1, 1)
+    rows = score(model, rollout, attn_layers=[attn_layer]).attentions[attn_layer][:, 0, 0].cpu()
+    masses = {}
+    for (row, prompt), attention, patches in zip(asked.items(), rows, batch.patches, strict=True):
+        visual = (patches >= 0).nonzero()[:, 0]
+        masses[row] = attention[visual[list(prompt.target)]].sum().item()
+    return masses
+
+
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Means over all records and, if there are several problem types, the accuracy of each."""
-    numeric = ("accuracy", "format", "completion_len")
-    names = [name for name in records[0] if name in numeric or name.startswith("target_attn")]
+    """Means over the records that have a number and, if there are several problem types, the
+    accuracy of each."""
+    numeric = ("accuracy", "format", "completion_len", "vision_attn", "pointing")
+    found = dict.fromkeys(name for record in records for name in record)
+    names = [name for name in found if name in numeric or name.startswith("target_")]
     metrics = {f"eval/{name}": results.mean(records, name) for name in names}
     kinds = sorted({record["problem_type"] for record in records})
     for kind in kinds if len(kinds) > 1 else []:
@@ -155,12 +190,9 @@ def evaluate(
 ) -> Evaluation:
     """Answer and score the prompts; `options` are those of `predict`.
 
-    `eval/target_attn` is the mass on the target's visual tokens in layer `attn_layer`, in the row
-    that emits the first token of the answer where the response first names it (the row of the
-    position before that token). A response without an answer counts as 0. `eval/target_attn_l<i>`
-    is the same for layer i. `eval/target_attn_own` is for layer `attn_layer` and that token's own
-    row, the row that `--attn-row own` uses: the mass on the target as a fraction of the mass on all
-    positions but the token itself.
+    `eval/target_attn` and the other measures of `grounding.look` are means over the rows with boxes
+    in layer `attn_layer`; a response without an answer counts as 0. `eval/target_attn_l<i>` is
+    `target_attn` of layer i.
     """
     # A real model takes minutes, and nothing is printed before the first evaluation.
     bar = tqdm(prompts, desc="evaluate", delay=10, leave=False, disable=ranks.rank() != 0)
@@ -174,9 +206,9 @@ def evaluate(
 def answer_tokens(tokenizer: Any, ids: list[int], text: str, first_mention: bool) -> range:
     """Indices of the response tokens that spell the answer; empty if there is no answer.
 
-    With `first_mention`, the answer's first occurrence counts. It may be in the thought, which on
-    the toy names the answer: the row that predicts it there is the one that looks at the picture.
-    Short answers to other questions ("B") occur inside many words, so without `first_mention` only
+    With `first_mention`, as on the toy, the answer's first occurrence counts. It may be in the
+    thought: there, the row that predicts it is the one that looks at the picture. Answers to other
+    questions ("B", "2") also occur where they mean something else, so without `first_mention` only
     the text inside the tags counts.
     """
     answer = extract_answer(text)
@@ -256,6 +288,9 @@ class Args:
     match (paper). Default: as in the checkpoint's training run."""
     attn_layer: int = -1
     """Decoder layer whose attention is drawn, counted from 0, or from the end if negative."""
+    relative: bool = False
+    """For rows with boxes, also measure the attention on them when the question is a general one,
+    with one more pass."""
     gaze: int = 0
     """Number of examples, from the first, on the page `gaze.html` that shows where the model
     looked, for each setting."""
@@ -374,7 +409,8 @@ def open_rows(args: Args, setting: Setting, processor: Processor, task: toy.Task
     else:
         file = DataFile(args.data, args.media_root, frames, args.fps, text_only=args.text_only)
     rows = range(len(file))[: args.examples]
-    source = Prompts(file, encode, rows, None, args.max_prompt_tokens, args.gaze)
+    kept = len(rows) if args.relative else args.gaze  # of so many, from the first, the media
+    source = Prompts(file, encode, rows, None, args.max_prompt_tokens, kept)
     bad_rows = BadRows(args.max_skipped, len(file))
     names = [file.name(row) for row in rows]
     return Rows(names, lambda n: Reader(source, n, args.workers, bad_rows), bad_rows, processor)
@@ -414,6 +450,7 @@ def answer_rows(
     rows.bad_rows.read = (len(done) + len(rows.bad_rows.bad)) // several
     options = {"max_new_tokens": args.max_new_tokens, "batch_size": size, "bare": args.bare}
     options |= {"attn_layer": args.attn_layer, "metric": entry and entry.score}
+    options |= {"relative": args.relative}
     shown, label, hidden = [], setting[0] or "evaluate", ranks.rank() != 0
     with tqdm(total=left, desc=label, dynamic_ncols=True, disable=hidden) as bar:
         for chunk in in_batches(rows.prompts([n for batch in mine for n in batch]), mine):

@@ -88,8 +88,8 @@ def main(args: Args) -> None:
             kinds["text after the image"][prompt_len - 1] = False
             kinds["response"][prompt_len - 1] = True
             target = torch.zeros(ids.shape, dtype=torch.bool)
-            for row, example in enumerate(chunk):
-                target[row, visual[row].nonzero()[:, 0][list(example.target)]] = True
+            for row, prompt in enumerate(prompts):
+                target[row, visual[row].nonzero()[:, 0][list(prompt.target)]] = True
             settings = [("nothing hidden", (), ())]
             settings += [(f"layer {i}", (i,), (kind,)) for i in range(layers) for kind in ROWS]
             settings += [("all layers", tuple(range(layers)), (kind,)) for kind in ROWS]

@@ -42,7 +42,7 @@ class Gaze:
     video's pairs of frames), and rows and columns of visual tokens; `visual` has the indices of all
     visual tokens in the prompt. `rows` maps a layer to its attention (T + 1, P + T), averaged over
     heads. Its row 0 is that of the prompt's last position, and row t that of response token t; each
-    sums to 1. `target`, on the toy only, counts over the visual tokens. `accuracy` is between 0 and
+    sums to 1. `target` counts over the visual tokens. `accuracy` is between 0 and
     1.
     """
 
@@ -107,7 +107,7 @@ def make_gaze(
         visual=(prompt.patches() >= 0).nonzero()[:, 0].tolist(),
         prompt_len=len(prompt.ids),
         rows=rows,
-        target=prompt.example.target,
+        target=prompt.target,
         name=prompt.example.name,
     )
 

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import Module
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
+from support.grounding import Box, target_tokens
 from support.ranks import gather, require
 from support.templates import SLOTS, TEMPLATE_ERRORS, render_turn
 
@@ -72,18 +73,18 @@ class Example:
 
     `<image>` and `<video>` in `problem` or `options` say where each medium stands. Without them,
     the media come before the text, or after it if `PromptConfig.question_first` is set.
-    `response` is a demonstration for SFT. `target`, on the toy only, holds the indices of the
-    visual tokens that show what the question asks about. `problem_type` selects the accuracy
-    measure; "" means that equal answers are right. `name` identifies the example's row, `source` is
-    its data source, and `extra` holds the columns of the row that nothing else reads, for rewards
-    and metrics of one's own. Any solution of `also_right` is as good as `solution`.
+    `response` is a demonstration for SFT. `boxes` say where the media show what the question is
+    about, if that is known. `problem_type` selects the accuracy measure; "" means that equal
+    answers are right. `name` identifies the example's row, `source` is its data source, and `extra`
+    holds the columns of the row that nothing else reads, for rewards and metrics of one's own. Any
+    solution of `also_right` is as good as `solution`.
     """
 
     problem: str
     solution: str
     media: list[Media]
     response: str | None = None
-    target: tuple[int, ...] = ()
+    boxes: tuple[Box, ...] = ()
     problem_type: str = ""
     options: tuple[str, ...] = ()
     name: str = ""
@@ -115,12 +116,14 @@ class Block:
 @dataclass
 class Prompt:
     """An `Example` as tensors: `ids` (P,), `positions` (3, P), and the vision blocks in order.
-    `number` is the prompt's number in the run, counted from 0."""
+    `target` are the visual tokens that show the example's boxes, counted over all blocks; see
+    `target_tokens`. `number` is the prompt's number in the run, counted from 0."""
 
     ids: Tensor
     positions: Tensor
     blocks: list[Block]
     example: Example
+    target: tuple[int, ...] = ()
     number: int = 0
 
     def shapes(self) -> list[tuple[int, int]]:
@@ -247,7 +250,8 @@ def encode_prompt(processor: Processor, example: Example) -> Prompt:
     require(thinks, "--no-think: the chat template of this model opens a thought; omit --no-think")
     parts = split_turn(processor.prompt_config, example)
     kinds = [part.kind if isinstance(part, Media) else "text" for part in parts]
-    ids, blocks, text = [], [], ""  # `text` is not yet encoded: its end and a stamp are one text
+    ids, blocks, grids = [], [], []
+    text = ""  # not yet encoded: its end and a stamp are one text
     try:
         turn = render_turn(processor.tokenizer, kinds)
     except TEMPLATE_ERRORS as error:
@@ -260,15 +264,18 @@ def encode_prompt(processor: Processor, example: Example) -> Prompt:
             text += part
             continue
         opening, placeholder, closing = encode(SLOTS[part.kind])
-        for stamp, block in load_blocks(processor, part):
+        stamped = load_blocks(processor, part)
+        patches = sum(block.shape[0] for _, block in stamped)
+        grids.append((patches, *stamped[0][1].shape[1:]))
+        for stamp, block in stamped:
             ids += [*encode(text + stamp, split_special_tokens=True), opening]
             block.start, text = len(ids), ""
             ids += [placeholder] * block.tokens + [closing]
             blocks.append(block)
     ids += encode(text, split_special_tokens=True)
     positions = mrope_positions(len(ids), blocks)
-    example = replace(example, target=target_tokens(processor, example, blocks))
-    return Prompt(torch.tensor(ids), positions, blocks, example)
+    target = target_tokens(example.boxes, example.media, grids)
+    return Prompt(torch.tensor(ids), positions, blocks, example, target)
 
 
 def split_turn(asked: PromptConfig, example: Example) -> list[str | Media]:
@@ -284,24 +291,6 @@ def split_turn(asked: PromptConfig, example: Example) -> list[str | Media]:
         raise ValueError(f"{found}, but the media are {', '.join(given) or 'none'}")
     pieces[1::2] = media
     return [piece for piece in pieces if piece]
-
-
-def target_tokens(processor: Processor, example: Example, blocks: list[Block]) -> tuple[int, ...]:
-    """Indices of the visual tokens that show the target.
-
-    `Example.target` assumes one token per cell. A processor that enlarges small pictures produces
-    several tokens per cell.
-    """
-    if not example.target:
-        return ()
-    image_processor = processor.image_processor
-    side = image_processor.patch_size * image_processor.merge_size
-    width, height = (edge // side for edge in example.media[0].frames[0].size)  # in cells
-    _, rows, columns = blocks[0].shape
-    token = torch.arange(sum(block.tokens for block in blocks))
-    frame, row, column = token // (rows * columns), token // columns % rows, token % columns
-    cell = (frame * height + row * height // rows) * width + column * width // columns
-    return tuple(token[torch.isin(cell, torch.tensor(example.target))].tolist())
 
 
 def load_blocks(processor: Processor, media: Media) -> list[tuple[str, Block]]:

@@ -80,7 +80,8 @@ def open_out(args: Any) -> tuple[TextIO, FileIO, dict[Setting, Records]]:
 
 
 def mean(records: Sequence[dict[str, Any]], name: str) -> float:
-    return float(np.mean([record[name] for record in records]))
+    """The mean over the records that have the number."""
+    return float(np.mean([record[name] for record in records if name in record]))
 
 
 def label_of(setting: Setting, varied: Sequence[int], between: str = "-", equals: str = "") -> str:

@@ -33,6 +33,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from support.cli import given_options
 from support.data import BadRows, Prompts, Reader
+from support.grounding import Box
 from support.prompts import Example, Media, Prompt, PromptConfig
 from support.ranks import UsageError, rank, require, world_size
 
@@ -234,8 +235,7 @@ def sample_example(
     order.
 
     A caption teaches the lookup shape -> colour eight times per image; questions alone do not teach
-    it within minutes. `Example.target` holds the visual tokens (raster order, frame pair by frame
-    pair) that show the shape asked about.
+    it within minutes. The example's box is the cell of the shape asked about.
     """
     scene = sample_scene(rng, task, held_out)
     media = [Media(draw_scene(scene, task.grid, task.frames), task.frames is not None)]
@@ -244,13 +244,17 @@ def sample_example(
         response = " ".join(f"{shape} {colour}" for shape, _, colour, _, _ in named)
         return Example("list all", "", media, response=response)
     shape, cell, colour, first, last = rng.choice(scene.shapes)
+    left, top = cell % task.grid * CELL, cell // task.grid * CELL
+    box = Box(left, top, left + CELL, top + CELL)
+    if task.frames is not None:  # two frames a second, two in a patch
+        box = replace(box, start=first, end=last + 0.5)
     thought = f"<think> {shape} {colour} </think> " if task.think else ""
     return Example(
         problem=f"what colour is the {shape} ?",
         solution=colour,
         media=media,
         response=f"{thought}<answer> {colour} </answer>",
-        target=tuple(patch * task.grid**2 + cell for patch in range(first, last + 1)),
+        boxes=(box,),
     )
 
 

@@ -153,12 +153,12 @@ def make_prompts(
         task = toy.Task(grid=grid, frames=count if kind == "video" else None)
         example = toy.sample_example(rng, task)
         if kind == "text":
-            example = replace(example, media=[], target=())
+            example = replace(example, media=[], boxes=())
         elif kind == "mixed":
             video = toy.sample_example(rng, toy.Task(grid=3, frames=count)).media
             media = [*example.media, *video, *toy.sample_example(rng, toy.Task(grid=3)).media]
             text = "<image> what colour <video> <image> is the star ?"
-            example = replace(example, problem=text, media=media, target=())
+            example = replace(example, problem=text, media=media, boxes=())
         prompts.append(encode_prompt(question_first(processor), example))
     return prompts
 

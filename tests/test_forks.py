@@ -81,7 +81,7 @@ def test_the_oracle_is_told_where_the_target_is(batch):
     terms = terms_of(oracle, model, told, toy_args(oracle))
     for b, prompt in enumerate(prompts):
         image = prompt.ids.tolist().index(model.config.image_token_id)
-        cells = [image + token for token in prompt.example.target]
+        cells = [image + token for token in prompt.target]
         for g in range(3):
             mass = sum(scores.attentions[-1][b, g, 1, cell] for cell in cells)
             torch.testing.assert_close(terms["attn_loss"][b, g], -mass.log())

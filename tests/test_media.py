@@ -16,6 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import common
 import ral_grpo
 from support import media, toy
+from support.grounding import Box
 from support.prompts import Example, Media, Processor, PromptConfig, encode_prompt, process_media
 
 B_FRAMES = {"bf": "3", "g": "10", "sc_threshold": "0"}
@@ -344,8 +345,8 @@ def test_the_target_is_found_again_in_an_enlarged_picture(real, kind, tokens):
     picture.paste("red", (56, 28, 84, 56))  # row 1, column 2
     is_video = kind == "video"
     media = [Media([picture] * (4 if is_video else 1), is_video)]
-    target = (6, 16 + 6) if is_video else (6,)
-    prompt = encode_prompt(processor, Example("", "", media, target=target))
+    boxes = (Box(56, 28, 84, 56),)
+    prompt = encode_prompt(processor, Example("", "", media, boxes=boxes))
     green = prompt.blocks[0].pixels.view(-1, 4, 3, 2 * 14 * 14)[:, :, 1].mean(dim=(1, 2))
-    assert prompt.example.target == tuple((green < 0).nonzero()[:, 0].tolist())
-    assert len(prompt.example.target) == tokens
+    assert prompt.target == tuple((green < 0).nonzero()[:, 0].tolist())
+    assert len(prompt.target) == tokens

@@ -12,6 +12,7 @@ import common
 import eval
 import ral_grpo
 from support import ranks, toy
+from support.grounding import target_tokens
 from support.prompts import collate, encode_prompt
 
 
@@ -34,7 +35,8 @@ def test_the_target_is_where_the_shape_is_and_nowhere_else(task):
         sprite = np.asarray(toy.sprite(shape, example.solution))
         tokens = range(task.grid**2 * (((task.frames or 1) + 1) // 2))
         found = [t for t in tokens if np.array_equal(cell_pixels(example, task, t), sprite)]
-        assert tuple(found) == example.target
+        grid = (len(tokens) // task.grid**2, task.grid, task.grid)
+        assert tuple(found) == target_tokens(example.boxes, example.media, [grid])
         assert len(example.media[0].frames) == (task.frames or 1)
         assert task.frames is None or len(found) <= len(tokens) // task.grid**2 // 2
 
@@ -103,11 +105,11 @@ def test_evaluation_measures_the_mass_on_the_target(checkpoints, monkeypatch, th
         first = tokenizer.convert_tokens_to_ids(example.solution)
         row = said[b].index(first)  # in the thought, if there is one
         image = prompt.ids.tolist().index(model.config.image_token_id)
-        masses.append(sum(attention[b, 0, row, image + t].item() for t in example.target))
-        seen = predictions[b].attention()[list(example.target)].sum().item()
+        masses.append(sum(attention[b, 0, row, image + t].item() for t in prompt.target))
+        seen = predictions[b].attention()[list(prompt.target)].sum().item()
         assert seen == pytest.approx(masses[-1])
         policy = ral_grpo.attention_policy(attention, "own")  # of the answer's token
-        own_masses.append(sum(policy[b, 0, row, image + t].item() for t in example.target))
+        own_masses.append(sum(policy[b, 0, row, image + t].item() for t in prompt.target))
     assert metrics["eval/target_attn"] == pytest.approx(sum(masses) / 3, abs=1e-6)
     assert metrics["eval/target_attn"] == metrics["eval/target_attn_l0"]
     assert metrics["eval/target_attn_own"] == pytest.approx(sum(own_masses) / 3, abs=1e-6)

@@ -307,7 +307,7 @@ def target_mask(prompts: list[Prompt], batch: PromptBatch) -> Tensor:
     mask = torch.zeros_like(batch.ids, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
         visual = (batch.patches[row] >= 0).nonzero()[:, 0]
-        mask[row, visual[list(prompt.example.target)]] = True
+        mask[row, visual[list(prompt.target)]] = True
     return mask
 
 

@@ -44,7 +44,7 @@ from support import cli, data, disk, ranks, results, toy
 from support.benchmarks import BENCHMARKS, GROUPS, BenchmarkFile, chosen
 from support.data import BadRows, Prompts, Reader
 from support.datafiles import DataFile
-from support.grounding import look
+from support.grounding import fourfold, look
 from support.pictures import Prediction, draw_page, make_gaze
 from support.prompts import Example, Processor, Prompt, PromptConfig, collate, encode_prompt
 from support.results import NAMES, Records, Setting
@@ -164,12 +164,13 @@ def generic_masses(
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Means over the records that have a number and, if there are several problem types, the
-    accuracy of each."""
+    """Means over the records that have a number, the shares of `grounding.fourfold` and, if there
+    are several problem types, the accuracy of each."""
     numeric = ("accuracy", "format", "completion_len", "vision_attn", "pointing")
     found = dict.fromkeys(name for record in records for name in record)
     names = [name for name in found if name in numeric or name.startswith("target_")]
     metrics = {f"eval/{name}": results.mean(records, name) for name in names}
+    metrics |= {f"eval/{name}": share for name, share in fourfold(records).items()}
     kinds = sorted({record["problem_type"] for record in records})
     for kind in kinds if len(kinds) > 1 else []:
         chosen = [record for record in records if record["problem_type"] == kind]

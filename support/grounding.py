@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Whether a response is right, and whether it looked.
+OUTCOMES = ("right_looked", "right_unlooked", "wrong_looked", "wrong_unlooked")
+
 
 @dataclass(frozen=True)
 class Box:
@@ -103,3 +106,16 @@ def look(
         "target_lift": found["target_attn"] / max(found["vision_attn"] * share, least),
         "target_lift_mean": on_target / max(on_vision * share, least),
     }
+
+
+def outcome(record: dict[str, Any]) -> str:
+    """Which of `OUTCOMES` a record of a row with boxes is. It is right if its accuracy, or a
+    benchmark's own score, is 0.5 or more, and it looked if `pointing` is 1."""
+    right = record.get("score", record["accuracy"]) >= 0.5
+    return OUTCOMES[2 * (not right) + (record["pointing"] < 1)]
+
+
+def fourfold(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The share of each outcome among the records of rows with boxes; empty if there are none."""
+    found = [outcome(record) for record in records if "pointing" in record]
+    return {name: found.count(name) / len(found) for name in OUTCOMES if found}

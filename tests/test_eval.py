@@ -18,6 +18,7 @@ from PIL import Image
 import common
 import eval
 from support import disk, pictures, ranks, results, states
+from support.grounding import fourfold
 from support.pictures import Gaze
 from support.prompts import Media, PromptConfig, collate
 
@@ -270,6 +271,19 @@ def test_rows_without_a_type_have_a_line_of_the_table():
     lines = results.table({(None,) * 5: records}, []).splitlines()
     assert [line.split("  ")[0] for line in lines[2:]] == ["all", "no type", "numerical"]
     assert lines[3].split()[2:4] == ["2", "0.500"]
+
+
+def test_right_and_looked_are_counted_apart():
+    """Over the rows with boxes; half right is right, and a benchmark's own score counts first."""
+    judged = [({"accuracy": 1.0}, 1.0), ({"accuracy": 0.5}, 0.0), ({"accuracy": 0.4}, 1.0)]
+    judged += [({"accuracy": 1.0, "score": 0.0}, 0.0), ({"accuracy": 0.0, "score": 0.6}, 1.0)]
+    records = [fields | {"problem_type": "", "pointing": looked} for fields, looked in judged]
+    records.append({"accuracy": 1.0, "problem_type": ""})  # without boxes
+    shares = {"right_looked": 0.4, "right_unlooked": 0.2, "wrong_looked": 0.2}
+    assert fourfold(records) == shares | {"wrong_unlooked": 0.2}
+    metrics = eval.summarise(records)
+    assert metrics["eval/right_looked"] == 0.4 and metrics["eval/pointing"] == 0.6
+    assert fourfold(records[-1:]) == {}
 
 
 @pytest.mark.parametrize("fields", [{"frames": (None, 16)}, {"image_tokens": (64, None)}])

@@ -12,8 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Whether a response is right, and whether it looked.
-OUTCOMES = ("right_looked", "right_unlooked", "wrong_looked", "wrong_unlooked")
+# What a response can be, in names and in words.
+OUTCOMES = {
+    "right_looked": "right and looked",
+    "right_unlooked": "right and did not",
+    "wrong_looked": "wrong and looked",
+    "wrong_unlooked": "wrong and did not",
+}
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,8 @@ def outcome(record: dict[str, Any]) -> str:
     """Which of `OUTCOMES` a record of a row with boxes is. It is right if its accuracy, or a
     benchmark's own score, is 0.5 or more, and it looked if `pointing` is 1."""
     right = record.get("score", record["accuracy"]) >= 0.5
-    return OUTCOMES[2 * (not right) + (record["pointing"] < 1)]
+    looked = "looked" if record["pointing"] == 1 else "unlooked"
+    return f"{'right' if right else 'wrong'}_{looked}"
 
 
 def fourfold(records: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from support import disk, states
 from support.benchmarks import BENCHMARKS, chosen, number, paper_tables, place_of
+from support.grounding import OUTCOMES, fourfold
 from support.pictures import draw_sweep
 from support.ranks import require
 
@@ -23,6 +24,16 @@ COMPARISON = "comparison"  # what `compare` writes
 NAMES = ("benchmark", "frames", "image_tokens", "frame_tokens", "grid")
 Setting = tuple[str | int | None, ...]  # a value of each
 Records = list[dict[str, Any]]
+
+# Labels of the means over the rows with boxes; see `grounding.look`.
+MEASURES = {
+    "target_attn": "on target, predicting row",
+    "target_attn_own": "on target, own row",
+    "target_attn_mean": "on target, mean of own rows",
+    "target_lift": "times chance, predicting row",
+    "target_lift_mean": "times chance, mean of own rows",
+    "vision_attn": "on vision, predicting row",
+}
 
 
 def varied_names(settings: Iterable[Setting]) -> list[int]:
@@ -84,6 +95,23 @@ def mean(records: Sequence[dict[str, Any]], name: str) -> float:
     return float(np.mean([record[name] for record in records if name in record]))
 
 
+def measures(records: Records) -> dict[str, str]:
+    """What to print of the rows with boxes, by label: how many there are, `grounding.fourfold`, the
+    means and, with `--relative`, the mean `target_attn` over that of a general question. Empty
+    without boxes."""
+    seen = [record for record in records if "pointing" in record]
+    if not seen:
+        return {}
+    found = {"rows with boxes": f"{len(seen):,}"}
+    for name, share in fourfold(seen).items():
+        found[OUTCOMES[name]] = f"{round(share * len(seen)):,} ({share:.3f})"
+    found |= {label: f"{mean(seen, name):.3f}" for name, label in MEASURES.items()}
+    if "target_attn_generic" in seen[0]:
+        ratio = mean(seen, "target_attn") / max(mean(seen, "target_attn_generic"), 1e-9)
+        found["times that of a general question"] = f"{ratio:.3f}"
+    return found
+
+
 def label_of(setting: Setting, varied: Sequence[int], between: str = "-", equals: str = "") -> str:
     """What distinguishes a setting, as in `nextqa-frames32`."""
     words = [setting[i] if i == 0 else f"{NAMES[i]}{equals}{setting[i]}" for i in varied]
@@ -92,7 +120,8 @@ def label_of(setting: Setting, varied: Sequence[int], between: str = "-", equals
 
 def table(results: dict[Setting, Records], varied: Sequence[int]) -> str:
     """Accuracy over all rows, by problem type and by source; format rate and response length. A
-    benchmark's own number follows."""
+    benchmark's own number follows. Where there are boxes: how many were right and looked, and the
+    measures."""
     lines = []
     for setting, records in results.items():
         groups = [("all", records)]
@@ -109,9 +138,7 @@ def table(results: dict[Setting, Records], varied: Sequence[int]) -> str:
             numbers = f"{values[0]:>10.3f}{values[1]:>8.3f}{values[2]:>8.1f}"
             name = "".join(c if c.isprintable() else "?" for c in name[:34])
             lines.append(f"{name:<36}{len(group):>7}{numbers}")
-        if "target_attn" in records[0]:
-            for name, row in (("target_attn", "that emits the answer"), ("target_attn_own", "own")):
-                lines.append(f"{f'on target, row {row}':<43}{mean(records, name):>10.3f}")
+        lines += [f"{label:<36}{text:>17}" for label, text in measures(records).items()]
         if setting[0]:
             lines.append(f"{BENCHMARKS[setting[0]].heading}: {number(setting[0], records)}")
     return "\n".join(lines)
@@ -121,8 +148,10 @@ def side_by_side(results: dict[tuple, Records]) -> str:
     """Markdown: the paper's tables with the measured numbers below, and what stands behind these.
     The keys of `results` are the name of an evaluation and a setting."""
     varied = [i - 1 for i in varied_names(results) if i > 1]
-    names = ("evaluation", "benchmark", "number", "rows", "accuracy", "format", "length")
-    measured, lines = defaultdict(dict), [names, ["---"] * len(names)]
+    names = ["evaluation", "benchmark", "number", "rows", "accuracy", "format", "length"]
+    looks = {key: measures(records) for key, records in results.items()}
+    seen = list(dict.fromkeys(label for look in looks.values() for label in look))
+    measured, lines = defaultdict(dict), [names + seen, ["---"] * len(names + seen)]
     for (name, *setting), records in results.items():
         label = ", ".join(filter(None, (name, label_of(setting, varied, ", ", " "))))
         heading = own = ""
@@ -131,7 +160,8 @@ def side_by_side(results: dict[tuple, Records]) -> str:
             heading = BENCHMARKS[benchmark].heading
         rates = [f"{mean(records, what):.3f}" for what in ("accuracy", "format")]
         length = f"{mean(records, 'completion_len'):.1f}"
-        lines.append((label, heading, own, f"{len(records):,}", *rates, length))
+        looked = [looks[name, *setting].get(x, "") for x in seen]
+        lines.append((label, heading, own, f"{len(records):,}", *rates, length, *looked))
     details = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{paper_tables(measured)}\n{details}\n"
 

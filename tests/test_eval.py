@@ -198,7 +198,7 @@ def test_a_sweep_over_the_toys_grid(cold_start, tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "errorbar", keep)
     eval.main(args)
     table = (tmp_path / "out" / "table.txt").read_text()
-    assert "grid 3" in table and "grid 5" in table and "on target, row own" in table
+    assert "grid 3" in table and "grid 5" in table and "on target, own row" in table
     by_grid = defaultdict(list)
     for line in predictions(tmp_path / "out"):
         by_grid[line["setting"][-1]].append(line["accuracy"])
@@ -284,6 +284,32 @@ def test_right_and_looked_are_counted_apart():
     metrics = eval.summarise(records)
     assert metrics["eval/right_looked"] == 0.4 and metrics["eval/pointing"] == 0.6
     assert fourfold(records[-1:]) == {}
+
+
+def test_tables_say_where_the_rows_with_boxes_looked():
+    plain = {"problem_type": "", "source": "", "accuracy": 0.0, "format": 1.0, "completion_len": 2}
+    looks = dict.fromkeys(results.MEASURES, 0.25) | {"target_attn_generic": 0.1, "pointing": 1.0}
+    boxes = [plain | looks, plain | looks | {"accuracy": 1.0, "pointing": 0.0}]
+    boxes.append(plain | looks | {"target_attn": 1.0, "target_attn_generic": 0.4})
+    lines = results.table({(None,) * 5: [plain, *boxes]}, []).splitlines()
+    cells = [re.split("  +", line) for line in lines[3:]]
+    assert cells == [
+        ["rows with boxes", "3"],
+        ["right and looked", "0 (0.000)"],
+        ["right and did not", "1 (0.333)"],
+        ["wrong and looked", "2 (0.667)"],
+        ["wrong and did not", "0 (0.000)"],
+        ["on target, predicting row", "0.500"],
+        *([label, "0.250"] for label in list(results.MEASURES.values())[1:]),
+        ["times that of a general question", "2.500"],  # 1.5 / 0.6
+    ]
+    assert len(results.table({(None,) * 5: [plain]}, []).splitlines()) == 3
+    several = {("a", *(None,) * 5): [plain], ("b", *(None,) * 5): boxes}
+    lines = [line.split(" | ") for line in results.side_by_side(several).splitlines()]
+    head, _, without, having = lines[-4:]
+    assert head[7:9] == ["rows with boxes", "right and looked"] and len(head) == 7 + len(cells)
+    assert not any(without[7:-1]) and having[7:10] == ["3", "0 (0.000)", "1 (0.333)"]
+    assert "boxes" not in results.side_by_side({("a", *(None,) * 5): [plain]})
 
 
 @pytest.mark.parametrize("fields", [{"frames": (None, 16)}, {"image_tokens": (64, None)}])

@@ -5,6 +5,7 @@ lmms-eval; [open] marks what neither they nor the paper (arXiv 2602.04884, table
 A benchmark is read from the hub, or from a folder that is laid out as its download is.
 """
 
+import json
 import os
 import re
 from ast import literal_eval
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from support.answers import MAX_ANSWER, option_accuracy, option_texts, plain_accuracy
-from support.datafiles import COLUMNS, DataFile, Part, find_medium
+from support.datafiles import COLUMNS, MAX_ROW, DataFile, Part, find_medium
 from support.media import BadRow, first_line
 from support.prompts import Example
 from support.ranks import UsageError, require
@@ -230,7 +231,8 @@ class Benchmark:
     a data file.
 
     The unpacked videos lie in the folders `videos`; `unpack` says what to do for that. `bare` is
-    a problem type and the benchmark's own request for it.
+    a problem type and the benchmark's own request for it. If the medium in the column `beside` has
+    a JSON file beside it, the row has the object in that file as `row["beside"]`.
     """
 
     title: str
@@ -244,6 +246,7 @@ class Benchmark:
     metric: Callable[[str, Example], float] = by_rule
     total: Callable[[Sequence[Row]], float] = percent
     unit: str = "%"
+    beside: str = ""
 
     @property
     def heading(self) -> str:
@@ -263,7 +266,8 @@ BENCHMARKS = {
     "vstar": Benchmark(
         "V*", "craigwu/vstar_bench", ("test_questions",), 191,
         lambda row: ask("", row["category"], listed_choice(row["text"], row["label"]),
-                        image=row["image"]),
+                        image=row["image"], bboxes=row["beside"].get("bbox"), bbox_format="xywh"),
+        beside="image",
     ),
     "mmmu_pro": Benchmark(
         "MMMU-Pro", "MMMU/MMMU_Pro", ("standard (10 options)", "vision"), 3460, mmmu_pro,
@@ -405,6 +409,8 @@ class BenchmarkFile(DataFile):
         part, _ = self.locate(row)
         try:
             published = self.fields(row) | {"part": re.split("[:/]", part.name)[-1]}
+            if column := self.benchmark.beside:
+                published["beside"] = read_beside(published[column], part.roots)
             fields = dict.fromkeys(COLUMNS) | self.benchmark.row(published)
         except KeyError as error:
             raise BadRow(f"has no column {error}") from None
@@ -426,6 +432,24 @@ class BenchmarkFile(DataFile):
             return isinstance(video, list) or find_medium(video, self.locate(row)[0].roots).exists()
         except BadRow:
             return False
+
+
+def read_beside(medium: str, roots: Sequence[Path]) -> Row:
+    """The object in the JSON file that lies beside a medium; empty if there is no such file."""
+    try:
+        place = find_medium(str(Path(medium).with_suffix(".json")), roots)
+    except BadRow:
+        return {}
+    try:
+        with place.open("rb") as file:
+            content = file.read(MAX_ROW + 1)
+        found = json.loads(content) if len(content) <= MAX_ROW else None
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        reason = f"is not a JSON object of at most {MAX_ROW:,} bytes"
+        raise BadRow(f"the JSON file beside {medium[:200]} {reason}")
+    return found
 
 
 def frames_in(folder: str, roots: Sequence[Path]) -> list[str]:

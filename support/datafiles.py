@@ -13,9 +13,10 @@ EasyR1 publishes it (Parquet), and one of LLaVA:
         {"from": "gpt", "value": "White and red"}]}
 
 `<image>` and `<video>` in the question or its options say where each medium stands; without them,
-media come first. Data files are untrusted: a row that cannot be used is reported with its reason
-and skipped, and no path leads outside the media roots. Section 1 finds files, section 2 opens
-their rows, section 3 makes examples of them.
+media come first. `bbox` or `bboxes` say where the media show what the question is about. Data files
+are untrusted: a row that cannot be used is reported with its reason and skipped, and no path leads
+outside the media roots. Section 1 finds files, section 2 opens their rows, section 3 makes examples
+of them.
 """
 
 import glob
@@ -24,6 +25,7 @@ import json
 import math
 import os
 import re
+import reprlib
 from array import array
 from bisect import bisect_right
 from collections import Counter, defaultdict
@@ -45,6 +47,7 @@ from pyarrow import ipc, parquet, types
 from support.answers import MAX_ANSWER, extract_answer, folded, option_letter, option_texts
 from support.cli import each
 from support.disk import data_files
+from support.grounding import Box
 from support.media import (
     MAX_FRAME_BYTES,
     BadRow,
@@ -54,6 +57,7 @@ from support.media import (
     read_frames,
     read_image,
     read_video,
+    upright_box,
 )
 from support.prompts import Example, Media
 from support.ranks import UsageError, print_once, require
@@ -84,7 +88,10 @@ CLIP |= {"fps": ("sample_fps", "fps")}
 CHANGES = ("crop", "resized_height", "resized_width", "min_pixels", "max_pixels", "total_pixels")
 CHANGES += ("min_frames", "max_frames", "start_time", "end_time", "start_frame", "end_frame")
 CHANGES += ("frame_indices",)
-ROW_KEYS = sum((*MEDIA_COLUMNS.values(), *CLIP.values(), CHANGES), ())
+# Keys that say where a medium shows what the question is about; the first that has boxes is read.
+BOXES, BOX_FORMATS = ("bbox", "bboxes", "bboxs"), ("xyxy", "xywh")
+BOX_KEYS = (*BOXES, "bbox_format")
+ROW_KEYS = sum((*MEDIA_COLUMNS.values(), *CLIP.values(), CHANGES, BOX_KEYS), ())
 # A column that is not read but perhaps holds media, by its name or by a value.
 PERHAPS_MEDIA = re.compile("image|img|picture|photo|video|clip|frame", re.I)
 MEDIA_PATH = re.compile(r".*\.(jpe?g|png|webp|gif|bmp|tiff?|mp4|mkv|webm|avi|mov|flv)", re.I)
@@ -98,13 +105,14 @@ NOT_ROWS |= {b"\x1f\x8b": "is compressed"} | dict.fromkeys((b"\x80\4", b"\x80\5"
 KINDS = {b"PAR1": "Parquet", b"ARROW1": "an Arrow file", b"\xff\xff\xff\xff": "an Arrow stream"}
 KINDS |= {b"{": "JSON lines", b"[": "a JSON array"}
 HUB_NAME = re.compile(r"(?!.*\.(?:jsonl?|parquet|arrow|csv)$)[\w-][\w.-]*/[\w-][\w.-]*")
-# What is downloaded from a hub's repository beside JSON files, which name media by their paths.
+# What is downloaded from a hub's repository beside JSON files, which name media by their paths, and
+# small JSON files, which may say more about a medium beside them.
 LOOSE_MEDIA = [f"*.{end}" for end in ("jpg", "jpeg", "png", "webp", "mp4", "mkv", "webm", "avi")]
 SHARD = re.compile(r"(^|[-_/])\d+(-of-\d+)?(-[0-9a-f]{16})?$")  # the number in a file's name
 # A row that exceeds a limit is bad. MAX_ROW is in bytes, MAX_MEDIA in images and videos, MAX_LISTED
-# in files that are the frames of a video, the others are in characters.
+# in files that are the frames of a video, the others are in characters, but MAX_BOXES.
 MAX_ROW, MAX_PROBLEM, MAX_SOLUTION, MAX_THOUGHT = 2**20, 100_000, MAX_ANSWER, 50_000
-MAX_MEDIA, MAX_LISTED, MAX_EXTRA = 64, 10_000, 100_000
+MAX_MEDIA, MAX_LISTED, MAX_EXTRA, MAX_BOXES = 64, 10_000, 100_000, 1000
 # Parquet files may grow to so many times their size, or to so many bytes.
 MAX_GROWTH, LEAST_GROWTH = 100, 2**30
 INSPECTED = 100  # rows in which columns and media are looked for
@@ -137,17 +145,19 @@ def find_files(path: str) -> tuple[Path, dict[str, list[Path]]]:
 def download(name: str, split: str) -> Path:
     """Download the chosen splits of a data set of the hub; returns their directory in the cache."""
     fetch = partial(snapshot_download, name, repo_type="dataset")
-    chosen = ["*.parquet", "*.json", "*.jsonl"]
+    chosen, left_out = ["*.parquet", "*.json", "*.jsonl"], []
     try:  # choose before anything is downloaded
-        names = [file.filename for file in fetch(allow_patterns=chosen, dry_run=True)]
-        tables = [x for x in names if x.endswith(".parquet")]
-        splits = choose_splits(tables or names, split, name).values()
+        files = {x.filename: x.file_size or 0 for x in fetch(allow_patterns=chosen, dry_run=True)}
+        tables = [x for x in files if x.endswith(".parquet")]
+        splits = choose_splits(tables or [*files], split, name).values()
         chosen = [glob.escape(x) for names in splits for x in names]
-        chosen += [] if tables else LOOSE_MEDIA
+        if not tables:
+            large = {glob.escape(x) for x, size in files.items() if size > MAX_ROW}
+            left_out, chosen = sorted(large.difference(chosen)), [*chosen, *LOOSE_MEDIA, "*.json"]
     except (OSError, ValueError):
         pass  # offline: an earlier download is read
     try:
-        return Path(fetch(allow_patterns=chosen))
+        return Path(fetch(allow_patterns=chosen, ignore_patterns=left_out))
     except LocalEntryNotFoundError:
         reason = f"cannot download {name}: no connection, and not in the cache"
         remedy = "Check the network and HF_HUB_OFFLINE, or give a local directory"
@@ -481,11 +491,13 @@ class DataFile:
         columns = f"columns read: {', '.join(read)}, not read: {', '.join(unread)[:300] or 'none'}"
         require(shown, f"{blind}; {columns}; give --text-only if that is meant")
         clip = [x for x in read if x in sum(CLIP.values(), ())]
-        media = [x for x in read if x not in (*part.columns.values(), *clip, *CHANGES)]
+        others = (*part.columns.values(), *clip, *CHANGES, *BOX_KEYS)
+        media = [x for x in read if x not in others]
         note = f"question in {question}, answer in {answer}, "
         note += f"media in {', '.join(media) or 'no column'}"
         for words, names in (
             ("the part of a video in", clip),
+            ("boxes in", [x for x in read if x in BOX_KEYS]),
             ("not read, but perhaps media:", [x for x in unread if x in looks["like media"]]),
             ("not read, but perhaps options:", [x for x in unread if x in looks["like options"]]),
         ):
@@ -567,8 +579,8 @@ class DataFile:
         part, _ = self.locate(row)
         fields = self.named_fields(row)
         example = read_example(fields)
-        media, size = [], 0
-        for kind, source, clip in self.media_sources(fields, example, part.roots):
+        media, boxes, size, box_format = [], [], 0, fields.get("bbox_format")
+        for kind, source, clip, listed in self.media_sources(fields, example, part.roots):
             flags = {"frames": self.frames, "fps": None if "frames" in clip else self.fps}
             if kind == "image":
                 medium = Media([read_image(source)])
@@ -577,20 +589,22 @@ class DataFile:
                 medium = read_frames(source, rate, **flags | clip)
             else:
                 medium = read_video(source, **flags | clip)
+            boxes += [read_box(item, box_format, medium, len(media)) for item in listed]
             media.append(medium)
             size += sum(3 * frame.width * frame.height for frame in medium.frames)
             if size > MAX_FRAME_BYTES:
                 raise BadRow("its media take more than 4 GB")
         extra = other_columns(self.fields(row), read={*part.columns.values(), *ROW_KEYS})
         source = example.source or part.source
-        return replace(example, media=media, name=self.name(row), source=source, extra=extra)
+        about = {"name": self.name(row), "source": source, "extra": extra}
+        return replace(example, media=media, boxes=tuple(boxes), **about)
 
     def media_sources(
         self, fields: dict[str, Any], example: Example, roots: list[Path]
-    ) -> list[tuple[str, Any, dict[str, float]]]:
+    ) -> list[tuple[str, Any, dict[str, float], list[Any]]]:
         """For each medium of a row: "image" or "video", its file or content (a list, if a video is
-        given as frames), and the result of `read_clip`. The order is that of the markers in the
-        text; without markers, images come first."""
+        given as frames), the result of `read_clip`, and its listed boxes. The order is that of the
+        markers in the text; without markers, images come first."""
         found, data_type = [], fields["data_type"] or None
         for column_kind, name, items in listed_media(fields):
             if name == "path" and data_type not in ("image", "video", None):
@@ -620,6 +634,8 @@ class DataFile:
             clip.update(of_row | clip)
         if not found and data_type in ("image", "video"):
             raise BadRow(f"has no {data_type} in 'path' or another column")
+        boxes = listed_boxes(fields, len(found))
+        found = [(*medium, listed) for medium, listed in zip(found, boxes, strict=True)]
         markers = re.findall("<(image|video)>", "\n".join([example.problem, *example.options]))
         if not markers:
             return found
@@ -706,6 +722,60 @@ def read_clip(fields: dict[str, Any]) -> dict[str, float]:
             raise BadRow(f"{name} is {value}, not a whole number")
         clip[key] = int(value) if key == "frames" else float(value)
     return clip
+
+
+def listed_boxes(fields: dict[str, Any], media: int) -> list[list[Any]]:
+    """The unread boxes of each medium of a row, in the order of its columns: one box or a list of
+    boxes if it has one medium, else a list of boxes for each."""
+
+    def is_list(item: Any) -> bool:  # of boxes, or of such lists
+        return isinstance(item, list) and all(isinstance(x, list | dict) for x in item)
+
+    name = next((x for x in BOXES if fields.get(x) not in (None, [])), None)
+    if name is None:
+        return [[]] * media
+    listed = fields[name] if is_list(fields[name]) else [fields[name]]
+    boxes = listed if all(map(is_list, listed)) else [listed]
+    if len(boxes) != media:
+        has = f"the row has {media} images and videos; give a list of boxes for each"
+        raise BadRow(f"{name} lists the boxes of {len(boxes):,} media, but {has}")
+    if (count := sum(map(len, boxes))) > MAX_BOXES:
+        raise BadRow(f"{name} has {count:,} boxes; at most {MAX_BOXES:,} are allowed")
+    return boxes
+
+
+def read_box(item: Any, box_format: Any, medium: Media, number: int) -> Box:
+    """A listed box of a row's medium `number`: four numbers in pixels of the stored image, or an
+    object with these as `bbox` and, for a video, `start` and `end`."""
+    box, values, span = f"box {reprlib.repr(item)[:60]}", item, {}
+    if isinstance(item, dict):
+        values, span = item.get("bbox"), read_clip({x: item.get(x) for x in ("start", "end")})
+    if span and not medium.is_video:
+        raise BadRow(f"{box} of an image has a start or an end")
+    if span.get("start", 0) > span.get("end", math.inf):
+        raise BadRow(f"{box} ends before it starts")
+    four = isinstance(values, list) and len(values) == 4
+    if not four or not all(type(x) in (int, float) and abs(x) < 1e9 for x in values):
+        raise BadRow(f"{box} is not four numbers")
+    if box_format not in (None, *BOX_FORMATS):
+        known = " and ".join(BOX_FORMATS)
+        raise BadRow(f"bbox_format is {reprlib.repr(box_format)[:60]}; known are {known}")
+    orientation, *others = {frame.info["orientation"] for frame in medium.frames}
+    if others or orientation is None:
+        raise BadRow(f"{box}: its video is not turned by quarters, or its frames differ in that")
+    width, height = medium.size if orientation < 5 else medium.size[::-1]
+    if max(map(abs, values)) <= 1 < max(width, height):
+        raise BadRow(f"{box} has fractions of the picture; pixels are expected")
+    left, top, right, bottom = values
+    if box_format == "xywh":
+        right, bottom = left + right, top + bottom
+    if min(left, top) < -1 or right > width + 1 or bottom > height + 1:  # 1 for rounding
+        raise BadRow(f"{box} leaves its picture of {width} x {height} pixels")
+    left, right = (min(max(x, 0), width) for x in (left, right))
+    top, bottom = (min(max(x, 0), height) for x in (top, bottom))
+    if left >= right or top >= bottom:
+        raise BadRow(f"{box} has no area; [x1, y1, x2, y2], or bbox_format xywh, is expected")
+    return Box(*upright_box((left, top, right, bottom), medium.size, orientation), number, **span)
 
 
 def read_chat(turns: list[Any]) -> dict[str, Any]:

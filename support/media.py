@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from support.prompts import Media
 from support.ranks import UsageError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no format that runs a program
+# The EXIF orientation that stands for a video's rotation in degrees.
+ORIENTATIONS = {0: 1, 90: 8, -90: 6, 180: 3, -180: 3}
 MAX_RATIO = 200  # of an image's sides; the image processor's limit
 MAX_FRAMES, MAX_FRAME_BYTES = 128, 2**32  # of a video without --frames (paper); of a row's frames
 # FFmpeg's names of containers with unusable time stamps: AVI stamps the decoding order, and MPEG-PS
@@ -56,7 +58,8 @@ def is_video(path: Path | MediaBytes) -> bool:
 
 
 def read_image(path: Path | MediaBytes) -> Image.Image:
-    """Read an image as upright RGB; transparent areas become white.
+    """Read an image as upright RGB; transparent areas become white. Its `info["orientation"]` says
+    how it is stored, as in EXIF: 1 (upright) to 8.
 
     Raises:
         BadRow: the image cannot be read, or is too large or too narrow.
@@ -67,14 +70,17 @@ def read_image(path: Path | MediaBytes) -> Image.Image:
                 raise BadRow(f"{path.name}: sides of {image.size} are too unequal")
             if image.mode in ("I", "F"):  # their value range is unknown
                 raise BadRow(f"{path.name}: pixels of mode {image.mode} are not supported")
+            turned = image.getexif().get(ExifTags.Base.Orientation)
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):  # Pillow would clip at 255, not scale
                 image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
-                return Image.alpha_composite(white, image).convert("RGB")
-            return image.convert("RGB")
+                image = Image.alpha_composite(white, image)
+            image = image.convert("RGB")
+            image.info["orientation"] = turned if turned in range(1, 9) else 1
+            return image
     except UnidentifiedImageError:
         raise BadRow(f"{path.name}: not a readable image ({', '.join(IMAGE_FORMATS)})") from None
     except BadRow:
@@ -273,9 +279,26 @@ def first_video(container: Any) -> Any:
 
 
 def upright(frame: Any, video: Any) -> Image.Image:
-    """Convert a decoded frame to RGB in the video's initial size, rotated as the file specifies."""
+    """Convert a decoded frame to RGB in the video's initial size, rotated as the file specifies.
+    Its `info["orientation"]` is as in `read_image`, but None if it is not rotated by quarters."""
     picture = frame.to_image(width=video.width, height=video.height)
-    return picture.rotate(frame.rotation, expand=True)
+    picture = picture.rotate(frame.rotation, expand=True)
+    picture.info["orientation"] = ORIENTATIONS.get(frame.rotation)
+    return picture
+
+
+def upright_box(
+    box: tuple[float, float, float, float], size: tuple[int, int], orientation: int
+) -> tuple[float, float, float, float]:
+    """A box (left, top, right, bottom) of a stored image, in its upright picture of this size."""
+    left, top, right, bottom = box
+    if orientation >= 5:  # the first row of the stored image is a column of the picture
+        left, top, right, bottom = top, left, bottom, right
+    if orientation in (2, 3, 6, 7):
+        left, right = size[0] - right, size[0] - left
+    if orientation in (3, 4, 7, 8):
+        top, bottom = size[1] - bottom, size[1] - top
+    return left, top, right, bottom
 
 
 def first_line(error: Exception) -> str:

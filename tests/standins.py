@@ -25,6 +25,8 @@ def numbered(count: int, of: int) -> dict:
 DIRECTLY = "Answer with the option's letter from the given choices directly."
 VSTAR = {"image": "direct_attributes/sa_1.jpg", "category": "direct_attributes", "question_id": 0}
 VSTAR |= {"text": f"What colour is it?\n(A) red\n(B) blue: dark\n{DIRECTLY}", "label": "B"}
+ABOUT = {"target_object": ["car", "dog"], "bbox": [[20, 10, 8, 6], [30, 20, 10, 10]]}  # x, y, w, h
+ABOUT |= {"question": "What colour is it?", "options": ["blue: dark", "red"]}
 MMMU = {"id": "test_Art_1", "answer": "B", "subject": "Art", "explanation": "", "img_type": "[]"}
 STANDARD = MMMU | {"question": "Which of <image 2> and <image 1>?", "options": "['A', '<image 3>']"}
 MME = {"question": "Is it red? Please answer yes or no.", "image": picture()}
@@ -64,7 +66,7 @@ CAPTION = TEMP | {"question": "Which?\nOption 1: a: b\nOption 2: c", "answer": "
 AB = ("A. 1", "B. 2")
 STANDINS = {
     "vstar": (
-        {"test_questions.jsonl": [VSTAR], "direct_attributes/sa_1.json": [{"bbox": []}]},
+        {"test_questions.jsonl": [VSTAR], "direct_attributes/sa_1.json": ABOUT},
         [(1, ("A. red", "B. blue: dark"), "B", "direct_attributes")],
     ),
     "mmmu_pro": (

@@ -11,12 +11,13 @@ import pytest
 from matplotlib.axes import Axes
 from pyarrow import parquet
 from real import write_video
-from standins import DIRECTLY, NEXT, STANDINS, VIZWIZ, write_standin
+from standins import ABOUT, DIRECTLY, NEXT, STANDINS, VIZWIZ, write_standin
 
 import eval
 from common import Rollout
 from support import benchmarks
 from support.benchmarks import BENCHMARKS, GROUPS, PAPER, BenchmarkFile
+from support.grounding import Box
 from support.media import BadRow
 from support.prompts import Example
 from support.ranks import UsageError
@@ -90,6 +91,28 @@ def test_special_cases(root, tmp_path):
     assert [frame.getpixel((0, 0))[0] for frame in frames.media[0].frames] == [80, 100, 120, 140]
     assert "Unanswerable" in check("vizwiz", opened("vizwiz", root))[0].problem
     assert DIRECTLY not in check("vstar", opened("vstar", root))[0].problem
+
+
+def test_a_side_file_says_where_the_target_is(root, tmp_path):
+    """It is as untrusted as any other file."""
+    (example,) = check("vstar", opened("vstar", root))
+    assert example.boxes == (Box(20, 10, 28, 16), Box(30, 20, 40, 30))
+    place = tmp_path / "craigwu--vstar_bench"
+    shutil.copytree(root / place.name, place)
+    file, side = opened("vstar", tmp_path), place / "direct_attributes/sa_1.json"
+    for content in ("[]", "{", "[" * 10_000, "\xff", json.dumps({"a": "b" * 2**20})):
+        side.write_bytes(content.encode("latin-1"))
+        with pytest.raises(BadRow, match=r"beside direct_attributes/.* is not a JSON object"):
+            file.example(0)
+    side.write_text(json.dumps({"bbox": [[20, 10, 28, 36]]}))
+    with pytest.raises(BadRow, match="leaves its picture of 40 x 30"):
+        file.example(0)
+    outside = tmp_path / "outside.json"
+    outside.write_text(json.dumps(ABOUT))
+    side.unlink()
+    assert file.example(0).boxes == ()
+    side.symlink_to(outside)
+    assert file.example(0).boxes == ()
 
 
 def edited(root: Path, to: Path, name: str, file: str, **change) -> Path:

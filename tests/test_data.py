@@ -254,9 +254,9 @@ def test_a_split_of_a_hub_name_is_chosen_before_anything_is_downloaded(tmp_path,
     names = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.parquet"))
     asked = []
 
-    def download(name, repo_type, allow_patterns, dry_run=False):
+    def download(name, repo_type, allow_patterns, ignore_patterns=(), dry_run=False):
         if dry_run:
-            return [SimpleNamespace(filename=name) for name in names]
+            return [SimpleNamespace(filename=name, file_size=9) for name in names]
         asked.append(allow_patterns)
         return str(tmp_path)
 
@@ -422,6 +422,89 @@ def test_markers_place_the_media(tmp_path):
         read("<image>?", images=[], video=None)
 
 
+def stored(folder, size=(40, 30), box=(30, 2, 36, 12), **options) -> Path:
+    """An image whose stored pixels are red in the box."""
+    picture = Image.new("RGB", size)
+    picture.paste("red", box)
+    path = folder / f"{len(list(folder.iterdir()))}.{options.pop('format', 'png')}"
+    picture.save(path, **options)
+    return path
+
+
+def painted(box, medium) -> bool:
+    """Whether the upright picture is red in the box alone."""
+    corners = [box.left, box.top, box.right, box.bottom]
+    assert all(x == round(x) for x in corners)
+    expected = Image.new("L", medium.size)
+    expected.paste(1, tuple(map(int, corners)))
+    return all(
+        np.array_equal(np.asarray(frame)[..., 0] > 128, np.asarray(expected))
+        for frame in medium.frames
+    )
+
+
+@pytest.mark.parametrize("format", ["png", "tiff", "webp", "jpg"])
+@pytest.mark.parametrize("orientation", range(10))  # 0 and 9 are unknown
+def test_a_box_follows_its_picture_as_that_is_turned_upright(tmp_path, format, orientation):
+    options = {"lossless": True} if format == "webp" else {"quality": 100, "subsampling": 0}
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = stored(tmp_path, format=format, exif=exif, **options)
+    row = {"question": "q", "answer": "a", "bbox": [30, 2, 36, 12]}
+    (one,) = (
+        example := open_rows(tmp_path, json.dumps([row | {"image": path.name}])).example(0)
+    ).boxes
+    assert painted(one, example.media[0])
+    assert example.media[0].size == ((30, 40) if 5 <= orientation <= 8 else (40, 30))
+    row |= {"video": [path.name] * 3, "bbox_format": "xywh", "bbox": [30, 2, 6, 10]}
+    (two,) = (example := open_rows(tmp_path, json.dumps([row])).example(0)).boxes
+    assert two == one and example.media[0].is_video and painted(two, example.media[0])
+
+
+@pytest.mark.parametrize("kind", ["json", "arrow"])
+def test_boxes_are_read_in_every_form(tmp_path, capsys, kind):
+    box, other, third = (30, 2, 36, 12), (0, 0, 5, 5), (39, 28, 40, 30)
+    names = [stored(tmp_path, box=x).name for x in (box, other, third)]
+    write_video(tmp_path / "v.mp4", 20)
+    row = {"question": "q", "answer": "a"}
+
+    def read(**fields):
+        """Of each box: whether it fits its medium (None: a video), its medium, its time."""
+        file = row | {"images": names[:1]} | fields
+        file = (
+            open_arrow(tmp_path, file)
+            if kind == "arrow"
+            else open_rows(tmp_path, json.dumps([file]))
+        )
+        example = file.example(0)
+        assert not example.extra
+        media = [example.media[x.medium] for x in example.boxes]
+        fits = [m.is_video or painted(x, m) for x, m in zip(example.boxes, media, strict=True)]
+        assert all(fits)
+        return [(x.medium, x.start, x.end) for x in example.boxes]
+
+    always = (0, 0, np.inf)
+    for fields in (
+        {"bbox": box},
+        {"bbox": [30.0, 2.0, 36.0, 12.0], "bbox_format": None},
+        {"bbox": {"bbox": box}},
+        {"bboxes": [box], "bbox": None},
+        {"bboxs": [[box]], "bbox": []},
+        {"bboxes": [{"bbox": [30, 2, 6, 10], "end": None}], "bbox_format": "xywh"},
+        {"bbox": [-1, -0.5, 41, 31], "images": [stored(tmp_path, box=(0, 0, 40, 30)).name]},
+    ):
+        assert read(**fields) == [always]
+    assert "media in images; boxes in bboxes, bbox_format; no problem" in capsys.readouterr().out
+    assert read(bboxes=[box, box]) == [always] * 2
+    assert read(bboxes=[]) == read(bboxes=[[]]) == read(bbox=None) == []
+    several = {"images": names, "bboxes": [[box], [], [third, third]]}
+    assert read(**several) == [always, (2, 0, np.inf), (2, 0, np.inf)]
+    times = [[], [{"bbox": [0, 0, 9, 9], "start": 1, "end": 1.5}]]  # listed: image, video
+    text = {"question": "<video> or <image>?", "video": "v.mp4"}
+    assert read(**text, bboxes=times) == [(0, 1, 1.5)]
+    assert read(**text, bboxes=[[{"bbox": box}], []]) == [(1, 0, np.inf)]
+
+
 @pytest.mark.parametrize("layout", ["json", "jsonl", "parquet"])
 def test_a_file_without_media_is_refused(tmp_path, layout, capsys):
     """As all rows of a benchmark were, whose videos are named in a column that is not read."""
@@ -474,7 +557,8 @@ def test_any_answer_of_a_list_is_right(tmp_path):
 
 
 def test_a_repository_of_json_files_is_read(tmp_path, monkeypatch):
-    """As V* and MVBench are: their images lie beside, as links to the cache's blobs."""
+    """As V* and MVBench are: their images lie beside, as links to the cache's blobs. Small JSON
+    files, which may say more about these, are downloaded, too."""
     cached = tmp_path / "datasets--owner--set"
     folder = cached / "snapshots" / "1234"
     for name in ("refs", "blobs", "snapshots/1234/json"):
@@ -487,14 +571,18 @@ def test_a_repository_of_json_files_is_read(tmp_path, monkeypatch):
         (folder / "json" / f"{name}.json").write_text(json.dumps([row]))
     asked = []
 
-    def fetch(name, repo_type, allow_patterns, dry_run=False):
-        asked.append(allow_patterns)
-        files = [file.relative_to(folder).as_posix() for file in folder.rglob("*.*")]
-        return [SimpleNamespace(filename=name) for name in files] if dry_run else str(folder)
+    def fetch(name, repo_type, allow_patterns, ignore_patterns=(), dry_run=False):
+        asked.append((allow_patterns, ignore_patterns))
+        files = [file.relative_to(folder).as_posix() for file in folder.rglob("*.json")]
+        sizes = dict.fromkeys(files, 2**21) | {"sa_1.json": 99, "a/sa[2].json": 2**30}
+        files = [SimpleNamespace(filename=name, file_size=sizes[name]) for name in sizes]
+        return files if dry_run else str(folder)
 
     monkeypatch.setattr(datafiles, "snapshot_download", fetch)
     file = datafiles.DataFile("owner/set:json")
-    assert asked[1][:2] == ["json/count.json", "json/order.json"] and "*.png" in asked[1]
+    wanted, ignored = asked[1]
+    assert wanted[:2] == ["json/count.json", "json/order.json"]
+    assert {"*.png", "*.json"} <= {*wanted} and ignored == ["a/sa[[]2].json"]
     assert [sizes(file.example(row)) for row in range(2)] == [[(40, 30)]] * 2
     assert [file.example(row).source for row in range(2)] == ["json/count", "json/order"]
     assert len(datafiles.DataFile("owner/set:order")) == 1
@@ -525,6 +613,7 @@ def test_an_answer_may_hold_its_thought(tmp_path, answer, solution, thought):
 
 
 CHOICE = {"problem_type": "multiple choice", "options": ["A. red", "B. blue"]}
+CLIP = {"path": "whole.mp4", "data_type": "video"}
 IMAGES = {"path": None, "data_type": None, "images": [{"bytes": b"", "path": "a.png"}]}
 BAD_ROWS = [
     ({"problem": None}, "no text for its question"),
@@ -609,6 +698,37 @@ BAD_ROWS = [
     (IMAGES | {"images": {"a": "b"}}, "not the path or bytes"),
     (IMAGES | {"images": [3]}, "'images' has 3, not"),
     (IMAGES | {"images": None, "video": "a.png"}, "a.png: not a video"),
+    ({"bbox": [1, 2, 3]}, "box [1, 2, 3] is not four numbers"),
+    ({"bbox": [1, 2, 3, None]}, "is not four numbers"),
+    ({"bbox": "1, 2, 3, 4"}, "box '1, 2, 3, 4' is not four numbers"),
+    ({"bbox": True}, "box True is not four numbers"),
+    ({"bbox": [True, True, True, True]}, "is not four numbers"),
+    ({"bbox": ["1", "2", "3", "4"]}, "is not four numbers"),
+    ({"bbox": [1, 2, 3, float("nan")]}, "nan] is not four numbers"),
+    ({"bbox": [1, 2, 3, float("inf")]}, "is not four numbers"),
+    ({"bbox": [1, 2, 3, 1e300]}, "is not four numbers"),
+    ({"bbox": [1] * 100_000}, "is not four numbers"),
+    ({"bboxes": [[[[1, 2, 3, 4]]]]}, "box [[1, 2, 3, 4]] is not four numbers"),
+    ({"bbox": {"a": 1}}, "box {'a': 1} is not four numbers"),
+    ({"bboxs": [[1, 2, 3, 4], [5, 6]]}, "box [5, 6] is not four numbers"),
+    ({"bbox": [20, 20, 10, 10]}, "box [20, 20, 10, 10] has no area; [x1, y1, x2, y2]"),
+    ({"bbox": [20, 20, 20, 25]}, "has no area"),
+    ({"bbox": [40, 0, 41, 10]}, "has no area"),
+    ({"bbox": [20, 20, 30, 32]}, "leaves its picture of 40 x 30 pixels"),
+    ({"bbox": [-2, 0, 30, 30]}, "leaves its picture"),
+    ({"bbox": [20, 20, 30, 20], "bbox_format": "xywh"}, "leaves its picture"),
+    ({"bbox": [0.1, 0.2, 0.5, 1]}, "has fractions of the picture; pixels are expected"),
+    ({"bbox": [1, 2, 3, 4], "bbox_format": "cxcywh"}, "'cxcywh'; known are xyxy and xywh"),
+    ({"bbox": [1, 2, 3, 4], "bbox_format": [1]}, "bbox_format is [1]; known are"),
+    ({"bboxes": [[[1, 2, 3, 4]], []]}, "bboxes lists the boxes of 2 media, but the row has 1"),
+    ({"path": ["a.png"] * 2, "bboxes": [[1, 2, 3, 4]] * 2}, "of 1 media, but the row has 2"),
+    (IMAGES | {"images": None, "bbox": [1, 2, 3, 4]}, "of 1 media, but the row has 0"),
+    ({"bboxes": [[1, 2, 3, 4]] * 1001}, "bboxes has 1,001 boxes; at most 1,000"),
+    ({"bbox": {"bbox": [1, 2, 3, 4], "start": 1}}, "of an image has a start or an end"),
+    (CLIP | {"bbox": {"bbox": [1, 2, 3, 4], "start": 3, "end": 2}}, "ends before it starts"),
+    (CLIP | {"bbox": {"bbox": [1, 2, 3, 4], "start": "0:01"}}, "start is '0:01', not a number"),
+    (CLIP | {"bbox": {"bbox": [1, 2, 3, 4], "end": float("nan")}}, "end is 'nan', not a number"),
+    (CLIP | {"bbox": [60, 40, 65, 50]}, "leaves its picture of 64 x 48 pixels"),
 ]
 
 

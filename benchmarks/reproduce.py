@@ -330,6 +330,7 @@ RELATIVES = {
     "RAL, own row, lambda 1": ral(attn_row="own"),
     "RAL, own row, sum, lambda 1": ral(**SUM),
     "attention-weighted advantages": (attention_advantage, {}),
+    "attention-weighted advantages, predicting row": (attention_advantage, ROW),
     "PAPO": (papo, {}),
     "VPPO": (vppo, {}),
     "reward for looking, above chance": (looked_reward, {}),

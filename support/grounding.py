@@ -35,6 +35,11 @@ class Box:
     start: float = 0.0
     end: float = math.inf
 
+    def holds(self, medium: Any, patch: int) -> bool:
+        """Whether one of the frames of a temporal patch of its medium is shown while it holds."""
+        times = medium.times[2 * patch : 2 * patch + 2] if medium.is_video else [self.start]
+        return any(self.start - 1e-3 < time < self.end + 1e-3 for time in times)
+
 
 def target_tokens(
     boxes: Sequence[Box], media: Sequence[Any], grids: Sequence[tuple[int, int, int]]
@@ -57,8 +62,7 @@ def target_tokens(
             least = min(0.5, part.max().item()) - 1e-9
             cells = (part >= least).nonzero()[:, 0].tolist()
             for patch in range(patches):
-                times = medium.times[2 * patch : 2 * patch + 2] if medium.is_video else [box.start]
-                if any(box.start - 1e-3 < time < box.end + 1e-3 for time in times):
+                if box.holds(medium, patch):
                     tokens.update(first + patch * rows * columns + cell for cell in cells)
         first += patches * rows * columns
     return tuple(sorted(tokens))
@@ -113,8 +117,10 @@ def look(
 
 
 def outcome(record: dict[str, Any]) -> str:
-    """Which of `OUTCOMES` a record of a row with boxes is. It is right if its accuracy, or a
-    benchmark's own score, is 0.5 or more, and it looked if `pointing` is 1."""
+    """Which of `OUTCOMES` a record is; empty for a row without boxes. It is right if its accuracy,
+    or a benchmark's own score, is 0.5 or more, and it looked if `pointing` is 1."""
+    if "pointing" not in record:
+        return ""
     right = record.get("score", record["accuracy"]) >= 0.5
     looked = "looked" if record["pointing"] == 1 else "unlooked"
     return f"{'right' if right else 'wrong'}_{looked}"
@@ -122,5 +128,5 @@ def outcome(record: dict[str, Any]) -> str:
 
 def fourfold(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The share of each outcome among the records of rows with boxes; empty if there are none."""
-    found = [outcome(record) for record in records if "pointing" in record]
+    found = list(filter(None, map(outcome, records)))
     return {name: found.count(name) / len(found) for name in OUTCOMES if found}

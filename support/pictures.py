@@ -11,7 +11,7 @@ import warnings
 import zlib
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 
 from support.answers import extract_answer
 from support.disk import write_aside, writing
+from support.grounding import OUTCOMES, Box, outcome
 from support.prompts import Media, Prompt
 from support.ranks import rank
 
@@ -42,8 +43,8 @@ class Gaze:
     video's pairs of frames), and rows and columns of visual tokens; `visual` has the indices of all
     visual tokens in the prompt. `rows` maps a layer to its attention (T + 1, P + T), averaged over
     heads. Its row 0 is that of the prompt's last position, and row t that of response token t; each
-    sums to 1. `target` counts over the visual tokens. `accuracy` is between 0 and
-    1.
+    sums to 1. `target`, the tokens that show the `boxes`, counts over the visual tokens. `accuracy`
+    is between 0 and 1, and `outcome` is one of `OUTCOMES`, or empty without boxes.
     """
 
     question: str
@@ -56,7 +57,23 @@ class Gaze:
     prompt_len: int
     rows: dict[int, Tensor]
     target: tuple[int, ...] = ()
+    boxes: tuple[Box, ...] = ()
     name: str = ""
+    outcome: str = ""
+
+    def places(self, stride: int = 1) -> list[tuple[float, ...]]:
+        """Where the boxes are drawn: a temporal patch, counted over every `stride`-th patch of all
+        media, and left, top, width and height in percent of the picture."""
+        places, first = [], 0
+        for number, (medium, (t, _, _)) in enumerate(zip(self.media, self.grids, strict=True)):
+            x, y = (100 / edge for edge in medium.size)
+            for box in (box for box in self.boxes if box.medium == number):
+                place = (box.left * x, box.top * y)
+                place += ((box.right - box.left) * x, (box.bottom - box.top) * y)
+                shown = [i for i, p in enumerate(range(0, t, stride)) if box.holds(medium, p)]
+                places += [(first + i, *place) for i in shown]
+            first += len(range(0, t, stride))
+        return places
 
 
 @dataclass
@@ -108,6 +125,7 @@ def make_gaze(
         prompt_len=len(prompt.ids),
         rows=rows,
         target=prompt.target,
+        boxes=prompt.example.boxes,
         name=prompt.example.name,
     )
 
@@ -147,7 +165,7 @@ def save(figure: Any, path: Path) -> None:
 def draw_gaze(axis: Any, gaze: Gaze, attention: Tensor) -> None:
     """Draw the images and videos of an example with one row of attention over visual tokens.
 
-    A brighter cell has more attention mass (averaged over heads), and a box marks the target.
+    A brighter cell has more attention mass (averaged over heads), and outlines mark the boxes.
     Images and the temporal patches of a video, with the first frame of each, are shown as a mosaic
     in reading order. Without an answer there is no attention to show, and nothing is dimmed.
     """
@@ -166,12 +184,11 @@ def draw_gaze(axis: Any, gaze: Gaze, attention: Tensor) -> None:
             dim = np.zeros((h, w, 4))
             dim[..., 3] = 0.85 * (1 - heat / attention.max().item())
             axis.imshow(dim, extent=extent, interpolation="nearest")
-        for token in gaze.target:
-            if first <= token < first + h * w:
-                row, column = divmod(token - first, w)
-                corner = (left + column * width / w, top + row * height / h)
-                box = (corner, width / w, height / h)
-                axis.add_patch(Rectangle(*box, fill=False, edgecolor="magenta", lw=2))
+        for at, *place in gaze.places():
+            if at == patch:
+                x, y, *edges = np.multiply(place, (width, height) * 2) / 100
+                corner = (left + x, top + y)
+                axis.add_patch(Rectangle(corner, *edges, fill=False, edgecolor="magenta", lw=2))
         first += h * w
     right = (columns * 1.05 - 0.05) * wide
     bottom = (math.ceil(len(shapes) / columns) * 1.05 - 0.05) * high
@@ -260,7 +277,10 @@ def draw_sweep(
 
 def draw_page(path: Path, predictions: dict[str, list[Prediction]], title: str) -> None:
     """Write the gaze page of the examples that every entry of `predictions` shows."""
-    gazes = {label: [x.gaze for x in row if x.gaze] for label, row in predictions.items()}
+    gazes = {
+        label: [replace(x.gaze, outcome=outcome(x.record)) for x in row if x.gaze]
+        for label, row in predictions.items()
+    }
     count = min(map(len, gazes.values()))
     if count:
         write_page(path, {label: row[:count] for label, row in gazes.items()}, title)
@@ -286,6 +306,7 @@ def write_page(path: Path, gazes: dict[str, list[Gaze]], title: str) -> int:
     layers = sorted({layer for side in gazes.values() for gaze in side for layer in gaze.rows})
     examples = list(zip(*gazes.values(), strict=True))
     page = {"title": title, "labels": list(gazes), "of": len(examples), "layers": layers}
+    page["outcomes"] = OUTCOMES
     head, texts = as_text(page), []
     room = LIMIT - len((template + policy + head).encode())
     for sides in examples:
@@ -326,7 +347,7 @@ def example_data(sides: Sequence[Gaze], layers: list[int], stride: int = 1) -> d
     """Return one example as the page reads it, with every `stride`-th temporal patch of its videos.
     What the sides share comes from the first."""
     first = sides[0]
-    frames, grids, cells = sampled(first, stride)
+    frames, grids, _ = sampled(first, stride)
     longest = min(LONGEST, math.isqrt(PIXELS // max(sum(map(len, frames)), 1)))
     pictures = [[jpeg(frame, longest) for frame in some] for some in frames]
     answers = [
@@ -340,7 +361,9 @@ def example_data(sides: Sequence[Gaze], layers: list[int], stride: int = 1) -> d
     shared = {name: getattr(first, name) for name in ("name", "question", "solution")}
     shared |= {
         "grids": grids,
-        "target": [n for n, cell in enumerate(cells) if cell in first.target],
+        "boxes": [[round(number, 2) for number in place] for place in first.places(stride)],
+        "outcome": sides[-1].outcome,
+        "target": bool(first.target),
     }
     return shared | {"pictures": pictures, "sides": answers, "stride": stride}
 

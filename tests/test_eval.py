@@ -18,7 +18,7 @@ from PIL import Image
 import common
 import eval
 from support import disk, pictures, ranks, results, states
-from support.grounding import fourfold
+from support.grounding import Box, fourfold
 from support.pictures import Gaze
 from support.prompts import Media, PromptConfig, collate
 
@@ -245,14 +245,20 @@ def test_a_picture_shows_every_image_and_pair_of_frames(loaded):
     """An image of 4 x 4 tokens, a video of three pairs of frames and an image, of 3 x 3 each."""
     (prompt,) = make_prompts(*loaded, kinds=("mixed",), grids=(4,), frames=(6,))
     attention = torch.arange(16.0 + 4 * 9)
-    media, grids = prompt.example.media, [block.shape for block in prompt.blocks]
-    shown = Gaze("", "", [], 0.0, media, grids, list(range(52)), 52, {})
+    boxes = (Box(28, 56, 42, 70), Box(21, 42, 63, 84, medium=1, start=0.9, end=1.2))
+    prompt.example.boxes = boxes
+    shown = pictures.make_gaze(prompt, [], loaded[1].tokenizer, 0.0, {})
     axis = pictures.load_pyplot().figure().add_subplot()
     pictures.draw_gaze(axis, shown, attention)
     drawn, dimmed = axis.images[::2], axis.images[1::2]
     assert [image.get_array().shape[0] for image in drawn] == [112, 84, 84, 84, 84]
     bright = [(1 - image.get_array()[..., 3] / 0.85).flatten() for image in dimmed]
     np.testing.assert_allclose(np.concatenate(bright), attention / 51, atol=1e-6)
+    corners = [image.get_extent() for image in drawn]  # left, right, bottom, top
+    expected = [(corners[0][0] + 28, corners[0][3] + 56, 14, 14)]
+    expected.append((corners[2][0] + 21, corners[2][3] + 42, 42, 42))  # the second pair alone
+    outlines = [(*x.get_xy(), x.get_width(), x.get_height()) for x in axis.patches]
+    np.testing.assert_allclose(outlines, expected)
 
 
 def test_a_character_of_several_tokens_belongs_to_the_last(real):

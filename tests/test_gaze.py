@@ -13,7 +13,8 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from support import pictures
-from support.pictures import Gaze, write_page
+from support.grounding import Box
+from support.pictures import Gaze, Prediction, write_page
 from support.prompts import Media
 from support.ranks import UsageError
 from support.toy import Task, sample_example
@@ -172,7 +173,8 @@ def test_pointing_at_a_token_shows_its_row(tmp_path, visit):
 
 
 def test_words_and_frames_say_what_the_picture_shows(tmp_path, visit):
-    one = make_gaze(frames=(None, None), target=(17,))
+    boxes = [Box(28, 0, 56, 28, medium=1), Box(1.4, 2.8, 110.6, 5.6, medium=1)]
+    one = make_gaze(frames=(None, None), target=(17,), boxes=boxes)
     write_page(tmp_path / "gaze.html", {"toy": [one]}, "A run")
     page = visit(tmp_path / "gaze.html")
     cells = cut(one, 1)["cells"]
@@ -187,8 +189,9 @@ def test_words_and_frames_say_what_the_picture_shows(tmp_path, visit):
         mass = cells[16 * i : 16 * i + 16].sum()
         assert float(alt.split()[-1]) == pytest.approx(mass, rel=0.06)
     assert page.locator(".view").nth(0).locator("i").count() == 0
-    box = page.locator(".view i").evaluate("x => [x.style.left, x.style.top, x.style.width]")
-    assert box == ["25%", "0%", "25%"]  # target 17 is cell 1 of the second image
+    read = "x => x.map(({ style: s }) => [s.left, s.top, s.width, s.height].map(parseFloat))"
+    drawn = page.locator(".view").nth(1).locator("i").evaluate_all(read)
+    assert drawn == [[25, 0, 25, 25], [1.25, 2.5, 97.5, 2.5]]  # percent of 112 pixels
     widths = page.locator(".bar i").evaluate_all("x => x.map(x => parseFloat(x.style.width))")
     assert widths == pytest.approx([100 * mass for mass in cut(one, 1)["masses"][:3]], abs=0.01)
 
@@ -257,6 +260,33 @@ def test_before_and_after_stand_side_by_side(tmp_path, visit):
     check(page, before[2], 1, side=0)
 
 
+def test_examples_are_chosen_by_whether_a_right_answer_looked(tmp_path, visit):
+    """The last side decides; half right is right, and rows without boxes are in no such list."""
+    judged = [(1.0, 1.0), (0.5, 0.0), (0.0, 0.0), (1.0, 0.0), (0.0, None)]
+    after = [
+        Prediction(
+            {"accuracy": right} | ({} if looked is None else {"pointing": looked}),
+            make_gaze(number, accuracy=right),
+            range(1, 2),
+            1,
+        )
+        for number, (right, looked) in enumerate(judged)
+    ]
+    pictures.draw_page(tmp_path / "gaze.html", {"before": after[::-1], "after": after}, "A run")
+    page = visit(tmp_path / "gaze.html")
+    options = page.locator("#filter option").all_inner_texts()
+    chosen = [option for option in options if option.startswith("after: ")]
+    assert [words.removeprefix("after: ") for words in chosen] == [
+        "right and looked (1)",
+        "right and did not (2)",
+        "wrong and did not (1)",
+    ]
+    page.select_option("#filter", chosen[1])
+    wait(page, "location.hash.startsWith('#example=2')")
+    names = page.locator("nav button:visible").evaluate_all("x => x.map(x => x.ariaLabel[8])")
+    assert names == ["2", "4"]
+
+
 def test_the_keyboard_is_enough(tmp_path, visit):
     gazes = [make_gaze(seed) for seed in range(3)]
     write_page(tmp_path / "gaze.html", {"toy": gazes}, "A run")
@@ -280,7 +310,8 @@ def test_the_keyboard_is_enough(tmp_path, visit):
 
 
 def test_a_video_has_a_line_over_time_and_plays(tmp_path, visit):
-    one = make_gaze(frames=(5,), target=(17, 33))
+    box = Box(28, 0, 56, 28, start=1.5, end=3)  # the second frame of the second pair begins it
+    one = make_gaze(frames=(5,), target=(17, 33), boxes=[box])
     one.media = [Media([Image.new("RGB", (112, 112), (50 * i, 0, 0)) for i in range(5)], True)]
     write_page(tmp_path / "gaze.html", {"toy": [one]}, "A run")
     page = visit(tmp_path / "gaze.html")
@@ -410,7 +441,9 @@ def test_a_page_holds_what_fits_and_says_how_many(tmp_path, visit, monkeypatch):
 
 def test_a_long_video_is_sampled(tmp_path, monkeypatch):
     """Its masses still count all frames."""
-    one = make_gaze(frames=(None, 15), target=(3, 16 + 16, 16 + 4 * 16 + 5))
+    boxes = [Box(0, 0, 28, 28), Box(11.2, 22.4, 44.8, 67.2, medium=1, start=4.2, end=5)]
+    boxes.append(Box(0, 0, 9, 9, medium=1, start=1, end=3))  # while no frame of the page is shown
+    one = make_gaze(frames=(None, 15), target=(3, 16 + 16, 16 + 4 * 16 + 5), boxes=boxes)
     monkeypatch.setattr(
         pictures, "LARGE", len(pictures.as_text(pictures.example_data([one], [1], stride=4)))
     )
@@ -419,7 +452,7 @@ def test_a_long_video_is_sampled(tmp_path, monkeypatch):
     (example,) = json.loads(text)["examples"]
     assert example["stride"] == 4 and example["grids"] == [[1, 4, 4], [2, 4, 4]]
     assert [len(pictures) for pictures in example["pictures"]] == [1, 4]
-    assert example["target"] == [3, 16 + 16 + 5]
+    assert example["boxes"] == [[0, 0, 0, 25, 25], [2, 10, 20, 30, 40]] and example["target"]
     blob = zlib.decompress(base64.b64decode(example["sides"][0]["layers"][0]))
     sums = np.frombuffer(blob, "<f4", count=4 * (6 + 3)).reshape(4, 9)[1]
     expected = cut(one, 1)

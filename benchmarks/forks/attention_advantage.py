@@ -1,5 +1,5 @@
-"""A fork of `grpo_baseline.py`: `diff grpo_baseline.py benchmarks/forks/attention_advantage.py` shows
-all of it.
+"""A fork of `grpo_baseline.py`; this command shows all of it:
+`diff grpo_baseline.py benchmarks/forks/attention_advantage.py`.
 
 Tokens that look at the picture get more of the credit: the advantage of token y_t is w_t * A, with
 w_t its attention mass on the visual tokens at rollout time, divided by the mean of this mass over
@@ -14,7 +14,6 @@ chosen there is [open]. The fork takes no more forward passes: the first one ret
 """
 
 import sys
-import time
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -304,7 +303,6 @@ def update(
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate and write the run directory. Returns the metrics of the last step and its
     evaluation in one dictionary."""
-    start = time.time()
     prepared = common.prepare(
         args,
         PROMPTS,
@@ -321,7 +319,7 @@ def main(args: Args) -> dict[str, float]:
     options = {"max_new_tokens": args.max_new_tokens, "batch_size": 2 * args.prompts_per_step}
     options["attn_layer"] = args.attn_layer
     before = after = evaluate(model, processor, prepared.held_out, **options)
-    run = runs.Run(args, prepared.bad_rows, prepared.state)
+    run = runs.Run(args, prepared.bad_rows, prepared.state, prepared.start)
     first, _ = run.start(before.metrics, model, optimizer)
     stream = prepared.train.begin(first, args.prompts_per_step)
     bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=ranks.rank() != 0)
@@ -360,7 +358,7 @@ def main(args: Args) -> dict[str, float]:
     evaluations = {"before": before, "after": after}
     plotted = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
     save = partial(common.save_model, model=model, processor=processor)
-    run.finish(args.steps, model, optimizer, save, evaluations, plotted, start, "ral_grpo.py")
+    run.finish(args.steps, model, optimizer, save, evaluations, plotted, then="ral_grpo.py")
     return metrics
 
 

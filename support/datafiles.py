@@ -724,8 +724,8 @@ def read_clip(fields: dict[str, Any]) -> dict[str, float]:
 
 
 def listed_boxes(fields: dict[str, Any], media: int) -> list[list[Any]]:
-    """The boxes of each medium of a row, as written, in the order in which its columns list media. A
-    row with one medium has one box or a list of boxes, any other a list of boxes for each."""
+    """The boxes of each medium of a row, as written, in the order in which its columns list media.
+    A row with one medium has one box or a list of boxes, any other a list of boxes for each."""
 
     def is_list(item: Any) -> bool:  # of boxes, or of such lists
         return isinstance(item, list) and all(isinstance(x, list | dict) for x in item)

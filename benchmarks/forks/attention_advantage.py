@@ -1,5 +1,5 @@
-"""A fork of `grpo_baseline.py`; this command shows all of it:
-`diff grpo_baseline.py benchmarks/forks/attention_advantage.py`.
+"""A fork of `grpo_baseline.py`: `diff grpo_baseline.py benchmarks/forks/attention_advantage.py`
+shows all of it.
 
 Tokens that look at the picture get more of the credit: the advantage of token y_t is w_t * A, with
 w_t its attention mass on the visual tokens at rollout time, divided by the mean of this mass over

@@ -29,7 +29,7 @@ DIFF = {"fixed_fraction": ("ral_grpo", 20, 3), "one_sided": ("ral_grpo", 20, 1)}
 DIFF |= {"oracle": ("ral_grpo", 20, 0)}
 DIFF |= {"posterior_gaze": ("ral_grpo", 96, 10)}  # its divergence is the forward KL
 DIFF |= {"papo": ("grpo_baseline", 28, 2), "vppo": ("grpo_baseline", 52, 6)}
-DIFF |= {"attention_advantage": ("grpo_baseline", 19, 2)}
+DIFF |= {"attention_advantage": ("grpo_baseline", 19, 2), "looked_reward": ("grpo_baseline", 40, 8)}
 FORKS = sorted(path.stem for path in (ROOT / "benchmarks" / "forks").glob("*.py"))
 
 
@@ -441,3 +441,36 @@ def test_a_relative_trains_a_real_model(real, tmp_path, monkeypatch, name, famil
 def test_a_relative_names_a_value_out_of_range(name, field, value):
     with pytest.raises(ranks.UsageError, match=f"--{field.replace('_', '-')} {value}: must be"):
         fork(name).Args(**{field: value})
+
+
+@pytest.mark.parametrize("rule", ["above-chance", "brightest"])
+def test_a_look_at_the_box_is_rewarded(cold_start, rule):
+    """Against a plain loop, on two demonstrations and a response without an answer."""
+    script, (model, processor) = fork("looked_reward"), load(cold_start)
+    processor.prompt_config = toy.Task().prompt_config()
+    examples = [toy.training_example(toy.Task(), 3, number) for number in range(48)]
+    prompts = [encode_prompt(processor, example) for example in examples]
+    prompts[1].target = ()  # a row without boxes
+    said = ["<answer> red </answer>", "<answer> blue </answer>", "red </answer> </answer>"]
+    ids = torch.tensor([processor.tokenizer.encode(text) for text in said]).expand(48, 3, -1)
+    rollout = common.Rollout(
+        collate(model, prompts, 0), ids, torch.ones(48, 3, 3).bool(), torch.ones(48, 3).bool()
+    )
+    args = toy_args(script, looked_rule=rule, micro_batch_size=20)
+    looked = script.which_looked(model, processor, prompts, rollout, args)
+    attention = common.score(model, rollout, attn_layers=[-1]).attentions[-1]
+    for b, prompt in enumerate(prompts):
+        image = prompt.ids.tolist().index(model.config.image_token_id)
+        for g in range(3):
+            mass = attention[b, g, 1, image : image + 16]  # emits the colour behind <answer>
+            share = sum(mass[cell] for cell in prompt.target) / mass.sum()
+            enough = share > len(prompt.target) / 16
+            if rule == "brightest":
+                enough = mass.argmax().item() in prompt.target
+            assert looked[b][g] == bool(prompt.target and g < 2 and enough)
+    assert 0 < sum(map(sum, looked)) < 2 * 47
+    text = f"<answer> {examples[0].solution} </answer>"
+    parts = script.reward(prompts[0], text, False, True, replace(args, think=False))
+    assert parts["reward"] == pytest.approx(1.0) and parts["looked"] is True
+    parts = script.reward(prompts[0], text, True, False, replace(args, think=False))
+    assert parts["reward"] == pytest.approx(0.8)

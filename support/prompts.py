@@ -472,13 +472,14 @@ def collate(model: Module, prompts: Sequence[Prompt], pad_id: int) -> PromptBatc
 def blacken(
     prompts: Sequence[Prompt], image_processor: Any, probability: float, seed: int
 ) -> list[Prompt]:
-    """The prompts with pictures in which each patch is black with this probability.
+    """Copies of the prompts with pictures in which each patch is black with this probability.
 
-    A patch is one of the vision encoder's: 14 x 14 pixels, or 16 x 16 in Qwen3-VL, and in a video
-    the same square of the two frames that the encoder takes together. The choice depends only on
-    the seed and on the prompt's number in the run, not on the batch or rank of the prompt.
+    A patch is one of the vision encoder's: 14 x 14 pixels of the resized picture, or 16 x 16 in
+    Qwen3-VL, and in a video the same square of the two frames that the encoder takes together. The
+    choice depends only on the seed and on the prompt's number in the run, not on its batch or rank.
     """
     mean, std = torch.tensor([image_processor.image_mean, image_processor.image_std])
+    black = -mean / std  # 0 in every channel, normalised as the pictures are
     blackened = []
     for prompt in prompts:
         # The 1 sets these numbers apart from those that sample the prompt's responses.
@@ -486,7 +487,7 @@ def blacken(
         blocks = []
         for block in prompt.blocks:
             is_black = torch.from_numpy(rng.random(len(block.pixels)) < probability)
-            values = (-mean / std).repeat_interleave(block.pixels.shape[1] // len(mean))
+            values = black.repeat_interleave(block.pixels.shape[1] // len(black))
             pixels = torch.where(is_black[:, None], values, block.pixels)
             blocks.append(replace(block, pixels=pixels))
         blackened.append(replace(prompt, blocks=blocks))

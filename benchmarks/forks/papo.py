@@ -1,14 +1,14 @@
 """A fork of `grpo_baseline.py`: `diff grpo_baseline.py benchmarks/forks/papo.py` shows all of it.
 
-PAPO (arXiv 2507.06448) makes the responses depend on the picture. The responses are also scored
-with a picture of which most patches are black, and the policy moves away from that (its eq. 2,
-which is to be raised, for PAPO-G at 7B: gamma 0.02, eta 0.05, patches of 14 x 14, black at 0.6):
+PAPO (arXiv 2507.06448) makes the responses depend on the picture: it moves the policy away from
+pi_black, the policy that sees the picture with most patches black. Its eq. 2 as a loss, with the
+values of PAPO-G at 7B (gamma 0.02, eta 0.05, patches of 14 x 14 that are black at 0.6):
 
     loss = L_GRPO - gamma * KL(pi || pi_black) + eta * (H(pi) + H(pi_black))
 
 Where the authors' code (github.com/mikewangwzhl/PAPO) differs from this, the fork follows the code:
   1. pi_black is the policy at rollout time, scored once per rollout. No gradient flows through it,
-     so H(pi_black) is a constant and left out here. In TRL's trainer, both gradients flow.
+     so H(pi_black) is a constant and left out here. TRL's KL has a gradient in both passes.
   2. H(pi) is estimated by -log pi(y_t) of the sampled token.
   3. The KL is estimated with k3, at most 10 for a token, with log-ratios within 20 of 0.
 [ours] The rest is the baseline's: the clip range, the KL to the starting model (0.04; authors:

@@ -10,6 +10,7 @@ so that the rollout and every training pass compute a prompt and its image once 
 """
 
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -934,7 +935,8 @@ class Prepared:
 
     `reference` is the frozen starting model if the run needs one: with adapters, it is the trained
     model, to be used inside `without_adapters`. `task` is the built-in task, and `is_toy` says
-    whether the model is one of its own. `state` is the state to resume from, if any.
+    whether the model is one of its own. `state` is the state to resume from, if any, and `start`
+    the time at which the preparation began.
     """
 
     args: Any
@@ -948,6 +950,7 @@ class Prepared:
     state: State | None
     task: toy.Task
     is_toy: bool
+    start: float
 
 
 def prepare(
@@ -978,6 +981,7 @@ def prepare(
         UsageError: the message names the argument or file and the remedy.
         Finished: `--check-data` has printed its report, or the run to resume has no steps left.
     """
+    start = time.time()
     runs.check_run(args, "model", *["teacher"] * (teacher is not None))
     is_toy, task = toy.resolve_task(args, args.model, may_differ=base is not None)
     check_files(args, is_toy)
@@ -1042,4 +1046,5 @@ def prepare(
         state=state,
         task=task,
         is_toy=is_toy,
+        start=start,
     )

@@ -28,7 +28,6 @@ Shapes: B prompts of P positions, padded on the left; G responses to each, of T 
 import support.startup
 
 import math
-import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
@@ -358,7 +357,6 @@ def update(
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate and write the run directory. Returns the metrics of the last step and its
     evaluation in one dictionary."""
-    start = time.time()
     prepared = common.prepare(
         args,
         PROMPTS,
@@ -380,7 +378,7 @@ def main(args: Args) -> dict[str, float]:
         teacher_before = evaluate(teacher, processor, prepared.held_out, **options)
         found = {"teacher/accuracy": teacher_before.metrics["eval/accuracy"]}
         before = before._replace(metrics=before.metrics | found)
-    run = runs.Run(args, prepared.bad_rows, prepared.state)
+    run = runs.Run(args, prepared.bad_rows, prepared.state, prepared.start)
     first, _ = run.start(before.metrics, model, optimizer)
     stream = prepared.train.begin(first, args.prompts_per_step)
     bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=ranks.rank() != 0)
@@ -423,7 +421,7 @@ def main(args: Args) -> dict[str, float]:
     plotted = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
     plotted += ("train/gkd",)
     save = partial(common.save_model, model=model, processor=processor)
-    run.finish(args.steps, model, optimizer, save, evaluations, plotted, start, "attn_distill.py")
+    run.finish(args.steps, model, optimizer, save, evaluations, plotted, then="attn_distill.py")
     return metrics
 
 

@@ -27,7 +27,6 @@ import support.startup
 
 import math
 import tempfile
-import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
@@ -235,7 +234,6 @@ def update(
 def main(args: Args) -> dict[str, float]:
     """Train until `stop_accuracy` and write the run directory. Returns the metrics of the last step
     and its evaluation in one dictionary."""
-    start = time.time()
     with tempfile.TemporaryDirectory() as scratch:
         if args.model is None:
             toy.write_base(Path(scratch), args.seed, args.toy_size)
@@ -260,7 +258,7 @@ def main(args: Args) -> dict[str, float]:
     done = accuracy >= args.stop_accuracy
     reached = f"the model already has accuracy {accuracy:.3f}; raise it"
     ranks.require(not done, f"--stop-accuracy {args.stop_accuracy}: {reached}")
-    run = runs.Run(args, prepared.bad_rows, prepared.state)
+    run = runs.Run(args, prepared.bad_rows, prepared.state, prepared.start)
     first, extra = run.start(before.metrics, model, optimizer)
     stream = train.begin(first, args.prompts_per_step)
     # A new toy for videos learns the lookup on images first.
@@ -310,8 +308,7 @@ def main(args: Args) -> dict[str, float]:
         save,
         evaluations,
         plotted,
-        start,
-        "ral_grpo.py",
+        then="ral_grpo.py",
         inputs=replace(args, model=trained, toy_size="small"),
         extra={"images_only": images_only},
     )

@@ -53,7 +53,16 @@ from scipy.stats import t as student_t
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from forks import fixed_fraction, one_sided, oracle, posterior_gaze
+from forks import (
+    attention_advantage,
+    fixed_fraction,
+    looked_reward,
+    one_sided,
+    oracle,
+    papo,
+    posterior_gaze,
+    vppo,
+)
 from probes import forward_kl, frame_bins, guessable, half_of_the_shapes, replaced, three_shapes
 
 import attn_distill
@@ -64,10 +73,12 @@ import kd_baseline
 import ral_grpo
 import sft
 from support import toy
+from support.grounding import OUTCOMES
 from support.pictures import load_pyplot
 from support.prompts import collate, encode_prompt
 
-# Seeds: of the predicting row, of the own row, and of the own row with more ways to reduce.
+# Seeds: of the predicting row, of the own row, and of the own row with more ways to reduce, beside
+# other methods.
 PREDICTING, OWN, REDUCED = range(1, 11), range(11, 21), range(21, 31)
 STEPS = 60  # of every reinforcement-learning cell
 SFT_STEPS = 240  # as many optimiser steps: 60 x 4 inner iterations; SFT has no rollouts to pay for
@@ -313,10 +324,27 @@ for task in ("images", "thinking"):
         "RAL, own row, 4 minibatches, sum, lambda 1": ral(**SUM, **MINIBATCHES),
     }
 
+# RAL among methods that look at the picture, too, and what a reward and an oracle for looking give.
+RELATIVES = {
+    "GRPO": GRPO,
+    "RAL, own row, lambda 1": ral(attn_row="own"),
+    "RAL, own row, sum, lambda 1": ral(**SUM),
+    "attention-weighted advantages": (attention_advantage, {}),
+    "attention-weighted advantages, predicting row": (attention_advantage, ROW),
+    "PAPO": (papo, {}),
+    "VPPO": (vppo, {}),
+    "reward for looking, above chance": (looked_reward, {}),
+    "reward for looking, brightest": (looked_reward, {"looked_rule": "brightest"}),
+    "told where to look, lambda 0.1": (oracle, ROW | {"lambda_attn": 0.1}),
+}
+CLAIMS["relatives"] = dict.fromkeys(("images", "9 x 9 cells", "thinking", "videos"), RELATIVES)
+CLAIMS["relatives, distilled"] = {"images, taught": taught(1)}
+
 SEEDS = dict.fromkeys(CLAIMS, PREDICTING)
 SEEDS |= dict.fromkeys(("table 3", "without rewards", "posterior gaze", "tables 1 and 2"), OWN)
 SEEDS |= {"told where to look": OWN}
 SEEDS |= dict.fromkeys(("sum over tokens and reference anchor", "four minibatches"), REDUCED)
+SEEDS |= dict.fromkeys(("relatives", "relatives, distilled"), REDUCED)
 
 
 @dataclass
@@ -335,7 +363,7 @@ class Args:
     """Where the numbers go."""
 
 
-EVALUATED = ("accuracy", "format", "completion_len", "target_attn", "on_target")
+EVALUATED = ("accuracy", "format", "completion_len", "target_attn", "on_target", *OUTCOMES)
 
 
 def slug(name: str) -> str:
@@ -533,13 +561,14 @@ def main(args: Args) -> None:
         if any((task, cell) == key[:2] for key in chosen for cell in [*cells][1:])
     ]
     quick = " (quick: no evidence)" if args.quick else ""
+    earlier = {key: row for key, row in done.items() if key[2] not in REDUCED}
     summaries = [
-        summary(done, cell, f"RAL ({row}) at lambda 1{quick}") for row, cell in ROWS.items()
+        summary(earlier, cell, f"RAL ({row}) at lambda 1{quick}") for row, cell in ROWS.items()
     ]
     text = "\n".join([x for x in summaries if x] + tables)
     args.results.with_suffix(".md").write_text(text)
     if not args.quick:
-        draw_figure_3(args.results.parent / "figure-3.png", done)
+        draw_figure_3(args.results.parent / "figure-3.png", earlier)
     print(text)
 
 
@@ -627,6 +656,10 @@ def report(claim: str, task: str, cells: dict, done: dict, pictures: Path | None
         }
     heads = ["method", "seeds", *names, *(f"{name}, minus {baseline}" for name in names)]
     heads += ["divergence, nats", "its gradient at lambda 1 / the token term's"]
+    looks = [name for name in OUTCOMES if any(name in row for row in by_cell[baseline].values())]
+    heads += [name.replace("_", ", ") for name in looks] + [f"a step, in {baseline}'s"] * bool(
+        looks
+    )
     table, points = [heads, ["---"] * len(heads)], {}
     for cell, rows in by_cell.items():
         line = [defined(cell, cells), str(len(rows))]
@@ -643,6 +676,11 @@ def report(claim: str, task: str, cells: dict, done: dict, pictures: Path | None
         norms = [row for row in rows.values() if row.get("pg_grad_norm")]
         norms = [row["attn_grad_norm"] / row["pg_grad_norm"] for row in norms]
         line.append(f"{np.median(norms):.4f}" if norms else "")
+        for name in looks:
+            line.append(words([row[name] for row in rows.values() if name in row]))
+        if looks:
+            ratios = [rows[x]["step_s"] / by_cell[baseline][x]["step_s"] for x in both]
+            line.append(f"{np.median(ratios):.2f}" if ratios else "")
         table.append(line)
     if points and pictures:
         name = slug(f"{claim}-{task}.png")

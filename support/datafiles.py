@@ -105,12 +105,11 @@ NOT_ROWS |= {b"\x1f\x8b": "is compressed"} | dict.fromkeys((b"\x80\4", b"\x80\5"
 KINDS = {b"PAR1": "Parquet", b"ARROW1": "an Arrow file", b"\xff\xff\xff\xff": "an Arrow stream"}
 KINDS |= {b"{": "JSON lines", b"[": "a JSON array"}
 HUB_NAME = re.compile(r"(?!.*\.(?:jsonl?|parquet|arrow|csv)$)[\w-][\w.-]*/[\w-][\w.-]*")
-# What is downloaded from a hub's repository beside JSON files, which name media by their paths, and
-# small JSON files, which may say more about a medium beside them.
+# What is downloaded from a hub's repository beside JSON files, which name media by their paths.
 LOOSE_MEDIA = [f"*.{end}" for end in ("jpg", "jpeg", "png", "webp", "mp4", "mkv", "webm", "avi")]
 SHARD = re.compile(r"(^|[-_/])\d+(-of-\d+)?(-[0-9a-f]{16})?$")  # the number in a file's name
 # A row that exceeds a limit is bad. MAX_ROW is in bytes, MAX_MEDIA in images and videos, MAX_LISTED
-# in files that are the frames of a video, the others are in characters, but MAX_BOXES.
+# in files that are the frames of a video, MAX_BOXES in boxes, the others are in characters.
 MAX_ROW, MAX_PROBLEM, MAX_SOLUTION, MAX_THOUGHT = 2**20, 100_000, MAX_ANSWER, 50_000
 MAX_MEDIA, MAX_LISTED, MAX_EXTRA, MAX_BOXES = 64, 10_000, 100_000, 1000
 # Parquet files may grow to so many times their size, or to so many bytes.
@@ -151,7 +150,7 @@ def download(name: str, split: str) -> Path:
         tables = [x for x in files if x.endswith(".parquet")]
         splits = choose_splits(tables or [*files], split, name).values()
         chosen = [glob.escape(x) for names in splits for x in names]
-        if not tables:
+        if not tables:  # a small JSON file may say more about the medium beside it
             large = {glob.escape(x) for x, size in files.items() if size > MAX_ROW}
             left_out, chosen = sorted(large.difference(chosen)), [*chosen, *LOOSE_MEDIA, "*.json"]
     except (OSError, ValueError):
@@ -725,8 +724,8 @@ def read_clip(fields: dict[str, Any]) -> dict[str, float]:
 
 
 def listed_boxes(fields: dict[str, Any], media: int) -> list[list[Any]]:
-    """The unread boxes of each medium of a row, in the order of its columns: one box or a list of
-    boxes if it has one medium, else a list of boxes for each."""
+    """The boxes of each medium of a row, as written, in the order in which its columns list media.
+    A row with one medium has one box or a list of boxes, any other a list of boxes for each."""
 
     def is_list(item: Any) -> bool:  # of boxes, or of such lists
         return isinstance(item, list) and all(isinstance(x, list | dict) for x in item)

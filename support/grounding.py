@@ -47,11 +47,10 @@ def target_tokens(
     """The visual tokens that show the boxes, in ascending order and counted over all `media`. The
     `grids` of these are their temporal patches, and rows and columns of visual tokens.
 
-    A token shows a box if at least half of the token lies in the box, or half of the box in the
-    token. The first finds the tokens of a box that is larger than a token, the second the token of
-    a smaller one. A small box on the corner of four tokens may satisfy neither; it is shown by the
-    token with the largest part of it. A pair of a video's frames counts if one of them is shown
-    while the box holds. A box that holds between two sampled frames has no token.
+    A token shows a box if at least half of the token lies in the box. If none does, because the box
+    is small or thin, the token with the largest part of the box shows it, or all with equal parts;
+    a token that holds half of the box is one of these. A pair of a video's frames counts if one of
+    them is shown while the box holds. A box that holds between two sampled frames has no token.
     """
     tokens, first = set(), 0
     for number, (medium, (patches, rows, columns)) in enumerate(zip(media, grids, strict=True)):
@@ -60,7 +59,7 @@ def target_tokens(
             x = overlaps(box.left * columns / width, box.right * columns / width, columns)
             y = overlaps(box.top * rows / height, box.bottom * rows / height, rows)
             part = (y[:, None] * x).flatten()  # in tokens
-            least = min(0.5, part.sum().item() / 2, part.max().item()) - 1e-9
+            least = min(0.5, part.max().item()) - 1e-9
             cells = (part >= least).nonzero()[:, 0].tolist()
             for patch in range(patches):
                 if box.holds(medium, patch):

@@ -13,11 +13,12 @@ import math
 import re
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -466,6 +467,30 @@ def collate(model: Module, prompts: Sequence[Prompt], pad_id: int) -> PromptBatc
         blocks,
         features,
     )
+
+
+def blacken(
+    prompts: Sequence[Prompt], image_processor: Any, probability: float, seed: int
+) -> list[Prompt]:
+    """The prompts with pictures in which each patch is black with this probability.
+
+    A patch is one of the vision encoder's: 14 x 14 pixels, or 16 x 16 in Qwen3-VL, and in a video
+    the same square of the two frames that the encoder takes together. The choice depends only on
+    the seed and on the prompt's number in the run, not on the batch or rank of the prompt.
+    """
+    mean, std = torch.tensor([image_processor.image_mean, image_processor.image_std])
+    blackened = []
+    for prompt in prompts:
+        # The 1 sets these numbers apart from those that sample the prompt's responses.
+        rng = np.random.default_rng([seed, prompt.number, 0, 1])
+        blocks = []
+        for block in prompt.blocks:
+            is_black = torch.from_numpy(rng.random(len(block.pixels)) < probability)
+            values = (-mean / std).repeat_interleave(block.pixels.shape[1] // len(mean))
+            pixels = torch.where(is_black[:, None], values, block.pixels)
+            blocks.append(replace(block, pixels=pixels))
+        blackened.append(replace(prompt, blocks=blocks))
+    return blackened
 
 
 def encoder_outputs(model: Module, prompts: PromptBatch) -> dict[str, Any]:

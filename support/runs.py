@@ -153,7 +153,10 @@ class Run:
     locked until the script's `main` returns.
     """
 
-    def __init__(self, args: Any, bad_rows: BadRows, state: State | None = None):
+    def __init__(
+        self, args: Any, bad_rows: BadRows, state: State | None = None, start: float | None = None
+    ):
+        self.began = start or time.time()
         self.out, self.args, self.wandb, self.bad_rows = Path(args.out), args, None, bad_rows
         self.state, self.signal, self.files, self.tensorboard = state, None, {}, None
         self.equal = []  # see `note_equal_rewards`
@@ -402,24 +405,23 @@ class Run:
         save: Callable[[Path | None], None],
         evaluations: dict[str, Any],
         plotted: Sequence[str],
-        start: float,
-        next_script: str,
+        *,
+        then: str,
         inputs: Any = None,
         extra: dict[str, Any] | None = None,
     ) -> None:
         """Write the checkpoint with `save`, the pictures and the last state, and print a summary.
 
         `evaluations` are those to show, by name: first the one before training, then the one after
-        it. `plotted` are the metrics of `curves.png`, and `start` is the time at which the script
-        began. The summary names `next_script`, with the model and data of `inputs` (default: those
-        of this run).
+        it. `plotted` are the metrics of `curves.png`. The summary names the script to run `then`,
+        with the model and data of `inputs` (default: those of this run).
         """
         self.save_checkpoint(save)
         draw_run(self.out, {name: x.predictions for name, x in evaluations.items()}, plotted)
         self.save_state(step, model, optimizer, extra, done=True)
         self.close()
         before, after, *_ = (evaluation.metrics for evaluation in evaluations.values())
-        print_summary(self, before, after, step, start, next_script, inputs or self.args)
+        print_summary(self, before, after, step, then, inputs or self.args)
 
     def close(self) -> None:
         for number, handler in self.handlers.items():
@@ -468,9 +470,7 @@ def why_equal(steps: Sequence[dict[str, float]]) -> str:
     return "responses to one prompt are all alike: raise --temperature or --group-size"
 
 
-def print_summary(
-    run: Run, before: dict, after: dict, steps: int, start: float, script: str, args: Any
-) -> None:
+def print_summary(run: Run, before: dict, after: dict, steps: int, script: str, args: Any) -> None:
     """Print a short table at the end of a run: changes in held-out metrics, duration, files, and
     the next command, which runs `script` on the inputs of `args`."""
     if rank() != 0:
@@ -480,7 +480,7 @@ def print_summary(
         if name == "eval/accuracy" or name.startswith("eval/target_attn_l"):
             label = name.removeprefix("eval/").replace("target_attn_l", "on target, layer ")
             print(f"{label:<24}{before[name]:>8.3f}{after[name]:>8.3f}")
-    seconds = round(time.time() - start)
+    seconds = round(time.time() - run.began)
     for label, value in (("steps", steps), ("seconds", seconds), ("run", run.out)):
         print(f"{label:<24}{value!s:>16}")
     drawn = (run.out / name for name in ("gaze.html", "attention.png", "curves.png"))

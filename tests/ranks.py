@@ -48,7 +48,10 @@ def uneven(generate):
     return generate_group
 
 
-def run_all(jobs: list[tuple[str, dict, str]], out: Path, names="0123456789e") -> None:
+FOLDERS = (*"0123456789", "10", "e")
+
+
+def run_all(jobs: list[tuple[str, dict, str]], out: Path, names=FOLDERS) -> None:
     """Run each job (script, fields of its Args, "", "idle" or "uneven") in a directory of its own
     under `out`."""
     for number, (name, fields, what) in zip(names, jobs, strict=False):

@@ -284,6 +284,13 @@ def test_an_evaluation_has_the_benchmarks_own_numbers(evaluate):
     )
 
 
+def test_the_attention_on_the_boxes_is_measured(evaluate):
+    out, _ = evaluate("<answer>B</answer>", benchmark=("vstar",), relative=True, max_new_tokens=4)
+    (record,) = map(json.loads, (out / "predictions.jsonl").read_text().splitlines())
+    assert record["score"] == 1 and {"target_attn_generic", "pointing"} <= record.keys()
+    assert record["target_attn_mean"] > 0
+
+
 def test_a_base_model_is_asked_in_the_benchmarks_words(evaluate):
     out, asked = evaluate("C", benchmark=("nextqa", "videomme"), bare=True)
     assert all("<answer>" not in text and DIRECTLY in text for text in asked)

@@ -505,6 +505,40 @@ def test_boxes_are_read_in_every_form(tmp_path, capsys, kind):
     assert read(**text, bboxes=[[{"bbox": box}], []]) == [(1, 0, np.inf)]
 
 
+scalars = st.one_of(st.none(), st.booleans(), st.floats(), st.integers(0, 40), st.text(max_size=2))
+nested = st.recursive(
+    st.one_of(scalars, st.lists(st.integers(0, 30), min_size=4, max_size=4)),
+    lambda x: (
+        st.lists(x, max_size=4) | st.dictionaries(st.sampled_from(["bbox", "start", "end"]), x)
+    ),
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.dictionaries(st.sampled_from(datafiles.BOX_KEYS), nested, min_size=1), st.integers(0, 2))
+def test_anything_may_stand_for_a_box(fields, number):
+    """It has boxes inside its media, or is a bad row."""
+    picture = Image.new("RGB", (40, 30))
+    picture.info["orientation"] = 1
+    try:
+        for listed in datafiles.listed_boxes(fields, number):
+            for item in listed:
+                medium = Media([picture], is_video=number == 1)
+                box = datafiles.read_box(item, fields.get("bbox_format"), medium, 0)
+                assert 0 <= box.left < box.right <= 40 and 0 <= box.top < box.bottom <= 30
+    except media.BadRow as error:
+        assert len(str(error)) < 300
+
+
+@pytest.mark.parametrize("orientations", [(None, None), (1, 6)])
+def test_frames_turned_otherwise_have_no_boxes(orientations):
+    frames = [Image.new("RGB", (30, 30)) for _ in orientations]
+    for frame, orientation in zip(frames, orientations, strict=True):
+        frame.info["orientation"] = orientation
+    with pytest.raises(media.BadRow, match="not turned by quarters, or its frames differ"):
+        datafiles.read_box([1, 2, 3, 4], None, Media(frames, is_video=True), 0)
+
+
 @pytest.mark.parametrize("layout", ["json", "jsonl", "parquet"])
 def test_a_file_without_media_is_refused(tmp_path, layout, capsys):
     """As all rows of a benchmark were, whose videos are named in a column that is not read."""

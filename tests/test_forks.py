@@ -1,28 +1,35 @@
-"""The forks of `ral_grpo.py` in benchmarks/forks: each is that script but for a few lines, and each
-does what its header says."""
+"""The forks in benchmarks/forks: each is its parent but for a few lines, and each does what its
+header says."""
 
 import difflib
 import importlib
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import load, make_rollout, terms_of, toy_args
-from test_siblings import ROOT, code_lines
+from conftest import FAMILIES, load, make_rollout, terms_of, toy_args, unpacked
+from PIL import Image
+from test_siblings import ROOT, code_lines, top_level
 
 import common
+import grpo_baseline
 import ral_grpo
 import sft
 from support import ranks, toy
-from support.prompts import collate, encode_prompt
+from support.prompts import Example, Media, blacken, collate, encode_prompt
 
-# Lines that are added to and removed from `ral_grpo.py`, at most.
-DIFF = {"fixed_fraction": (20, 3), "one_sided": (20, 1), "oracle": (20, 0)}
-DIFF |= {"posterior_gaze": (96, 10)}  # its divergence is the forward KL
+# The parent of each fork, and the lines that are added to it and removed, at most.
+DIFF = {"fixed_fraction": ("ral_grpo", 20, 3), "one_sided": ("ral_grpo", 20, 1)}
+DIFF |= {"oracle": ("ral_grpo", 20, 0)}
+DIFF |= {"posterior_gaze": ("ral_grpo", 96, 10)}  # its divergence is the forward KL
+DIFF |= {"papo": ("grpo_baseline", 28, 2), "vppo": ("grpo_baseline", 52, 6)}
+DIFF |= {"attention_advantage": ("grpo_baseline", 19, 2)}
 FORKS = sorted(path.stem for path in (ROOT / "benchmarks" / "forks").glob("*.py"))
 
 
@@ -32,15 +39,13 @@ def fork(name: str):
 
 @pytest.mark.parametrize("name", FORKS)
 def test_a_fork_differs_by_its_idea_alone(name):
-    """So a change of `ral_grpo.py` that a fork does not follow fails here."""
-    ours, theirs = (
-        code_lines(path)
-        for path in (ROOT / "ral_grpo.py", ROOT / "benchmarks" / "forks" / f"{name}.py")
-    )
+    """So a change of its parent that a fork does not follow fails here."""
+    parent, max_added, max_removed = DIFF[name]
+    ours = code_lines(ROOT / f"{parent}.py")
+    theirs = code_lines(ROOT / "benchmarks" / "forks" / f"{name}.py")
     ours.remove("import support.startup")  # a script's first import; a fork's is the path
     diff = [line for line in difflib.ndiff(ours, theirs) if line[:2] in ("+ ", "- ")]
     added = sum(line.startswith("+ ") for line in diff)
-    max_added, max_removed = DIFF[name]
     assert added <= max_added and len(diff) - added <= max_removed, "\n".join(diff)
 
 
@@ -208,3 +213,231 @@ def test_directions_are_those_of_descent(cold_start, monkeypatch):
     assert found["SFT"]["with the oracle"] == pytest.approx(found["oracle"]["with SFT"])
     assert abs(found["RAL, own row"]["with the oracle"]) < 0.5 < found["oracle"]["halves"]
     assert 0 < found["layer 1, own row"]["left_row"] <= 1
+
+
+def test_papo_and_vppo_share_the_blackened_pass_to_the_letter():
+    papo, vppo = (top_level(f"benchmarks/forks/{name}.py") for name in ("papo", "vppo"))
+    for name in ("Batch", "score_masked", "visual_dependence", "score_policy"):
+        assert papo[name] == vppo[name], name
+
+
+def noise_picture(size: tuple[int, int], seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(1, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def pictured(processor, number: int = 0):
+    """A question about an image and a video of three frames that need no resizing. It is in two
+    sizes, the number's."""
+    side = 2 * processor.image_processor.patch_size
+    size = (16 * side, (8 + number) * side)
+    frames = [noise_picture(size, 10 * number + i) for i in range(4)]
+    media = [Media(frames[:1]), Media(frames[1:], is_video=True)]
+    prompt = encode_prompt(processor, Example("what is it ?" * (1 + number), "red", media))
+    prompt.number = number
+    return prompt
+
+
+def painted(processor, prompt, black: list[torch.Tensor]):
+    """The prompt of the same question, with the patches at the `black` rows of each medium painted
+    over in the pictures themselves."""
+    side, example = processor.image_processor.patch_size, prompt.example
+    media = []
+    for medium, rows in zip(example.media, black, strict=True):
+        frames = [np.array(frame) for frame in medium.frames]
+        width, height = (edge // (2 * side) for edge in medium.size)
+        for row in rows.tolist():  # by temporal patch, token row and column, patch row and column
+            t, y, x, dy, dx = np.unravel_index(row, (len(rows), height, width, 2, 2))
+            top, left = side * (2 * y + dy), side * (2 * x + dx)
+            for frame in frames[2 * t : 2 * t + 2] if medium.is_video else frames:
+                frame[top : top + side, left : left + side] = 0
+        frames = [Image.fromarray(frame) for frame in frames]
+        media.append(replace(medium, frames=frames))
+    return encode_prompt(processor, replace(example, media=media))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_blackened_pass_is_a_plain_forward_of_painted_pictures(real, family):
+    model, processor = load(real / family)
+    prompts = [pictured(processor, number) for number in range(2)]
+    rollout = make_rollout(model, processor, prompts)
+    black = blacken(prompts, processor.image_processor, 0.6, seed=3)
+    args = fork("papo").Args(temperature=0.7)
+    batches = [fork("papo").Batch(rollout[cut], None) for cut in (slice(0, 1), slice(1, 2))]
+    cuts = [slice(0, 1), slice(1, 2)]
+    fork("papo").score_masked(model, batches, collate(model, black, 0), cuts, args)
+    suppressed = common.vision_token_ids(model.config)
+    for b, (prompt, blackened) in enumerate(zip(prompts, black, strict=True)):
+        changed = [
+            (ours.pixels != theirs.pixels).any(1)
+            for ours, theirs in zip(blackened.blocks, prompt.blocks, strict=True)
+        ]
+        image, video = changed[0], torch.cat(changed[1:])  # Qwen3-VL has a block for each pair
+        assert 0.5 < image.float().mean() < 0.7 and 0.5 < video.float().mean() < 0.7
+        half = len(video) // 2
+        assert not torch.equal(video[:half], video[half:])  # each pair of frames has its own
+        paint = painted(processor, prompt, [rows.nonzero()[:, 0] for rows in (image, video)])
+        for ours, theirs in zip(blackened.blocks, paint.blocks, strict=True):
+            torch.testing.assert_close(ours.pixels, theirs.pixels, atol=1e-5, rtol=0)
+        for g in range(3):
+            ids = rollout.response_ids[b, g][rollout.response_mask[b, g]]
+            with torch.no_grad():
+                logits = unpacked(model, paint, ids).logits[0, len(paint.ids) - 1 : -1] / 0.7
+            logits[:, suppressed] = -torch.inf
+            logps = logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+            ours = batches[b].masked_logps[0, g, : len(ids)]
+            torch.testing.assert_close(ours, logps, atol=1e-4, rtol=0)
+
+
+def test_a_prompt_is_blackened_alike_in_every_batch(real):
+    _, processor = load(real / "qwen2_vl")
+    first, second = pictured(processor), pictured(processor)
+    second.number = 1
+
+    def pixels(prompts, seed=3):
+        black = blacken(prompts, processor.image_processor, 0.6, seed)
+        return [torch.cat([block.pixels for block in prompt.blocks]) for prompt in black]
+
+    before = [block.pixels.clone() for block in first.blocks]
+    (a, b), (c,) = pixels([first, second]), pixels([second])
+    assert torch.equal(b, c) and not torch.equal(a[:512], b[:512])
+    assert not torch.equal(pixels([second], seed=4)[0], c)
+    for block, whole in zip(first.blocks, before, strict=True):
+        assert torch.equal(block.pixels, whole)  # the prompts themselves stay as they are
+
+
+@pytest.fixture
+def masked(batch):
+    """(model, a batch as in `batch`, which was also scored with its pictures blackened)."""
+    model, _, batch = batch
+    batch = fork("papo").Batch(batch.rollout, batch.advantages, old_logps=batch.old_logps)
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(batch.old_logps.shape, generator=generator)
+    batch.masked_logps = (batch.old_logps + 2 * noise) * batch.rollout.response_mask
+    return model, batch
+
+
+def dependence(logp: float, masked_logp: float) -> float:
+    ratio = math.exp(masked_logp - logp)
+    return min(ratio - math.log(ratio) - 1, 10.0)
+
+
+def test_papo_adds_what_it_says(masked):
+    model, batch = masked
+    fields = {"gamma_perception": 0.3, "eta_entropy": 0.7}
+    terms = terms_of(fork("papo"), model, batch, toy_args(fork("papo"), **fields))
+    plain = terms_of(grpo_baseline, model, batch, toy_args(grpo_baseline))
+    logps = common.score(model, batch.rollout).logps
+    for b, g in [(0, 0), (0, 1), (1, 1), (1, 2)]:
+        length = int(batch.rollout.response_mask[b, g].sum())
+        pairs = zip(logps[b, g].tolist(), batch.masked_logps[b, g].tolist(), strict=True)
+        pairs = list(pairs)[:length]
+        kl = sum(dependence(*pair) for pair in pairs) / length
+        surprisal = -sum(logp for logp, _ in pairs) / length
+        loss = plain["loss"][b, g].item() - 0.3 * kl + 0.7 * surprisal
+        assert terms["perception"][b, g].item() == pytest.approx(kl, rel=1e-4)
+        assert terms["loss"][b, g].item() == pytest.approx(loss, rel=1e-4, abs=1e-5)
+    assert fork("papo").visual_dependence(torch.tensor(-1.0), torch.tensor(-90.0)) == 10
+
+
+def test_vppo_weighs_responses_and_keeps_their_most_visual_tokens(masked):
+    model, whole = masked
+    script, args = fork("vppo"), toy_args(fork("vppo"), shaping_min=0.8, eta_entropy=0.7)
+    keep = whole.rollout.response_mask
+    old, black = (x.flatten(0, 1).tolist() for x in (whole.old_logps, whole.masked_logps))
+    lengths = keep.sum(-1).flatten().tolist()
+    values = [
+        [dependence(*pair) for pair in zip(a[:n], b[:n], strict=True)]
+        for a, b, n in zip(old, black, lengths, strict=True)
+    ]
+    means = [sum(row) / len(row) for row in values]
+    low, mean = min(means), sum(means) / len(means)
+    expected = torch.zeros(6, keep.shape[2])
+    for i, (row, advantage) in enumerate(zip(values, whole.advantages.flatten(), strict=True)):
+        weight = 0.8 + 0.2 * (means[i] - low) / (mean - low)
+        for t in sorted(range(len(row)), key=lambda t: -row[t])[: math.ceil(0.4 * len(row))]:
+            expected[i, t] = weight * advantage
+    for cuts in ([slice(0, 2)], [slice(0, 1), slice(1, 2)]):  # whatever the microbatch
+        batches = [
+            script.Batch(
+                replace(whole.rollout, response_mask=keep[cut]),
+                whole.advantages[cut],
+                None,
+                whole.old_logps[cut],
+                whole.masked_logps[cut],
+            )
+            for cut in cuts
+        ]
+        script.shape_advantages(batches, args)
+        shaped = torch.cat([batch.advantages for batch in batches]).flatten(0, 1)
+        torch.testing.assert_close(shaped, expected, rtol=1e-4, atol=1e-6)
+    batch = replace(whole, advantages=expected.view(2, 3, -1))
+    plain = terms_of(grpo_baseline, model, batch, toy_args(grpo_baseline))
+    terms = terms_of(script, model, script.Batch(**vars(batch)), args)
+    loss = plain["loss"] + 0.7 * terms["surprisal"]
+    torch.testing.assert_close(terms["loss"], loss)
+    ones = script.shaping(torch.zeros(3), torch.zeros(3), 0.9)
+    assert torch.equal(ones, torch.ones(3))  # as where no prompt has a picture
+
+
+@pytest.mark.parametrize("row", ["own", "predicting"])
+def test_attention_advantage_weighs_tokens_by_their_mass_on_vision(batch, row):
+    model, prompts, batch = batch
+    script = fork("attention_advantage")
+    fresh = script.Batch(batch.rollout, batch.advantages)
+    terms_of(script, model, fresh, toy_args(script, attn_layer=0, attn_row=row))
+    rows = common.score(model, batch.rollout, attn_layers=[0]).attentions[0]
+    p = batch.rollout.prompts.ids.shape[1]
+    for b, prompt in enumerate(prompts):
+        start = p - len(prompt.ids) + prompt.blocks[0].start
+        for g in range(3):
+            length = int(batch.rollout.response_mask[b, g].sum())
+            shift = row == "own"
+            mass = [
+                sum(rows[b, g, t + shift, start + i].item() for i in range(prompt.blocks[0].tokens))
+                for t in range(length)
+            ]
+            weights = torch.tensor(mass) / (sum(mass) / length)
+            assert length == 1 or weights.std() > 0.01  # they differ
+            expected = batch.advantages[b, g] * weights
+            torch.testing.assert_close(
+                fresh.advantages[b, g, :length], expected, rtol=1e-4, atol=1e-5
+            )
+    assert not fresh.advantages.requires_grad
+    again = fresh.advantages
+    terms_of(script, model, fresh, toy_args(script, attn_layer=0, attn_row=row))
+    assert fresh.advantages is again  # those of the rollout, in every pass
+
+
+RELATIVES = ("papo", "vppo", "attention_advantage")
+
+
+@pytest.mark.parametrize(("name", "family"), list(zip(RELATIVES, FAMILIES, strict=True)))
+def test_a_relative_trains_a_real_model(real, tmp_path, monkeypatch, name, family):
+    """With a trained encoder, every pass encodes its own pictures."""
+    monkeypatch.setattr(common, "accuracy", lambda text, *_: float(len(text) % 2))
+    data = {"data": str(real / "rows.json"), "media_root": (str(real / "media"),), "workers": 0}
+    data |= {"frames": 4, "image_tokens": 9, "frame_tokens": 4, "max_skipped": 0.2}
+    fields = {"prompts_per_step": 4, "group_size": 2, "max_new_tokens": 6, "num_minibatches": 2}
+    fields |= {"steps": 2, "train_vision": name == "papo", "model": str(real / family)}
+    args = fork(name).Args(out=str(tmp_path / "run"), learning_rate=1e-3, **data, **fields)
+    fork(name).main(args)
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["train/grad_norm"] > 0 for line in lines[1:])
+    if name == "papo":
+        assert all(line["train/perception"] > 0 for line in lines[1:])
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("papo", "black_prob", 1.5),
+        ("papo", "gamma_perception", -1.0),
+        ("vppo", "top_share", 0.0),
+        ("vppo", "shaping_min", 1.5),
+        ("vppo", "eta_entropy", -1.0),
+    ],
+)
+def test_a_relative_names_a_value_out_of_range(name, field, value):
+    with pytest.raises(ranks.UsageError, match=f"--{field.replace('_', '-')} {value}: must be"):
+        fork(name).Args(**{field: value})

@@ -178,6 +178,11 @@ def test_a_turned_video_is_upright(tmp_path, turn):
     picture = read_video(tmp_path / "turned.mp4", 1, None)[0][0]
     flat = read_video(tmp_path / "flat.mp4", 1, None)[0][0]
     assert np.array_equal(np.asarray(picture), np.rot90(np.asarray(flat), turn // 90))
+    cells = np.zeros((48, 64))
+    cells[5:9, 30:50] = 1
+    box = media.upright_box((30, 5, 50, 9), picture.size, picture.info["orientation"])
+    left, top, right, bottom = box
+    assert np.rot90(cells, turn // 90)[top:bottom, left:right].sum() == cells.sum()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from support import checkpoints
 RL = {"group_size": 4, "micro_batch_size": 2, "max_new_tokens": 6, "eval_examples": 5}
 RL |= {"learning_rate": 3e-4, "steps": 3, "eval_every": 2}
 NAMES = ("sft", "grpo_baseline", "ral_grpo", "kd_baseline", "attn_distill", "LoRA", "idle rank")
-NAMES += ("tied embeddings", "uneven lengths", "minibatches")
+NAMES += ("tied embeddings", "uneven lengths", "minibatches", "vppo")
 
 
 def jobs(real: Path, cold_start: Path, teacher: Path, processes: int) -> list:
@@ -50,6 +50,7 @@ def jobs(real: Path, cold_start: Path, teacher: Path, processes: int) -> list:
         ("ral_grpo", fields | data | strong | one_prompt | {"model": str(real / "tied")}, ""),
         ("ral_grpo", fields | strong | {"model": str(cold_start)}, "uneven"),
         ("ral_grpo", fields | strong | {"model": str(cold_start), "num_minibatches": 2}, ""),
+        ("benchmarks.forks.vppo", fields | {"model": str(cold_start)}, ""),
         ("eval", data | evaluation, ""),
     ]
 

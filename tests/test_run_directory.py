@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -435,8 +434,8 @@ def test_a_leftover_folder_is_not_taken_for_wandb(tmp_path, monkeypatch):
 
 def test_what_to_run_next_is_there(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run = SimpleNamespace(out=Path("runs/x"))
-    end = (run, {}, {}, 1, time.time(), "ral_grpo.py", ral_grpo.Args(model="a b.py"))
+    run = SimpleNamespace(out=Path("runs/x"), began=0.0)
+    end = (run, {}, {}, 1, "ral_grpo.py", ral_grpo.Args(model="a b.py"))
     runs.print_summary(*end)
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("next: ")]
     script, rest = line.removeprefix("next: python ").split(" ", 1)

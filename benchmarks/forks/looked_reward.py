@@ -12,7 +12,6 @@ without gradients a step. Prompts without boxes earn nothing for looking.
 """
 
 import sys
-import time
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -310,7 +309,6 @@ def update(
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate and write the run directory. Returns the metrics of the last step and its
     evaluation in one dictionary."""
-    start = time.time()
     prepared = common.prepare(
         args,
         PROMPTS,
@@ -326,7 +324,7 @@ def main(args: Args) -> dict[str, float]:
 
     options = {"max_new_tokens": args.max_new_tokens, "batch_size": 2 * args.prompts_per_step}
     before = after = evaluate(model, processor, prepared.held_out, **options)
-    run = runs.Run(args, prepared.bad_rows, prepared.state)
+    run = runs.Run(args, prepared.bad_rows, prepared.state, prepared.start)
     first, _ = run.start(before.metrics, model, optimizer)
     stream = prepared.train.begin(first, args.prompts_per_step)
     bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=ranks.rank() != 0)
@@ -365,7 +363,7 @@ def main(args: Args) -> dict[str, float]:
     evaluations = {"before": before, "after": after}
     plotted = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
     save = partial(common.save_model, model=model, processor=processor)
-    run.finish(args.steps, model, optimizer, save, evaluations, plotted, start, "ral_grpo.py")
+    run.finish(args.steps, model, optimizer, save, evaluations, plotted, then="ral_grpo.py")
     return metrics
 
 

@@ -8,7 +8,6 @@ know the target; the toy does.
 """
 
 import sys
-import time
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
@@ -382,7 +381,6 @@ def update(
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate and write the run directory. Returns the metrics of the last step and its
     evaluation in one dictionary."""
-    start = time.time()
     prepared = common.prepare(
         args,
         PROMPTS,
@@ -399,7 +397,7 @@ def main(args: Args) -> dict[str, float]:
     options = {"max_new_tokens": args.max_new_tokens, "batch_size": 2 * args.prompts_per_step}
     options["attn_layer"] = args.attn_layer  # RAL
     before = after = evaluate(model, processor, prepared.held_out, **options)
-    run = runs.Run(args, prepared.bad_rows, prepared.state)
+    run = runs.Run(args, prepared.bad_rows, prepared.state, prepared.start)
     first, _ = run.start(before.metrics, model, optimizer)
     stream = prepared.train.begin(first, args.prompts_per_step)
     bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=ranks.rank() != 0)
@@ -442,7 +440,7 @@ def main(args: Args) -> dict[str, float]:
     plotted = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
     plotted += ("train/attn_jsd",)  # RAL
     save = partial(common.save_model, model=model, processor=processor)
-    run.finish(args.steps, model, optimizer, save, evaluations, plotted, start, "grpo_baseline.py")
+    run.finish(args.steps, model, optimizer, save, evaluations, plotted, then="grpo_baseline.py")
     return metrics
 
 

@@ -12,6 +12,10 @@ replaced.
 The table has a line for the policy of each layer and row kind (means over tokens, then responses):
   vision, question, response  mass on visual tokens, the rest of the prompt, and earlier tokens
   entropy     in nats
+  target      mass on the visual tokens that show what the question is about (prompts with boxes)
+  lift        that, over what it would be if the mass on vision were spread evenly
+  gap         target of a group's right responses (accuracy 0.5 or more) minus that of its wrong
+              ones, a mean over groups that have both; and half its 95% `interval`
   moved       divergence D of the policy after the step from that at rollout time, in nats
   left_group  share of sum |A D / T| that is left if a group's responses and tokens are summed first
   left_row    the same if only responses that share a row are summed first. Those with a common
@@ -33,6 +37,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from scipy.stats import t as student_t
 from torch import Tensor
 from torch.nn import Module
 from tqdm import tqdm
@@ -40,7 +45,15 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import ral_grpo
-from common import Rollout, load_model, load_processor, require_layer, response_mean, score
+from common import (
+    Rollout,
+    accuracy,
+    load_model,
+    load_processor,
+    require_layer,
+    response_mean,
+    score,
+)
 from ral_grpo import Batch, attention_policy, divergence, loss_terms, score_policy
 from support import cli, disk, ranks, runs, toy
 from support.data import check_files, open_data
@@ -51,8 +64,10 @@ from support.ranks import require
 
 ROWS = ("own", "predicting")
 MASSES = {"vision": "tab:orange", "question": "tab:blue", "response": "lightgrey"}
+AIMED = {"target": ".3f", "lift": ".2f", "gap": "+.1e", "interval": ".1e"}  # with boxes
 AFTER = {"moved": ".1e", "left_group": ".4f", "left_row": ".4f", "gradient": ".1e", "lambda": ".2g"}
-COLUMNS = dict.fromkeys((*MASSES, "entropy"), ".3f") | AFTER  # of the table, with their formats
+# Of the table, with their formats.
+COLUMNS = dict.fromkeys((*MASSES, "entropy"), ".3f") | AIMED | AFTER
 
 
 @dataclass
@@ -72,15 +87,35 @@ def shares_prefix(rollout: Rollout) -> Tensor:
     return (ids[:, :, None] == ids[:, None]).int().cumprod(-1).bool()
 
 
-def look(batch: Batch, rows: Tensor, row: str) -> dict[str, Tensor]:
-    """Where each response token looks: the three masses and the entropy, (B, G, T) each. `rows` are
-    those of `common.score`."""
+def look(batch: Batch, prompts: list[Prompt], rows: Tensor, row: str) -> dict[str, Tensor]:
+    """Where each response token looks: the three masses, the entropy, the mass on the target and
+    what this would be if the mass on vision were spread evenly, (B, G, T) each. `rows` are those of
+    `common.score`."""
     policy = attention_policy(rows, row)
     visual = (batch.rollout.prompts.patches >= 0).to(policy.device)[:, None, None]
-    prompt, response = policy.split([visual.shape[-1], policy.shape[-2]], dim=-1)
-    vision, entropy = (prompt * visual).sum(-1), torch.special.entr(policy).sum(-1)
-    masses = (vision, prompt.sum(-1) - vision, response.sum(-1))
-    return dict(zip(MASSES, masses, strict=True)) | {"entropy": entropy}
+    target = torch.zeros_like(visual)
+    for there, cells, prompt in zip(target, visual, prompts, strict=True):
+        there[..., cells.nonzero()[list(prompt.target), -1]] = True
+    before, response = policy.split([visual.shape[-1], policy.shape[-2]], dim=-1)
+    vision, entropy = (before * visual).sum(-1), torch.special.entr(policy).sum(-1)
+    masses = (vision, before.sum(-1) - vision, response.sum(-1))
+    even = vision * target.sum(-1) / visual.sum(-1).clamp_min(1)
+    aimed = {"target": (before * target).sum(-1), "even": even}
+    return dict(zip(MASSES, masses, strict=True)) | {"entropy": entropy} | aimed
+
+
+def aim(target: Tensor, even: Tensor, right: Tensor) -> dict[str, float | None]:
+    """The columns `AIMED` of responses (B, G) to prompts with boxes, from two means of `look` over
+    each one's tokens, and from whether it is right."""
+    found = dict.fromkeys(AIMED)
+    if len(target):
+        found |= {"target": target.mean().item(), "lift": (target.mean() / even.mean()).item()}
+    gaps = [(x[ok].mean() - x[~ok].mean()).item() for x, ok in zip(target, right, strict=True)]
+    gaps = [gap for gap in gaps if not math.isnan(gap)]  # of groups that have both
+    if (n := len(gaps)) > 1:
+        half = student_t.ppf(0.975, n - 1) * statistics.stdev(gaps) / math.sqrt(n)
+        found |= {"gap": statistics.mean(gaps), "interval": float(half)}
+    return found
 
 
 def remainders(batches: list[Batch], moved: list[Tensor], row: str) -> dict[str, Any]:
@@ -140,6 +175,9 @@ def diagnose(
     report |= {"never_part": alike[:, -1].float().mean().item(), "notes": [], "rows": []}
     if not (inputs.patches >= 0).any():
         report["notes"].append("vision: no prompt has an image or a video")
+    groups, boxes = zip(prompts, texts, strict=True), [bool(prompt.target) for prompt in prompts]
+    rates = [[accuracy(x, p.example, args.accuracy_rule) for x in group] for p, group in groups]
+    right = torch.tensor(rates) >= 0.5
     if not (learns := bool(advantages.any())):
         why = f"the rewards of every group are equal ({runs.why_equal([metrics])})"
         report["notes"].append(f"movement, remainders, gradients: {why}")
@@ -148,16 +186,18 @@ def diagnose(
     def attention(batch: Batch) -> dict[int, Tensor]:
         return score(model.eval(), batch.rollout, args.temperature, layers).attentions
 
-    def mean(values: list[Tensor]) -> float:
-        means = [response_mean(x, mask) for x, mask in zip(values, masks, strict=True)]
-        return torch.cat(means).mean().item()
+    def means(values: list[Tensor]) -> Tensor:
+        return torch.cat([response_mean(*pair) for pair in zip(values, masks, strict=True)])
 
     before = [{layer: x.cpu() for layer, x in attention(batch).items()} for batch in batches]
     pairs = list(zip(batches, before, strict=True))
     for layer, row in product(layers, ROWS):
-        looks = [look(batch, old[layer].to(model.device), row) for batch, old in pairs]
-        line = {"layer": layer, "row": row} | {k: mean([x[k] for x in looks]) for k in looks[0]}
-        report["rows"].append(line | dict.fromkeys(AFTER))
+        parts = zip(cuts, batches, (old[layer].to(model.device) for old in before), strict=True)
+        looks = [look(batch, prompts[cut], rows, row) for cut, batch, rows in parts]
+        found = {name: means([x[name] for x in looks]).cpu() for name in looks[0]}
+        target, even = (found.pop(name)[boxes] for name in ("target", "even"))
+        line = {"layer": layer, "row": row} | {name: x.mean().item() for name, x in found.items()}
+        report["rows"].append(line | aim(target, even, right[boxes]) | dict.fromkeys(AFTER))
     if not learns:
         return report, samples
     try:
@@ -182,7 +222,7 @@ def diagnose(
                 batch.old_attn = attention_policy(old[layer].to(model.device), row)
             options = replace(args, attn_layer=layer, attn_row=row)
             ratio = gradient_norm(model, batches, "attn_loss", options) / tokens
-            line |= {"moved": mean(moved[layer, row]), "gradient": ratio}
+            line |= {"moved": means(moved[layer, row]).mean().item(), "gradient": ratio}
             line["lambda"] = 0.1 / ratio if ratio else None
             line |= remainders(batches, moved[layer, row], row)
     finally:
@@ -195,7 +235,8 @@ def diagnose(
 
 
 def conclude(report: dict[str, Any], args: Args) -> list[str]:
-    """Three sentences about the layer and row of `args`."""
+    """Three sentences about the layer and row of `args` and, where there are boxes, two about the
+    rows that look at them most."""
     ours, best = report["planned"], max(report["rows"], key=lambda x: x["vision"])
     named, other = (f"the {x['row']} rows of layer {x['layer']}" for x in (ours, best))
     looks = f"T{other[1:]} look at vision most ({best['vision']:.0%} of their mass)"
@@ -204,9 +245,21 @@ def conclude(report: dict[str, Any], args: Args) -> list[str]:
     )
     if best["vision"] < 0.05:
         looks = f"No rows look at vision: at most {best['vision']:.1%} of their mass is there."
+    aims = []
+    if ours["target"] is not None:
+        most = max(report["rows"], key=lambda x: x["target"])
+        aims.append(
+            "The {row} rows of layer {layer} look at the target most ({target:.1%} of their"
+        )
+        aims[0] = f"{aims[0]} mass, {{lift:.2g}} times chance).".format(**most)
+    if ours["gap"] is not None:
+        differ = "There, right responses have {gap:+.1e} ± {interval:.1e} of mass on it relative to"
+        aims.append(f"{differ} wrong ones of the same group.".format(**most))
+        if abs(most["gap"]) <= most["interval"]:
+            aims[1] += " If this is 0, no reward can teach where to look through this term."
     if ours["moved"] is None:
         equal = "Groups do not differ in reward: RAL and GRPO learn nothing here."
-        return [looks, equal, "So no lambda can be given."]
+        return [looks, equal, "So no lambda can be given.", *aims]
     left, weight, token = ours["left_row"], args.lambda_attn or 1.0, report["parting"]
     much = "next to nothing" if left < 0.05 else "little" if left < 0.3 else "enough"
     acts = (
@@ -216,7 +269,7 @@ def conclude(report: dict[str, Any], args: Args) -> list[str]:
     ratio = weight * ours["gradient"]
     felt = f"At lambda {weight:g} the term's gradient is {ratio:.1g} of the token term's"
     felt += f"; lambda {ours['lambda']:.2g} would make it a tenth." if ours["lambda"] else "."
-    return [looks, acts, felt]
+    return [looks, acts, felt, *aims]
 
 
 def table(report: dict[str, Any]) -> str:
@@ -224,14 +277,15 @@ def table(report: dict[str, Any]) -> str:
     metrics, parting, lengths = report["metrics"], report["parting"], report["lengths"]
     first = f"part at token {statistics.median(parting):.0f} (median)" if parting else "do not part"
     differ, cut = 1 - metrics["rollout/frac_zero_std"], metrics["rollout/truncated_frac"]
+    columns = {k: v for k, v in COLUMNS.items() if k not in AIMED or report["rows"][0]["target"]}
     lines = [
         f"groups: {first}, {report['never_part']:.0%} never; rewards differ in {differ:.0%}",
         f"rewards: mean {metrics['rollout/reward']:.3f}",
         f"responses: {min(lengths)} to {max(lengths)} tokens, {cut:.0%} truncated",
-        f"\nlayer {'row':<10}{''.join(f'{name:>11}' for name in COLUMNS)}",
+        f"\nlayer {'row':<10}{''.join(f'{name:>11}' for name in columns)}",
     ]
     for line in report["rows"]:
-        cells = ["-" if line[x] is None else f"{line[x]:{form}}" for x, form in COLUMNS.items()]
+        cells = ["-" if line[x] is None else f"{line[x]:{form}}" for x, form in columns.items()]
         lines.append(f"{line['layer']:>5} {line['row']:<10}{''.join(f'{x:>11}' for x in cells)}")
     notes = [f"not measured: {note}" for note in report["notes"]]
     return "\n".join([*lines, "", *notes, *report["conclusion"]])

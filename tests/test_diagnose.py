@@ -10,6 +10,7 @@ import torch
 from conftest import load, make_prompts, same, toy_args, unpacked
 from PIL import Image
 from scipy.spatial.distance import jensenshannon
+from scipy.stats import ttest_1samp
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText
 
@@ -41,7 +42,7 @@ def open_toy(path, args, **options):
 @pytest.fixture(scope="module")
 def diagnosed(cold_start):
     """(report, model, processor, prompts, args, weights before, weights after the step)."""
-    args = arguments(eval_examples=1)
+    args = arguments(eval_examples=1, prompts=8)
     model, processor, prompts = open_toy(cold_start, args)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     stepped = {}
@@ -110,18 +111,21 @@ CASES = [(0, "own"), (1, "own"), (1, "predicting")]
 
 @pytest.mark.parametrize(("layer", "row"), CASES)
 def test_masses_and_entropy_are_those_of_eager_attention(diagnosed, cold_start, layer, row):
-    report, model, _, prompts, _, before, _ = diagnosed
+    report, model, processor, prompts, _, before, _ = diagnosed
     policies = eager_policies(diagnosed, cold_start, before, layer, row)
     image, totals = model.config.image_token_id, defaultdict(list)
     for prompt, group in zip(prompts, policies, strict=True):
         visual = prompt.ids == image
         assert visual.sum() == 16
+        there = visual.nonzero()[list(prompt.target), 0]
+        assert len(there) == 1
         looks = defaultdict(list)
         for rows in group:
             parts = [(r[: len(visual)], r[len(visual) :]) for r in rows]
             looks["vision"].append([r[visual].sum().item() for r, _ in parts])
             looks["question"].append([r[~visual].sum().item() for r, _ in parts])
             looks["response"].append([r.sum().item() for _, r in parts])
+            looks["target"].append([r[there].sum().item() for r, _ in parts])
             looks["entropy"].append([-(r[r > 0] * r[r > 0].log()).sum().item() for r in rows])
         for name, values in looks.items():
             totals[name].append(values)
@@ -129,6 +133,22 @@ def test_masses_and_entropy_are_those_of_eager_attention(diagnosed, cold_start, 
     for name, values in totals.items():
         assert line[name] == pytest.approx(mean(values), abs=1e-5), name
     assert sum(line[name] for name in diagnose.MASSES) == pytest.approx(1, abs=1e-5)
+    lift = 16 * mean(totals["target"]) / mean(totals["vision"])
+    assert line["lift"] == pytest.approx(lift, rel=1e-4)
+    gaps, (rollout, _) = [], roll_out(diagnosed)
+    for group, prompt, texts in zip(
+        totals["target"], prompts, rollout.texts(processor), strict=True
+    ):
+        means = {True: [], False: []}
+        for values, text in zip(group, texts, strict=True):
+            answer = text.partition("<answer>")[2].partition("</answer>")[0].strip()
+            means[answer == prompt.example.solution].append(sum(values) / len(values))
+        if all(means.values()):
+            right, wrong = (sum(x) / len(x) for x in (means[True], means[False]))
+            gaps.append(right - wrong)
+    interval = ttest_1samp(gaps, 0).confidence_interval()
+    assert line["gap"] == pytest.approx(sum(gaps) / len(gaps), abs=1e-6) and len(gaps) > 1
+    assert 2 * line["interval"] == pytest.approx(interval.high - interval.low, abs=1e-6)
 
 
 @pytest.mark.parametrize(("layer", "row"), CASES)
@@ -462,7 +482,7 @@ def test_it_writes_into_no_training_run_and_is_one_process(cold_start, tmp_path,
 
 def report_of(**planned):
     line = {"layer": 1, "row": "own", "vision": 0.5, "moved": 1e-3, "left_row": 0.5}
-    line |= {"gradient": 0.01, "lambda": 10.0}
+    line |= {"gradient": 0.01, "lambda": 10.0} | dict.fromkeys(diagnose.AIMED)
     other = line | {"row": "predicting", "vision": 0.01}
     ours = line | planned
     return {"rows": [ours, other], "planned": ours, "parting": [2, 4, 9]}
@@ -486,3 +506,20 @@ def report_of(**planned):
 )  # fmt: skip
 def test_conclusions(planned, number, sentence):
     assert diagnose.conclude(report_of(**planned), arguments())[number].endswith(sentence)
+
+
+def test_conclusions_about_the_target_are_those_of_the_rows_that_look_at_it_most():
+    report = report_of(target=0.1, lift=3.0, gap=0.02, interval=0.01)
+    assert len(diagnose.conclude(report_of(), arguments())) == 3  # without boxes
+    other = report["rows"][1]
+    other |= {"target": 0.125, "lift": 4.0, "gap": 0.003, "interval": 0.004}
+    assert diagnose.conclude(report, arguments())[3:] == [
+        "The predicting rows of layer 1 look at the target most (12.5% of their mass, 4 times"
+        " chance).",
+        "There, right responses have +3.0e-03 ± 4.0e-03 of mass on it relative to wrong ones of the"
+        " same group. If this is 0, no reward can teach where to look through this term.",
+    ]
+    other |= {"gap": -0.005}
+    assert diagnose.conclude(report, arguments())[4].endswith("of the same group.")
+    report["planned"]["gap"] = None  # fewer than two groups with right and wrong responses
+    assert len(diagnose.conclude(report, arguments())) == 4

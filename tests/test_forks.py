@@ -84,12 +84,14 @@ def test_the_oracle_is_told_where_the_target_is(batch):
     scores = common.score(model, batch.rollout, attn_layers=[-1])
     told = oracle.Batch(**vars(batch), target=oracle.target_mask(prompts, batch.rollout.prompts))
     terms = terms_of(oracle, model, told, toy_args(oracle))
+    thinks = terms_of(oracle, model, told, toy_args(oracle, think=True))
     for b, prompt in enumerate(prompts):
         image = prompt.ids.tolist().index(model.config.image_token_id)
         cells = [image + token for token in prompt.target]
         for g in range(3):
-            mass = sum(scores.attentions[-1][b, g, 1, cell] for cell in cells)
-            torch.testing.assert_close(terms["attn_loss"][b, g], -mass.log())
+            for row, found in ((1, terms), (2, thinks)):  # the second emits a thought's colour
+                mass = sum(scores.attentions[-1][b, g, row, cell] for cell in cells)
+                torch.testing.assert_close(found["attn_loss"][b, g], -mass.log())
     part = terms_of(oracle, model, told, toy_args(oracle, rewarded_only=True))["attn_loss"]
     torch.testing.assert_close(part, terms["attn_loss"] * (batch.advantages[..., 0] > 0))
 

@@ -329,7 +329,8 @@ def loss_terms(scores: common.Scores, batch: Batch, args: Args) -> dict[str, Ten
     terms = {name: common.response_mean(term, scores.mask) for name, term in terms.items()}
     if args.attn_reduction == "sum":  # RAL (eq. 3): T * mean = sum
         terms["attn_loss"] *= scores.mask.sum(-1)  # RAL
-    rows = scores.attentions[args.attn_layer][:, :, 1]  # of <answer>, which emits the answer
+    emits = 2 if args.think else 1  # the row of the shape's name in a thought, or of <answer>
+    rows = scores.attentions[args.attn_layer][:, :, emits]
     p = batch.rollout.prompts.ids.shape[1]  # padding on the left may have been cut
     mass = (rows[..., :p] * batch.target[:, None, -p:]).sum(-1)
     terms["attn_loss"] = -mass.clamp_min(1e-4).log()

@@ -657,9 +657,7 @@ def report(claim: str, task: str, cells: dict, done: dict, pictures: Path | None
     heads = ["method", "seeds", *names, *(f"{name}, minus {baseline}" for name in names)]
     heads += ["divergence, nats", "its gradient at lambda 1 / the token term's"]
     looks = [name for name in OUTCOMES if any(name in row for row in by_cell[baseline].values())]
-    heads += [name.replace("_", ", ") for name in looks] + [f"a step, in {baseline}'s"] * bool(
-        looks
-    )
+    heads += [name.replace("_", ", ") for name in looks]
     table, points = [heads, ["---"] * len(heads)], {}
     for cell, rows in by_cell.items():
         line = [defined(cell, cells), str(len(rows))]
@@ -678,9 +676,6 @@ def report(claim: str, task: str, cells: dict, done: dict, pictures: Path | None
         line.append(f"{np.median(norms):.4f}" if norms else "")
         for name in looks:
             line.append(words([row[name] for row in rows.values() if name in row]))
-        if looks:
-            ratios = [rows[x]["step_s"] / by_cell[baseline][x]["step_s"] for x in both]
-            line.append(f"{np.median(ratios):.2f}" if ratios else "")
         table.append(line)
     if points and pictures:
         name = slug(f"{claim}-{task}.png")

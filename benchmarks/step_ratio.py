@@ -24,15 +24,18 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from forks import posterior_gaze
-from reproduce import DISTILL, GAZE, GRPO, SUM, ral
+from reproduce import DISTILL, GAZE, GRPO, RELATIVES, SUM, ral
 
 import attn_distill
+import grpo_baseline
 import kd_baseline
+import ral_grpo
 
 CELLS = {
     "GRPO": GRPO,
     "RAL, own row": ral(attn_row="own"),
     "posterior gaze": (posterior_gaze, GAZE),
+    **{name: cell for name, cell in RELATIVES.items() if cell[0] not in (grpo_baseline, ral_grpo)},
     "KD": (kd_baseline, DISTILL),
     "KD + attention": (attn_distill, DISTILL | SUM),
 }

@@ -104,7 +104,9 @@ def predict(
             ids = rollout.response_ids[row, 0][rollout.response_mask[row, 0]].tolist()
             said = text.removeprefix(processor.response_prefix)
             answer = answer_tokens(tokenizer, ids, said, first_mention=not asked.prompts)
-            judged = f"<answer>{text}</answer>" if bare and "<answer>" not in text else text
+            truncated, judged = bool(rollout.truncated[row, 0]), text
+            if bare and "<answer>" not in text:  # the whole response, without its EOS
+                answer, judged = range(len(ids) - (not truncated)), f"<answer>{text}</answer>"
             record = {
                 "row": example.name,
                 "problem_type": example.problem_type,
@@ -113,7 +115,7 @@ def predict(
                 "solution": example.solution,
                 "response": text,
                 "accuracy": accuracy(judged, example, asked.accuracy_rule),
-                "format": has_format(judged, asked.think) and not bool(rollout.truncated[row, 0]),
+                "format": has_format(judged, asked.think) and not truncated,
                 "completion_len": len(ids),
             }
             if metric is not None:
@@ -288,7 +290,8 @@ class Args:
     """How an answer is compared with the solution: by problem type, as in Video-R1, or by exact
     match (paper). Default: as in the checkpoint's training run."""
     attn_layer: int = -1
-    """Decoder layer whose attention is drawn, counted from 0, or from the end if negative."""
+    """Decoder layer whose attention is drawn and, for rows with boxes, measured; counted from 0, or
+    from the end if negative."""
     relative: bool = False
     """For rows with boxes, also measure the attention on them when the question is a general one,
     with one more pass."""

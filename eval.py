@@ -51,6 +51,7 @@ from support.results import NAMES, Records, Setting
 
 # 1. Evaluation
 
+SCORED = 2**15  # positions of prompts and responses that are scored together
 FEW_LAYERS = 4  # a model with at most so many is measured in every layer: a toy
 GENERIC = "Write a general description of the image."  # as in arXiv 2502.17422
 
@@ -91,11 +92,17 @@ def predict(
         has_targets = any(prompt.target for prompt in chunk)
         # Score only the examples that are measured or drawn; logits are large.
         scored = len(chunk) if has_targets else min(len(chunk), max(0, gazes - done))
-        if scored:
-            part = rollout[:scored]
-            every = has_targets and layers <= FEW_LAYERS
-            wanted = range(layers) if every else [attn_layer]
-            attentions = score(model, part, attn_layers=wanted).attentions
+        every = has_targets and layers <= FEW_LAYERS
+        wanted = range(layers) if every else [attn_layer]
+        # In parts: a pass over all of them may take more memory than decoding did.
+        size = max(1, SCORED // (batch.ids.shape[1] + rollout.response_ids.shape[2]))
+        seen = []  # the patches and the rows by layer of each example that is scored
+        for first in range(0, scored, size):
+            part = rollout[first : min(first + size, scored)]
+            found = score(model, part, attn_layers=wanted).attentions
+            found = {layer: x[:, 0].cpu() for layer, x in found.items()}
+            for i, patches in enumerate(part.prompts.patches):
+                seen.append((patches, {layer: x[i] for layer, x in found.items()}))
         generic = {}
         if relative and has_targets:
             generic = generic_masses(model, processor, chunk, attn_layer)
@@ -104,7 +111,9 @@ def predict(
             ids = rollout.response_ids[row, 0][rollout.response_mask[row, 0]].tolist()
             said = text.removeprefix(processor.response_prefix)
             answer = answer_tokens(tokenizer, ids, said, first_mention=not asked.prompts)
-            judged = f"<answer>{text}</answer>" if bare and "<answer>" not in text else text
+            truncated, judged = bool(rollout.truncated[row, 0]), text
+            if bare and "<answer>" not in text:  # the whole response, without its EOS
+                answer, judged = range(len(ids) - (not truncated)), f"<answer>{text}</answer>"
             record = {
                 "row": example.name,
                 "problem_type": example.problem_type,
@@ -113,7 +122,7 @@ def predict(
                 "solution": example.solution,
                 "response": text,
                 "accuracy": accuracy(judged, example, asked.accuracy_rule),
-                "format": has_format(judged, asked.think) and not bool(rollout.truncated[row, 0]),
+                "format": has_format(judged, asked.think) and not truncated,
                 "completion_len": len(ids),
             }
             if metric is not None:
@@ -121,14 +130,14 @@ def predict(
                 record["question_id"] = example.extra.get("question_id")
             gaze = None
             if row < scored:  # row t of a layer emits token t, row t + 1 is that token's own
-                rows = {layer: x[row, 0].cpu() for layer, x in attentions.items()}
-                longest, n = part.prompts.ids.shape[1], len(ids)
+                (patches, rows), n = seen[row], len(ids)
+                longest = len(patches)
             if done < gazes and all(hasattr(medium, "frames") for medium in example.media):
                 unpadded = slice(longest - len(prompt.ids), longest + n)
                 kept = {layer: x[: n + 1, unpadded].clone() for layer, x in rows.items()}
                 gaze = make_gaze(prompt, ids, tokenizer, record["accuracy"], kept)
             if prompt.target:
-                visual = (part.prompts.patches[row] >= 0).nonzero()[:, 0]
+                visual = (patches >= 0).nonzero()[:, 0]
                 start = answer.start if answer else None
                 looks = {k: look(x, n, start, visual, prompt.target) for k, x in rows.items()}
                 record |= looks[attn_layer]
@@ -288,7 +297,8 @@ class Args:
     """How an answer is compared with the solution: by problem type, as in Video-R1, or by exact
     match (paper). Default: as in the checkpoint's training run."""
     attn_layer: int = -1
-    """Decoder layer whose attention is drawn, counted from 0, or from the end if negative."""
+    """Decoder layer whose attention is drawn and, for rows with boxes, measured; counted from 0, or
+    from the end if negative."""
     relative: bool = False
     """For rows with boxes, also measure the attention on them when the question is a general one,
     with one more pass."""

@@ -745,10 +745,12 @@ def listed_boxes(fields: dict[str, Any], media: int) -> list[list[Any]]:
 
 def read_box(item: Any, box_format: Any, medium: Media, number: int) -> Box:
     """A listed box of a row's medium `number`: four numbers in pixels of the stored image, or an
-    object with these as `bbox` and, for a video, `start` and `end`."""
+    object with these as `bbox`, perhaps its own `bbox_format` and, for a video, `start` and
+    `end`."""
     box, values, span = f"box {reprlib.repr(item)[:60]}", item, {}
     if isinstance(item, dict):
-        values, span = item.get("bbox"), read_clip({x: item.get(x) for x in ("start", "end")})
+        values, box_format = item.get("bbox"), item.get("bbox_format") or box_format
+        span = read_clip({x: item.get(x) for x in ("start", "end", *CHANGES)})
     if span and not medium.is_video:
         raise BadRow(f"{box} of an image has a start or an end")
     if span.get("start", 0) > span.get("end", math.inf):

@@ -97,7 +97,7 @@ def mean(records: Sequence[dict[str, Any]], name: str) -> float:
 
 def measures(records: Records) -> dict[str, str]:
     """What to print of the rows with boxes, by label: how many there are, `grounding.fourfold`, the
-    means and, with `--relative`, the mean `target_attn` over that of a general question. Empty
+    means and, with `--relative`, the mean `target_attn` over that of a general request. Empty
     without boxes."""
     seen = [record for record in records if "pointing" in record]
     if not seen:
@@ -108,7 +108,7 @@ def measures(records: Records) -> dict[str, str]:
     found |= {label: f"{mean(seen, name):.3f}" for name, label in MEASURES.items()}
     if "target_attn_generic" in seen[0]:
         ratio = mean(seen, "target_attn") / max(mean(seen, "target_attn_generic"), 1e-9)
-        found["times that of a general question"] = f"{ratio:.3f}"
+        found["on target, times a general request"] = f"{ratio:.3f}"
     return found
 
 

@@ -298,6 +298,13 @@ def test_a_base_model_is_asked_in_the_benchmarks_words(evaluate):
     assert [(line["score"], line["accuracy"]) for line in lines] == [(0, 0), (1, 1)]
 
 
+def test_the_answer_of_a_base_model_begins_with_its_response(evaluate):
+    """In the row of the prompt's last position, as there are no tags."""
+    out, _ = evaluate("B", benchmark=("vstar",), bare=True, max_new_tokens=4)
+    (record,) = map(json.loads, (out / "predictions.jsonl").read_text().splitlines())
+    assert record["score"] == 1 and record["target_attn"] > 0
+
+
 def test_missing_videos_are_named_and_counted(evaluate, root, tmp_path):
     place = tmp_path / "lmms-lab--NExTQA"
     shutil.copytree(root / place.name, place)

@@ -762,6 +762,8 @@ BAD_ROWS = [
     (CLIP | {"bbox": {"bbox": [1, 2, 3, 4], "start": 3, "end": 2}}, "ends before it starts"),
     (CLIP | {"bbox": {"bbox": [1, 2, 3, 4], "start": "0:01"}}, "start is '0:01', not a number"),
     (CLIP | {"bbox": {"bbox": [1, 2, 3, 4], "end": float("nan")}}, "end is 'nan', not a number"),
+    (CLIP | {"bbox": {"bbox": [1, 2, 3, 4], "start_time": 1}}, "start_time asks for other"),
+    ({"bbox": {"bbox": [30, 5, 20, 9], "bbox_format": "xywh"}}, "leaves its picture of 40 x 30"),
     (CLIP | {"bbox": [60, 40, 65, 50]}, "leaves its picture of 64 x 48 pixels"),
 ]
 

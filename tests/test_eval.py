@@ -307,7 +307,7 @@ def test_tables_say_where_the_rows_with_boxes_looked():
         ["wrong and did not", "0 (0.000)"],
         ["on target, predicting row", "0.500"],
         *([label, "0.250"] for label in list(results.MEASURES.values())[1:]),
-        ["times that of a general question", "2.500"],  # 1.5 / 0.6
+        ["on target, times a general request", "2.500"],  # 1.5 / 0.6
     ]
     assert len(results.table({(None,) * 5: [plain]}, []).splitlines()) == 3
     several = {("a", *(None,) * 5): [plain], ("b", *(None,) * 5): boxes}

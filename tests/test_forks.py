@@ -380,6 +380,8 @@ def test_vppo_weighs_responses_and_keeps_their_most_visual_tokens(masked):
     torch.testing.assert_close(terms["loss"], loss)
     ones = script.shaping(torch.zeros(3), torch.zeros(3), 0.9)
     assert torch.equal(ones, torch.ones(3))  # as where no prompt has a picture
+    kept = script.most_visual(torch.rand(25), torch.ones(25).bool(), 0.6)
+    assert kept.sum() == 15  # not rounded up from a float32 just above it
 
 
 @pytest.mark.parametrize("row", ["own", "predicting"])
@@ -445,6 +447,17 @@ def test_a_relative_names_a_value_out_of_range(name, field, value):
         fork(name).Args(**{field: value})
 
 
+@pytest.mark.parametrize("name", ["attention_advantage", "looked_reward"])
+def test_the_layer_that_is_trained_is_evaluated(cold_start, tmp_path, monkeypatch, name):
+    def evaluate(*_, attn_layer, **options):
+        raise LookupError(attn_layer)
+
+    monkeypatch.setattr(fork(name), "evaluate", evaluate)
+    with pytest.raises(LookupError, match=r"^0$"):
+        options = {"model": str(cold_start), "out": str(tmp_path), "attn_layer": 0}
+        fork(name).main(toy_args(fork(name), **options))
+
+
 @pytest.mark.parametrize("rule", ["above-chance", "brightest"])
 def test_a_look_at_the_box_is_rewarded(cold_start, rule):
     """Against a plain loop, on two demonstrations and a response without an answer."""
@@ -459,6 +472,7 @@ def test_a_look_at_the_box_is_rewarded(cold_start, rule):
         collate(model, prompts, 0), ids, torch.ones(48, 3, 3).bool(), torch.ones(48, 3).bool()
     )
     args = toy_args(script, looked_rule=rule, micro_batch_size=20)
+    processor = replace(processor, response_prefix=4 * " ")  # it is in the texts, not in the ids
     looked = script.which_looked(model, processor, prompts, rollout, args)
     attention = common.score(model, rollout, attn_layers=[-1]).attentions[-1]
     for b, prompt in enumerate(prompts):

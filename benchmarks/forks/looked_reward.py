@@ -8,7 +8,7 @@ has more mass on the boxes of the prompt's row (docs/data.md) than chance would 
 `--looked-rule brightest`, the brightest visual token must show a box. It costs one forward pass
 without gradients a step. Prompts without boxes earn nothing for looking.
 
-    python benchmarks/forks/looked_reward.py
+    python sft.py && python benchmarks/forks/looked_reward.py
 """
 
 import sys
@@ -166,7 +166,8 @@ def which_looked(
             looked.append([])
             for g, text in enumerate(group):
                 ids = part.response_ids[b, g][part.response_mask[b, g]].tolist()
-                said, is_toy = processor.written(text), not processor.prompt_config.prompts
+                said = text.removeprefix(processor.response_prefix)
+                is_toy = not processor.prompt_config.prompts
                 answer = answer_tokens(processor.tokenizer, ids, said, first_mention=is_toy)
                 found = bool(prompt.target and answer)
                 if found:
@@ -323,6 +324,7 @@ def main(args: Args) -> dict[str, float]:
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, **settings)
 
     options = {"max_new_tokens": args.max_new_tokens, "batch_size": 2 * args.prompts_per_step}
+    options["attn_layer"] = args.attn_layer
     before = after = evaluate(model, processor, prepared.held_out, **options)
     run = runs.Run(args, prepared.bad_rows, prepared.state, prepared.start)
     first, _ = run.start(before.metrics, model, optimizer)

@@ -284,7 +284,8 @@ def most_visual(dependence: Tensor, mask: Tensor, share: float) -> Tensor:
     tensor([[[False,  True,  True, False]]])
     """
     order = dependence.masked_fill(~mask, -1.0).argsort(dim=-1, descending=True, stable=True)
-    return (order.argsort(dim=-1) < torch.ceil(share * mask.sum(-1, keepdim=True))) & mask
+    # In float32, 0.6 * 25 is more than 15.
+    return (order.argsort(dim=-1) < torch.ceil(share * mask.double().sum(-1, keepdim=True))) & mask
 
 
 def shaping(dependence: Tensor, everyone: Tensor, least: float) -> Tensor:

@@ -411,7 +411,8 @@ def to_teacher(path: Path, teacher_path: Path, row: str, examples: int) -> float
     """Mean divergence (JSD in nats a token, last layer) of a checkpoint's attention to the
     teacher's, on its own greedy responses."""
     model, processor = common.load_model(str(path)), common.load_processor(str(path))
-    teacher = common.load_teacher(str(teacher_path), processor)
+    other = common.load_processor(str(teacher_path))
+    teacher = common.load_teacher(str(teacher_path), processor, other)
     task = toy.Task.load(path)
     processor.prompt_config = task.prompt_config()
     held_out = toy.held_out_examples(task, examples)

@@ -1,7 +1,9 @@
 """Distillation against SciPy and plain loops, from oneself, and with its attention term off."""
 
+import importlib
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 from conftest import load, make_prompts, make_rollout, same, terms_of, toy_args
 from scipy.stats import entropy
+from test_siblings import ROOT
 
 import attn_distill
 import common
@@ -219,3 +222,30 @@ def test_frame_bins_are_a_plain_loop(loaded, kinds):
             expected[..., column] += attention[b, ..., position]
         expected[..., 5] = attention[b, ..., longest:].sum(-1)
         torch.testing.assert_close(bins[b], expected)
+
+
+def test_reproduce_measures_a_students_gaze_against_its_teachers(
+    cold_start, teacher, tmp_path, monkeypatch, undrawn
+):
+    """One cell of distillation, whole, from a cold start and a teacher that are there."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    reproduce = importlib.import_module("reproduce")
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    for name, checkpoint in (("images-1", cold_start), ("teacher", teacher)):
+        shutil.copytree(checkpoint.parent, tmp_path / "runs" / "cold-starts-quick" / name)
+    reproduce.main(
+        reproduce.Args(
+            claims=["relatives, distilled"],
+            cells=["KD + attention, gamma 1"],
+            quick=True,
+            results=tmp_path / "results" / "reproduce.jsonl",
+        )
+    )
+    lines = (tmp_path / "results" / "reproduce-quick.jsonl").read_text().splitlines()
+    rows = {row["cell"]: row for row in map(json.loads, lines)}
+    assert list(rows) == ["teacher", "cold start", "KD + attention, gamma 1"]
+    student, start = rows["KD + attention, gamma 1"], rows["cold start"]
+    assert rows["teacher"]["own_jsd_to_teacher"] == pytest.approx(0.0, abs=1e-6)
+    assert 0 < student["own_jsd_to_teacher"] < start["own_jsd_to_teacher"] < math.log(2)
+    outcomes = ("right_looked", "right_unlooked", "wrong_looked", "wrong_unlooked")
+    assert sum(student[name] for name in outcomes) == pytest.approx(1.0)

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from support.answers import MAX_ANSWER, option_accuracy, option_texts, plain_accuracy
-from support.datafiles import COLUMNS, MAX_ROW, DataFile, Part, find_medium
-from support.media import BadRow, first_line
+from support.datafiles import BOXES, COLUMNS, MAX_ROW, DataFile, Part, find_medium
+from support.media import BadBox, BadRow, first_line
 from support.prompts import Example
 from support.ranks import UsageError, require
 
@@ -426,6 +426,14 @@ class BenchmarkFile(DataFile):
             fields["video"] = [frames]
         return fields
 
+    def example(self, row: int) -> Example:
+        """Row number `row` with its media. A question counts even if its boxes cannot be used."""
+        fields = self.named_fields(row)
+        try:
+            return self.read(row, fields)
+        except BadBox:
+            return self.read(row, fields | dict.fromkeys(BOXES))
+
     def has_video(self, row: int) -> bool:
         try:
             video = self.named_fields(row)["video"]
@@ -435,7 +443,8 @@ class BenchmarkFile(DataFile):
 
 
 def read_beside(medium: str, roots: Sequence[Path]) -> Row:
-    """The object in the JSON file that lies beside a medium; empty if there is no such file."""
+    """The object in the JSON file that lies beside a medium; empty if there is no such file, or if
+    it is not an object of at most `MAX_ROW` bytes."""
     try:
         place = find_medium(str(Path(medium).with_suffix(".json")), roots)
     except BadRow:
@@ -446,10 +455,7 @@ def read_beside(medium: str, roots: Sequence[Path]) -> Row:
         found = json.loads(content) if len(content) <= MAX_ROW else None
     except (OSError, ValueError, RecursionError):
         found = None
-    if not isinstance(found, dict):
-        reason = f"is not a JSON object of at most {MAX_ROW:,} bytes"
-        raise BadRow(f"the JSON file beside {medium[:200]} {reason}")
-    return found
+    return found if isinstance(found, dict) else {}
 
 
 def frames_in(folder: str, roots: Sequence[Path]) -> list[str]:

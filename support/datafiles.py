@@ -50,6 +50,7 @@ from support.disk import data_files
 from support.grounding import Box
 from support.media import (
     MAX_FRAME_BYTES,
+    BadBox,
     BadRow,
     MediaBytes,
     first_line,
@@ -91,6 +92,7 @@ CHANGES += ("frame_indices",)
 # Keys that say where a medium shows what the question is about; the first that has boxes is read.
 BOXES, BOX_FORMATS = ("bbox", "bboxes", "bboxs"), ("xyxy", "xywh")
 BOX_KEYS = (*BOXES, "bbox_format")
+UNREAD = "rename the column to have it left out"
 ROW_KEYS = sum((*MEDIA_COLUMNS.values(), *CLIP.values(), CHANGES, BOX_KEYS), ())
 # A column that is not read but perhaps holds media, by its name or by a value.
 PERHAPS_MEDIA = re.compile("image|img|picture|photo|video|clip|frame", re.I)
@@ -575,8 +577,11 @@ class DataFile:
         Raises:
             BadRow: the row cannot be used.
         """
+        return self.read(row, self.named_fields(row))
+
+    def read(self, row: int, fields: dict[str, Any]) -> Example:
+        """The example of row number `row`, given its `named_fields`."""
         part, _ = self.locate(row)
-        fields = self.named_fields(row)
         example = read_example(fields)
         media, boxes, size, box_format = [], [], 0, fields.get("bbox_format")
         for kind, source, clip, listed in self.media_sources(fields, example, part.roots):
@@ -733,13 +738,16 @@ def listed_boxes(fields: dict[str, Any], media: int) -> list[list[Any]]:
     name = next((x for x in BOXES if fields.get(x) not in (None, [])), None)
     if name is None:
         return [[]] * media
-    listed = fields[name] if is_list(fields[name]) else [fields[name]]
+    listed = fields[name]
+    if isinstance(listed, list) and media > 1:  # Parquet may have null for no boxes
+        listed = [[] if boxes is None else boxes for boxes in listed]
+    listed = listed if is_list(listed) else [listed]
     boxes = listed if all(map(is_list, listed)) else [listed]
     if len(boxes) != media:
         has = f"the row has {media} images and videos; give a list of boxes for each"
-        raise BadRow(f"{name} lists the boxes of {len(boxes):,} media, but {has}")
+        raise BadBox(f"{name} lists the boxes of {len(boxes):,} media, but {has}")
     if (count := sum(map(len, boxes))) > MAX_BOXES:
-        raise BadRow(f"{name} has {count:,} boxes; at most {MAX_BOXES:,} are allowed")
+        raise BadBox(f"{name} has {count:,} boxes; at most {MAX_BOXES:,} are allowed")
     return boxes
 
 
@@ -752,30 +760,30 @@ def read_box(item: Any, box_format: Any, medium: Media, number: int) -> Box:
         values, box_format = item.get("bbox"), item.get("bbox_format") or box_format
         span = read_clip({x: item.get(x) for x in ("start", "end", *CHANGES)})
     if span and not medium.is_video:
-        raise BadRow(f"{box} of an image has a start or an end")
+        raise BadBox(f"{box} of an image has a start or an end")
     if span.get("start", 0) > span.get("end", math.inf):
-        raise BadRow(f"{box} ends before it starts")
+        raise BadBox(f"{box} ends before it starts")
     four = isinstance(values, list) and len(values) == 4
     if not four or not all(type(x) in (int, float) and abs(x) < 1e9 for x in values):
-        raise BadRow(f"{box} is not four numbers")
+        raise BadBox(f"{box} is not four numbers; {UNREAD}")
     if box_format not in (None, *BOX_FORMATS):
         known = " and ".join(BOX_FORMATS)
-        raise BadRow(f"bbox_format is {reprlib.repr(box_format)[:60]}; known are {known}")
+        raise BadBox(f"bbox_format is {reprlib.repr(box_format)[:60]}; known are {known}")
     orientation, *others = {frame.info["orientation"] for frame in medium.frames}
     if others or orientation is None:
-        raise BadRow(f"{box}: its video is not turned by quarters, or its frames differ in that")
+        raise BadBox(f"{box}: its video is not turned by quarters, or its frames differ in that")
     width, height = medium.size if orientation < 5 else medium.size[::-1]
     if max(map(abs, values)) <= 1 < max(width, height):
-        raise BadRow(f"{box} has fractions of the picture; pixels are expected")
+        raise BadBox(f"{box} has fractions of the picture; pixels are expected, or {UNREAD}")
     left, top, right, bottom = values
     if box_format == "xywh":
         right, bottom = left + right, top + bottom
     if min(left, top) < -1 or right > width + 1 or bottom > height + 1:  # 1 for rounding
-        raise BadRow(f"{box} leaves its picture of {width} x {height} pixels")
+        raise BadBox(f"{box} leaves its picture of {width} x {height} pixels; {UNREAD}")
     left, right = (min(max(x, 0), width) for x in (left, right))
     top, bottom = (min(max(x, 0), height) for x in (top, bottom))
     if left >= right or top >= bottom:
-        raise BadRow(f"{box} has no area; [x1, y1, x2, y2], or bbox_format xywh, is expected")
+        raise BadBox(f"{box} has no area; [x1, y1, x2, y2], or bbox_format xywh, is expected")
     return Box(*upright_box((left, top, right, bottom), medium.size, orientation), number, **span)
 
 

@@ -498,7 +498,9 @@ def test_boxes_are_read_in_every_form(tmp_path, capsys, kind):
     assert read(bboxes=[box, box]) == [always] * 2
     assert read(bboxes=[]) == read(bboxes=[[]]) == read(bbox=None) == []
     several = {"images": names, "bboxes": [[box], [], [third, third]]}
-    assert read(**several) == [always, (2, 0, np.inf), (2, 0, np.inf)]
+    for none in ([], None):
+        several["bboxes"][1] = none
+        assert read(**several) == [always, (2, 0, np.inf), (2, 0, np.inf)]
     times = [[], [{"bbox": [0, 0, 9, 9], "start": 1, "end": 1.5}]]  # listed: image, video
     text = {"question": "<video> or <image>?", "video": "v.mp4"}
     assert read(**text, bboxes=times) == [(0, 1, 1.5)]

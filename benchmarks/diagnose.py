@@ -256,7 +256,7 @@ def conclude(report: dict[str, Any], args: Args) -> list[str]:
         differ = "There, right responses have {gap:+.1e} ± {interval:.1e} of mass on it relative to"
         aims.append(f"{differ} wrong ones of the same group.".format(**most))
         if abs(most["gap"]) <= most["interval"]:
-            aims[1] += " If this is 0, no reward can teach where to look through this term."
+            aims[1] += " Where it is 0, no reward can teach these rows where to look."
     if ours["moved"] is None:
         equal = "Groups do not differ in reward: RAL and GRPO learn nothing here."
         return [looks, equal, "So no lambda can be given.", *aims]

@@ -517,7 +517,7 @@ def test_conclusions_about_the_target_are_those_of_the_rows_that_look_at_it_most
         "The predicting rows of layer 1 look at the target most (12.5% of their mass, 4 times"
         " chance).",
         "There, right responses have +3.0e-03 ± 4.0e-03 of mass on it relative to wrong ones of the"
-        " same group. If this is 0, no reward can teach where to look through this term.",
+        " same group. Where it is 0, no reward can teach these rows where to look.",
     ]
     other |= {"gap": -0.005}
     assert diagnose.conclude(report, arguments())[4].endswith("of the same group.")

@@ -556,7 +556,7 @@ def main(args: Args) -> None:
         report(claim, task, cells, chosen, None if args.quick else args.results.parent)
         for claim, tasks in CLAIMS.items()
         for task, cells in tasks.items()
-        if len(cells) > 2  # the summary has the others
+        if len(cells) > 2 or TASKS[task].row  # the summary has the others
         for seeds in [{*seeds_of(claim, args)}]
         for chosen in [{k: row for k, row in done.items() if k[2] in seeds or k[1] == "teacher"}]
         if any((task, cell) == key[:2] for key in chosen for cell in [*cells][1:])

@@ -490,3 +490,21 @@ def test_a_look_at_the_box_is_rewarded(cold_start, rule):
     assert parts["reward"] == pytest.approx(1.0) and parts["looked"] is True
     parts = script.reward(prompts[0], text, True, False, replace(args, think=False))
     assert parts["reward"] == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("rule", ["above-chance", "brightest"])
+def test_responses_that_share_their_beginning_look_alike(cold_start, rule):
+    """So on images, where all begin with <answer>, a reward for looking cancels in a group."""
+    script, (model, processor) = fork("looked_reward"), load(cold_start)
+    processor.prompt_config = toy.Task().prompt_config()
+    examples = [toy.training_example(toy.Task(), 5, number) for number in range(16)]
+    prompts = [encode_prompt(processor, example) for example in examples]
+    prompts = [replace(prompt, number=number) for number, prompt in enumerate(prompts)]
+    args = toy_args(script, looked_rule=rule)
+    batch = collate(model, prompts, 0)
+    rollout, texts, *_ = script.roll_out(model, processor, prompts, batch, args)
+    looked = script.which_looked(model, processor, prompts, rollout, args)
+    formed = [all(common.has_format(text, think=False) for text in group) for group in texts]
+    alike = [len(set(group)) == 1 for group, whole in zip(looked, formed, strict=True) if whole]
+    assert len(alike) > 8 and all(alike)
+    assert any(len(set(group)) > 1 for group in texts)  # the colours differ

@@ -337,14 +337,24 @@ RELATIVES = {
     "reward for looking, brightest": (looked_reward, {"looked_rule": "brightest"}),
     "told where to look, lambda 0.1": (oracle, ROW | {"lambda_attn": 0.1}),
 }
-CLAIMS["relatives"] = dict.fromkeys(("images", "9 x 9 cells", "thinking", "videos"), RELATIVES)
+ONCE = ("attention-weighted advantages, predicting row", "reward for looking, brightest")
+ELSEWHERE = {cell: run for cell, run in RELATIVES.items() if cell not in ONCE}
+CLAIMS["relatives"] = {"images": RELATIVES}
+CLAIMS["relatives"] |= dict.fromkeys(("9 x 9 cells", "thinking", "videos"), ELSEWHERE)
+CLAIMS["relatives, their hyperparameters"] = {
+    "images": {
+        "GRPO": GRPO,
+        **{f"PAPO, gamma {x:g}": (papo, {"gamma_perception": x}) for x in (0.004, 0.1)},
+        **{f"VPPO, share {x:g}": (vppo, {"top_share": x}) for x in (0.2, 0.8)},
+    }
+}
 CLAIMS["relatives, distilled"] = {"images, taught": taught(1)}
 
 SEEDS = dict.fromkeys(CLAIMS, PREDICTING)
 SEEDS |= dict.fromkeys(("table 3", "without rewards", "posterior gaze", "tables 1 and 2"), OWN)
 SEEDS |= {"told where to look": OWN}
 SEEDS |= dict.fromkeys(("sum over tokens and reference anchor", "four minibatches"), REDUCED)
-SEEDS |= dict.fromkeys(("relatives", "relatives, distilled"), REDUCED)
+SEEDS |= dict.fromkeys((claim for claim in CLAIMS if claim.startswith("relatives")), REDUCED)
 
 
 @dataclass

@@ -877,6 +877,39 @@ def response_mean(x: Tensor, mask: Tensor) -> Tensor:
 # 5. Reward
 
 
+def judge(
+    reward: Callable[..., dict[str, float]],
+    prompts: Sequence[Prompt],
+    rollout: Rollout,
+    texts: list[list[str]],
+    *others: list[list[Any]],
+) -> tuple[Tensor, dict[str, float]]:
+    """Call `reward(prompt, text, truncated, ...)` for every response. Returns the rewards (B, G)
+    and the metrics of the rollout, among them the mean of each number that `reward` returns.
+
+    `texts`, and any `others` that the reward takes besides, such as the scores of a reward model,
+    are B lists of G values.
+    """
+    rows = zip(prompts, texts, rollout.truncated.tolist(), *others, strict=True)
+    judged = [
+        [reward(prompt, *response) for response in zip(*group, strict=True)]
+        for prompt, *group in rows
+    ]
+    parts = {
+        name: torch.tensor([[float(response[name]) for response in group] for group in judged])
+        for name in judged[0][0]
+    }
+    rewards = parts["reward"]
+    metrics = {f"rollout/{name}": values.mean().item() for name, values in parts.items()}
+    metrics |= {
+        "rollout/reward_std": rewards.std(dim=1).mean().item(),
+        "rollout/frac_zero_std": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
+        "rollout/completion_len": rollout.response_mask.sum(-1).float().mean().item(),
+        "rollout/truncated_frac": rollout.truncated.float().mean().item(),
+    }
+    return rewards.to(rollout.response_ids.device), metrics
+
+
 def has_format(text: str, think: bool) -> bool:
     """Whether `text` is `<think>...</think><answer>...</answer>` or, without `think`, the answer
     alone, as in the paper's RAL-zero.

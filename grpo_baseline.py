@@ -167,24 +167,8 @@ def roll_out(
     sampling = {"noise": noise, "temperature": args.temperature, "top_p": args.top_p}
     rollout = common.generate_group(model, batch, args.group_size, args.max_new_tokens, **sampling)
     texts = rollout.texts(processor)
-    rows = zip(prompts, texts, rollout.truncated.tolist(), strict=True)
-    judged = [
-        [reward(prompt, text, cut, args) for text, cut in zip(group, cuts, strict=True)]
-        for prompt, group, cuts in rows
-    ]
-    parts = {
-        name: torch.tensor([[float(response[name]) for response in group] for group in judged])
-        for name in judged[0][0]
-    }
-    rewards = parts["reward"]
-    metrics = {f"rollout/{name}": values.mean().item() for name, values in parts.items()}
-    metrics |= {
-        "rollout/reward_std": rewards.std(dim=1).mean().item(),
-        "rollout/frac_zero_std": (rewards.amax(1) == rewards.amin(1)).float().mean().item(),
-        "rollout/completion_len": rollout.response_mask.sum(-1).float().mean().item(),
-        "rollout/truncated_frac": rollout.truncated.float().mean().item(),
-    }
-    return rollout, texts, rewards.to(model.device), metrics
+    rewards, metrics = common.judge(partial(reward, args=args), prompts, rollout, texts)
+    return rollout, texts, rewards, metrics
 
 
 @torch.no_grad()

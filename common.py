@@ -83,6 +83,7 @@ from support.ranks import (
     rank,
     require,
     seed_everything,
+    start_ranks,
     world_size,
 )
 from support.states import State, find_state
@@ -111,6 +112,7 @@ def load_model(
     Raises:
         UsageError: as in `load_processor`, or the weights are missing or unreadable.
     """
+    start_ranks()  # on a GPU one process is a group, too, whoever calls this
     processor = load_processor(path, field=field)
     options = {
         "attn_implementation": {"text_config": "grouped_sdpa", "vision_config": "sdpa"},
@@ -1015,6 +1017,7 @@ def prepare(
         Finished: `--check-data` has printed its report, or the run to resume has no steps left.
     """
     start = time.time()
+    start_ranks()
     runs.check_run(args, "model", *["teacher"] * (teacher is not None))
     is_toy, task = toy.resolve_task(args, args.model, may_differ=base is not None)
     check_files(args, is_toy)

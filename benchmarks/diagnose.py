@@ -44,6 +44,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import common
 import ral_grpo
 from common import (
     Rollout,
@@ -58,7 +59,7 @@ from ral_grpo import Batch, attention_policy, divergence, loss_terms, score_poli
 from support import cli, disk, ranks, runs, toy
 from support.data import check_files, open_data
 from support.memory import GIB, fit_memory, memory_gb
-from support.pictures import load_pyplot
+from support.pictures import load_pyplot, save
 from support.prompts import Processor, Prompt, PromptConfig, collate, encode_prompt
 from support.ranks import require
 
@@ -166,7 +167,7 @@ def diagnose(
     rollout, texts, rewards, metrics = ral_grpo.roll_out(model, processor, prompts, inputs, args)
     samples = runs.sample_rows(prompts, texts, rewards)
     advantages, size = ral_grpo.group_advantages(rewards), args.micro_batch_size
-    cuts = [slice(i, i + size) for i in range(0, len(prompts), size)]
+    cuts = common.cut_prompts(len(prompts), 1, size)
     batches = [Batch(rollout[cut], advantages[cut]) for cut in cuts]
     masks = [batch.rollout.response_mask for batch in batches]
     alike = shares_prefix(rollout)[:, 0].all(1)  # (B, T)
@@ -202,7 +203,7 @@ def diagnose(
         return report, samples
     try:
         optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
-        grpo = replace(args, lambda_attn=0.0, beta=0.0, num_iterations=1)
+        grpo = replace(args, lambda_attn=0.0, beta=0.0, num_iterations=1, num_minibatches=1)
         norm = ral_grpo.update(model, optimizer, batches, grpo)["train/grad_norm"]
         require(math.isfinite(norm), f"--model {args.model}: the gradient of GRPO is {norm}")
         del optimizer
@@ -210,7 +211,7 @@ def diagnose(
         for batch, old in pairs:
             new = attention(batch)
             for layer, row in moved:
-                # Float32 would round away what moves at a learning rate of 1e-6.
+                # Float32 would round away what moves at a learning rate of 1e-5.
                 both = (x[layer].to(model.device).double() for x in (new, old))
                 policies = [attention_policy(x, row) for x in both]
                 moved[layer, row].append(divergence(*policies))
@@ -335,9 +336,12 @@ def draw(path: Path, report: dict[str, Any]) -> None:
     axes[0, 2].set(title=title, xlabel="token")
     for axis in axes.flat:
         axis.legend(fontsize=8, ncols=3 if axis in axes[0, :2] else 1, handlelength=1.5)
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    pyplot.close(figure)
+    save(figure, path)
+
+
+def learning_rate(args: Args) -> float:
+    """What an unset `--learning-rate` of `ral_grpo.py` is."""
+    return 2e-5 if args.lora_rank else 1e-5
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -374,7 +378,7 @@ def main(args: Args) -> dict[str, Any]:
     args = replace(args, prompts_per_step=args.prompts)
     args = fit_memory(args, processor.config, args.group_size)
     if args.learning_rate is None:
-        args = replace(args, learning_rate=2e-5 if args.lora_rank else 1e-6)
+        args = replace(args, learning_rate=learning_rate(args))
     new, longest = args.max_new_tokens, max(len(prompt.ids) for prompt in prompts)
     rows = args.prompts * args.group_size * (new + 1) * len(layers)
     needs = list(memory_gb(processor.config, args, args.lora_rank, args.group_size).values())

@@ -1,7 +1,7 @@
 """Which way does each term of the loss push, and is that toward the right answer?
 
-    python benchmarks/reproduce.py --claims "table 3" --tasks "images, taught"
-    python benchmarks/directions.py            # the cold starts that this leaves in runs/
+    python benchmarks/reproduce.py --claims "table 3" --cells KD --results runs/mine.jsonl
+    python benchmarks/directions.py     # from the cold starts that the first line leaves in runs/
 
 For each cold start it samples 8 responses to each of 128 prompts, and takes the gradient of every
 term alone, all weights together. It prints the cosine of the descent direction with that of two
@@ -29,7 +29,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor
 from torch.nn import Module
 
@@ -44,8 +43,8 @@ import common
 import ral_grpo
 import sft
 from common import load_model, load_processor
-from support import toy
-from support.pictures import load_pyplot
+from support import cli, toy
+from support.pictures import load_pyplot, save
 from support.prompts import Prompt, collate, encode_prompt
 
 GRPO_TERMS = ("token", "token, rewarded responses", "token, penalised responses")
@@ -114,7 +113,8 @@ def perturbed(layer: int, noise: Tensor) -> Iterator[None]:
 def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
     """Measure one cold start: the three cosines of every term, and what `diagnose.py` finds for the
     rows of every layer."""
-    model, processor = load_model(path), load_processor(path)
+    model = load_model(path, field="--cold-starts")
+    processor = load_processor(path, field="--cold-starts")
     task = toy.Task.load(path)
     processor.prompt_config = task.prompt_config()
     fields = {"seed": seed, "learning_rate": TASKS["images"].learning_rate}
@@ -239,9 +239,7 @@ def draw(path: Path, rows: list[dict[str, dict[str, float]]]) -> None:
         axis.set(xlim=(-1.05, 1.05), ylim=(len(names) - 0.5, -0.5))
         axis.set_yticks(range(len(names)), names)
         axis.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def main(args: Args) -> None:
@@ -270,4 +268,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    cli.run_script(Args, main, __doc__)

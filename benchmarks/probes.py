@@ -15,7 +15,7 @@ from torch import Tensor
 import attn_distill
 import eval
 import ral_grpo
-from support import toy
+from support import results, toy
 from support.prompts import Example, Media, PromptBatch
 
 
@@ -93,7 +93,7 @@ def three_shapes() -> Iterator[None]:
             solution=colours,
             media=[Media(toy.draw_scene(scene, task.grid, task.frames))],
             response=f"<answer> {colours} </answer>",
-            target=(asked[0][1],),
+            boxes=(toy.cell_box(task, asked[0][1]),),
         )
 
     plain = toy.sample_example
@@ -146,7 +146,7 @@ def half_of_the_shapes() -> Iterator[None]:
         for kind in ("trained", "held back"):
             chosen = [record for record in records if record["source"] == kind]
             for name in ("accuracy", "target_attn"):
-                metrics[f"eval/{name}, {kind}"] = eval.mean(chosen, name)
+                metrics[f"eval/{name}, {kind}"] = results.mean(chosen, name)
         return metrics
 
     plain_held_out, plain_summarise = toy.held_out_examples, eval.summarise

@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+import tyro
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen3VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -158,4 +159,4 @@ def print_memory() -> None:
 
 
 if __name__ == "__main__":
-    print_memory()
+    tyro.cli(print_memory, description=__doc__)

@@ -1,8 +1,11 @@
 """Does RAL work here, by how much, and why? The paper's claims in small, over many seeds.
 
-    python benchmarks/reproduce.py                      # every claim; goes on where it stopped
-    python benchmarks/reproduce.py --claims ablations --seeds 1 2 3
+    python benchmarks/reproduce.py                      # every claim; continues where it stopped
+    python benchmarks/reproduce.py --claims ablations --seeds 1 2 3 --results runs/mine.jsonl
     python benchmarks/reproduce.py --quick              # minutes; labelled as no evidence
+
+A cell that the results file has is not run again: to measure anew, give `--results` a new file. The
+tables and pictures go beside it.
 
 Two sets of definitions are measured. In the paper's (seeds 11 to 30, `OWN`), RAL takes the own row
 (eq. 2) and attention distillation the sum over tokens (eq. 5). In the other (seeds 1 to 10), RAL
@@ -16,20 +19,13 @@ start that all its cells share: a seed owns its cold start and its reinforcement
 scripts run unchanged, through their `main`. Every cell of a task is judged on the same held-out
 examples, 2,048 (standard error 0.01), or 1,024 where a cold start is grown from that of images for
 a larger picture, a video or a thought. Raw numbers go to `benchmarks/results/reproduce.jsonl`, one
-line a cell and seed, with the commit that made them (`-dirty` where the working tree had changes:
-168 lines of seeds 1 to 10, those of images of seeds 21 to 24, where this file had, and ten of
-thinking, where the results had); tables with means, 95% intervals, and differences to the baseline
-paired by seed to `reproduce.md`, and these differences to a plot.
+line a cell and seed, with the commit that made them (`-dirty` where the working tree had changes);
+tables with means, 95% intervals, and differences to the baseline paired by seed to `reproduce.md`,
+and these differences to a plot.
 
 The budget is 60 steps at a learning rate that was chosen, once for each task, on GRPO alone and on
-seeds of no result here, so that it ends near 0.7, where a better method has room to show:
-images at 5e-5 0.65 and 0.67 (seeds 101, 102), at 1e-4 0.77 and 0.75; image first at 1e-5 0.43 and
-0.72, at 2e-5 0.46 and 0.86, at 4e-5 0.61 and 1.00; videos at 5e-5 0.62 and 0.60, at 1e-4 0.73 (seed
-101); three shapes at 7e-5 0.85, at 2e-4 0.86 (seed 101); thinking at 1.5e-5 0.66 and 0.62, at 3e-5
-0.70 and 0.66 (seeds 101, 102). `TASKS` has a rate within these, and for three shapes one below.
-Other sizes take that of images, whatever they reach with it. Distillation takes 2e-4, where KD on
-seed 103 ends at 0.62 with thinking and on 9 x 9 cells, and at 0.63 on videos; protection the
-default, for 160 steps.
+seeds of no result here, so that it ends near 0.7, where a better method has room to show (see
+`TASKS`).
 """
 
 import hashlib
@@ -47,7 +43,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from scipy.stats import t as student_t
 
 ROOT = Path(__file__).parents[1]
@@ -72,10 +67,11 @@ import grpo_baseline
 import kd_baseline
 import ral_grpo
 import sft
-from support import toy
+from support import cli, toy
 from support.grounding import OUTCOMES
-from support.pictures import load_pyplot
+from support.pictures import load_pyplot, save
 from support.prompts import collate, encode_prompt
+from support.ranks import require
 
 # Seeds: of the predicting row, of the own row, and of the own row with more ways to reduce, beside
 # other methods.
@@ -112,6 +108,13 @@ class Task:
 GROW = {"steps": 20, "stop_accuracy": 2.0, "eval_above": 1.0}
 GRIDS = {f"{n} x {n} cells": n for n in (3, 6, 9)}
 FRAMES = {f"{n} frames": n for n in (4, 16, 32)}
+# What GRPO alone reaches at a learning rate, on seeds of no result (101, or 101 and 102): images at
+# 5e-5 0.65 and 0.67, at 1e-4 0.77 and 0.75; image first at 1e-5 0.43 and 0.72, at 2e-5 0.46 and
+# 0.86, at 4e-5 0.61 and 1.00; videos at 5e-5 0.62 and 0.60, at 1e-4 0.73; three shapes at 7e-5
+# 0.85, at 2e-4 0.86; thinking at 1.5e-5 0.66 and 0.62, at 3e-5 0.70 and 0.66. The rates below are
+# within these, and for three shapes below them. Other sizes have that of images, whatever they
+# reach with it. Distillation has 2e-4, where KD on seed 103 ends at 0.62 with thinking and on 9 x 9
+# cells, and at 0.63 on videos; protection has the scripts' default, for 160 steps.
 TASKS = {
     "images": Task(),
     "images, image first": Task({"toy_order": "image-first"}, learning_rate=2.5e-5),
@@ -360,11 +363,11 @@ SEEDS |= dict.fromkeys((claim for claim in CLAIMS if claim.startswith("relatives
 @dataclass
 class Args:
     claims: list[str] = field(default_factory=lambda: list(CLAIMS))
-    """Which claims to run."""
+    """Claims to run: names in `CLAIMS`."""
     tasks: list[str] = field(default_factory=lambda: list(TASKS))
-    """Which tasks of them."""
+    """Tasks of them to run."""
     cells: list[str] | None = None
-    """Which cells of these. Unset: all."""
+    """Cells of these to run. Unset: all."""
     seeds: list[int] | None = None
     """Seeds. Unset: those of each claim."""
     quick: bool = False
@@ -449,6 +452,11 @@ def to_teacher(path: Path, teacher_path: Path, row: str, examples: int) -> float
 
 
 def main(args: Args) -> None:
+    everything = [cell for tasks in CLAIMS.values() for cells in tasks.values() for cell in cells]
+    for name, known in (("claims", CLAIMS), ("tasks", TASKS), ("cells", everything)):
+        unknown = [x for x in getattr(args, name) or () if x not in known]
+        choice = ", ".join(dict.fromkeys(known))
+        require(not unknown, f"--{name} {', '.join(unknown)}: choose from {choice}")
     if args.quick:
         args.seeds = args.seeds[:1] if args.seeds else [1]
         args.results = args.results.with_name("reproduce-quick.jsonl")
@@ -468,7 +476,13 @@ def main(args: Args) -> None:
         return {"attn_jsd_to_teacher" if row == "predicting" else "own_jsd_to_teacher": jsd}
 
     def record(
-        task: str, cell: str, seed: int, out: Path, seconds: float, cold: Path | None = None
+        task: str,
+        cell: str,
+        seed: int,
+        out: Path,
+        seconds: float,
+        cold: Path | None = None,
+        fields: dict[str, Any] | None = None,
     ) -> None:
         row, mark = {"task": task, "cell": cell, "seed": seed}, digest(cold) if cold else ""
         if cold and (task, "cold start", seed) not in done:  # as the first cell's run found it
@@ -476,9 +490,7 @@ def main(args: Args) -> None:
             before |= distance(task, cold) | {"cold_start": mark, "commit": made_by}
             write(row | {"cell": "cold start"} | before)
         row |= judged(out) | {"cold_start": mark} | distance(task, out / "checkpoint")
-        fields = next((cells[cell][1] for tasks in CLAIMS.values() for t, cells in tasks.items()
-                       if t == task and cell in cells), {})  # fmt: skip
-        row |= {name: fields[name] for name in MEAN if name in fields}
+        row |= {name: x for name, x in (fields or {}).items() if name in MEAN}
         row |= {"seconds": round(seconds), "commit": made_by}
         write(row)
 
@@ -517,7 +529,7 @@ def main(args: Args) -> None:
         with TASKS[task].probe(), probe(), evaluated(script, key):
             script.main(script.Args(**script.TOY | thinking | fields))
         if not (Path(out) / "checkpoint").is_dir():  # a signal ended it: half a run is no cell
-            raise SystemExit("stopped; the same command goes on, from this cell")
+            raise SystemExit("stopped; the same command continues from this cell")
         return time.time() - start
 
     def cold_start(task: str, seed: int) -> Path:
@@ -567,13 +579,13 @@ def main(args: Args) -> None:
                     with tempfile.TemporaryDirectory() as directory:
                         out = Path(directory) / "run"
                         seconds = train(task, seed, out, script, fields, *probe)
-                        record(task, cell, seed, out, seconds, cold)
+                        record(task, cell, seed, out, seconds, cold, cells[cell][1])
     tables = [
         report(claim, task, cells, chosen, None if args.quick else args.results.parent)
         for claim, tasks in CLAIMS.items()
         for task, cells in tasks.items()
         if len(cells) > 2 or TASKS[task].row  # the summary has the others
-        for seeds in [{*seeds_of(claim, args)}]
+        for seeds in [{*SEEDS[claim], *seeds_of(claim, args)}]  # and those of earlier runs
         for number in [teacher_number(claim)]
         for chosen in [
             {
@@ -589,7 +601,9 @@ def main(args: Args) -> None:
     summaries = [
         summary(earlier, cell, f"RAL ({row}) at lambda 1{quick}") for row, cell in ROWS.items()
     ]
-    text = "\n".join([x for x in summaries if x] + tables)
+    head = "# Results\n\nWritten by `benchmarks/reproduce.py`: means over seeds, and 95% intervals."
+    head += ' "minus" is paired by seed. One seed alone is no evidence.\n'
+    text = "\n".join([head, *(x for x in summaries if x), *tables])
     args.results.with_suffix(".md").write_text(text)
     if not args.quick:
         draw_figure_3(args.results.parent / "figure-3.png", earlier)
@@ -725,9 +739,7 @@ def draw(path: Path, points: dict[str, list[tuple[str, float, float]]]) -> None:
         axis.set(title=f"{name}, minus the baseline", ylim=(len(cells) - 0.5, -0.5))
         axis.set_yticks(range(len(cells)), cells if axis is axes[0] else [])
         axis.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def draw_figure_3(path: Path, done: dict) -> None:
@@ -757,4 +769,4 @@ def draw_figure_3(path: Path, done: dict) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    cli.run_script(Args, main, __doc__)

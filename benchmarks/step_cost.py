@@ -397,6 +397,7 @@ def print_tables(results: dict[str, list[dict[str, float]]]) -> None:
             f"{middle(cell, 'gb'):>9.2f}{len(rows):>11}"
         )
     ratios = [
+        ("RAL update / GRPO update, separate", "ral P1024 T64", "grpo P1024 T64", "seconds", 1.15),
         ("RAL update / GRPO update, memory", "ral P1024 T64", "grpo P1024 T64", "gb", 1.10),
         ("RAL update / unpacked GRPO, time", "ral P1024 T64", "unpacked P1024 T64", "seconds", 0.3),
         ("RAL update / eager RAL, time", "ral P1024 T64", "eager P1024 T64", "seconds", 0.08),

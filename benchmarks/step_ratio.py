@@ -18,8 +18,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -30,6 +28,7 @@ import attn_distill
 import grpo_baseline
 import kd_baseline
 import ral_grpo
+from support import cli
 
 CELLS = {
     "GRPO": GRPO,
@@ -76,4 +75,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    cli.run_script(Args, main, __doc__)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -23,8 +22,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import common
-from support import toy
+from support import cli, toy
 from support.prompts import collate, encode_prompt, encoder_outputs
+from support.ranks import require
 
 ROWS = ("image", "text after the image", "response")
 HIDDEN = {"layers": (), "mask": None}  # what `knock_out` hides: (B, 1, rows, keys), True if hidden
@@ -46,7 +46,7 @@ AttentionMaskInterface.register("knock_out", sdpa_mask)
 
 @dataclass
 class Args:
-    models: list[str]
+    models: tuple[str, ...]
     """Toy checkpoints."""
     examples: int = 512
     """Held-out examples."""
@@ -55,9 +55,11 @@ class Args:
 @torch.no_grad()
 def main(args: Args) -> None:
     for path in args.models:
-        model, processor = common.load_model(path, frozen=True), common.load_processor(path)
+        model = common.load_model(path, frozen=True, field="--models")
+        processor = common.load_processor(path, field="--models")
         model.model.language_model.config._attn_implementation = "knock_out"
         task, tokenizer = toy.Task.load(Path(path)), processor.tokenizer
+        require(task is not None, f"--models {path}: is not a toy")
         processor.prompt_config = task.prompt_config()
         layers = model.config.text_config.num_hidden_layers
         examples = toy.held_out_examples(task, args.examples)
@@ -116,4 +118,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    cli.run_script(Args, main, __doc__)

@@ -383,6 +383,8 @@ class BenchmarkFile(DataFile):
 
     def __init__(self, name: str, root: str | None, frames: int | None, fps: float | None):
         self.benchmark = benchmark = BENCHMARKS[name]
+        there = root is None or Path(root).is_dir()
+        require(there, f"--benchmark-root {root}: no such directory")
         place, option = place_of(name, root), f"--benchmark {name}"
         super().__init__([f"{place}:{x}" for x in benchmark.splits], (), frames, fps, option)
         for part in self.parts:

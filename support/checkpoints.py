@@ -211,6 +211,8 @@ def load_processor(
         require(whole, f"{named}: {adapter} the checkpoint/ beside it or the base model")
         files = read_files(folder)
         if "config.json" not in files:
+            inside = f"{path}/checkpoint"
+            require(not Path(inside).is_dir(), f"{named}: is a run directory; give {inside}")
             raise ValueError("has no config.json")
         config = read_config(json.loads(files["config.json"]), named)
         if folder == Path(path):

@@ -1,6 +1,7 @@
 """The arguments that every run has, and the command line."""
 
 import errno
+import math
 import os
 import re
 import shlex
@@ -169,11 +170,11 @@ def check_values(args: Any) -> None:
                 fault = f"{named} {value[:40]}...: is too long for a file name"
                 require(error.errno != errno.ENAMETOOLONG, fault)
         elif isinstance(value, int | float):
+            require(math.isfinite(value), f"{named} {value}: must be a finite number")
             largest = LARGEST if isinstance(value, int) else sys.float_info.max
             low, high = BOUNDS.get(name, (-largest, largest))
-            require(
-                low <= value <= high, f"{named} {value}: must be from {low:.10g} to {high:.10g}"
-            )
+            span = f"must be from {low:.10g} to {high:.10g}"
+            require(low <= value <= high, f"{named} {value}: {span}")
 
 
 def same_inputs(args: Any) -> str:

@@ -307,11 +307,10 @@ def check_data(
             started.
     """
     require(world_size() == 1, "--check-data: runs in one process; start it without torchrun")
-    report = {}
-    for flag, paths in (("--data", args.data), ("--eval-data", args.eval_data)):
-        if not paths:
-            continue
-        file, path = open_file(args, flag), " ".join(each(paths))
+    report, given = {}, (("--data", args.data), ("--eval-data", args.eval_data))
+    files = [(flag, paths, open_file(args, flag)) for flag, paths in given if paths]
+    for flag, paths, file in files:  # all are there before the first is read
+        path = " ".join(each(paths))
         bad_rows, rows = BadRows(1.0, len(file)), np.arange(len(file))
         prompts = Prompts(file, encode, rows, max_tokens=args.max_prompt_tokens)
         kinds, lengths, no_number = Counter(), [], []

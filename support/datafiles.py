@@ -483,6 +483,8 @@ class DataFile:
         wanted = [" or ".join(COLUMNS[field]) for field in ("problem", "solution")]
         expected = f"expected a question in {wanted[0]}, and an answer in {wanted[1]}"
         columns = f"has the columns {', '.join(sorted(present))[:300]}"
+        if len(part.rows) == 1:
+            columns += " in its only row (rows inside an object are not found)"
         require(found["problem"] and answer, f"{columns}; {expected}")
         read = read_columns(present)
         read += sorted(looks["like a group of media"].difference(read))
@@ -504,7 +506,8 @@ class DataFile:
         ):
             note += f"; {words} {', '.join(names)[:300]}" if names else ""
         if not found["problem_type"]:
-            note += "; no problem_type: multiple choice with options, else equal answers are right"
+            how = "rows with options are multiple choice, others need an equal answer"
+            note += f"; no problem_type: {how}"
         return note
 
     def inspect(self, part: Part, first: range) -> tuple[list[str], dict[str, set[str]]]:
@@ -705,7 +708,8 @@ def find_medium(path: str, roots: list[Path]) -> Path:
         raise BadRow(f"path {path[:200]!r} is a folder; list its frames in order")
     if re.fullmatch(r"[\w+/\s-]{99,}=*\s*", path):
         raise BadRow(f"path {path[:40]!r}... is base64; {wanted}")
-    raise BadRow(f"path {path[:200]!r} {'leaves' if outside else 'is not under'} --media-root")
+    where = f"--media-root {' '.join(map(str, roots))[:200]}"
+    raise BadRow(f"path {path[:200]!r} {'leaves' if outside else 'is not under'} {where}")
 
 
 def read_clip(fields: dict[str, Any]) -> dict[str, float]:

@@ -182,10 +182,14 @@ def find_state(args: Any) -> State | None:
     of_all = "prompts_per_step times processes"
     before = state.args | {of_all: state.prompts}
     now = json.loads(json.dumps(asdict(args))) | {of_all: args.prompts_per_step * world_size()}
-    differ = [
-        f"{x} {before.get(x)} -> {now.get(x, 'no such argument')}"
-        for x in now | before
-        if before.get(x) != now.get(x) and x not in args.may_change()
+    same = args.may_change()
+    only = [option(x) for x in now | before if x not in now.keys() & before.keys() | same]
+    another = f"only one of the runs has {', '.join(only)}, so it is of another script or version"
+    differ = [another] if only else []
+    differ += [
+        f"{option(x)} {before[x]} -> {now[x]}"
+        for x in now
+        if x in before and before[x] != now[x] and x not in same
     ]
     changed = [x for x in inputs | state.inputs if inputs.get(x) != state.inputs.get(x)]
     differ += [f"other content: {', '.join(changed[:3])}"] if changed else []
@@ -230,8 +234,8 @@ def write_state(
 
 
 def random_state() -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's random number generators. The scripts draw
-    nothing from them after the start, but a fork may."""
+    """The states of the random number generators on the CPU: Python's, NumPy's and torch's. The
+    scripts draw nothing from them after the start, but a fork may."""
     kind, keys, *rest = np.random.get_state()
     numpy_state = [kind, keys.tolist(), *rest]
     torch_state = torch.get_rng_state().tolist()

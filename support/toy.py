@@ -228,6 +228,12 @@ def sample_scene(rng: random.Random, task: Task, held_out: bool) -> Scene:
             return scene
 
 
+def cell_box(task: Task, cell: int) -> Box:
+    """The box of a cell, counted row by row."""
+    left, top = cell % task.grid * CELL, cell // task.grid * CELL
+    return Box(left, top, left + CELL, top + CELL)
+
+
 def sample_example(
     rng: random.Random, task: Task, held_out: bool = False, caption: bool = False
 ) -> Example:
@@ -244,8 +250,7 @@ def sample_example(
         response = " ".join(f"{shape} {colour}" for shape, _, colour, _, _ in named)
         return Example("list all", "", media, response=response)
     shape, cell, colour, first, last = rng.choice(scene.shapes)
-    left, top = cell % task.grid * CELL, cell // task.grid * CELL
-    box = Box(left, top, left + CELL, top + CELL)
+    box = cell_box(task, cell)
     if task.frames is not None:  # two frames a second, two in a patch
         box = replace(box, start=first, end=last + 0.5)
     thought = f"<think> {shape} {colour} </think> " if task.think else ""

@@ -225,7 +225,7 @@ def test_geometry3k(tmp_path, layout, capsys):
     before = pyarrow.total_allocated_bytes()
     file = datafiles.DataFile(name)
     noted = f"--data {name}: 3 rows, question in problem, answer in answer, media in images; "
-    assert capsys.readouterr().out.startswith(noted + "no problem_type: multiple choice with")
+    assert capsys.readouterr().out.startswith(noted + "no problem_type: rows with options are")
     examples = [file.example(row) for row in range(3)]
     assert [sizes(example) for example in examples] == [[(40, 30)], [(41, 30)], [(42, 30)]]
     assert {(x.problem, x.solution, x.problem_type, x.response) for x in examples} == {
@@ -977,6 +977,11 @@ def test_check_data_names_rows_whose_numbers_are_judged_as_text(media_dir, capsy
     only = "2 solutions are not one number: only identical text is correct"
     assert f"  {only} (example: numbers.jsonl row 2)\n" in report
     assert "bad: numbers.jsonl row 4 (line 4): solution 'green' is not one of the" in report
+    args.eval_data = "nowhere.jsonl"
+    with pytest.raises(UsageError, match=r"^--eval-data nowhere.jsonl: no such file"):
+        data.check_data(args, encode)
+    assert capsys.readouterr().out.count("bad:") == 0  # before a row is read
+    args.eval_data = None
     data.check_data(args, encode, accuracy_rule="exact")
     assert "only identical text" not in capsys.readouterr().out
 

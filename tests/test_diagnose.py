@@ -523,3 +523,28 @@ def test_conclusions_about_the_target_are_those_of_the_rows_that_look_at_it_most
     assert diagnose.conclude(report, arguments())[4].endswith("of the same group.")
     report["planned"]["gap"] = None  # fewer than two groups with right and wrong responses
     assert len(diagnose.conclude(report, arguments())) == 4
+
+
+def test_the_planned_learning_rate_is_that_of_the_run(monkeypatch):
+    """Everything about the one step depends on it."""
+    given = {}
+
+    def prepare(*_, learning_rate, **__):
+        given["rate"] = learning_rate
+        raise ranks.Finished
+
+    monkeypatch.setattr(common, "prepare", prepare)
+    with pytest.raises(ranks.Finished):
+        ral_grpo.main(arguments())
+    for rank in (0, 64):
+        args = arguments(lora_rank=rank, learning_rate=None)
+        assert diagnose.learning_rate(args) == given["rate"](args, None, False)
+
+
+def test_minibatches_of_the_planned_run_do_not_count(cold_start):
+    reports = []
+    for number in (1, 4):
+        args = arguments(eval_examples=1, num_minibatches=number)
+        opened = open_toy(cold_start, args)
+        reports.append(diagnose.diagnose(*opened, args, [1])[0])
+    assert reports[0] == reports[1] and reports[0]["rows"][0]["gradient"] > 0

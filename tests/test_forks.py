@@ -18,6 +18,7 @@ from PIL import Image
 from test_siblings import ROOT, code_lines, top_level
 
 import common
+import eval
 import grpo_baseline
 import ral_grpo
 import sft
@@ -508,3 +509,38 @@ def test_responses_that_share_their_beginning_look_alike(cold_start, rule):
     alike = [len(set(group)) == 1 for group, whole in zip(looked, formed, strict=True) if whole]
     assert len(alike) > 8 and all(alike)
     assert any(len(set(group)) > 1 for group in texts)  # the colours differ
+
+
+def test_the_fork_that_calls_layers_by_their_parts_runs_on_sharded_weights(cold_start, tmp_path):
+    """On a GPU, one process is a group of one, and its weights are sharded."""
+    script = fork("posterior_gaze")
+    fields = {"model": str(cold_start), "steps": 2, "prompts_per_step": 2, "eval_examples": 4}
+    lines = []
+    for name in ("plain", "sharded"):
+        if name == "sharded":
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            script.main(toy_args(script, **fields, out=str(tmp_path / name)))
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+        metrics = json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])
+        lines.append({x: y for x, y in metrics.items() if x.startswith("train/")})
+    assert lines[0]["train/attn_loss"] > 0
+    assert lines[1] == pytest.approx(lines[0], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("task", ["three shapes", "half of the shapes", "guessable"])
+def test_tasks_that_the_results_change_are_drawn_and_counted(task):
+    probe = importlib.import_module("benchmarks.probes").__dict__[task.replace(" ", "_")]
+    with probe():
+        examples = toy.held_out_examples(toy.Task(), 8)
+        training = [toy.training_example(toy.Task(), 1, number) for number in range(8)]
+        fields = {"accuracy": 1.0, "problem_type": "", "target_attn": 0.5}
+        metrics = eval.summarise([fields | {"source": x.source} for x in examples])
+    assert metrics["eval/accuracy"] == 1.0 and all(x.boxes for x in examples)
+    colours = [len(x.solution.split()) for x in (*examples, *training)]
+    assert set(colours) == {3 if task == "three shapes" else 1}
+    held_back = {x.source for x in examples} == {"trained", "held back"}
+    assert held_back == (task == "half of the shapes") == ("eval/accuracy, trained" in metrics)

@@ -1,8 +1,8 @@
 """A fork of `ral_grpo.py`: `diff ral_grpo.py benchmarks/forks/fixed_fraction.py` shows all of it.
 
-Is lambda_attn too small to matter? From the second inner iteration on, this fork chooses lambda
-anew so that the gradient of the attention term has `--attn-fraction` of the norm of the token
-term's. It costs two extra passes per iteration. `--lambda-attn` has no effect.
+Is lambda_attn too small to matter? From the second optimiser step of a rollout on, this fork
+chooses lambda anew so that the gradient of the attention term has `--attn-fraction` of the norm of
+the token term's. It costs two extra passes per step. `--lambda-attn` has no effect.
 
     python benchmarks/forks/fixed_fraction.py --attn-fraction 0.5
 """
@@ -339,7 +339,7 @@ def update(
     schedule = args.num_iterations * minibatches
     for k, minibatch in enumerate(schedule, 1):  # RAL
         responses = sum(batch.rollout.num_responses for batch in minibatch)
-        weight = 0.0  # before the first step the attention term has no gradient
+        weight = 0.0  # before a rollout's first step, whatever the anchor
         if k > 1:
             names = ("pg_loss", "attn_loss")
             pg, attn = (gradient_norm(model, minibatch, name, args) for name in names)

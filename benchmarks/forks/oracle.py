@@ -2,7 +2,8 @@
 
 How much could attention gain at most? In place of the divergence, the attention term is -log of
 the mass on the target, in the row that emits the answer, for every response alike. No method can
-know the target; the toy does.
+know the target; the toy does. The divergence is logged; `--attn-row`, `--attn-reduction` and
+`--attn-anchor` do not change the loss.
 
     python benchmarks/forks/oracle.py --lambda-attn 0.1
 """
@@ -295,15 +296,7 @@ def target_mask(prompts: list[Prompt], batch: PromptBatch) -> Tensor:
 
 
 def loss_terms(scores: common.Scores, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """The terms of the loss for each response, (B, G): means over its tokens, in nats per token.
-
-    Two limits of the attention term [ours; tested, and measured in docs/results.md]:
-      - Near p_old its gradient is A (p_theta - p_old) / (4 p_old). It damps (A > 0) or amplifies
-        the change that the token term has just made to the attention, and knows no other direction.
-      - Responses with the same first s tokens share the own rows of these (and the predicting rows
-        of s + 1), and so the divergences D_t. The loss contains such a row as D_t * sum_i A_i / T_i
-        with T_i the length of response i. If the whole group shares it and has one length, it is 0.
-    """
+    """The terms of the loss for each response, (B, G): means over its tokens, in nats per token."""
     attn = attention_policy(scores.attentions[args.attn_layer], args.attn_row)  # RAL
     pg, clipped = clipped_loss(scores.logps, batch.old_logps, batch.advantages, args.clip_eps)
     kl = torch.zeros_like(pg) if batch.ref_logps is None else k3(scores.logps, batch.ref_logps)
@@ -313,8 +306,8 @@ def loss_terms(scores: common.Scores, batch: Batch, args: Args) -> dict[str, Ten
     terms = {name: common.response_mean(term, scores.mask) for name, term in terms.items()}
     if args.attn_reduction == "sum":  # RAL (eq. 3): T * mean = sum
         terms["attn_loss"] *= scores.mask.sum(-1)  # RAL
-    emits = 2 if args.think else 1  # the row of the shape's name in a thought, or of <answer>
-    rows = scores.attentions[args.attn_layer][:, :, emits]
+    # The row of the shape's name in a thought, or of <answer>.
+    rows = scores.attentions[args.attn_layer][:, :, 2 if args.think else 1]
     p = batch.rollout.prompts.ids.shape[1]  # padding on the left may have been cut
     mass = (rows[..., :p] * batch.target[:, None, -p:]).sum(-1)
     terms["attn_loss"] = -mass.clamp_min(1e-4).log()
@@ -366,6 +359,7 @@ def update(
 def main(args: Args) -> dict[str, float]:
     """Train, evaluate and write the run directory. Returns the metrics of the last step and its
     evaluation in one dictionary."""
+    ranks.require(toy.Task.load(Path(args.model)) is not None, "--model: this fork is for the toy")
     prepared = common.prepare(
         args,
         PROMPTS,

@@ -270,9 +270,8 @@ def posterior_gaze(model: Module, batch: Batch, inputs: list, attn: Tensor, args
     visual = rollout.prompts.patches.to(attn.device) >= 0
     keys = visual.nonzero()[:, 1].view(len(visual), -1)  # prompts have equally many visual tokens
     # Positions in the packed sequence: of the prompt and this response, and of the row in these.
-    steps = torch.arange(t, device=attn.device)
-    places = torch.arange(p, device=attn.device).expand(len(g), -1)
-    places = torch.cat([places, p + t * g[:, None] + steps], dim=1)
+    own = p + t * g[:, None] + torch.arange(t, device=attn.device)
+    places = torch.cat([torch.arange(p, device=attn.device).expand(len(g), -1), own], dim=1)
     at = p - 1 + s
     layer, *above = text.layers[args.attn_layer % len(text.layers) :]
     (states, _), *later = inputs[args.attn_layer % len(text.layers) :]
@@ -314,7 +313,8 @@ def score_policy(model: Module, batch: Batch, args: Args) -> common.Scores:
         batch.old_logps = scores.logps.detach()
     if batch.old_attn is None:
         attn = attention_policy(scores.attentions[args.attn_layer].detach(), "predicting")
-        batch.old_attn = posterior_gaze(model, batch, inputs, attn, args)
+        with common.gathered(model):  # it calls layers by their parts
+            batch.old_attn = posterior_gaze(model, batch, inputs, attn, args)
     return scores
 
 

@@ -3,6 +3,9 @@
 import json
 import os
 import random
+import select
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -278,3 +281,63 @@ def terms_of(script, model, batch, args, teacher=None) -> dict[str, torch.Tensor
     scores = [script.score_policy(model, batch, args)]
     scores += [script.score_teacher(teacher, batch, args)] if teacher else []
     return script.loss_terms(*scores, batch, args)
+
+
+SECONDS = 60  # more than any end or step takes on a busy machine
+
+
+def read(pipe: int, word: str | None = None) -> str:
+    """What comes out of the pipe up to `word`, or to its end."""
+    text = ""
+    while word is None or word not in text:
+        ready, _, _ = select.select([pipe], [], [], SECONDS)
+        assert ready, f"a process is left, silent for {SECONDS} seconds:\n{text[-3000:]}"
+        part = os.read(pipe, 2**16)
+        if not part:
+            break
+        text += part.decode()
+    return text
+
+
+@pytest.fixture(scope="session")
+def server():
+    """A process that has imported everything, and forks for each case: see launch.py."""
+    command = [sys.executable, str(Path(__file__).with_name("launch.py"))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def run(server, tmp_path):
+    """Runs a script as its command line does; returns its exit status and its output, or those of
+    rank 0 and of both ranks. To get a signal, it must wait for it; a negative one goes to its
+    readers as well. See launch.py for `plants` and `folders`."""
+
+    def run(
+        script: str, argv: list, plants: list, signals: tuple = (), ranks: int = 1, folders=()
+    ) -> tuple[int, str]:
+        path = tmp_path / "pipe"
+        os.mkfifo(path)
+        case = {"script": script, "argv": argv, "plants": plants, "folders": folders}
+        case |= {"output": path, "ranks": ranks}
+        print(json.dumps(case, default=str), file=server.stdin, flush=True)
+        child, output = int(server.stdout.readline()), ""
+        pipe = os.open(path, os.O_RDONLY)
+        path.unlink()
+        try:
+            for number in signals:
+                output += read(pipe, "waiting")
+                (os.killpg if number < 0 else os.kill)(child, abs(number))
+            output += read(pipe)
+        except BaseException:
+            os.killpg(child, signal.SIGKILL)
+            raise
+        finally:
+            os.close(pipe)
+            status = os.waitstatus_to_exitcode(int(server.stdout.readline()))
+        return status, output
+
+    return run

@@ -27,11 +27,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the numbers in the tests are a CPU's
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from launch import DRAW, undraw
+
 import common
 import sft
 from support import pictures, toy
 from support.prompts import Processor, Prompt, PromptConfig, collate, encode_prompt
 
+undraw()
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much on a busy machine
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -212,21 +215,21 @@ def cold_start(made_once) -> Path:
     """A toy that has the format and guesses the colour, so that rewards differ within a group."""
 
     def write(folder: Path) -> None:
-        fields = {"steps": 60, "eval_examples": 8, "eval_above": 1.0}
+        fields = {"steps": 60, "prompts_per_step": 16, "eval_examples": 8, "eval_above": 1.0}
         sft.main(toy_args(sft, out=str(folder / "sft"), **fields))
 
     return made_once("cold_start", write) / "sft" / "checkpoint"
 
 
 @pytest.fixture
-def undrawn(monkeypatch):
-    """The pictures of a run are empty files: drawing them takes a third of a toy run."""
-    for name in ("draw_attention", "draw_curves"):
-        monkeypatch.setattr(pictures, name, lambda path, *_: path.touch())
+def drawn(monkeypatch):
+    """The pictures of a run are drawn, as they are without `undraw`."""
+    for name, draw in DRAW.items():
+        monkeypatch.setattr(pictures, name, draw)
 
 
 @pytest.fixture
-def train(cold_start, tmp_path, undrawn):
+def train(cold_start, tmp_path):
     """Run a script's main for a few steps; returns its metrics by step and its final weights."""
 
     def run(script, steps=2, **fields):
@@ -251,7 +254,8 @@ def teacher(made_once) -> Path:
     """A larger toy, with more layers and heads than the student."""
 
     def write(folder: Path) -> None:
-        fields = {"steps": 20, "eval_examples": 8, "eval_above": 1.0, "toy_size": "large"}
+        fields = {"steps": 10, "prompts_per_step": 8, "eval_examples": 8, "eval_above": 1.0}
+        fields |= {"toy_size": "large"}
         sft.main(toy_args(sft, out=str(folder / "sft"), **fields))
 
     return made_once("teacher", write) / "sft" / "checkpoint"

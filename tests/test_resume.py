@@ -21,7 +21,6 @@ import ral_grpo
 import sft
 from support import disk, ranks, runs, states
 
-pytestmark = pytest.mark.usefixtures("undrawn")
 FIELDS = {"steps": 5, "save_every": 2, "eval_every": 2, "learning_rate": 1e-3}
 
 

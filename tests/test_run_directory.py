@@ -176,7 +176,7 @@ def limits_end():
     ],
 )
 def test_what_cannot_be_written_is_one_line(
-    cold_start, tmp_path, monkeypatch, capsys, function, call, size, name, intact
+    drawn, cold_start, tmp_path, monkeypatch, capsys, function, call, size, name, intact
 ):
     owner = {"update": grpo_baseline, "save_model": common}.get(function, pictures)
     out, original, calls = tmp_path / "run", getattr(owner, function), []

@@ -20,8 +20,6 @@ import grpo_baseline
 import kd_baseline
 from support import cli, data, disk, memory, ranks, results, runs, states
 
-ROOT = Path(__file__).parents[1]
-
 
 @pytest.fixture(autouse=True)
 def restored():
@@ -271,10 +269,10 @@ def test_a_resumed_run_is_one_run_at_wandb(args, wandb):
 def test_wandb_starts_after_the_lock_and_its_errors_are_one_line(args, wandb):
     args = replace(args, track=True)
     Path(args.out).mkdir()
-    code = "import sys, time; from pathlib import Path; from support import disk;"
-    code += "x = disk.lock_directory(Path(sys.argv[1])); print(flush=True); time.sleep(600)"
-    command = [sys.executable, "-c", code, args.out]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+    code = "import fcntl, sys, time; x = open(sys.argv[1], 'a'); fcntl.lockf(x, fcntl.LOCK_EX);"
+    code += "print(flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", code, Path(args.out) / disk.LOCK]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         with pytest.raises(ranks.UsageError, match="in use by process"):
             runs.Run(args, data.BadRows())

@@ -54,8 +54,9 @@ def question_first(processor: Processor) -> Processor:
 
 
 # These files take longest. pytest-xdist starts with them, so that no worker is left with one alone.
-LONG = ("test_gpu", "test_resume", "test_exit", "test_scripts", "test_distillation", "test_paper")
-LONG += ("test_ranks", "test_diagnose", "test_base_model", "test_states", "test_gpu_check")
+LONG = ("test_gpu", "test_resume", "test_ranks", "test_exit", "test_scripts", "test_real")
+LONG += ("test_diagnose", "test_distillation", "test_base_model", "test_paper", "test_gpu_check")
+LONG += ("test_attention", "test_forks", "test_run_directory", "test_states")
 
 
 def pytest_collection_modifyitems(items) -> None:

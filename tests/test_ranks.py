@@ -25,7 +25,7 @@ NAMES = ("sft", "grpo_baseline", "ral_grpo", "kd_baseline", "attn_distill", "LoR
 NAMES += ("tied embeddings", "uneven lengths", "minibatches", "vppo")
 
 
-def jobs(real: Path, cold_start: Path, teacher: Path, processes: int) -> list:
+def jobs(real: Path, cold_start: Path, processes: int) -> list:
     """Four prompts a step, whatever the number of processes."""
     fields = RL | {"prompts_per_step": 4 // processes, "workers": 0}
     data = {"data": str(real / "rows.json"), "media_root": (str(real / "media"),), "frames": 4}
@@ -61,16 +61,16 @@ def read(path: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def both(real, cold_start, teacher, tmp_path_factory) -> tuple[Path, Path]:
+def both(real, cold_start, tmp_path_factory) -> tuple[Path, Path]:
     """The runs of one process and of two."""
     folder = tmp_path_factory.mktemp("ranks")
-    (folder / "jobs.json").write_text(json.dumps(jobs(real, cold_start, teacher, 2)))
+    (folder / "jobs.json").write_text(json.dumps(jobs(real, cold_start, 2)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node=2", str(Path(__file__).with_name("ranks.py"))]
     command += [str(folder / "jobs.json"), str(folder / "two")]
     with (folder / "log").open("w") as log:
         two = subprocess.Popen(command, stdout=log, stderr=log)
-        run_all(jobs(real, cold_start, teacher, 1), folder / "one")
+        run_all(jobs(real, cold_start, 1), folder / "one")
         assert two.wait(600) == 0, (folder / "log").read_text()[-5000:]
     return folder / "one", folder / "two"
 
@@ -103,9 +103,9 @@ def test_adapters_are_saved_whole(both):
         assert ("lora_A" in name) or one[name].any(), name
 
 
-def test_one_process_goes_on_where_two_stopped(both, real, cold_start, teacher):
+def test_one_process_goes_on_where_two_stopped(both, real, cold_start):
     """From step 2, whose state has the moments and adapters of both."""
-    _, fields, _ = jobs(real, cold_start, teacher, 1)[5]
+    _, fields, _ = jobs(real, cold_start, 1)[5]
     out = both[1] / "5"
     state = str(out / "state" / "step-000002")
     run_all([("ral_grpo", fields | {"resume": state}, "")], out, names=["."])
@@ -227,7 +227,7 @@ def test_gathered_weights_need_no_hooks(group_of_one, real):
     assert list(layer._forward_hooks) == [*before[1], handle.id]
 
 
-def test_an_evaluation_is_the_same_to_the_letter(both, real, cold_start, teacher):
+def test_an_evaluation_is_the_same_to_the_letter(both, real, cold_start):
     """Two ranks answer what one does, and one finishes what two began."""
     one, two = (folder / "e" for folder in both)
     files = ("predictions.jsonl", "skipped.jsonl", "table.txt", "gaze.html")
@@ -236,6 +236,6 @@ def test_an_evaluation_is_the_same_to_the_letter(both, real, cold_start, teacher
     assert [(two / name).read_bytes() for name in files] == expected
     lines = expected[0].splitlines(keepends=True)
     (two / files[0]).write_bytes(b"".join(lines[:7]) + lines[7][:30])
-    _, fields, _ = jobs(real, cold_start, teacher, 1)[-1]
+    _, fields, _ = jobs(real, cold_start, 1)[-1]
     eval.main(eval.Args(**fields, out=str(two)))
     assert [(two / name).read_bytes() for name in files] == expected

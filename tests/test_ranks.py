@@ -34,6 +34,7 @@ def jobs(real: Path, cold_start: Path, processes: int) -> list:
     taught = {"teacher": str(real / "qwen2_5_vl")}
     third = {name: str(real / "qwen3_vl") for name in ("model", "teacher")}
     strong = {"lambda_attn": 10.0}
+    on_toy = {"model": str(cold_start), "num_iterations": 2}
     # One prompt a forward: both compute in the same shapes, and round in the same way.
     one_prompt = {"micro_batch_size": 1}
     demonstrations = {k: v for k, v in fields.items() if k != "group_size"}
@@ -46,11 +47,11 @@ def jobs(real: Path, cold_start: Path, processes: int) -> list:
         ("kd_baseline", fields | data | taught, ""),
         ("attn_distill", fields | data | third | one_prompt | {"train_vision": True}, ""),
         ("ral_grpo", fields | data | {"lora_rank": 4, "save_every": 1, "steps": 3}, ""),
-        ("ral_grpo", fields | strong | {"model": str(cold_start)}, "idle"),
+        ("ral_grpo", fields | strong | on_toy, "idle"),
         ("ral_grpo", fields | data | strong | one_prompt | {"model": str(real / "tied")}, ""),
-        ("ral_grpo", fields | strong | {"model": str(cold_start)}, "uneven"),
-        ("ral_grpo", fields | strong | {"model": str(cold_start), "num_minibatches": 2}, ""),
-        ("benchmarks.forks.vppo", fields | {"model": str(cold_start)}, ""),
+        ("ral_grpo", fields | strong | on_toy, "uneven"),
+        ("ral_grpo", fields | strong | on_toy | {"num_minibatches": 2}, ""),
+        ("benchmarks.forks.vppo", fields | on_toy, ""),
         ("eval", data | evaluation, ""),
     ]
 

@@ -3,6 +3,9 @@
 import json
 import os
 import random
+import select
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +27,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the numbers in the tests are a CPU's
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from launch import DRAW, undraw
+
 import common
 import sft
 from support import pictures, toy
 from support.prompts import Processor, Prompt, PromptConfig, collate, encode_prompt
 
+undraw()
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much on a busy machine
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -48,8 +54,9 @@ def question_first(processor: Processor) -> Processor:
 
 
 # These files take longest. pytest-xdist starts with them, so that no worker is left with one alone.
-LONG = ("test_gpu", "test_resume", "test_exit", "test_scripts", "test_distillation", "test_paper")
-LONG += ("test_ranks", "test_diagnose", "test_base_model", "test_states", "test_gpu_check")
+LONG = ("test_gpu", "test_resume", "test_ranks", "test_exit", "test_scripts", "test_real")
+LONG += ("test_diagnose", "test_distillation", "test_base_model", "test_paper", "test_gpu_check")
+LONG += ("test_attention", "test_forks", "test_run_directory", "test_states")
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -209,21 +216,21 @@ def cold_start(made_once) -> Path:
     """A toy that has the format and guesses the colour, so that rewards differ within a group."""
 
     def write(folder: Path) -> None:
-        fields = {"steps": 60, "eval_examples": 8, "eval_above": 1.0}
+        fields = {"steps": 60, "prompts_per_step": 16, "eval_examples": 8, "eval_above": 1.0}
         sft.main(toy_args(sft, out=str(folder / "sft"), **fields))
 
     return made_once("cold_start", write) / "sft" / "checkpoint"
 
 
 @pytest.fixture
-def undrawn(monkeypatch):
-    """The pictures of a run are empty files: drawing them takes a third of a toy run."""
-    for name in ("draw_attention", "draw_curves"):
-        monkeypatch.setattr(pictures, name, lambda path, *_: path.touch())
+def drawn(monkeypatch):
+    """The pictures of a run are drawn, as they are without `undraw`."""
+    for name, draw in DRAW.items():
+        monkeypatch.setattr(pictures, name, draw)
 
 
 @pytest.fixture
-def train(cold_start, tmp_path, undrawn):
+def train(cold_start, tmp_path):
     """Run a script's main for a few steps; returns its metrics by step and its final weights."""
 
     def run(script, steps=2, **fields):
@@ -248,7 +255,8 @@ def teacher(made_once) -> Path:
     """A larger toy, with more layers and heads than the student."""
 
     def write(folder: Path) -> None:
-        fields = {"steps": 20, "eval_examples": 8, "eval_above": 1.0, "toy_size": "large"}
+        fields = {"steps": 10, "prompts_per_step": 8, "eval_examples": 8, "eval_above": 1.0}
+        fields |= {"toy_size": "large"}
         sft.main(toy_args(sft, out=str(folder / "sft"), **fields))
 
     return made_once("teacher", write) / "sft" / "checkpoint"
@@ -278,3 +286,63 @@ def terms_of(script, model, batch, args, teacher=None) -> dict[str, torch.Tensor
     scores = [script.score_policy(model, batch, args)]
     scores += [script.score_teacher(teacher, batch, args)] if teacher else []
     return script.loss_terms(*scores, batch, args)
+
+
+SECONDS = 60  # more than any end or step takes on a busy machine
+
+
+def read(pipe: int, word: str | None = None) -> str:
+    """What comes out of the pipe up to `word`, or to its end."""
+    text = ""
+    while word is None or word not in text:
+        ready, _, _ = select.select([pipe], [], [], SECONDS)
+        assert ready, f"a process is left, silent for {SECONDS} seconds:\n{text[-3000:]}"
+        part = os.read(pipe, 2**16)
+        if not part:
+            break
+        text += part.decode()
+    return text
+
+
+@pytest.fixture(scope="session")
+def server():
+    """A process that has imported everything, and forks for each case: see launch.py."""
+    command = [sys.executable, str(Path(__file__).with_name("launch.py"))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        yield process
+        process.stdin.close()
+
+
+@pytest.fixture
+def run(server, tmp_path):
+    """Runs a script as its command line does; returns its exit status and its output, or those of
+    rank 0 and of both ranks. To get a signal, it must wait for it; a negative one goes to its
+    readers as well. See launch.py for `plants` and `folders`."""
+
+    def run(
+        script: str, argv: list, plants: list, signals: tuple = (), ranks: int = 1, folders=()
+    ) -> tuple[int, str]:
+        path = tmp_path / "pipe"
+        os.mkfifo(path)
+        case = {"script": script, "argv": argv, "plants": plants, "folders": folders}
+        case |= {"output": path, "ranks": ranks}
+        print(json.dumps(case, default=str), file=server.stdin, flush=True)
+        child, output = int(server.stdout.readline()), ""
+        pipe = os.open(path, os.O_RDONLY)
+        path.unlink()
+        try:
+            for number in signals:
+                output += read(pipe, "waiting")
+                (os.killpg if number < 0 else os.kill)(child, abs(number))
+            output += read(pipe)
+        except BaseException:
+            os.killpg(child, signal.SIGKILL)
+            raise
+        finally:
+            os.close(pipe)
+            status = os.waitstatus_to_exitcode(int(server.stdout.readline()))
+        return status, output
+
+    return run

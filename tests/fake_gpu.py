@@ -99,6 +99,8 @@ class Memory(TorchDispatchMode):
         self.peak, self.at = self.now.total(), Counter(self.now)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default:  # autograd asks this more often than all else
+            return args[0].fake_device
         if func is torch.ops.aten._local_scalar_dense.default:
             return self.answer(args[0].dtype)
         if func is torch.ops._c10d_functional.wait_tensor.default:
@@ -332,7 +334,7 @@ def step(
     processes: int,
     device: str = "cpu",
     padded: bool = False,
-    decoded: int = 2,
+    decoded: int = 1,
 ) -> dict[str, Counter]:
     """Run the rollout, the reference pass and the update of `script` on a fake GPU; returns what
     was alive at the peak of each phase, in bytes by what it is for.
@@ -415,20 +417,27 @@ def step(
             script.Batch(rollout[cut], advantages[cut], *(rollout[cut] for _ in teachers))
             for cut in cuts
         ]
-        # The last two are scored and trained on. The others' values are alive meanwhile.
-        for batch in batches[:-2]:
-            batch.old_logps = batch.ref_logps = torch.empty(size, g, t, device=device)
-            if hasattr(batch, "old_attn"):
-                batch.old_attn = torch.empty(size, g, t, prompt + t, device=device)
+        # The last one is scored and trained on. The others' values, and in the update the gradients
+        # that they have left, are alive meanwhile.
+        for batch in batches[:-1]:
+            batch.ref_logps = torch.empty(size, g, t, device=device)
         with common.without_adapters(reference):
-            script.score_reference(reference, batches[-2:], args)
+            script.score_reference(reference, batches[-1:], args)
         phase("reference")
         if device == "cuda":
             with torch.no_grad():
                 terms_of(script, model, batches[-1], args, *teachers)
             phase("update")
             return peaks
-        script.update(model, *teachers, optimizer, batches[-2:], args)
+        for batch in batches[:-1]:
+            batch.old_logps = torch.empty_like(batch.ref_logps)
+            if hasattr(batch, "old_attn"):
+                batch.old_attn = torch.empty(size, g, t, prompt + t)
+        memory.new = "gradients"
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        memory.new = "activations"
+        script.update(model, *teachers, optimizer, batches[-1:], args)
         phase("update")
         assert all(p.grad is None for p in parameters)
     return peaks

@@ -1,7 +1,10 @@
 """Runs scripts as their command lines do, with something planted in them, up to the end of the
-interpreter. Each line of standard input is a case, which runs in a fork: that saves the seconds it
-takes to import PyTorch. Of each, the process id is printed, and then what `waitpid` says of it."""
+interpreter; started by the fixture `server`. Each line of standard input is a case, which runs in a
+fork: that saves the seconds it takes to import PyTorch. Of each, the process id is printed, and
+then what `waitpid` says of it."""
 
+import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -18,9 +21,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from support import cli, ranks, toy
+from support import cli, pictures, ranks, toy
 
 FRAMES = []
+DRAW = {name: getattr(pictures, name) for name in ("draw_attention", "draw_curves")}
+
+
+def undraw() -> None:
+    """Make the pictures of a run empty files: drawing them takes a third of a toy run."""
+    for name in DRAW:
+        setattr(pictures, name, lambda path, *_: path.touch())
 
 
 def keep(*_) -> None:
@@ -71,22 +81,43 @@ def full(*_) -> None:
     raise OSError(28, "No space left on device")
 
 
+def mount_disk(*_) -> None:
+    """Put a disk of 12 MB, which this process alone sees, at the working directory."""
+    libc, place = ctypes.CDLL(None), os.getcwd()
+    ids = {"uid_map": f"0 {os.getuid()} 1", "setgroups": "deny", "gid_map": f"0 {os.getgid()} 1"}
+    if libc.unshare(0x10020000) == 0:  # namespaces of its own, of users and of mounts
+        for name, text in ids.items():
+            Path("/proc/self", name).write_text(text)
+        if libc.mount(b"tmpfs", os.fsencode(place), b"tmpfs", 0, b"size=12m") == 0:
+            return os.chdir(place)
+    raise ranks.UsageError("no mounts here")
+
+
+def fill_disk(*_) -> None:
+    """Fill the disk of the working directory to its last byte."""
+    with open("filler", "wb", buffering=0) as file:
+        for size in (2**20, 2**10, 1):
+            with contextlib.suppress(OSError):
+                while file.write(bytes(size)):
+                    pass
+
+
 def hang(prompts, n: int) -> None:
     """Never read the third step's prompts; called by `Prompts.__getitem__` in a reader."""
     while prompts.seed is not None and n >= 4:
         time.sleep(1)
 
 
-def plant(place: str, do: str, calls: int = sys.maxsize) -> None:
-    """Call the function `do` before each of the first `calls` calls of `place`."""
+def plant(place: str, do: str, first: int = 1, last: int = sys.maxsize) -> None:
+    """Call the function `do` before the `first` to the `last` call of `place`, counted from 1."""
     owner, _, name = place.rpartition(".")
     owner = pkgutil.resolve_name(owner)
-    function, left = getattr(owner, name), calls
+    function, calls = getattr(owner, name), 0
 
     def planted(*args, **kwargs):
-        nonlocal left
-        left -= 1
-        if left >= 0:
+        nonlocal calls
+        calls += 1
+        if first <= calls <= last:
             globals()[do](*args)
         return function(*args, **kwargs)
 
@@ -112,7 +143,8 @@ def launch(case: dict) -> None:
 def fork(case: dict) -> int:
     """Start a case in a session of its own, as two ranks if it says so; returns the process id, or
     0 in the new processes. Their output goes to the named pipe `output`, which is at its end when
-    no process of the case is left."""
+    no process of the case is left. Given `folders`, each rank works in its own, as on a host of its
+    own."""
     child = os.fork()
     if child == 0:
         os.setsid()
@@ -122,11 +154,15 @@ def fork(case: dict) -> int:
             os.dup2(new, old)
         os.close(output)
         sys.stderr = os.fdopen(2, "w", 1, closefd=False)  # of the parent, it may be a file
+        folders, rank = case["folders"], 0
         if case["ranks"] == 2:  # torchrun would import PyTorch twice
             with socket.create_server(("localhost", 0)) as free:
                 port = str(free.getsockname()[1])
+            rank = 0 if os.fork() else 1
             os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-            os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if os.fork() else "1"
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(0 if folders else rank)}
+        if folders:
+            os.chdir(folders[rank])
     return child
 
 
@@ -134,6 +170,7 @@ if __name__ == "__main__":
     names = ("sft", "grpo_baseline", "ral_grpo", "kd_baseline", "attn_distill", "eval")
     for name in (*names, "matplotlib.pyplot", "torch.utils.tensorboard"):
         importlib.import_module(name)
+    undraw()
     # A shell may have started the tests in the background, where Ctrl-C is ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.freeze()  # collecting what was imported would copy it in every fork

@@ -9,6 +9,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from launch import undraw
+
 import common
 from support import checkpoints, ranks, toy
 
@@ -70,6 +72,7 @@ def run_all(jobs: list[tuple[str, dict, str]], out: Path, names=FOLDERS) -> None
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    undraw()
     ranks.start_ranks()
     if ranks.rank() != 0:  # one process reads the checkpoint for all
         checkpoints.AutoModelForImageTextToText.from_pretrained = None

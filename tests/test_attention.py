@@ -10,13 +10,13 @@ import common
 import ral_grpo
 
 
-def eager_policy(model, prompt, ids, layer, row):
-    """Head-averaged attention (T, P + T) by transformers' eager path, one response, unpacked."""
-    p, t = len(prompt.ids), len(ids)
-    attention = unpacked(model, prompt, ids, output_attentions=True).attentions[layer][0].mean(0)
+def eager_policy(attention, p, row):
+    """The policy (T, P + T) of one unpacked response, from head-averaged attention (P + T, P + T)
+    by transformers' eager path."""
     if row == "predicting":
-        return attention[p - 1 : p + t - 1]
-    rows = attention[p:] * (torch.arange(p + t) != torch.arange(p, p + t)[:, None])
+        return attention[p - 1 : -1]
+    n = len(attention)
+    rows = attention[p:] * (torch.arange(n) != torch.arange(p, n)[:, None])
     return rows / rows.sum(-1, keepdim=True)
 
 
@@ -46,17 +46,16 @@ def test_captured_attention_is_eager_attention(
     assert all(policy.isfinite().all() for policy in policies.values())
     longest = rollout.prompts.ids.shape[1]
     captured, expected, ours, theirs = [], [], 0.0, 0.0
-    for layer in policies:
-        for b, prompt in enumerate(prompts):
-            for g in range(3):
-                t = int(rollout.response_mask[b, g].sum())
-                pad = longest - len(prompt.ids)
+    for b, prompt in enumerate(prompts):
+        for g in range(3):
+            ids = rollout.response_ids[b, g][rollout.response_mask[b, g]]
+            t, p = len(ids), len(prompt.ids)
+            attentions = unpacked(eager, prompt, ids, output_attentions=True).attentions
+            for layer in policies:
                 policy = policies[layer][b, g, :t]
-                assert policy[:, :pad].abs().max() == 0 if pad else True
-                policy = torch.cat(
-                    [policy[:, pad:longest], policy[:, longest : longest + t]], dim=1
-                )
-                reference = eager_policy(eager, prompt, rollout.response_ids[b, g, :t], layer, row)
+                assert not policy[:, : longest - p].any()
+                policy = policy[:, longest - p : longest + t]
+                reference = eager_policy(attentions[layer][0].mean(0), p, row)
                 weights = torch.randn(policy.shape, generator=generator)
                 ours, theirs = ours + (policy * weights).sum(), theirs + (reference * weights).sum()
                 captured.append(policy.flatten())

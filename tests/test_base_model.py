@@ -24,7 +24,6 @@ import sft
 from support import ranks
 from support.prompts import Example, Media, collate, encode_prompt
 
-pytestmark = pytest.mark.usefixtures("undrawn")
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 SMALL = {"steps": 1, "prompts_per_step": 2, "micro_batch_size": 1, "max_new_tokens": 4}
 SMALL |= {"eval_examples": 2, "workers": 0, "learning_rate": 1e-3, "grid": 3}

@@ -192,7 +192,8 @@ def test_movement_and_what_is_left_of_the_term(diagnosed, cold_start, layer, row
 
 def test_the_cold_starts_term_cancels_where_its_responses_are_equally_long(cold_start):
     """With the optimiser of `docs/results.md`: what that page says of the cancellation."""
-    args = arguments(**ral_grpo.TOY | {"prompts": 16, "group_size": 8, "temperature": 1.0})
+    fields = {"prompts": 16, "group_size": 8, "temperature": 1.0, "eval_examples": 1}
+    args = arguments(**ral_grpo.TOY | fields)
     model, processor, prompts = open_toy(cold_start, args)
     batch = collate(model, prompts, processor.tokenizer.pad_token_id)
     rollout, _, rewards, _ = ral_grpo.roll_out(model, processor, prompts, batch, args)

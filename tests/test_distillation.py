@@ -225,7 +225,7 @@ def test_frame_bins_are_a_plain_loop(loaded, kinds):
 
 
 def test_reproduce_measures_a_students_gaze_against_its_teachers(
-    cold_start, teacher, tmp_path, monkeypatch, undrawn
+    cold_start, teacher, tmp_path, monkeypatch
 ):
     """One cell of distillation, whole, from a cold start and a teacher that are there."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

@@ -154,13 +154,13 @@ def test_a_prompt_configuration_that_cannot_be_used_is_one_line(real, tmp_path, 
             common.load_processor(tmp_path / "checkpoint")
 
 
-def test_a_rank_whose_rows_are_all_bad_draws_nothing(tmp_path):
+def test_a_rank_whose_rows_are_all_bad_draws_nothing(drawn, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 0.5}\n')
     pictures.draw_run(tmp_path, {"before": [], "after": []}, ["train/loss"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
 
 
-def test_dollars_are_no_formula(cold_start, tmp_path):
+def test_dollars_are_no_formula(drawn, tmp_path):
     """Rows of geometry have LaTeX in questions and answers."""
     record = {"accuracy": 0.0, "response": r"<answer>$$ \foo$</answer>"}
     record |= {"problem": r"Is $\parallelogram ABCD$ a square?", "solution": "$x"}

@@ -1,22 +1,14 @@
 """Every end of a process, wanted or not, comes within seconds and ends its readers too."""
 
-import json
-import os
-import select
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-LAUNCH = Path(__file__).with_name("launch.py")
 SCRIPTS = ("sft", "grpo_baseline", "ral_grpo", "kd_baseline", "attn_distill")
 LOOP = "support.runs.Stopwatch.lap"  # what every training loop calls, with readers at work
 STOPPED = "\nstopped by Ctrl-C; what was saved before is intact\n"
-SECONDS = 60  # more than any end may take on a busy machine
 
 
 def argv(real: Path, folder: Path, script: str, workers: int = 2) -> list:
@@ -37,59 +29,6 @@ def argv(real: Path, folder: Path, script: str, workers: int = 2) -> list:
     if script in ("kd_baseline", "attn_distill"):
         words += ["--teacher", real / "qwen2_vl"]
     return [str(word) for word in words]
-
-
-def read(pipe: int, word: str | None = None) -> str:
-    """What comes out of the pipe up to `word`, or to its end."""
-    text, limit = "", time.monotonic() + SECONDS
-    while word is None or word not in text:
-        ready, _, _ = select.select([pipe], [], [], max(0, limit - time.monotonic()))
-        assert ready, f"a process is left after {SECONDS} seconds:\n{text[-3000:]}"
-        part = os.read(pipe, 2**16)
-        if not part:
-            break
-        text += part.decode()
-    return text
-
-
-@pytest.fixture(scope="module")
-def server():
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, str(LAUNCH)], env=environment, **pipes) as process:
-        yield process
-        process.stdin.close()
-
-
-@pytest.fixture
-def run(server, tmp_path):
-    """Runs a script and returns exit status and output. To get a signal, it must wait for it; a
-    negative one goes to its readers as well."""
-
-    def run(
-        script: str, argv: list, plants: list, signals: tuple = (), ranks: int = 1
-    ) -> tuple[int, str]:
-        pipe = str(tmp_path / "pipe")
-        os.mkfifo(pipe)
-        case = {"script": script, "argv": argv, "plants": plants}
-        case |= {"output": pipe, "ranks": ranks}
-        print(json.dumps(case), file=server.stdin, flush=True)
-        child, output = int(server.stdout.readline()), ""
-        pipe = os.open(pipe, os.O_RDONLY)
-        try:
-            for number in signals:
-                output += read(pipe, "waiting")
-                (os.killpg if number < 0 else os.kill)(child, abs(number))
-            output += read(pipe)
-        except BaseException:
-            os.killpg(child, signal.SIGKILL)
-            raise
-        finally:
-            os.close(pipe)
-            status = os.waitstatus_to_exitcode(int(server.stdout.readline()))
-        return status, output
-
-    return run
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -171,7 +110,7 @@ def test_ctrl_c_while_loading_is_one_line(run, real, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_to_all_processes_finishes_the_step(run, real, tmp_path, number):
-    plants = [(LOOP, "wait", 1)]
+    plants = [(LOOP, "wait", 1, 1)]
     status, output = run("ral_grpo", argv(real, tmp_path, "ral_grpo"), plants, (-number,))
     assert status == 0 and "stopped after step 1; resume with: python" in output
     assert "readers: 2" in output

@@ -455,8 +455,8 @@ def test_the_layer_that_is_trained_is_evaluated(cold_start, tmp_path, monkeypatc
 
     monkeypatch.setattr(fork(name), "evaluate", evaluate)
     with pytest.raises(LookupError, match=r"^0$"):
-        options = {"model": str(cold_start), "out": str(tmp_path), "attn_layer": 0}
-        fork(name).main(toy_args(fork(name), **options))
+        options = {"model": str(cold_start), "out": str(tmp_path), "eval_examples": 2}
+        fork(name).main(toy_args(fork(name), attn_layer=0, **options))
 
 
 @pytest.mark.parametrize("rule", ["above-chance", "brightest"])

@@ -68,7 +68,7 @@ def downloads(tmp_path, monkeypatch):
     )
 
 
-@pytest.mark.usefixtures("downloads", "undrawn")
+@pytest.mark.usefixtures("downloads")
 def test_the_page_runs(monkeypatch):
     rewards = cycle((0.0, 1.0))  # random weights answer nothing
     monkeypatch.setattr(common, "accuracy", lambda *_: next(rewards))

@@ -77,7 +77,7 @@ CASES += [(sft, "qwen3_vl"), (attn_distill, "qwen3_vl")]
 
 
 @pytest.mark.parametrize(("script", "family"), CASES)
-def test_train_save_and_evaluate(real, tmp_path, monkeypatch, script, family):
+def test_train_save_and_evaluate(drawn, real, tmp_path, monkeypatch, script, family):
     fields = {"data": str(real / "rows.jsonl")} if script is ral_grpo else {}
     fields |= {"think": False} if script is grpo_baseline else {}
     drawn, draw = [], pictures.draw_gaze

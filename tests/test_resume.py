@@ -21,8 +21,8 @@ import ral_grpo
 import sft
 from support import disk, ranks, runs, states
 
-pytestmark = pytest.mark.usefixtures("undrawn")
 FIELDS = {"steps": 5, "save_every": 2, "eval_every": 2, "learning_rate": 1e-3}
+FIELDS |= {"num_iterations": 2}
 
 
 class Killed(BaseException):
@@ -53,7 +53,8 @@ def kill(monkeypatch, owner, name: str, call: int, when: str = "before") -> None
 def fields_of(script, model: Path, teacher: Path, **changed) -> dict:
     fields = SMALL | FIELDS | {"model": str(model)}
     if script is sft:
-        fields = {k: v for k, v in fields.items() if k != "group_size"} | {"stop_accuracy": 2.0}
+        del fields["group_size"], fields["num_iterations"]
+        fields["stop_accuracy"] = 2.0
     if script is attn_distill:
         fields |= {"teacher": str(teacher)}
     return fields | changed

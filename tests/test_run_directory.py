@@ -2,12 +2,14 @@
 
 import importlib
 import json
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 from conftest import SMALL, load, toy_args
 from launch import defaults_of
 from safetensors import SafetensorError
+from torch.utils.data import DataLoader
 
 import attn_distill
 import common
@@ -29,7 +32,6 @@ from support import cli, data, disk, pictures, ranks, runs
 
 ROOT = Path(__file__).parents[1]
 FIELDS = SMALL | {"steps": 4, "save_every": 2, "eval_every": 4, "learning_rate": 1e-3}
-CHILD_ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(autouse=True)
@@ -50,20 +52,15 @@ def locked(out: Path) -> bool:
 
 # The lock
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from torch.utils.data import DataLoader
-import grpo_baseline
-from support import data, disk, runs
 
-run = runs.Run(grpo_baseline.Args(out=sys.argv[1]), data.BadRows())
-other = disk.lock_directory(Path(sys.argv[2]))
-readers = iter(DataLoader(range(1000), num_workers=2))
-next(readers)
-print("readers", *(reader.pid for reader in readers._workers), flush=True)
-time.sleep(600)
-"""
+def hold(run: Path, evaluation: Path, pipe) -> None:
+    """Run and evaluate without end, with two readers, whose ids go to the pipe."""
+    held = (runs.Run(grpo_baseline.Args(out=str(run)), data.BadRows()),)
+    held += (disk.lock_directory(evaluation),)
+    readers = iter(DataLoader(range(1000), num_workers=2))
+    next(readers)
+    pipe.send([reader.pid for reader in readers._workers])
+    time.sleep(600)
 
 
 @pytest.fixture
@@ -71,13 +68,14 @@ def holder(cold_start, tmp_path):
     """A process with a run at `run` and an evaluation at `eval`, and the ids of its readers."""
     args = toy_args(eval, model=str(cold_start), examples=2, out=str(tmp_path / "eval"))
     eval.main(args)
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "run"), str(tmp_path / "eval")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=CHILD_ENV)
-    lines = iter(process.stdout.readline, "")
-    words = next(line for line in lines if line.startswith("readers")).split()
-    yield process, [int(word) for word in words[1:]]
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    process = fork.Process(target=hold, args=(tmp_path / "run", tmp_path / "eval", theirs))
+    process.start()
+    theirs.close()  # so that the pipe ends with the process
+    yield process, ours.recv()
     process.kill()
-    process.wait()
+    process.join()
 
 
 def test_a_directory_in_use_is_refused_until_its_process_is_gone(holder, cold_start, tmp_path):
@@ -94,7 +92,7 @@ def test_a_directory_in_use_is_refused_until_its_process_is_gone(holder, cold_st
             eval.main(replace(args, overwrite=overwrite))
     assert sorted(tmp_path.rglob("*")) == before
     process.kill()
-    process.wait()
+    process.join()
     for reader in readers:  # they outlive it for a while, and must not keep the lock
         os.kill(reader, signal.SIGSTOP)
     assert not locked(tmp_path / "run") and not locked(tmp_path / "eval")
@@ -137,18 +135,15 @@ def test_checking_data_needs_no_lock(tmp_path, monkeypatch):
     runs.check_run(toy_args(grpo_baseline, out=str(tmp_path / "run"), check_data=True))
 
 
-def test_all_ranks_learn_of_a_refusal(cold_start, tmp_path):
+def test_all_ranks_learn_of_a_refusal(run, cold_start, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     disk.write_record(out, disk.TRAINING_RUN, {})
     with disk.lock_directory(out):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node=2", "grpo_baseline.py", "--model", cold_start, "--out", out]
-        ended = subprocess.run(
-            command, cwd=ROOT, env=CHILD_ENV, capture_output=True, text=True, timeout=300
-        )
-    errors = {line for line in ended.stderr.splitlines() if line.startswith("error: ")}
-    assert ended.returncode != 0 and len(errors) == 1, ended.stderr
+        words = ["--model", cold_start, "--out", out]
+        status, output = run("grpo_baseline", words, [], ranks=2)
+    errors = {line for line in output.splitlines() if line.startswith("error: ")}
+    assert status == 2 and len(errors) == 1 and "Traceback" not in output, output
     assert f"--out {out}: in use by process {os.getpid()} on" in errors.pop()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -182,7 +177,7 @@ def limits_end():
     ],
 )
 def test_what_cannot_be_written_is_one_line(
-    cold_start, tmp_path, monkeypatch, capsys, function, call, size, name, intact
+    drawn, cold_start, tmp_path, monkeypatch, capsys, function, call, size, name, intact
 ):
     owner = {"update": grpo_baseline, "save_model": common}.get(function, pictures)
     out, original, calls = tmp_path / "run", getattr(owner, function), []
@@ -201,58 +196,29 @@ def test_what_cannot_be_written_is_one_line(
     assert not list(out.rglob(disk.PART))
 
 
-FILL = """
-import os, sys
-import grpo_baseline
-from support import cli
-
-update, calls = grpo_baseline.update, []
-
-def fill(*args):
-    calls.append(1)
-    if len(calls) == 3 and FULL:
-        with open(os.path.join(sys.argv[-1], "..", "filler"), "wb", buffering=0) as file:
-            for size in (2**20, 2**10, 1):
-                try:
-                    while file.write(bytes(size)):
-                        pass
-                except OSError:
-                    pass
-    return update(*args)
-
-grpo_baseline.update = fill
-cli.run_script(grpo_baseline.Args, grpo_baseline.main, "", lambda: grpo_baseline.TOY)
-"""
+# What fills the disk before the third update: another program, or this run's own states.
+FULL = {
+    "fill": ([("grpo_baseline.update", "fill_disk", 3, 3)], {}),
+    "grow": ([], {"save_every": 1, "keep": 9}),
+}
 
 
-@pytest.fixture
-def tmpfs(tmp_path):
-    """The start of a command that has a disk of 12 MB of its own at `tmp_path / "disk"`."""
-    (tmp_path / "disk").mkdir()
-    mount = f"mount -t tmpfs -o size=12m tmpfs {tmp_path / 'disk'}"
-    start = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount + ' && exec "$@"', "sh"]
-    if not shutil.which("unshare") or subprocess.run([*start, "true"]).returncode:
+@pytest.mark.parametrize("mode", FULL)
+def test_a_full_disk_is_one_line(run, cold_start, tmp_path, mode):
+    plants, changed = FULL[mode]
+    disk, fields = tmp_path / "disk", FIELDS | {"model": cold_start} | changed
+    disk.mkdir()
+    argv = [f"--{k.replace('_', '-')}={v}" for k, v in fields.items()] + ["--out", disk / "run"]
+    plants = [("support.cli.start_ranks", "mount_disk"), *plants]
+    status, output = run("grpo_baseline", argv, plants, folders=[disk])
+    if output == "error: no mounts here\n":
         pytest.skip("no mounts here")
-    return start
-
-
-@pytest.mark.parametrize("mode", ["fill", "grow"])
-def test_a_full_disk_is_one_line(tmpfs, cold_start, tmp_path, mode):
-    """It is filled by another program, or by this run's third state."""
-    out = tmp_path / "disk" / "run"
-    (tmp_path / "run.py").write_text(FILL.replace("FULL", repr(mode == "fill")))
-    fields = (
-        FIELDS | {"model": cold_start} | ({"save_every": 1, "keep": 9} if mode == "grow" else {})
-    )
-    options = [f"--{k.replace('_', '-')}={v}" for k, v in fields.items()]
-    command = [*tmpfs, sys.executable, str(tmp_path / "run.py"), *options, "--out", str(out)]
-    ended = subprocess.run(command, env=CHILD_ENV, capture_output=True, text=True, timeout=300)
-    lines = [line for line in ended.stderr.splitlines() if "error" in line.lower()]
-    assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
-    assert len(lines) == 1 and "Exception" not in ended.stderr, ended.stderr
+    lines = [line for line in output.splitlines() if "error" in line.lower()]
+    assert status == 2 and "Traceback" not in output, output
+    assert len(lines) == 1 and "Exception" not in output, output
     assert "cannot be written (" in lines[0] and "No space left" in lines[0], lines
     assert (mode == "grow") == ("state/step-000003 cannot be written" in lines[0])
-    assert lines[0].endswith(f"intact: {out}/state/step-000002")
+    assert lines[0].endswith(f"intact: {disk}/run/state/step-000002")
 
 
 def test_an_evaluation_that_cannot_be_written_is_one_line(cold_start, tmp_path, capsys):

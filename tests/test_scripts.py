@@ -313,6 +313,7 @@ def test_the_hint_what_to_run_next_names_model_and_data():
     assert cli.same_inputs(ral_grpo.Args()) == ""
 
 
+FEW = ["--eval-examples", "64"]  # some are right
 BAD = [  # script, command line, what the one line must name
     (grpo_baseline, ["--group-size", "1"], ["--group-size", "1", "2 or more"]),
     (grpo_baseline, ["--steps", "0"], ["--steps", "0", "above 0"]),
@@ -323,12 +324,12 @@ BAD = [  # script, command line, what the one line must name
     (grpo_baseline, ["--model", "COLD", "--out", "BUSY/thesis.tex"], ["--out", "is a file"]),
     (grpo_baseline, ["--model", "COLD", "--out", "BUSY/thesis.tex/x"], ["--out", "written to"]),
     (kd_baseline, ["--model", "COLD"], ["--teacher", "python sft.py --toy-size large"]),
-    (attn_distill, ["--model", "COLD", "--teacher", "EMPTY"], ["--teacher", "config.json"]),
-    (sft, ["--model", "COLD", "--stop-accuracy", "0.000001"], ["--stop-accuracy", "raise it"]),
+    (attn_distill, ["--model", "COLD", "--teacher", "EMPTY", *FEW], ["--teacher", "config.json"]),
+    (sft, ["--model", "COLD", "--stop-accuracy", "1e-6", *FEW], ["--stop-accuracy", "raise it"]),
     (grpo_baseline, ["--model", "nowhere"], ["--model", "nowhere", "directory"]),
     (grpo_baseline, [], ["--model", "python sft.py"]),
     (ral_grpo, [], ["--model", "python sft.py"]),
-    (ral_grpo, ["--model", "COLD", "--attn-layer", "2"], ["--attn-layer", "2", "layers"]),
+    (ral_grpo, ["--model", "COLD", "--attn-layer", "2", *FEW], ["--attn-layer", "2", "layers"]),
     (ral_grpo, ["--model", "COLD", "--frames", "8"], ["--frames", "8", "sft.py"]),
     (ral_grpo, ["--model", "COLD", "--think"], ["--think", "sft.py"]),
     (ral_grpo, ["--lambda-attn", "-1"], ["--lambda-attn", "-1"]),

@@ -4,7 +4,6 @@ enough for most of it."""
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,8 +19,6 @@ import eval
 import grpo_baseline
 import kd_baseline
 from support import cli, data, disk, memory, ranks, results, runs, states
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -272,10 +269,10 @@ def test_a_resumed_run_is_one_run_at_wandb(args, wandb):
 def test_wandb_starts_after_the_lock_and_its_errors_are_one_line(args, wandb):
     args = replace(args, track=True)
     Path(args.out).mkdir()
-    code = "import sys, time; from pathlib import Path; from support import disk;"
-    code += "x = disk.lock_directory(Path(sys.argv[1])); print(flush=True); time.sleep(600)"
-    command = [sys.executable, "-c", code, args.out]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+    code = "import fcntl, sys, time; x = open(sys.argv[1], 'a'); fcntl.lockf(x, fcntl.LOCK_EX);"
+    code += "print(flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", code, Path(args.out) / disk.LOCK]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         with pytest.raises(ranks.UsageError, match="in use by process"):
             runs.Run(args, data.BadRows())
@@ -330,7 +327,7 @@ def test_what_differs_between_ranks_is_named(args, monkeypatch):
         runs.check_run(args)
 
 
-def test_only_the_disk_of_rank_0_holds_a_run(cold_start, tmp_path):
+def test_only_the_disk_of_rank_0_holds_a_run(run, cold_start, tmp_path):
     """Two processes in two folders, as on two hosts that share no disk, stop and go on; one process
     on the same prompts gives the same weights."""
     fields = {"model": cold_start, "out": "run", "group_size": 4, "micro_batch_size": 1}
@@ -338,31 +335,11 @@ def test_only_the_disk_of_rank_0_holds_a_run(cold_start, tmp_path):
     hosts = [tmp_path / "host0", tmp_path / "host1"]
     for host in hosts:
         host.mkdir()
-
-    def start(steps: int) -> None:
-        with socket.create_server(("localhost", 0)) as free:
-            port = str(free.getsockname()[1])
-        words = [f"--{k.replace('_', '-')}={v}" for k, v in (fields | {"steps": steps}).items()]
-        command = [sys.executable, ROOT / "grpo_baseline.py", "--prompts-per-step=1", *words]
-        setting = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        setting |= {"OMP_NUM_THREADS": "1", "LOCAL_RANK": "0"}
-        processes = []
-        for number, host in enumerate(hosts):
-            environment = os.environ | setting | {"RANK": str(number)}
-            log = (host.parent / f"{host.name}.log").open("w")
-            output = {"stdout": log, "stderr": log}
-            processes.append(subprocess.Popen(command, cwd=host, env=environment, **output))
-        try:
-            for host, process in zip(hosts, processes, strict=True):
-                log = host.parent / f"{host.name}.log"
-                assert process.wait(300) == 0, log.read_text()[-3000:]
-        finally:
-            for process in processes:
-                process.kill()
-
-    start(2)
-    start(3)
-    start(3)  # has finished
+    words = [f"--{k.replace('_', '-')}={v}" for k, v in (fields | {"prompts_per_step": 1}).items()]
+    for steps in (2, 3, 3):  # the last has nothing left to do
+        argv = [*words, f"--steps={steps}"]
+        status, output = run("grpo_baseline", argv, [], ranks=2, folders=hosts)
+        assert status == 0 and "error" not in output.lower(), output[-3000:]
     assert not list(hosts[1].iterdir())
     one = replace(toy_args(grpo_baseline, **fields | {"out": str(tmp_path / "one")}), steps=3)
     grpo_baseline.main(replace(one, model=str(cold_start), prompts_per_step=2))

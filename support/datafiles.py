@@ -483,8 +483,8 @@ class DataFile:
         wanted = [" or ".join(COLUMNS[field]) for field in ("problem", "solution")]
         expected = f"expected a question in {wanted[0]}, and an answer in {wanted[1]}"
         columns = f"has the columns {', '.join(sorted(present))[:300]}"
-        if len(part.rows) == 1:
-            columns += " in its only row (rows inside an object are not found)"
+        if len(part.rows) == 1 and looks["like rows"]:
+            expected += f"; if the rows are in {min(looks['like rows'])}, give that list alone"
         require(found["problem"] and answer, f"{columns}; {expected}")
         read = read_columns(present)
         read += sorted(looks["like a group of media"].difference(read))
@@ -512,7 +512,8 @@ class DataFile:
 
     def inspect(self, part: Part, first: range) -> tuple[list[str], dict[str, set[str]]]:
         """All columns, and those that look like media by their name, type or values, like options
-        (lists of short texts), or like a group of media (`images` or `videos` inside)."""
+        (lists of short texts), like rows (lists of objects), or like a group of media (`images` or
+        `videos` inside)."""
         present, looks, reason = dict.fromkeys(part.types), defaultdict(set), ""
         looks["like media"] = {name for name, kind in part.types.items() if is_binary(kind)}
         for row in first[: 10 if present else INSPECTED]:  # rows of Arrow may hold large media
@@ -531,6 +532,8 @@ class DataFile:
                     looks["like media"].add(name)
                 if len(short) == len(items) > 1:
                     looks["like options"].add(name)
+                if items is value and items and isinstance(items[0], dict):
+                    looks["like rows"].add(name)
                 if isinstance(value, dict) and (value.get("images") or value.get("videos")):
                     looks["like a group of media"].add(name)
         looks["like media"] |= {name for name in present if PERHAPS_MEDIA.search(name)}

@@ -148,7 +148,7 @@ ANYTHING_ELSE = [  # what a file is; what its one line says
     (b"\x1f\x8b\x08rows", "is compressed"),
     (
         b'{"data": [{"problem": "p", "solution": "s"}]}',
-        "has the columns data; expected a question in",
+        "; if the rows are in data, give that list alone",
     ),
     (
         b'{\n"data": [\n{"problem": "p"},\n{"problem": "q"}\n]\n}',

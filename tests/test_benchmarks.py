@@ -73,7 +73,7 @@ def test_the_hub_has_them_too(name, root, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     if name in GROUPS["images"]:
-        check(name, opened(name, tmp_path / "elsewhere"))
+        check(name, opened(name, tmp_path))  # where it is not
         return
     words = f"^--benchmark {name}: {entry.hub} has no videos, such as .*--local-dir DIR/{folder}"
     with pytest.raises(UsageError, match=f"{words}`.*and give --benchmark-root DIR$"):
@@ -158,6 +158,8 @@ def test_an_absent_benchmark_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match=r"^--benchmark blink BLINK-Benchmark/BLINK:val: .*cache"):
         opened("blink", tmp_path)
+    with pytest.raises(UsageError, match=r"^--benchmark-root \S+nowhere: no such directory"):
+        opened("blink", tmp_path / "nowhere")
     (tmp_path / "BLINK-Benchmark--BLINK").mkdir()
     with pytest.raises(
         UsageError, match=r"^--benchmark blink .*has no data files of a split 'val'"

@@ -352,7 +352,7 @@ def test_equal_rewards_are_one_line_and_nothing_is_trained(cold_start, monkeypat
     args = arguments(eval_examples=1)
     model, processor, prompts = open_toy(cold_start, args)
     equal = {"reward": 0.9, "accuracy": 1.0, "format": 0.0}
-    monkeypatch.setattr(ral_grpo, "reward", lambda *_: equal)
+    monkeypatch.setattr(ral_grpo, "reward", lambda *_, **__: equal)
     monkeypatch.setattr(ral_grpo, "update", None)
     report, _ = diagnose.diagnose(model, processor, prompts, args, [1])
     assert len(report["notes"]) == 1

@@ -256,7 +256,7 @@ def test_zero_variance_groups_are_counted_and_do_nothing(train, monkeypatch, col
     """The note about them does without the metrics that a fork's reward lacks, and a count is a
     metric, too."""
     monkeypatch.setattr(runs, "EQUAL_STEPS", 2)
-    monkeypatch.setattr(grpo_baseline, "reward", lambda *_: {"reward": 0.9, "words": 3})
+    monkeypatch.setattr(grpo_baseline, "reward", lambda *_, **__: {"reward": 0.9, "words": 3})
     lines, weights = train(grpo_baseline, beta=0.0)
     assert [line["rollout/frac_zero_std"] for line in lines[1:]] == [1.0, 1.0]
     assert lines[-1]["rollout/words"] == 3

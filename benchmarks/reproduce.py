@@ -585,7 +585,7 @@ def main(args: Args) -> None:
         for claim, tasks in CLAIMS.items()
         for task, cells in tasks.items()
         if len(cells) > 2 or TASKS[task].row  # the summary has the others
-        for seeds in [{*SEEDS[claim], *seeds_of(claim, args)}]  # and those of earlier runs
+        for seeds in [{*SEEDS[claim], *(seeds_of(claim, args) if claim in args.claims else ())}]
         for number in [teacher_number(claim)]
         for chosen in [
             {

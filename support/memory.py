@@ -134,8 +134,8 @@ def memory_gb(
         (width + 4) * trained_root + reduced,
         29 * seen,
     )
-    update += seen * kept
-    update *= passes
+    # Another graph adds its checkpoints and, as traced, as much again.
+    update += 2 * (passes - 1) * checkpoints + passes * seen * kept
     need["update"] = {
         "gathered": width * (root + 2 * layer) if gathers else 0,
         "gradients": 4 * trained / processes,

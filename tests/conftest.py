@@ -312,7 +312,7 @@ def server():
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as process:
         yield process
-        process.stdin.close()
+        process.kill()  # readers that a test left alive hold its input open
 
 
 @pytest.fixture

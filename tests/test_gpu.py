@@ -124,6 +124,25 @@ def test_distillation_counts_the_logits_of_both_models(script):
     assert need["activations"] == pytest.approx(traced, rel=0.1)
 
 
+def test_a_second_graph_adds_what_it_was_expected_to_add(monkeypatch):
+    """As that of a masked image with gradients: `passes=2`."""
+
+    def twice(model, batch, args):
+        scores, masked = plain(model, batch, args), plain(model, batch, args)
+        return replace(scores, logps=(scores.logps + masked.logps) / 2)
+
+    plain, traced, needed = grpo_baseline.score_policy, [], []
+    config, args = config_of("2B"), make_args(grpo_baseline, lora_rank=64)
+    for passes, score in ((1, plain), (2, twice)):
+        monkeypatch.setattr(grpo_baseline, "score_policy", score)
+        peaks = fake_gpu.step(grpo_baseline, config, args, 1)
+        traced.append(peaks["update"]["activations"] / fake_gpu.GIB)
+        with mock.patch.object(memory, "compute_dtype", lambda: torch.bfloat16):
+            need = memory.memory_gb(config, args, 64, 8, passes=passes)
+        needed.append(need["update"]["activations"])
+    assert needed[1] - needed[0] == pytest.approx(traced[1] - traced[0], rel=0.1) != 0
+
+
 @pytest.mark.parametrize(
     ("script", "lora_rank"), [(grpo_baseline, 64), (ral_grpo, 0), (attn_distill, 64)]
 )

@@ -289,10 +289,10 @@ def test_changed_arguments_are_refused(cold_start, teacher, tmp_path):
     fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"))
     ral_grpo.main(toy_args(ral_grpo, **fields | {"steps": 2}))
     changed = fields | {"resume": "auto", "lambda_attn": 5.0, "seed": 3}
-    words = "seed 1 -> 3; lambda_attn 1.0 -> 5.0\\).*--allow-changed-args"
+    words = "--seed 1 -> 3; --lambda-attn 1.0 -> 5.0\\).*--allow-changed-args"
     with pytest.raises(ranks.UsageError, match=words):
         ral_grpo.main(toy_args(ral_grpo, **changed))
-    with pytest.raises(ranks.UsageError, match="prompts_per_step times processes 2 -> 3"):
+    with pytest.raises(ranks.UsageError, match="--prompts-per-step times processes 2 -> 3"):
         ral_grpo.main(toy_args(ral_grpo, **fields | {"resume": "auto", "prompts_per_step": 3}))
     metrics = ral_grpo.main(toy_args(ral_grpo, **changed, allow_changed_args=True))
     assert metrics["train/grad_norm"] > 0

@@ -43,10 +43,11 @@ def test_the_readme_leads_to_every_page():
     assert linked == set(PAGES)
 
 
-# Flags of torchrun, docker, hf and lmms-eval, and one that every program has.
+# Flags of pip, torchrun, docker, hf and lmms-eval, and one that every program has.
 FOREIGN = {"shutdown-timeout", "nproc_per_node", "shm-size", "repo-type", "local-dir", "help"}
 FOREIGN |= {"force_simple", "log_samples", "output_path", "model_args", "gen_kwargs", "tasks"}
 FOREIGN |= {"reasoning_tags", "nnodes", "node-rank", "master-addr", "signals-to-handle"}
+FOREIGN |= {"index-url"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

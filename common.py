@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, set_seed
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
@@ -62,7 +62,7 @@ from support.checkpoints import (
     write_files,
 )
 from support.cli import option
-from support.data import BadRows, Reader, check_data, check_files, open_data
+from support.data import Reader, check_data, check_files, open_data
 from support.memory import ATTENTION_CHUNK, LOGIT_CHUNK, empty_model, fit_memory
 from support.prompts import (
     Example,
@@ -82,7 +82,6 @@ from support.ranks import (
     on_rank_0,
     rank,
     require,
-    seed_everything,
     start_ranks,
     world_size,
 )
@@ -928,6 +927,10 @@ def has_format(text: str, think: bool) -> bool:
     return once and re.fullmatch(form, text, re.DOTALL) is not None
 
 
+MEASURES = {"numerical": number_accuracy, "regression": regression_accuracy}
+MEASURES |= {"OCR": word_accuracy, "free-form": rouge}
+
+
 def accuracy(text: str, example: Example, rule: str = "by-type") -> float:
     """The score of the first answer in `text`, between 0 and 1.
 
@@ -936,29 +939,14 @@ def accuracy(text: str, example: Example, rule: str = "by-type") -> float:
     answers are right. See support/answers.py. Of several solutions, the best score counts. An
     answer longer than MAX_ANSWER characters scores 0, which bounds the time to score a response.
     """
-    solutions = (example.solution, *example.also_right)
-    return max(solution_accuracy(text, example, solution.strip(), rule) for solution in solutions)
-
-
-def solution_accuracy(text: str, example: Example, solution: str, rule: str) -> float:
-    """The score that `accuracy` gives for one of the solutions."""
     answer = extract_answer(text)
-    if answer is None:
-        return 0.0
-    if answer == solution or rule == "exact" or len(answer) > MAX_ANSWER:
-        return float(answer == solution)
-    match example.problem_type:
-        case "multiple choice":
-            return option_accuracy(answer, solution, example.options)
-        case "numerical":
-            return number_accuracy(answer, solution)
-        case "regression":
-            return regression_accuracy(answer, solution)
-        case "OCR":
-            return word_accuracy(answer, solution)
-        case "free-form":
-            return rouge(answer, solution)
-    return plain_accuracy(answer, solution)
+    solutions = [solution.strip() for solution in (example.solution, *example.also_right)]
+    if answer is None or answer in solutions or rule == "exact" or len(answer) > MAX_ANSWER:
+        return float(answer in solutions)
+    measure = MEASURES.get(example.problem_type, plain_accuracy)
+    if example.problem_type == "multiple choice":
+        measure = partial(option_accuracy, options=example.options)
+    return max(measure(answer, solution) for solution in solutions)
 
 
 # 6. Preparation
@@ -981,7 +969,6 @@ class Prepared:
     teacher: Module | None
     train: Reader
     held_out: Iterable[Prompt]
-    bad_rows: BadRows
     state: State | None
     task: toy.Task
     is_toy: bool
@@ -1021,7 +1008,7 @@ def prepare(
     runs.check_run(args, "model", *["teacher"] * (teacher is not None))
     is_toy, task = toy.resolve_task(args, args.model, may_differ=base is not None)
     check_files(args, is_toy)
-    seed_everything(args.seed)
+    set_seed(args.seed)
     path = base or args.model
     processor = load_processor(path, args.image_tokens, args.frame_tokens, args.min_image_tokens)
     for name in layers:
@@ -1036,7 +1023,7 @@ def prepare(
     if args.check_data:
         check_data(args, encode, processor.prompt_config.accuracy_rule)
         raise Finished("--check-data: no run was started")
-    train, held_out, bad_rows = open_data(args, encode, task, keep_media=keep_media)
+    train, held_out = open_data(args, encode, task, keep_media=keep_media)
     if args.steps is None:
         epochs = getattr(args, "epochs", 1.0)
         args = replace(args, steps=train.steps(args.prompts_per_step, epochs))
@@ -1078,7 +1065,6 @@ def prepare(
         teacher=frozen_teacher,
         train=train,
         held_out=held_out,
-        bad_rows=bad_rows,
         state=state,
         task=task,
         is_toy=is_toy,

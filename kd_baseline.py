@@ -362,7 +362,7 @@ def main(args: Args) -> dict[str, float]:
         teacher_before = evaluate(teacher, processor, prepared.held_out, **options)
         found = {"teacher/accuracy": teacher_before.metrics["eval/accuracy"]}
         before = before._replace(metrics=before.metrics | found)
-    run = runs.Run(args, prepared.bad_rows, prepared.state, prepared.start)
+    run = runs.Run(args, prepared.train.bad_rows, prepared.state, prepared.start)
     first, _ = run.start(before.metrics, model, optimizer)
     stream = prepared.train.begin(first, args.prompts_per_step)
     bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=ranks.rank() != 0)

@@ -388,7 +388,7 @@ def main(args: Args) -> dict[str, float]:
     options = {"max_new_tokens": args.max_new_tokens, "batch_size": 2 * args.prompts_per_step}
     options["attn_layer"] = args.attn_layer  # RAL
     before = after = evaluate(model, processor, prepared.held_out, **options)
-    run = runs.Run(args, prepared.bad_rows, prepared.state, prepared.start)
+    run = runs.Run(args, prepared.train.bad_rows, prepared.state, prepared.start)
     first, _ = run.start(before.metrics, model, optimizer)
     stream = prepared.train.begin(first, args.prompts_per_step)
     bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=ranks.rank() != 0)

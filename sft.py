@@ -258,7 +258,7 @@ def main(args: Args) -> dict[str, float]:
     done = accuracy >= args.stop_accuracy
     reached = f"the model already has accuracy {accuracy:.3f}; raise it"
     ranks.require(not done, f"--stop-accuracy {args.stop_accuracy}: {reached}")
-    run = runs.Run(args, prepared.bad_rows, prepared.state, prepared.start)
+    run = runs.Run(args, prepared.train.bad_rows, prepared.state, prepared.start)
     first, extra = run.start(before.metrics, model, optimizer)
     stream = train.begin(first, args.prompts_per_step)
     # A new toy for videos learns the lookup on images first.

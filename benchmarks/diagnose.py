@@ -41,6 +41,7 @@ from scipy.stats import t as student_t
 from torch import Tensor
 from torch.nn import Module
 from tqdm import tqdm
+from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -358,7 +359,7 @@ def main(args: Args) -> dict[str, Any]:
         lock = disk.lock_directory(out)
     is_toy, task = toy.resolve_task(args, args.model)
     check_files(args, is_toy)
-    ranks.seed_everything(args.seed)
+    set_seed(args.seed)
     processor = load_processor(
         args.model, args.image_tokens, args.frame_tokens, args.min_image_tokens
     )

@@ -603,6 +603,7 @@ def main(args: Args) -> None:
         ]
         if any((task, cell) == key[:2] for key in chosen for cell in [*cells][1:])
     ]
+    tables += [across(claim, tasks, done) for claim, tasks in CLAIMS.items() if len(tasks) > 2]
     quick = " (quick: no evidence)" if args.quick else ""
     earlier = {key: row for key, row in done.items() if key[2] not in REDUCED}
     summaries = [
@@ -610,7 +611,7 @@ def main(args: Args) -> None:
     ]
     head = "# Results\n\nWritten by `benchmarks/reproduce.py`: means over seeds, and 95% intervals."
     head += ' "minus" is paired by seed. One seed alone is no evidence.\n'
-    text = "\n".join([head, *(x for x in summaries if x), *tables])
+    text = "\n".join([head, *(x for x in [*summaries, *tables] if x)])
     args.results.with_suffix(".md").write_text(text)
     if not args.quick:
         draw_figure_3(args.results.parent / "figure-3.png", earlier)
@@ -677,6 +678,26 @@ def summary(done: dict, ours: str, title: str) -> str:
     if len(table) == 2:
         return ""
     return f"### {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in table)
+
+
+def across(claim: str, tasks: dict[str, dict], done: dict) -> str:
+    """A table of differences to the first cell of a claim, which for each seed are means over the
+    claim's tasks. Nothing of a claim whose tasks share only two cells, see `summary`."""
+    baseline, *others = min(tasks.values(), key=len)
+    heads = ["method", "seeds", *(f"{x}, minus {baseline}" for x in ("accuracy", "on_target"))]
+    table = [heads, ["---"] * len(heads)]
+    for cell in others if len(others) > 1 else []:
+        runs = [{s for t, c, s in done if (t, c) == (task, x)}
+                for task in tasks for x in (cell, baseline)]  # fmt: skip
+        if len(seeds := sorted(set.intersection(*runs))) > 1:
+            line = [defined(cell, min(tasks.values(), key=len)), str(len(seeds))]
+            for name in ("accuracy", "on_target"):
+                rows = [[done[task, cell, seed][name] - done[task, baseline, seed][name]
+                         for task in tasks] for seed in seeds]  # fmt: skip
+                line.append(words([float(np.mean(row)) for row in rows], "+"))
+            table.append(line)
+    title = f"### {claim}: each seed's mean over {', '.join(tasks)}\n\n"
+    return title + "".join(f"| {' | '.join(line)} |\n" for line in table) if table[2:] else ""
 
 
 def report(claim: str, task: str, cells: dict, done: dict, pictures: Path | None) -> str:

@@ -449,14 +449,9 @@ def read_beside(medium: str, roots: Sequence[Path]) -> Row:
     it is not an object of at most `MAX_ROW` bytes."""
     try:
         place = find_medium(str(Path(medium).with_suffix(".json")), roots)
-    except BadRow:
+        found = json.loads(place.read_bytes()) if place.stat().st_size <= MAX_ROW else None
+    except (BadRow, OSError, ValueError, RecursionError):
         return {}
-    try:
-        with place.open("rb") as file:
-            content = file.read(MAX_ROW + 1)
-        found = json.loads(content) if len(content) <= MAX_ROW else None
-    except (OSError, ValueError, RecursionError):
-        found = None
     return found if isinstance(found, dict) else {}
 
 

@@ -259,10 +259,10 @@ def open_file(args: Any, name: str) -> DataFile:
 
 def open_data(
     args: Any, encode: Callable[[Example], Prompt], task: Any = None, *, keep_media: bool = False
-) -> tuple[Reader, Iterable[Prompt], BadRows]:
+) -> tuple[Reader, Iterable[Prompt]]:
     """Open the training prompts (see `Reader.begin`) and this rank's share of the evaluation
-    prompts; returns both with the record of bad rows. Without `--data`, the toy's `task` makes
-    them. `keep_media` is for rewards that see the training prompts' media.
+    prompts. Both have one record of bad rows. Without `--data`, the toy's `task` makes the prompts.
+    `keep_media` is for rewards that see the training prompts' media.
 
     Without `--eval-data`, up to `eval_examples` rows are held out for evaluation: rows behind those
     that `--rows` trains on, if there are any, else at most a tenth of the rows to train on. They
@@ -293,13 +293,12 @@ def open_data(
     return (
         Reader(training, range(0), args.workers, bad_rows),
         Reader(evaluation, range(rank(), len(apart), world_size()), args.workers, bad_rows),
-        bad_rows,
     )
 
 
 def check_data(
     args: Any, encode: Callable[[Example], Prompt], accuracy_rule: str = "by-type"
-) -> dict[str, float]:
+) -> None:
     """Read every row of `--data` and `--eval-data` once, and print a summary and all bad rows.
 
     Raises:
@@ -307,7 +306,7 @@ def check_data(
             started.
     """
     require(world_size() == 1, "--check-data: runs in one process; start it without torchrun")
-    report, given = {}, (("--data", args.data), ("--eval-data", args.eval_data))
+    given = ("--data", args.data), ("--eval-data", args.eval_data)
     files = [(flag, paths, open_file(args, flag)) for flag, paths in given if paths]
     for flag, paths, file in files:  # all are there before the first is read
         path = " ".join(each(paths))
@@ -334,7 +333,5 @@ def check_data(
             print(f"  {count}: only identical text is correct (example: {example})")
         if lengths:
             print(f"  prompt tokens: median {np.median(lengths):,.0f}, maximum {max(lengths):,}")
-        report |= {f"{flag}/rows": len(rows), f"{flag}/bad": len(bad_rows.bad)}
         few = len(bad_rows.bad) <= args.max_skipped * len(rows)
         require(few, f"{flag} {path}: more than --max-skipped {args.max_skipped} are bad")
-    return report

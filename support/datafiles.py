@@ -96,7 +96,8 @@ UNREAD = "rename the column to have it left out"
 ROW_KEYS = sum((*MEDIA_COLUMNS.values(), *CLIP.values(), CHANGES, BOX_KEYS), ())
 # A column that is not read but perhaps holds media, by its name or by a value.
 PERHAPS_MEDIA = re.compile("image|img|picture|photo|video|clip|frame", re.I)
-MEDIA_PATH = re.compile(r".*\.(jpe?g|png|webp|gif|bmp|tiff?|mp4|mkv|webm|avi|mov|flv)", re.I)
+MEDIA_ENDS = "jpg jpeg png webp gif bmp tif tiff mp4 m4v mov mkv webm avi flv wmv mpg mpeg ogv"
+MEDIA_PATH = re.compile(rf".*\.({MEDIA_ENDS.replace(' ', '|')})", re.I)
 ROLES = (["user"], ["human"], ["user", "assistant"], ["human", "gpt"])  # of a chat's turns
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 EXPECTED = "expected a JSON array of objects, one JSON object a line, or Parquet or Arrow files"
@@ -108,7 +109,7 @@ KINDS = {b"PAR1": "Parquet", b"ARROW1": "an Arrow file", b"\xff\xff\xff\xff": "a
 KINDS |= {b"{": "JSON lines", b"[": "a JSON array"}
 HUB_NAME = re.compile(r"(?!.*\.(?:jsonl?|parquet|arrow|csv)$)[\w-][\w.-]*/[\w-][\w.-]*")
 # What is downloaded from a hub's repository beside JSON files, which name media by their paths.
-LOOSE_MEDIA = [f"*.{end}" for end in ("jpg", "jpeg", "png", "webp", "mp4", "mkv", "webm", "avi")]
+LOOSE_MEDIA = [f"*.{end}" for both in MEDIA_ENDS.split() for end in (both, both.upper())]
 SHARD = re.compile(r"(^|[-_/])\d+(-of-\d+)?(-[0-9a-f]{16})?$")  # the number in a file's name
 # A row that exceeds a limit is bad. MAX_ROW is in bytes, MAX_MEDIA in images and videos, MAX_LISTED
 # in files that are the frames of a video, MAX_BOXES in boxes, the others are in characters.

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import random
 import signal
 import sys
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from datetime import timedelta
 from functools import cache
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -183,14 +181,6 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
         device = other.device_mesh.device_type
         return distribute_tensor(tensor.to(device), other.device_mesh, other.placements)
     return tensor.to(other.device)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch. On a CPU with a fixed thread count, a run is then reproducible
-    bit by bit."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def device() -> str:

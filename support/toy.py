@@ -96,13 +96,13 @@ class Task:
 
     def open_data(
         self, args: Any, encode: Callable[[Example], Prompt], *, keep_media: bool = False
-    ) -> tuple[Reader, list[Prompt], BadRows]:
+    ) -> tuple[Reader, list[Prompt]]:
         """What `data.open_data` returns, without data files; no row is bad."""
         keep = sys.maxsize if keep_media else 0
         prompts = Prompts(Stream(self, args.seed), encode, keep_media=keep)
-        train = Reader(prompts, range(0), 0, bad_rows := BadRows())
+        train = Reader(prompts, range(0), 0, BadRows())
         mine = held_out_examples(self, args.eval_examples)[rank() :: world_size()]
-        return train, [encode(example) for example in mine], bad_rows
+        return train, [encode(example) for example in mine]
 
 
 def defaults(table: dict[str, Any], unset: str | None = "runs/sft/checkpoint") -> dict[str, Any]:

@@ -618,7 +618,7 @@ def test_a_repository_of_json_files_is_read(tmp_path, monkeypatch):
     file = datafiles.DataFile("owner/set:json")
     wanted, ignored = asked[1]
     assert wanted[:2] == ["json/count.json", "json/order.json"]
-    assert {"*.png", "*.json"} <= {*wanted} and ignored == ["a/sa[[]2].json"]
+    assert {"*.png", "*.JPG", "*.mov", "*.json"} <= {*wanted} and ignored == ["a/sa[[]2].json"]
     assert [sizes(file.example(row)) for row in range(2)] == [[(40, 30)]] * 2
     assert [file.example(row).source for row in range(2)] == ["json/count", "json/order"]
     assert len(datafiles.DataFile("owner/set:order")) == 1
@@ -1190,7 +1190,7 @@ def test_media_travel_only_where_they_are_asked_for(tmp_path, workers):
     args.eval_examples, args.rows = 2, None
     seen = {}
     for keep_media in (False, True):
-        train, held_out, _ = data.open_data(args, encode, keep_media=keep_media)
+        train, held_out = data.open_data(args, encode, keep_media=keep_media)
         stream = train.begin(1, 1)
         prompts = [next(stream) for _ in range(18)]
         del stream

@@ -91,7 +91,7 @@ def open_rows(folder, count=50, **fields):
     path = folder / "rows.json"
     path.write_text(json.dumps(rows))
     args = toy_args(ral_grpo, data=str(path), eval_examples=6, text_only=True, **fields)
-    train, held_out, _ = data.open_data(args, SimpleNamespace)
+    train, held_out = data.open_data(args, SimpleNamespace)
     return train, held_out.prompts.rows.tolist()
 
 

@@ -74,7 +74,7 @@ def predict(
 
     The first `gazes` examples keep their media and attention. Examples with boxes also get the
     measures of `grounding.look` in layer `attn_layer` and, if the model has at most `FEW_LAYERS`,
-    `target_attn` in every layer. The row that emits the first token of the answer is that of the
+    `target_attn` in every layer. The row that predicts the first token of the answer is that of the
     position before it, whatever `--attn-row` the run was trained with.
 
     With `relative`, `target_attn_generic` is the mass on the target in the row that begins the
@@ -129,7 +129,7 @@ def predict(
                 record["score"] = metric(extract_answer(judged), example)
                 record["question_id"] = example.extra.get("question_id")
             gaze = None
-            if row < scored:  # row t of a layer emits token t, row t + 1 is that token's own
+            if row < scored:  # row t of a layer predicts token t, row t + 1 is that token's own
                 (patches, rows), n = seen[row], len(ids)
                 longest = len(patches)
             if done < gazes and all(hasattr(medium, "frames") for medium in example.media):

@@ -21,7 +21,7 @@ The table has a line for the policy of each layer and row kind (means over token
   left_row    the same if only responses that share a row are summed first. Those with a common
               prefix do, and their advantages A nearly cancel. Only this share has a gradient
   gradient    gradient norm of the term at lambda 1, over that of the token term, at the second
-              inner iteration
+              pass
   lambda      the weight that makes this ratio 0.1
 """
 

@@ -423,7 +423,7 @@ def toys(found: Findings, work: Path) -> None:
         first = [x["train/attn_jsd_1"] for x in lines or () if "train/attn_jsd_1" in x]
         if first:
             same = all(x == 0 for x in first)
-            found.note(f"{name}: divergence in the first inner iteration", max(first), same)
+            found.note(f"{name}: divergence in the first pass", max(first), same)
     fields = {"model": model, "examples": 8, "out": str(work / "eval")}
     found.attempt("evaluate", lambda: eval.main(eval.Args(**eval.TOY | fields)))
 

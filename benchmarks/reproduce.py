@@ -77,7 +77,7 @@ from support.ranks import require
 # other methods.
 PREDICTING, OWN, REDUCED = range(1, 11), range(11, 21), range(21, 31)
 STEPS = 60  # of every reinforcement-learning cell
-SFT_STEPS = 240  # as many optimiser steps: 60 x 4 inner iterations; SFT has no rollouts to pay for
+SFT_STEPS = 240  # as many optimiser steps: 60 x 4 passes; SFT has no rollouts to pay for
 
 # The definitions that the numbers were made with, see above.
 ROW = {"attn_row": "predicting"}
@@ -148,7 +148,7 @@ def grpo(**fields) -> tuple:
 
 
 # Tuned on seeds 102 and 103, see docs/results.md. A step takes 1.09 times as long as GRPO's
-# (step_ratio.py), so 69 steps or 5 inner iterations of GRPO take longer.
+# (step_ratio.py), so 69 steps or 5 passes of GRPO take longer.
 GAZE = {"lambda_attn": 10.0, "eta": 8.0}
 ONE_SIDED = {
     "pull alone, lambda 300": "pull",
@@ -673,7 +673,7 @@ def summary(done: dict, ours: str, title: str) -> str:
     if len(whole) > 1:
         means = [np.mean([task[seed] for task in whole], axis=0) for seed in seeds]
         differs = [words([float(x) for x in column], "+") for column in zip(*means, strict=True)]
-        label = f"a seed's mean over the {len(whole)} tasks with all seeds, 4 inner iterations"
+        label = f"a seed's mean over the {len(whole)} tasks with all seeds, 4 passes"
         table.append([label, str(len(means)), "", "", differs[0], "", differs[1]])
     if len(table) == 2:
         return ""

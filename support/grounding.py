@@ -85,7 +85,7 @@ def look(
     `visual` are the positions of the visual tokens, and `target` counts over these. Token `start`
     is the first of the answer; without one (None), the numbers of its rows are 0.
 
-      target_attn       mass on the target in the row that emits the answer's first token
+      target_attn       mass on the target in the row that predicts the answer's first token
       target_attn_own   mass on the target in that token's own row, as a fraction of the mass on all
                         positions but the token itself (eq. 2)
       target_attn_mean  the same, averaged over the own rows of all tokens: what RAL acts on

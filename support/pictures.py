@@ -90,7 +90,7 @@ class Prediction:
     layer: int
 
     def attention(self) -> Tensor:
-        """Attention to the visual tokens in the row that emits the first token of the answer; zeros
+        """Attention to the visual tokens in the row that predicts the answer's first token; zeros
         without an answer."""
         if not self.answer:
             return torch.zeros(len(self.gaze.visual))
@@ -223,7 +223,7 @@ def draw_attention(path: Path, rows: dict[str, list[Prediction]], count: int = 6
             axis.set_title(title, color=colour, fontsize=9)
             axis.set_xlabel(gaze.question[:32], fontsize=8)
         line[0].set_ylabel(label, fontsize=10)
-    figure.suptitle("attention in the row that emits the answer", fontsize=10)
+    figure.suptitle("attention in the row that predicts the answer", fontsize=10)
     save(figure, path)
 
 

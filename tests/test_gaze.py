@@ -182,7 +182,7 @@ def test_words_and_frames_say_what_the_picture_shows(tmp_path, visit):
     image, cell = divmod(brightest, 16)
     place = f"row {cell // 4 + 1}, column {cell % 4 + 1} of image {image + 1}"
     says = page.locator(".says").inner_text()
-    assert says.startswith(f"The row that emits “red” (token 2 of 3) looks most at {place}")
+    assert says.startswith(f"The row that predicts “red” (token 2 of 3) looks most at {place}")
     assert float(says.split()[-4]) == pytest.approx(cells[brightest], rel=0.06)
     for i, alt in enumerate(page.locator(".view img").evaluate_all("x => x.map(x => x.alt)")):
         assert alt.startswith(f"image {i + 1}: ")

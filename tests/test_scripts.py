@@ -74,7 +74,7 @@ OPTIONS = {"attn_layer": 0, "attn_row": "predicting", "attn_anchor": "reference"
 
 @pytest.mark.parametrize("field", OPTIONS)
 def test_options_change_the_term(train, field):
-    """In the second inner iteration of the first step the weights are still the same, since the
+    """In the second pass of the first step the weights are still the same, since the
     attention term was 0 before it."""
     default, _ = train(ral_grpo, lambda_attn=100.0)
     changed, _ = train(ral_grpo, lambda_attn=100.0, **{field: OPTIONS[field]})

@@ -64,11 +64,6 @@ class Args(cli.RunArgs):
     learning_rate: float | None = None
     """Learning rate of AdamW after the warm-up. Unset: 5e-6 (paper), or 1e-4 for adapters [ours];
     1.5e-3 for the small toy and 1e-3 for the large one."""
-    lora_rank: int | None = None
-    """Rank of the adapters that are trained instead of the weights; 0: train the weights. Unset: 0,
-    or 64 if training the weights does not fit into memory."""
-    gradient_checkpointing: bool | None = None
-    """Store one activation per layer and recompute the rest. Unset: only on a GPU."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to this norm."""
     micro_batch_size: int = 1
@@ -85,9 +80,6 @@ class Args(cli.RunArgs):
     """Steps over which the learning rate rises from 0. [ours]"""
     toy_size: Literal["small", "large"] = "small"
     """Size of a new toy model: 0.7 M or 3.9 M parameters."""
-    train_vision: bool = False
-    """Also train the vision encoder. Paper: frozen. On the toy it is trained in this stage and
-    frozen later."""
     stop_accuracy: float = 2.0
     """Stop at the first evaluation that reaches this accuracy; above 1: never stop early."""
     eval_above: float = 0.2

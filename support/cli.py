@@ -74,6 +74,14 @@ class RunArgs:
     """Cells along each side of the toy's images (3 or more). Unset: as in the checkpoint, or 4."""
     toy_order: Literal["question-first", "image-first"] | None = None
     """Order of the toy's prompt. Unset: as in the checkpoint, or question-first."""
+    train_vision: bool = False
+    """Also train the vision encoder; every pass then recomputes its features. Paper: frozen.
+    sft.py trains that of a toy, whose weights are new."""
+    lora_rank: int | None = None
+    """Rank of the adapters that are trained instead of the weights; 0: train the weights. Unset: 0,
+    or 64 if training the weights does not fit into memory."""
+    gradient_checkpointing: bool | None = None
+    """Store one activation per layer and recompute the rest. Unset: only on a GPU."""
     eval_every: int = 100
     """Steps between evaluations on held-out examples."""
     eval_examples: int = 128

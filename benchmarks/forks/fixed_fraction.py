@@ -46,13 +46,6 @@ class Args(cli.RunArgs):
     6,400 steps on one rank and 800 on 8, at 8 prompts on each."""
     learning_rate: float | None = None
     """Learning rate of AdamW, constant [ours]. Unset: 1e-5 (paper), or 2e-5 for adapters [ours]."""
-    train_vision: bool = False
-    """Also train the vision encoder; every pass then recomputes its features. Paper: frozen."""
-    lora_rank: int | None = None
-    """Rank of the adapters that are trained instead of the weights; 0: train the weights. Unset: 0,
-    or 64 if training the weights does not fit into memory."""
-    gradient_checkpointing: bool | None = None
-    """Store one activation per layer and recompute the rest. Unset: only on a GPU."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to this norm."""
     micro_batch_size: int = 1

@@ -81,6 +81,8 @@ def mmmu_pro(row: Row) -> Row:
 
 def vizwiz(row: Row) -> Row:
     told = "When the provided information is insufficient, respond with 'Unanswerable'."
+    if sum(len(str(x)) for x in row.values() if isinstance(x, str | list)) > MAX_ANSWER:
+        raise BadRow(f"its texts have more than {MAX_ANSWER:,} characters")
     answers = [answer for answer, _ in Counter(row["answers"]).most_common()]
     problem = f"{row['question'].capitalize()}\n{told}"
     return ask(problem, row["category"], {"solution": answers}, image=row["image"])

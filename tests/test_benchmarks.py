@@ -145,6 +145,7 @@ STANDARD_FILE = "standard (10 options)/test-00000-of-00002.parquet"
         ("mmmu_pro", STANDARD_FILE, {"options": "[" + "1," * 9000}, "more than 10,000 characters"),
         ("nextqa", "MC/test-00000-of-00001.parquet", {"answer": 7}, "is 7, but it has 5"),
         ("mvbench", "json/action_sequence.json", {"answer": "left"}, "is not as published"),
+        ("vizwiz", "data/val-00000-of-00001.parquet", {"question_id": "x" * 10**5}, "its texts"),
     ],
 )  # fmt: skip
 def test_another_layout_is_refused_before_any_work(root, tmp_path, name, file, change, reason):

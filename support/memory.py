@@ -157,9 +157,10 @@ def prompt_tokens(args: Any) -> int:
 
 
 def available_gb() -> float:
-    """GB of memory that this process may use: the GPU's, or its share of the machine's."""
+    """GB of memory that this process may use: what other programs leave of its GPU, or its share of
+    the machine's."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory / 2**30
+        return (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / GIB
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(machine, container_limit()) / 2**30 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 

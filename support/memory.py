@@ -25,6 +25,8 @@ ATTENTION_CHUNK = 2**26 if torch.cuda.is_available() else 2**20
 # Logits per chunk, in float32: 256 MB on a GPU, 64 MB elsewhere. The chunks' gradients of `lm_head`
 # are summed, in bfloat16 on a GPU, so fewer chunks there mean fewer rounding errors.
 LOGIT_CHUNK = 2**26 if torch.cuda.is_available() else 2**24
+# Padded positions of prompts and responses that an evaluation decodes together: 16 rows of 4,096.
+DECODED = 2**16
 
 
 def numel(module: Module, trained: bool = False) -> int:

@@ -226,11 +226,19 @@ def shard(model: Module) -> None:
     for block in (*model.model.language_model.layers, *model.model.visual.blocks):
         fully_shard(block, mp_policy=policy, ignored_params=outside)
     fully_shard(model, mp_policy=policy, ignored_params=outside)
+    reshard_root(model)
     for method in ("get_image_features", "token_scores"):
         register_fsdp_forward_method(model, method)
     model.to_empty(device=device())
     model.tie_weights()
     fill(model, weights, buffers)
+
+
+def reshard_root(model: FSDPModule) -> None:
+    """Free the weights outside the layers after each pass of a frozen model. By default they stay
+    gathered until the backward pass, which only a trained model has."""
+    frozen = not any(parameter.requires_grad for parameter in model.parameters())
+    model.set_reshard_after_forward(frozen, recurse=False)
 
 
 def fill(model: Module, weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
@@ -259,8 +267,8 @@ def gathered(model: Module) -> Iterator[None]:
     if not shards or getattr(model, "is_gathered", False):
         yield
         return
+    model.set_reshard_after_forward(False, recurse=False)
     for module in shards:
-        module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     tables = [x for m in shards for x in (m._forward_pre_hooks, m._forward_hooks)]
     before = [dict(table) for table in tables]
@@ -277,8 +285,8 @@ def gathered(model: Module) -> Iterator[None]:
             hooks |= table  # with hooks that were added meanwhile
             table.clear()
             table.update(hooks)
+        reshard_root(model)
         for module in shards:
-            module.set_reshard_after_forward(module is not model, recurse=False)
             module.reshard()
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from io import FileIO
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
@@ -45,6 +45,7 @@ from support.benchmarks import BENCHMARKS, GROUPS, BenchmarkFile, chosen
 from support.data import BadRows, Prompts, Reader
 from support.datafiles import DataFile
 from support.grounding import fourfold, look
+from support.memory import DECODED
 from support.pictures import Prediction, draw_page, make_gaze
 from support.prompts import Example, Processor, Prompt, PromptConfig, collate, encode_prompt
 from support.results import NAMES, Records, Setting
@@ -84,8 +85,8 @@ def predict(
     tokenizer, asked = processor.tokenizer, processor.prompt_config
     layers = model.config.text_config.num_hidden_layers
     attn_layer %= layers
-    stream, done = iter(prompts), 0
-    while chunk := list(islice(stream, batch_size)):
+    done = 0
+    for chunk in decoded_together(prompts, batch_size, max_new_tokens):
         batch = collate(model, chunk, tokenizer.pad_token_id)
         rollout = generate_group(model, batch, 1, max_new_tokens)
         texts = rollout.texts(processor)
@@ -148,6 +149,24 @@ def predict(
                     record["target_attn_generic"] = generic[row]
             yield Prediction(record, gaze, answer, attn_layer)
             done += 1
+
+
+def decoded_together(
+    prompts: Iterable[Prompt], batch_size: int, max_new_tokens: int
+) -> Iterator[list[Prompt]]:
+    """The prompts in order, in batches of at most `batch_size` that, padded, have at most `DECODED`
+    positions with their responses; a longer prompt is alone. The batches depend on the prompts
+    alone, not on the memory of a machine."""
+    chunk, longest = [], 0
+    for prompt in prompts:
+        longest = max(longest, len(prompt.ids))
+        positions = (len(chunk) + 1) * (longest + max_new_tokens)
+        if chunk and (len(chunk) == batch_size or positions > DECODED):
+            yield chunk
+            chunk, longest = [], len(prompt.ids)
+        chunk.append(prompt)
+    if chunk:
+        yield chunk
 
 
 def generic_masses(
@@ -306,7 +325,7 @@ class Args:
     """Number of examples, from the first, on the page `gaze.html` that shows where the model
     looked, for each setting."""
     batch_size: int = 16
-    """Prompts decoded together."""
+    """Maximum number of prompts decoded together; of long ones, fewer: see `DECODED`."""
     workers: int = 4
     """Processes that read and encode rows ahead; 0: the evaluating process reads them."""
 

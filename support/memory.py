@@ -25,6 +25,8 @@ ATTENTION_CHUNK = 2**26 if torch.cuda.is_available() else 2**20
 # Logits per chunk, in float32: 256 MB on a GPU, 64 MB elsewhere. The chunks' gradients of `lm_head`
 # are summed, in bfloat16 on a GPU, so fewer chunks there mean fewer rounding errors.
 LOGIT_CHUNK = 2**26 if torch.cuda.is_available() else 2**24
+# Padded positions of prompts and responses that an evaluation decodes together: 16 rows of 4,096.
+DECODED = 2**16
 
 
 def numel(module: Module, trained: bool = False) -> int:
@@ -157,9 +159,10 @@ def prompt_tokens(args: Any) -> int:
 
 
 def available_gb() -> float:
-    """GB of memory that this process may use: the GPU's, or its share of the machine's."""
+    """GB of memory that this process may use: what other programs leave of its GPU, or its share of
+    the machine's."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory / 2**30
+        return (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / GIB
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min(machine, container_limit()) / 2**30 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 

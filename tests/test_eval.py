@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_prompts, toy_args
+from conftest import load, make_prompts, toy_args
 from matplotlib.axes import Axes
 from PIL import Image
 
@@ -51,6 +51,32 @@ def test_it_goes_on_where_it_stopped(cold_start, tmp_path):
     assert page(part / "gaze.html")["examples"] == shown  # answered again for the page alone
     assert eval.main(replace(args, out=str(part))) == whole  # nothing left to do
     assert len(predictions(part)) == 20
+
+
+def test_long_prompts_are_decoded_in_smaller_batches(cold_start, monkeypatch):
+    """Of at most `DECODED` padded positions, or one prompt; the answers are the same."""
+
+    def generate_group(model, batch, group_size, max_new_tokens):
+        batches.append(tuple(batch.ids.shape))
+        return common.generate_group(model, batch, group_size, max_new_tokens)
+
+    model, processor = load(cold_start, frozen=True)
+    grids = (3, 3, 4, 3, 9, 3, 5)
+    prompts = make_prompts(model, processor, ["image"] * len(grids), grids, grids)
+    lengths, found = [len(prompt.ids) for prompt in prompts], []
+    monkeypatch.setattr(eval, "generate_group", generate_group)
+    for bound in (2**16, 3 * (max(lengths[:4]) + 16)):
+        batches = []
+        monkeypatch.setattr(eval, "DECODED", bound)
+        options = {"max_new_tokens": 16, "batch_size": 5, "gazes": 0}
+        predictions = eval.predict(model, processor, prompts, **options)
+        found.append([(x.record["problem"], x.record["response"]) for x in predictions])
+        if bound == 2**16:
+            assert [rows for rows, _ in batches] == [5, 2]
+    assert [rows for rows, _ in batches] == [3, 1, 1, 2]
+    assert all(rows == 1 or rows * (longest + 16) <= bound for rows, longest in batches)
+    assert found[0] == found[1]
+    assert [problem for problem, _ in found[0]] == [x.example.problem for x in prompts]
 
 
 def test_another_evaluation_is_not_mixed_in(cold_start, tmp_path, monkeypatch):

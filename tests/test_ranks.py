@@ -228,6 +228,21 @@ def test_gathered_weights_need_no_hooks(group_of_one, real):
     assert list(layer._forward_hooks) == [*before[1], handle.id]
 
 
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_nothing_of_a_frozen_model_stays_gathered(group_of_one, real, monkeypatch, evaluated):
+    """Nor its embeddings and output layer, although no backward pass frees them."""
+    monkeypatch.setattr(common, "world_size", lambda: 2)  # alone it is not sharded
+    model = common.load_model(real / "qwen2_vl", frozen=True)
+    processor = common.load_processor(real / "qwen2_vl")
+    if evaluated:
+        with common.gathered(model):
+            assert not isinstance(model.lm_head.weight, DTensor)
+    rollout = make_rollout(model, processor, make_prompts(model, processor, ("mixed", "video")))
+    with torch.no_grad():
+        common.score(model, rollout)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
 def test_an_evaluation_is_the_same_to_the_letter(both, real, cold_start):
     """Two ranks answer what one does, and one finishes what two began."""
     one, two = (folder / "e" for folder in both)

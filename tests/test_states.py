@@ -310,6 +310,13 @@ def test_a_container_limits_memory(tmp_path, groups, files, limit):
     assert memory.available_gb() <= memory.container_limit() / 2**30
 
 
+def test_memory_that_others_use_is_not_available(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (30 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2**30)  # by this process
+    assert memory.available_gb() == 31
+
+
 # Several hosts
 
 

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -141,8 +142,12 @@ def load_model(
     if model is None:
         model = empty_model(processor.config, **options)
         model.generation_config.eos_token_id = sorted(processor.end_ids)
-    # Not at loading: transformers would look for a package of that name.
-    model.model.visual.config._attn_implementation = "flash_by_length"
+    # In a copy, after loading: transformers would look for a package of that name.
+    vision = copy(model.config.vision_config)
+    vision._attn_implementation = "flash_by_length"
+    for module in model.model.visual.modules():
+        if hasattr(module, "config"):
+            module.config = vision
     model.requires_grad_(not frozen and not lora_rank)
     model.model.visual.requires_grad_(train_vision and not frozen)
     if lora_rank:

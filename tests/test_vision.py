@@ -45,6 +45,8 @@ def test_segments_of_one_length_share_a_call_of_attention(loaded, monkeypatch, c
     """Features and gradients are, to the bit, those of a call for each image, frame or window."""
     visual = loaded[0].model.visual.train(checkpointing)
     config = visual.config
+    assert config._attn_implementation == "flash_by_length"
+    assert loaded[0].config.vision_config._attn_implementation == "sdpa"  # others may share it
     if checkpointing:
         visual.gradient_checkpointing_enable({"use_reentrant": False})
     grids = torch.tensor([[1, 6, 10], [4, 8, 12], [1, 14, 12], [3, 8, 12], [1, 6, 10]])
@@ -54,7 +56,6 @@ def test_segments_of_one_length_share_a_call_of_attention(loaded, monkeypatch, c
     monkeypatch.setattr(
         F, "scaled_dot_product_attention", lambda q, *x, **y: calls.append(q) or attend(q, *x, **y)
     )
-    assert config._attn_implementation == "flash_by_length"
     for name in ("sdpa", "flash_by_length"):
         monkeypatch.setattr(config, "_attn_implementation", name)
         calls.clear()

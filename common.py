@@ -11,8 +11,10 @@ so that the rollout and every training pass compute a prompt and its image once 
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -140,6 +142,12 @@ def load_model(
     if model is None:
         model = empty_model(processor.config, **options)
         model.generation_config.eos_token_id = sorted(processor.end_ids)
+    # In a copy, after loading: transformers would look for a package of that name.
+    vision = copy(model.config.vision_config)
+    vision._attn_implementation = "flash_by_length"
+    for module in model.model.visual.modules():
+        if hasattr(module, "config"):
+            module.config = vision
     model.requires_grad_(not frozen and not lora_rank)
     model.model.visual.requires_grad_(train_vision and not frozen)
     if lora_rank:
@@ -437,8 +445,40 @@ def grouped_attention(
     return torch.cat([prompt_out, response_out], dim=1), rows
 
 
+def attention_by_length(
+    module: Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float,
+    cu_seq_lens_q: Tensor,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a vision encoder, within each image, frame or window; (1, N, H, D).
+
+    query, key and value (1, H, N, D) hold the S segments one after another, and `cu_seq_lens_q` (S
+    + 1,) their bounds. Segments of equal length share a call of SDPA, which computes the same as
+    one for each: a video of 128 frames has 512 windows in every block.
+    """
+    lengths = cu_seq_lens_q.diff()
+    counts = sorted(Counter(lengths.tolist()).items())
+    # The positions, those of the shortest segments first.
+    order = lengths.repeat_interleave(lengths, output_size=query.shape[2]).argsort(stable=True)
+    sizes = [length * count for length, count in counts]
+    parts = [x[0][:, order].split(sizes, dim=1) for x in (query, key, value)]
+    out = []
+    for (length, count), *part in zip(counts, *parts, strict=True):
+        rows = [x.unflatten(1, (count, length)).transpose(0, 1) for x in part]  # (count, H, L, D)
+        result = F.scaled_dot_product_attention(*rows, scale=scaling)
+        out.append(result.transpose(1, 2).flatten(0, 1))
+    return torch.cat(out)[order.argsort()][None], None
+
+
 AttentionInterface.register("grouped_sdpa", grouped_attention)
 AttentionMaskInterface.register("grouped_sdpa", sdpa_mask)
+# Where a name contains "flash", transformers leaves the segments to the function.
+AttentionInterface.register("flash_by_length", attention_by_length)
 
 
 def prompt_attention(

@@ -280,7 +280,9 @@ def fit_memory(
             ways.append(f"{changed['processes']} processes" if "processes" in changed else flags)
     others = ["a smaller --max-new-tokens or --prompts-per-step", "a smaller model"]
     *ways, last = (ways + others)[: max(2, len(ways))]
-    short = f"needs about {need(**asked):.0f} GB per process; {have:.0f} GB are available"
+    longest = prompt_tokens(args, config.model_type)
+    short = f"needs about {need(**asked):.0f} GB per process for prompts of {longest:,} tokens"
+    short += f"; {have:.0f} GB are available"
     short += f", 5% of them reserved; {', '.join(ways)} or {last} would make it fit"
     raise UsageError(f"--model {args.model}: {short}")
 

@@ -52,7 +52,6 @@ from support.results import NAMES, Records, Setting
 
 # 1. Evaluation
 
-SCORED = 2**15  # positions of prompts and responses that are scored together
 FEW_LAYERS = 4  # a model with at most so many is measured in every layer: a toy
 GENERIC = "Write a general description of the image."  # as in arXiv 2502.17422
 
@@ -95,15 +94,10 @@ def predict(
         scored = len(chunk) if has_targets else min(len(chunk), max(0, gazes - done))
         every = has_targets and layers <= FEW_LAYERS
         wanted = range(layers) if every else [attn_layer]
-        # In parts: a pass over all of them may take more memory than decoding did.
-        size = max(1, SCORED // (batch.ids.shape[1] + rollout.response_ids.shape[2]))
-        seen = []  # the patches and the rows by layer of each example that is scored
-        for first in range(0, scored, size):
-            part = rollout[first : min(first + size, scored)]
+        if scored:
+            part = rollout[:scored]
             found = score(model, part, attn_layers=wanted).attentions
             found = {layer: x[:, 0].cpu() for layer, x in found.items()}
-            for i, patches in enumerate(part.prompts.patches):
-                seen.append((patches, {layer: x[i] for layer, x in found.items()}))
         generic = {}
         if relative and has_targets:
             generic = generic_masses(model, processor, chunk, attn_layer)
@@ -131,7 +125,8 @@ def predict(
                 record["question_id"] = example.extra.get("question_id")
             gaze = None
             if row < scored:  # row t of a layer predicts token t, row t + 1 is that token's own
-                (patches, rows), n = seen[row], len(ids)
+                rows, n = {layer: x[row] for layer, x in found.items()}, len(ids)
+                patches = part.prompts.patches[row]
                 longest = len(patches)
             if done < gazes and all(hasattr(medium, "frames") for medium in example.media):
                 unpadded = slice(longest - len(prompt.ids), longest + n)

@@ -502,7 +502,7 @@ def real(found: Findings, work: Path, size: str, lora_rank: int | None) -> None:
         model, args = common.empty_model(config), script.Args(**fields)
         weights = sum(p.numel() for p in model.model.language_model.layers.parameters())
         weights += config.text_config.vocab_size * config.text_config.hidden_size
-        prompt, new = memory.prompt_tokens(args), args.group_size * args.max_new_tokens
+        prompt, new = memory.visual_tokens(args), args.group_size * args.max_new_tokens
         flops = 6 * args.num_iterations * weights * args.prompts_per_step * (prompt + new)
         used = flops / x["perf/update_s"] / rate
         found.note(f"{script.__name__}: FLOP utilisation of the update", used)

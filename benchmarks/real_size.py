@@ -149,7 +149,7 @@ def print_memory() -> None:
             need = memory.memory_gb(config, args, lora_rank, group, frozen, processes=processes)
         traced = fake_gpu.step(ral_grpo, config, args, processes)
         line = [f"{size}, {f'LoRA, rank {lora_rank}' if lora_rank else 'all weights'}"]
-        line += [str(processes), f"{inputs}: {memory.prompt_tokens(args):,}"]
+        line += [str(processes), f"{inputs}: {memory.prompt_tokens(args, config.model_type):,}"]
         line += [*(f"{need['rollout'][part]:.1f}" for part in standing)]
         expected = {phase: sum(parts.values()) for phase, parts in need.items()}
         found = {phase: traced[phase].total() / fake_gpu.GIB for phase in phases}

@@ -65,7 +65,8 @@ class RunArgs:
     frame_tokens: int | None = 128
     """Maximum visual tokens of a pair of video frames, which share them. Paper: 128."""
     max_prompt_tokens: int | None = 16384
-    """Skip rows whose prompt has more tokens than this."""
+    """Skip rows whose prompt has more tokens than this. A row of several images may have more than
+    the memory estimate assumes."""
     max_skipped: float = 0.01
     """Stop when more than this fraction of the rows cannot be used."""
     workers: int = 4

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from support.cli import option
 from support.media import MAX_FRAMES
-from support.prompts import ENCODER_CHUNK
+from support.prompts import ENCODER_CHUNK, FRAME_LEAST
 from support.ranks import UsageError, compute_dtype, gather, print_on_rank_0, require, world_size
 from support.states import read_state
 
@@ -25,8 +25,10 @@ ATTENTION_CHUNK = 2**26 if torch.cuda.is_available() else 2**20
 # Logits per chunk, in float32: 256 MB on a GPU, 64 MB elsewhere. The chunks' gradients of `lm_head`
 # are summed, in bfloat16 on a GPU, so fewer chunks there mean fewer rounding errors.
 LOGIT_CHUNK = 2**26 if torch.cuda.is_available() else 2**24
-# Padded positions of prompts and responses that an evaluation decodes together: 16 rows of 4,096.
-DECODED = 2**16
+TEXT = 512  # tokens of system turn, question, options and request
+STAMP = 12  # tokens around a pair of frames in Qwen3-VL: its time, and the marks of both ends
+# Padded positions of prompts and responses that an evaluation decodes together: 16 rows of 2,048.
+DECODED = 2**15
 
 
 def numel(module: Module, trained: bool = False) -> int:
@@ -56,7 +58,8 @@ def memory_gb(
     `frozen` are the configs of the frozen models beside the trained one (reference, teacher);
     `evaluated` is the config of the frozen model that is evaluated too, if any. Distillation
     (`distils`) keeps the logits of student and teacher. One attention row per token is always
-    counted, as RAL keeps them, even if the method does not.
+    counted, as RAL keeps them, even if the method does not. Every prompt is taken to be as long as
+    `prompt_tokens`.
     """
     model, text, width = empty_model(config), config.text_config, compute_dtype().itemsize
     layers, visual = model.model.language_model.layers, model.model.visual
@@ -79,8 +82,7 @@ def memory_gb(
     }
     # A single rank also gathers weights, if it holds them in float32 and computes in bfloat16.
     gathers = processes > 1 or (width < 4 and not lora_rank)
-    prompt = prompt_tokens(args)
-    new = args.max_new_tokens
+    prompt, new = prompt_tokens(args, config.model_type), args.max_new_tokens
     hidden, wide = text.hidden_size, text.intermediate_size
     heads, shared = text.num_attention_heads, text.num_key_value_heads
     head_dim = getattr(text, "head_dim", None) or hidden // heads
@@ -88,7 +90,8 @@ def memory_gb(
     levels = len(getattr(vision, "deepstack_visual_indexes", ()))
     # Qwen3-VL's deeper visual features: bytes a token. Each pass makes a second copy.
     deeper = width * hidden * levels
-    patches, dim = prompt * vision.spatial_merge_size**2, visual.patch_embed.embed_dim
+    patches = visual_tokens(args) * vision.spatial_merge_size**2
+    dim = visual.patch_embed.embed_dim
     pixels = 3 * vision.temporal_patch_size * vision.patch_size**2
 
     def encoding(prompts: int) -> float:
@@ -102,17 +105,23 @@ def memory_gb(
         """Bytes of the keys and values of the prompts and their responses, and of the prefill's
         last layer."""
         cache = 2 * len(layers) * head_dim * shared * prompts * (prompt + group * new)
-        in_layer = (3 * wide if not lora_rank else 4.5 * wide) + 6 * hidden
-        return width * (cache + prompts * prompt * in_layer) + prompts * prompt * 2 * deeper
+        in_layer = width * ((3 * wide if not lora_rank else 4.5 * wide) + 6 * hidden)
+        if prompts > 1:
+            in_layer = max(in_layer, width * 7 * hidden + mask)
+        return width * cache + prompts * prompt * (in_layer + 2 * deeper)
 
+    # Bytes for each position of a padded batch while its mask is made: 0 or 1 twice, and two copies
+    # of it in the compute dtype.
+    mask = (2 + 2 * width) * prompt
     gathered = width * total if gathers else 0
     if evaluated is not None and processes > 1:
         gathered = max(gathered, width * numel(empty_model(evaluated)))
     step = args.prompts_per_step
+    evaluated_together = max(1, min(2 * step, DECODED / (prompt + new)))
     need = {
-        "vision": {"gathered": gathered, "activations": encoding(2 * step)},
+        "vision": {"gathered": gathered, "activations": encoding(max(step, evaluated_together))},
         "rollout": {"gathered": gathered, "activations": decoding(step, group_size)},
-        "evaluation": {"gathered": gathered, "activations": decoding(2 * step, 1)},
+        "evaluation": {"gathered": gathered, "activations": decoding(evaluated_together, 1)},
     }
     size, responses = args.micro_batch_size, group_size * new
     tokens = size * (prompt + responses)
@@ -148,14 +157,38 @@ def memory_gb(
     return need
 
 
-def prompt_tokens(args: Any) -> int:
-    """Positions of the longest prompt with one image or video: its visual tokens and 64 of text."""
-    frames = args.frames or (MAX_FRAMES if args.data else 0)
-    video = (frames + 1) // 2 * (args.frame_tokens or 0)
+def longest_video(args: Any) -> int:
+    """Frames of the longest video; 0 for the built-in task without videos."""
+    return args.frames or (MAX_FRAMES if args.data else 0)
+
+
+def visual_tokens(args: Any) -> int:
+    """An upper bound of the visual tokens of one image or of one video, with sides up to 5:2.
+
+    A picture below its minimum is enlarged until neither side is too short, and both are rounded up
+    to whole tokens; see `process_media`.
+    """
+
+    def enlarged(least: int) -> int:
+        return int(((least * 2.5) ** 0.5 + 1) * ((least / 2.5) ** 0.5 + 1))
+
+    most, pair = args.max_prompt_tokens, args.frame_tokens
     image = args.image_tokens if args.data else args.min_image_tokens  # the toy's images are small
-    if visual := max(image or 0, video):
-        return min(64 + visual, args.max_prompt_tokens or sys.maxsize)
-    return args.max_prompt_tokens or 64 + 16  # without budgets; the toy has 16 visual tokens
+    if not (image and pair):  # without budgets; the toy has 16 visual tokens
+        return most or 16
+    pair = max(pair, enlarged(min(FRAME_LEAST, pair)))
+    image = max(image, enlarged(min(args.min_image_tokens or 0, image)))
+    return min(max(image, (longest_video(args) + 1) // 2 * pair), most or sys.maxsize)
+
+
+def prompt_tokens(args: Any, family: str) -> int:
+    """An upper bound of the positions of a prompt with one image or one video and up to `TEXT`
+    tokens of text, of which the built-in task has few. A row with several images, or with more
+    text, may have more, up to `--max-prompt-tokens`."""
+    text = TEXT if args.data else 64
+    if family == "qwen3_vl":
+        text += (longest_video(args) + 1) // 2 * STAMP
+    return min(text + visual_tokens(args), args.max_prompt_tokens or sys.maxsize)
 
 
 def available_gb() -> float:
@@ -247,14 +280,16 @@ def fit_memory(
             ways.append(f"{changed['processes']} processes" if "processes" in changed else flags)
     others = ["a smaller --max-new-tokens or --prompts-per-step", "a smaller model"]
     *ways, last = (ways + others)[: max(2, len(ways))]
-    short = f"needs about {need(**asked):.0f} GB per process; {have:.0f} GB are available"
+    longest = prompt_tokens(args, config.model_type)
+    short = f"needs about {need(**asked):.0f} GB per process for prompts of {longest:,} tokens"
+    short += f"; {have:.0f} GB are available"
     short += f", 5% of them reserved; {', '.join(ways)} or {last} would make it fit"
     raise UsageError(f"--model {args.model}: {short}")
 
 
 def shorter(args: Any, tokens: int) -> dict[str, int]:
     """The arguments that would limit an image or a video to `tokens` visual tokens."""
-    now = {"frames": args.frames or (MAX_FRAMES if args.data else 0)}
+    now = {"frames": longest_video(args)}
     now |= {"image_tokens": (args.image_tokens or sys.maxsize) if args.data else 0}
     limits = {"frames": 2 * tokens // (args.frame_tokens or tokens), "image_tokens": tokens}
     lower = {name: value for name, value in limits.items() if value < now[name]}

@@ -339,12 +339,16 @@ def step(
     """Run the rollout, the reference pass and the update of `script` on a fake GPU; returns what
     was alive at the peak of each phase, in bytes by what it is for.
 
-    The rollout stops after `decoded` tokens. On `cuda` the update is its forward pass alone.
+    The rollout stops after `decoded` tokens. On `cuda` the update is its forward pass alone. An
+    evaluation decodes as many positions as are decoded together, with more text where they are no
+    multiple of a prompt's.
     """
-    prompt = memory_module.prompt_tokens(args)
-    visual = prompt - 64
+    prompt = memory_module.prompt_tokens(args, config.model_type)
+    visual = memory_module.visual_tokens(args) // 128 * 128
     patches = 4 * visual
     b, g, t = args.prompts_per_step, args.group_size, args.max_new_tokens
+    evaluated = min(2 * b, memory_module.DECODED // (prompt + t))
+    longest = prompt if evaluated == 2 * b else memory_module.DECODED // evaluated - t
     asked = itertools.count(1)  # a rollout ends where all responses have ended
     answers = {
         "done.all": lambda: next(asked) % (decoded + 1) == 0,
@@ -360,7 +364,7 @@ def step(
             peaks[name] = memory.at
             memory.reset()
 
-        def make_prompts(count: int) -> PromptBatch:
+        def make_prompts(count: int, prompt: int = prompt) -> PromptBatch:
             vision = config.vision_config
             channels = getattr(vision, "in_channels", 3)
             values = channels * vision.temporal_patch_size * vision.patch_size**2
@@ -400,12 +404,9 @@ def step(
         memory.new = "gathered"
         with common.gathered(model):
             memory.new = "activations"
-            prompts = make_prompts(2 * b)
+            prompts = make_prompts(max(b, evaluated))
             phase("vision")
-            common.generate_group(model, prompts, 1, t)
-            phase("evaluation")
-            prompts = make_prompts(b)
-            memory.reset()
+            prompts = prompts[:b]
             rollout = common.generate_group(model, prompts, g, t, torch.rand(b * g, t))
             phase("rollout")
         advantages = torch.rand(b, g, 1, device=device)
@@ -427,17 +428,23 @@ def step(
         if device == "cuda":
             with torch.no_grad():
                 terms_of(script, model, batches[-1], args, *teachers)
-            phase("update")
-            return peaks
-        for batch in batches[:-1]:
-            batch.old_logps = torch.empty_like(batch.ref_logps)
-            if hasattr(batch, "old_attn"):
-                batch.old_attn = torch.empty(size, g, t, prompt + t)
-        memory.new = "gradients"
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        memory.new = "activations"
-        script.update(model, *teachers, optimizer, batches[-1:], args)
+        else:
+            for batch in batches[:-1]:
+                batch.old_logps = torch.empty_like(batch.ref_logps)
+                if hasattr(batch, "old_attn"):
+                    batch.old_attn = torch.empty(size, g, t, prompt + t)
+            memory.new = "gradients"
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            memory.new = "activations"
+            script.update(model, *teachers, optimizer, batches[-1:], args)
+            assert all(p.grad is None for p in parameters)
         phase("update")
-        assert all(p.grad is None for p in parameters)
+        # Last, so that what the reference pass leaves gathered would be seen.
+        prompts = rollout = advantages = batches = batch = None
+        memory.new = "gathered"
+        with common.gathered(model):
+            memory.new = "activations"
+            common.generate_group(model, make_prompts(evaluated, longest), 1, t)
+            phase("evaluation")
     return peaks

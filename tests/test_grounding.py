@@ -203,13 +203,6 @@ def test_the_measures_are_those_of_an_eager_model(
         mask = torch.arange(longest) < torch.tensor([[[len(row)]] for row in rows])
         return common.Rollout(batch, ids, mask, torch.zeros(len(rows), 1, dtype=torch.bool))
 
-    def score_apart(model, rollout, **options):
-        assert len(rollout.truncated) == 1 or rollout.response_mask.shape[2] == 1
-        return common.score(model, rollout, **options)
-
-    if kind == "toy":
-        monkeypatch.setattr(eval, "SCORED", 1)
-        monkeypatch.setattr(eval, "score", score_apart)
     monkeypatch.setattr(eval, "generate_group", demonstrate)
     options = {"max_new_tokens": 9, "batch_size": 2, "attn_layer": 1, "relative": True}
     predictions = eval.predict(model, processor, prompts, gazes=0, **options)

@@ -302,12 +302,12 @@ def test_adapters_learn_at_a_rate_of_their_own(real, tmp_path, lora_rank, rate):
     [
         (1000, None, 0.04, 0),
         (80, None, 0.04, 64),  # the plain command on one card
-        (80, 0, 0.0, "needs about 126 GB per process; .*; --lora-rank 64 or 2 processes would"),
+        (80, 0, 0.0, "about 126 GB per process for .*; 80 .*; --lora-rank 64 or 2 processes would"),
         (
             8,
             None,
             0.04,
-            "GB per process; 8 GB are available, 5% of them reserved; .* or .* would make it fit",
+            "tokens; 8 GB are available, 5% of them reserved; .* or .* would make it fit",
         ),
     ],
 )

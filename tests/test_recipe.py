@@ -1,6 +1,7 @@
 """What a real model is trained with unless it is told otherwise: the paper's recipe."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,13 +15,14 @@ from test_real import run
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import attn_distill
+import common
 import eval
 import grpo_baseline
 import kd_baseline
 import ral_grpo
 import sft
 from support import data, datafiles, memory, ranks
-from support.prompts import Media, Processor, PromptConfig, process_media
+from support.prompts import Example, Media, Processor, PromptConfig, encode_prompt, process_media
 
 
 @pytest.mark.parametrize("script", [grpo_baseline, ral_grpo, kd_baseline, attn_distill])
@@ -28,7 +30,8 @@ def test_the_defaults_are_the_papers(script):
     args = script.Args()
     assert (args.group_size, args.beta, args.temperature, args.think) == (8, 0.04, 1.0, True)
     assert args.image_tokens == 5120 and args.min_image_tokens == 128
-    assert args.frame_tokens == 128 and args.max_prompt_tokens >= 64 + 64 * 128
+    assert args.frame_tokens == 128
+    assert args.max_prompt_tokens >= memory.prompt_tokens(args, "qwen3_vl")
     evaluation = eval.Args("model")  # as it was trained
     for name in ("image_tokens", "frame_tokens", "frames"):
         assert getattr(evaluation, name) == (getattr(args, name),)
@@ -111,27 +114,63 @@ def test_the_first_rows_are_trained_on_and_those_behind_are_held_out(tmp_path):
         open_rows(tmp_path, rows=51)
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_no_prompt_is_longer_than_the_memory_estimate_assumes(real, monkeypatch, family):
+    """Of awkward videos of 128 frames, small images and a text with options; nor is one much
+    shorter."""
+
+    def call_once(self, images, **options):  # a video's frames are all alike here
+        output = call(self, images=images[:1], **options)
+        return {name: x.repeat(len(images), 1) for name, x in output.items()}
+
+    args = ral_grpo.Args(data="rows.json")
+    budgets = {x: getattr(args, x) for x in ("image_tokens", "frame_tokens", "min_image_tokens")}
+    processor = common.load_processor(real / family, **budgets)
+    processor.prompt_config = PromptConfig(ral_grpo.PROMPTS)
+    kind = type(processor.image_processor)
+    call = kind.__call__
+    monkeypatch.setattr(kind, "__call__", call_once)
+    question = "What is the man in the red coat holding when he walks past the blue car?"
+    asked = {"problem_type": "multiple choice", "options": [f"{x}. a blue car" for x in "ABCD"]}
+    times, lengths = [37.5 * i for i in range(128)], []
+    for size in ((320, 180), (320, 240), (426, 240), (480, 270), (320, 206)):
+        media = Media([Image.new("RGB", size)] * 128, is_video=True, times=times)
+        row = Example(question, "A", [media], **asked)
+        prompt = encode_prompt(processor, row)
+        assert sum(block.tokens for block in prompt.blocks) <= memory.visual_tokens(args)
+        lengths.append(len(prompt.ids))
+    longest = memory.prompt_tokens(args, family)
+    assert 0.9 * longest < max(lengths) <= longest
+    args = replace(args, frames=2, image_tokens=130)
+    processor = replace(processor, image_tokens=130)
+    images = [Media([Image.new("RGB", size)]) for size in ((320, 180), (99, 99), (2000, 900))]
+    lengths = [len(encode_prompt(processor, replace(row, media=[x])).ids) for x in images]
+    assert max(lengths) <= memory.prompt_tokens(args, family)
+
+
 @pytest.mark.parametrize(
     ("fields", "positions"),
     [
-        ({}, 64 + 64 * 128),  # 128 frames
-        ({"frames": 32}, 64 + 5120),  # an image
-        ({"frames": 33, "image_tokens": 128}, 64 + 17 * 128),
+        ({}, 512 + 64 * 154),  # 128 frames
+        ({"frames": 32}, 512 + 5120),  # an image
+        ({"frames": 33, "image_tokens": 128}, 512 + 17 * 154),
         ({"max_prompt_tokens": 4000}, 4000),
-        ({"data": None}, 64 + 128),
-        ({"data": None, "frames": 32}, 64 + 16 * 128),
+        ({"frame_tokens": None}, 16384),  # as many as are allowed
+        ({"data": None}, 64 + 154),
+        ({"data": None, "frames": 32}, 64 + 16 * 154),
     ],
 )
 def test_positions_of_the_longest_prompt(fields, positions):
-    assert memory.prompt_tokens(ral_grpo.Args(**{"data": "rows.json"} | fields)) == positions
+    args = ral_grpo.Args(**{"data": "rows.json"} | fields)
+    assert memory.prompt_tokens(args, "qwen2_5_vl") == positions
 
 
 @pytest.mark.parametrize(
     ("gb", "fields", "remedy"),
     [
         (40, {}, "--fps 1 --frames 64 --image-tokens 4096 or a smaller --max-new-tokens"),
-        (40, {"frames": 32}, "--image-tokens 4096"),
-        (24, {"image_tokens": 512}, "--fps 1 --frames 16 or a smaller"),
+        (30, {"frames": 32}, "--image-tokens 2048"),
+        (26, {"image_tokens": 512}, "--fps 1 --frames 16 or a smaller"),
         (80, {"lora_rank": 0}, "--lora-rank 64 or 4 processes would"),
     ],
 )

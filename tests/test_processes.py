@@ -3,11 +3,13 @@
 import errno
 import io
 import math
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass, field
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -181,6 +183,30 @@ def test_readers_use_no_shared_memory(monkeypatch):
     prompts = Prompts(source, encode, np.arange(9), keep_media=9)
     reader = Reader(prompts, range(9), 2, data.BadRows())
     assert [prompt.ids.unique().tolist() for prompt in reader] == [[row] for row in range(9)]
+
+
+class Arrival:
+    """Becomes the thread that unpickles it."""
+
+    def __reduce__(self):
+        return threading.current_thread, ()
+
+
+def test_on_a_gpu_a_thread_takes_prompts_from_the_pipe(monkeypatch):
+    """Training would wait while the pixels of a video arrive. It may end before the readers do."""
+    device = {"is_available": True, "current_accelerator": torch.device("cpu")}
+    device |= {"current_device_index": 0, "set_device_index": None}
+    for name, value in device.items():
+        monkeypatch.setattr(torch.accelerator, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    source = SimpleNamespace(example=lambda row: row, place=str)
+    encode = lambda row: SimpleNamespace(ids=Arrival())  # noqa: E731
+    prompts = Prompts(source, encode, np.arange(99), keep_media=99)
+    stream = iter(Reader(prompts, range(99), 2, data.BadRows()))
+    threads = {next(stream).ids for _ in range(9)}
+    assert threading.main_thread() not in threads and len(threads) == 1
+    stream.close()
+    assert not multiprocessing.active_children() and not threads.pop().is_alive()
 
 
 def test_readers_that_cannot_start_are_one_line(monkeypatch):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from ast import literal_eval
 from dataclasses import dataclass, field
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -83,6 +84,18 @@ def test_ctrl_c_during_imports_is_one_line(tmp_path, script):
     assert program.communicate()[1] == b"\nstopped by Ctrl-C before the start\n"
     assert program.returncode == 130
     assert signal.getsignal(signal.SIGINT) is not startup.stop  # though scripts are imported here
+
+
+@pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_segments_of_gpu_memory_grow_unless_the_user_decides(tmp_path, name):
+    """Before PyTorch is imported, which reads the newer name first."""
+    for library in ("numpy", "torch"):
+        (tmp_path / f"{library}.py").write_text("import os; print(dict(os.environ)); exit()")
+    own = {} if name is None else {name: "max_split_size_mb:128"}
+    environment = {"PYTHONPATH": str(tmp_path)} | own
+    shown = subprocess.check_output([sys.executable, ROOT / "sft.py"], env=environment, text=True)
+    decided = {key: value for key, value in literal_eval(shown).items() if "ALLOC" in key}
+    assert decided == (own or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
 
 
 WRONG = {

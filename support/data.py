@@ -41,6 +41,9 @@ from support.ranks import (
 )
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes run in parallel instead
+# PyTorch's iterators that have lost a reader. To delete one could take for ever: its thread may be
+# waiting for the rest of what the reader was sending.
+BROKEN = []
 
 
 @dataclass
@@ -200,10 +203,16 @@ class Reader:
             prefetch_factor=4,
         )
         try:
-            return iter(loader)
+            items = iter(loader)
         except OSError as error:
             reason = f"the readers cannot be started ({error.strerror}); give fewer, or 0"
             raise UsageError(f"--workers {self.workers}: {reason}") from None
+        try:
+            yield from items
+        except BaseException:
+            if not all(worker.is_alive() for worker in items._workers):
+                BROKEN.append(items)
+            raise
 
 
 def guard_reader(worker: int) -> None:

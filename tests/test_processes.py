@@ -11,7 +11,9 @@ import subprocess
 import sys
 import threading
 from ast import literal_eval
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,21 +207,46 @@ class Arrival:
         return threading.current_thread, ()
 
 
-def test_on_a_gpu_a_thread_takes_prompts_from_the_pipe(monkeypatch):
-    """Training would wait while the pixels of a video arrive. It may end before the readers do."""
+@pytest.fixture
+def pipe_on_gpu(monkeypatch) -> Callable[[Callable], Iterator]:
+    """Prompts that two readers encode with a given function, as on a GPU."""
     device = {"is_available": True, "current_accelerator": torch.device("cpu")}
     device |= {"current_device_index": 0, "set_device_index": None}
     for name, value in device.items():
         monkeypatch.setattr(torch.accelerator, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     source = SimpleNamespace(example=lambda row: row, place=str)
-    encode = lambda row: SimpleNamespace(ids=Arrival())  # noqa: E731
-    prompts = Prompts(source, encode, np.arange(99), keep_media=99)
-    stream = iter(Reader(prompts, range(99), 2, data.BadRows()))
+
+    def stream(encode: Callable) -> Iterator:
+        prompts = Prompts(source, encode, np.arange(99), keep_media=99)
+        return iter(Reader(prompts, range(99), 2, data.BadRows()))
+
+    return stream
+
+
+def test_on_a_gpu_a_thread_takes_prompts_from_the_pipe(pipe_on_gpu):
+    """Training would wait while the pixels of a video arrive. It may end before the readers do."""
+    stream = pipe_on_gpu(lambda row: SimpleNamespace(ids=Arrival()))
     threads = {next(stream).ids for _ in range(9)}
     assert threading.main_thread() not in threads and len(threads) == 1
     stream.close()
     assert not multiprocessing.active_children() and not threads.pop().is_alive()
+    assert not data.BROKEN
+
+
+def test_a_reader_killed_while_it_sends_is_not_waited_for(pipe_on_gpu):
+    def die(connection, content):
+        os.write(connection.fileno(), content[: len(content) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def encode(row: int) -> SimpleNamespace:
+        Connection._send = die  # in the reader
+        return SimpleNamespace()
+
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker \(pid"):
+        next(pipe_on_gpu(encode))
+    assert len(data.BROKEN) == 1
+    ranks.end_readers()
 
 
 def test_readers_that_cannot_start_are_one_line(monkeypatch):

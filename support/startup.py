@@ -1,11 +1,16 @@
-"""Ctrl-C while a script imports its libraries, which takes seconds, ends it with one line.
+"""What must be set before the libraries are imported; each script imports this module first.
 
-Each script imports this module first. A program that imports a script is not affected.
+Ctrl-C while they are imported, which takes seconds, ends the script with one line. A program that
+imports a script keeps its own Ctrl-C. On a GPU, PyTorch's allocator lets segments grow: prompts
+differ in length, and blocks of fixed sizes would leave gaps between them.
 """
 
 import os
 import signal
 import sys
+
+if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def stop(*_: object) -> None:

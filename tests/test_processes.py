@@ -3,12 +3,17 @@
 import errno
 import io
 import math
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
+from ast import literal_eval
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,6 +86,18 @@ def test_ctrl_c_during_imports_is_one_line(tmp_path, script):
     assert program.communicate()[1] == b"\nstopped by Ctrl-C before the start\n"
     assert program.returncode == 130
     assert signal.getsignal(signal.SIGINT) is not startup.stop  # though scripts are imported here
+
+
+@pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_segments_of_gpu_memory_grow_unless_the_user_decides(tmp_path, name):
+    """Before PyTorch is imported, which reads the newer name first."""
+    for library in ("numpy", "torch"):
+        (tmp_path / f"{library}.py").write_text("import os; print(dict(os.environ)); exit()")
+    own = {} if name is None else {name: "max_split_size_mb:128"}
+    environment = {"PYTHONPATH": str(tmp_path)} | own
+    shown = subprocess.check_output([sys.executable, ROOT / "sft.py"], env=environment, text=True)
+    decided = {key: value for key, value in literal_eval(shown).items() if "ALLOC" in key}
+    assert decided == (own or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
 
 
 WRONG = {
@@ -181,6 +198,55 @@ def test_readers_use_no_shared_memory(monkeypatch):
     prompts = Prompts(source, encode, np.arange(9), keep_media=9)
     reader = Reader(prompts, range(9), 2, data.BadRows())
     assert [prompt.ids.unique().tolist() for prompt in reader] == [[row] for row in range(9)]
+
+
+class Arrival:
+    """Becomes the thread that unpickles it."""
+
+    def __reduce__(self):
+        return threading.current_thread, ()
+
+
+@pytest.fixture
+def pipe_on_gpu(monkeypatch) -> Callable[[Callable], Iterator]:
+    """Prompts that two readers encode with a given function, as on a GPU."""
+    device = {"is_available": True, "current_accelerator": torch.device("cpu")}
+    device |= {"current_device_index": 0, "set_device_index": None}
+    for name, value in device.items():
+        monkeypatch.setattr(torch.accelerator, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    source = SimpleNamespace(example=lambda row: row, place=str)
+
+    def stream(encode: Callable) -> Iterator:
+        prompts = Prompts(source, encode, np.arange(99), keep_media=99)
+        return iter(Reader(prompts, range(99), 2, data.BadRows()))
+
+    return stream
+
+
+def test_on_a_gpu_a_thread_takes_prompts_from_the_pipe(pipe_on_gpu):
+    """Training would wait while the pixels of a video arrive. It may end before the readers do."""
+    stream = pipe_on_gpu(lambda row: SimpleNamespace(ids=Arrival()))
+    threads = {next(stream).ids for _ in range(9)}
+    assert threading.main_thread() not in threads and len(threads) == 1
+    stream.close()
+    assert not multiprocessing.active_children() and not threads.pop().is_alive()
+    assert not data.BROKEN
+
+
+def test_a_reader_killed_while_it_sends_is_not_waited_for(pipe_on_gpu):
+    def die(connection, content):
+        os.write(connection.fileno(), content[: len(content) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def encode(row: int) -> SimpleNamespace:
+        Connection._send = die  # in the reader
+        return SimpleNamespace()
+
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker \(pid"):
+        next(pipe_on_gpu(encode))
+    assert len(data.BROKEN) == 1
+    ranks.end_readers()
 
 
 def test_readers_that_cannot_start_are_one_line(monkeypatch):

@@ -108,7 +108,8 @@ def memory_gb(
         in_layer = width * ((3 * wide if not lora_rank else 4.5 * wide) + 6 * hidden)
         if prompts > 1:
             in_layer = max(in_layer, width * 7 * hidden + mask)
-        return width * cache + prompts * prompt * (in_layer + 2 * deeper)
+        decoded = width * cache + prompts * prompt * (in_layer + 2 * deeper)
+        return max(decoded, encoding(prompts) * args.train_vision)  # each pass encodes
 
     # Bytes for each position of a padded batch while its mask is made: 0 or 1 twice, and two copies
     # of it in the compute dtype.
@@ -142,7 +143,7 @@ def memory_gb(
         checkpoints + 2 * head + 16 * LOGIT_CHUNK + logits,
         checkpoints + 2 * size * attention + 12 * ATTENTION_CHUNK,
         checkpoints + head + in_layer + (width + 4) * trained_layer,
-        (width + 4) * trained_root + reduced,
+        4 * trained_root + reduced,  # when its gathered weights are freed
         29 * seen,
     )
     # Another graph adds its checkpoints and, as traced, as much again.

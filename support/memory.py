@@ -142,7 +142,7 @@ def memory_gb(
     update = max(
         checkpoints + 2 * head + 16 * LOGIT_CHUNK + logits,
         checkpoints + 2 * size * attention + 12 * ATTENTION_CHUNK,
-        checkpoints + head + in_layer + (width + 4) * trained_layer,
+        checkpoints + head + in_layer + 2 * size * attention + (width + 4) * trained_layer,
         4 * trained_root + reduced,  # when its gathered weights are freed
         29 * seen,
     )

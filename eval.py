@@ -320,7 +320,8 @@ class Args:
     """Number of examples, from the first, on the page `gaze.html` that shows where the model
     looked, for each setting."""
     batch_size: int = 16
-    """Maximum number of prompts decoded together; of long ones, fewer: see `DECODED`."""
+    """Maximum number of prompts decoded together; fewer if they are long: at most 32,768 positions,
+    padding and responses included, or one prompt."""
     workers: int = 4
     """Processes that read and encode rows ahead; 0: the evaluating process reads them."""
 

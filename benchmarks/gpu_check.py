@@ -37,6 +37,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the scripts have it
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

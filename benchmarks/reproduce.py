@@ -696,7 +696,8 @@ def across(claim: str, tasks: dict[str, dict], done: dict) -> str:
                          for task in tasks] for seed in seeds]  # fmt: skip
                 line.append(words([float(np.mean(row)) for row in rows], "+"))
             table.append(line)
-    title = f"### {claim}: each seed's mean over {', '.join(tasks)}\n\n"
+    title = f"### {claim}: each seed's mean over {'; '.join(tasks)}\n\n"
+    title += "Over all seeds that have both cells in every task, those of other claims too.\n\n"
     return title + "".join(f"| {' | '.join(line)} |\n" for line in table) if table[2:] else ""
 
 

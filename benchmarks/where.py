@@ -86,7 +86,7 @@ def main(args: Args) -> None:
                 "text after the image": (position > last) & (position < prompt_len),
                 "response": position >= prompt_len,
             }
-            # The row that emits the first response token is the prompt's last.
+            # The row that predicts the first response token is the prompt's last.
             kinds["text after the image"][prompt_len - 1] = False
             kinds["response"][prompt_len - 1] = True
             target = torch.zeros(ids.shape, dtype=torch.bool)

@@ -41,8 +41,8 @@ from support.ranks import (
 )
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes run in parallel instead
-# PyTorch's iterators that have lost a reader. To delete one could take for ever: its thread may be
-# waiting for the rest of what the reader was sending.
+# PyTorch's iterators that have lost a reader, kept so that they are not deleted: that could block
+# forever, since PyTorch's thread may be waiting for the rest of what the reader was sending.
 BROKEN = []
 
 

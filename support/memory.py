@@ -175,8 +175,9 @@ def visual_tokens(args: Any) -> int:
 
     most, pair = args.max_prompt_tokens, args.frame_tokens
     image = args.image_tokens if args.data else args.min_image_tokens  # the toy's images are small
-    if not (image and pair):  # without budgets; the toy has 16 visual tokens
-        return most or 16
+    if not (image and pair) and (most or not (image or pair)):
+        return most or 16  # without budgets; the toy has 16 visual tokens
+    image, pair = image or 0, pair or 0
     pair = max(pair, enlarged(min(FRAME_LEAST, pair)))
     image = max(image, enlarged(min(args.min_image_tokens or 0, image)))
     return min(max(image, (longest_video(args) + 1) // 2 * pair), most or sys.maxsize)
@@ -289,7 +290,8 @@ def fit_memory(
 
 
 def shorter(args: Any, tokens: int) -> dict[str, int]:
-    """The arguments that would limit an image or a video to `tokens` visual tokens."""
+    """The arguments that would limit an image to `tokens` visual tokens, and a video to about as
+    many: `visual_tokens` may count a fifth more."""
     now = {"frames": longest_video(args)}
     now |= {"image_tokens": (args.image_tokens or sys.maxsize) if args.data else 0}
     limits = {"frames": 2 * tokens // (args.frame_tokens or tokens), "image_tokens": tokens}

@@ -156,6 +156,8 @@ def test_no_prompt_is_longer_than_the_memory_estimate_assumes(real, monkeypatch,
         ({"frames": 33, "image_tokens": 128}, 512 + 17 * 154),
         ({"max_prompt_tokens": 4000}, 4000),
         ({"frame_tokens": None}, 16384),  # as many as are allowed
+        ({"frame_tokens": None, "max_prompt_tokens": None}, 512 + 5120),
+        ({"image_tokens": None, "max_prompt_tokens": None}, 512 + 64 * 154),
         ({"data": None}, 64 + 154),
         ({"data": None, "frames": 32}, 64 + 16 * 154),
     ],

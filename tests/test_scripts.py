@@ -50,7 +50,7 @@ def test_lambda_0_is_grpo_to_the_bit(train, cold_start):
     assert lines[-1]["train/attn_jsd_4"] > 0
 
 
-def test_with_one_inner_iteration_any_lambda_is_grpo(train):
+def test_with_one_pass_any_lambda_is_grpo(train):
     _, grpo = train(grpo_baseline, steps=4, num_iterations=1)
     lines, ral = train(ral_grpo, steps=4, num_iterations=1, lambda_attn=1e3)
     assert max(abs(line["train/attn_loss"]) for line in lines[1:]) == 0
@@ -58,7 +58,7 @@ def test_with_one_inner_iteration_any_lambda_is_grpo(train):
         torch.testing.assert_close(ral[name], grpo[name], atol=1e-7, rtol=1e-6)
 
 
-def test_lambda_acts_from_the_second_inner_iteration_on(train):
+def test_lambda_acts_from_the_second_pass_on(train):
     _, grpo = train(grpo_baseline, steps=2, num_iterations=2)
     lines, ral = train(ral_grpo, steps=2, num_iterations=2, lambda_attn=100.0)
     moved = max((ral[name] - grpo[name]).abs().max() for name in grpo)

@@ -3,7 +3,7 @@ of it.
 
 What if the reward knew where to look? Several public methods reward boxes that a model names; here
 it is the attention itself that earns a reward: 0.8 * accuracy + 0.1 * format + 0.1 * looked. A
-response has looked if, in the row that emits the first token of its answer, layer `--attn-layer`
+response has looked if, in the row that predicts the first token of its answer, layer `--attn-layer`
 has more mass on the boxes of the prompt's row (docs/data.md) than chance would put there. With
 `--looked-rule brightest`, the brightest visual token must show a box. It costs one forward pass
 without gradients a step. Prompts without boxes earn nothing for looking.

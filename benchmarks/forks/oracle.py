@@ -1,7 +1,7 @@
 """A fork of `ral_grpo.py`: `diff ral_grpo.py benchmarks/forks/oracle.py` shows all of it.
 
 How much could attention gain at most? In place of the divergence, the attention term is -log of
-the mass on the target, in the row that emits the answer, for every response alike. No method can
+the mass on the target, in the row that predicts the answer, for every response alike. No method can
 know the target; the toy does. The divergence is logged; `--attn-row`, `--attn-reduction` and
 `--attn-anchor` do not change the loss.
 

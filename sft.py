@@ -66,8 +66,6 @@ class Args(cli.RunArgs):
     1.5e-3 for the small toy and 1e-3 for the large one."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to this norm."""
-    micro_batch_size: int = 1
-    """Prompts per forward pass. It changes memory and speed, not the update."""
     prompts_per_step: int = 8
     """Demonstrations per step on each rank. [ours]"""
     max_new_tokens: int = 768

@@ -83,6 +83,9 @@ class RunArgs:
     or 64 if training the weights does not fit into memory."""
     gradient_checkpointing: bool | None = None
     """Store one activation per layer and recompute the rest. Unset: only on a GPU."""
+    micro_batch_size: int = 1
+    """Prompts in a forward pass of training, with all their responses. It changes memory and speed,
+    not the update."""
     eval_every: int = 100
     """Steps between evaluations on held-out examples."""
     eval_examples: int = 128
@@ -109,8 +112,8 @@ class RunArgs:
         """Check the ranges of these arguments, and of those that most scripts declare."""
         check_values(self)
         positive = "rows frames fps max_prompt_tokens image_tokens min_image_tokens frame_tokens"
-        positive += " eval_every eval_examples keep steps learning_rate max_grad_norm"
-        positive += " micro_batch_size prompts_per_step num_iterations num_minibatches"
+        positive += " micro_batch_size eval_every eval_examples keep steps learning_rate"
+        positive += " max_grad_norm prompts_per_step num_iterations num_minibatches"
         positive += " max_new_tokens temperature clip_eps"
         not_negative = "save_every max_skipped seed workers lora_rank beta"
         require_positive(self, *(name for name in positive.split() if hasattr(self, name)))

@@ -60,9 +60,6 @@ class Args(cli.RunArgs):
     """Learning rate of AdamW, constant [ours]. Unset: 1e-5 (paper), or 2e-5 for adapters [ours]."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to this norm."""
-    micro_batch_size: int = 1
-    """Prompts per forward pass, with all their responses. It changes memory and speed, not the
-    update."""
     prompts_per_step: int = 8
     """Prompts per rollout on each rank. [ours] The paper's "rollout batch size" of 8 may also count
     the prompts of all ranks (then 1 on each of 8) or the responses to one."""

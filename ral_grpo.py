@@ -309,7 +309,7 @@ def loss_terms(scores: common.Scores, batch: Batch, args: Args) -> dict[str, Ten
       - Near p_old its gradient with respect to p_theta is A (p_theta - p_old) / (4 p_old). It damps
         (A > 0) or amplifies the change since the rollout, and knows no other direction.
       - If that change is small, as after a step at a low learning rate, rounding in bfloat16 hides
-        it (docs/scaling.md, "Precision and kernels").
+        it (docs/results.md, "What bfloat16 leaves of the term").
       - Responses with the same first s tokens share the own rows of these (and the predicting rows
         of s + 1), and so the divergences D_t. The loss contains such a row as D_t * sum_i A_i / T_i
         with T_i the length of response i. If the whole group shares it and has one length, it is 0.

@@ -256,6 +256,9 @@ def main(args: Args) -> dict[str, float]:
     # A new toy for videos learns the lookup on images first.
     images_only = is_toy and task.frames is not None and args.model is None
     images_only = extra.get("images_only", images_only)
+    if args.stop_accuracy <= 1:
+        goal = f"the first evaluation with accuracy {args.stop_accuracy} (--stop-accuracy)"
+        ranks.print_on_rank_0(f"training stops at {goal}, or after {args.steps} steps")
     bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=ranks.rank() != 0)
     for step in bar:
         clock = runs.Stopwatch()
@@ -286,9 +289,8 @@ def main(args: Args) -> dict[str, float]:
             return metrics
     bar.close()
     if args.stop_accuracy <= 1 and not done:
-        ranks.print_on_rank_0(
-            f"did not reach --stop-accuracy {args.stop_accuracy}; try more --steps or a --seed"
-        )
+        remedy = "try more --steps or another --seed"
+        ranks.print_on_rank_0(f"did not reach --stop-accuracy {args.stop_accuracy}; {remedy}")
     evaluations = {"before": before, "after": after}
     plotted = ("train/loss", "train/demo_prob", "eval/accuracy", "eval/target_attn")
     save = partial(common.save_model, model=model, processor=processor)

@@ -388,7 +388,8 @@ class BenchmarkFile(DataFile):
         there = root is None or Path(root).is_dir()
         require(there, f"--benchmark-root {root}: no such directory")
         place, option = place_of(name, root), f"--benchmark {name}"
-        super().__init__([f"{place}:{x}" for x in benchmark.splits], (), frames, fps, option)
+        paths = [f"{place}:{split}" for split in benchmark.splits]
+        super().__init__(paths, (), frames, fps, option, text_only=True)  # `named_fields` checks it
         for part in self.parts:
             part.roots += [(part.roots[0] / folder).resolve() for folder in benchmark.videos]
             try:
@@ -404,15 +405,14 @@ class BenchmarkFile(DataFile):
             how = how.format(hub=benchmark.hub, folder=benchmark.folder)
             raise UsageError(f"{option}: {place} has no videos, such as {video}; {how}")
 
-    def find_columns(self, part: Part, text_only: bool) -> str:
-        require(len(part.rows) > 0, "has no rows")
+    def find_columns(self, part: Part) -> str:
         return f"read as {self.benchmark.title}"
 
     def named_fields(self, row: int) -> Row:
         """The fields of a row, by `Benchmark.row`. A folder in place of a video is its frames."""
         part, _ = self.locate(row)
         try:
-            published = self.fields(row) | {"part": re.split("[:/]", part.name)[-1]}
+            published = self.fields(row) | {"part": re.split("[:/]", part.source)[-1]}
             if column := self.benchmark.beside:
                 published["beside"] = read_beside(published[column], part.roots)
             fields = dict.fromkeys(COLUMNS) | self.benchmark.row(published)

@@ -42,11 +42,11 @@ from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HOME
 from huggingface_hub.errors import LocalEntryNotFoundError
-from pyarrow import ipc, parquet, types
+from pyarrow import ipc, parquet
 
 from support.answers import MAX_ANSWER, extract_answer, folded, option_letter, option_texts
 from support.cli import each
-from support.disk import data_files
+from support.disk import data_files, without_split
 from support.grounding import Box
 from support.media import (
     MAX_FRAME_BYTES,
@@ -94,19 +94,10 @@ BOXES, BOX_FORMATS = ("bbox", "bboxes", "bboxs"), ("xyxy", "xywh")
 BOX_KEYS = (*BOXES, "bbox_format")
 UNREAD = "rename the column to have it left out"
 ROW_KEYS = sum((*MEDIA_COLUMNS.values(), *CLIP.values(), CHANGES, BOX_KEYS), ())
-# A column that is not read but perhaps holds media, by its name or by a value.
-PERHAPS_MEDIA = re.compile("image|img|picture|photo|video|clip|frame", re.I)
 MEDIA_ENDS = "jpg jpeg png webp gif bmp tif tiff mp4 m4v mov mkv webm avi flv wmv mpg mpeg ogv"
-MEDIA_PATH = re.compile(rf".*\.({MEDIA_ENDS.replace(' ', '|')})", re.I)
 ROLES = (["user"], ["human"], ["user", "assistant"], ["human", "gpt"])  # of a chat's turns
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 EXPECTED = "expected a JSON array of objects, one JSON object a line, or Parquet or Arrow files"
-# First bytes of files that hold no rows, and what those files are.
-NOT_ROWS = {b"\xff\xfe": "is UTF-16 text", b"\xfe\xff": "is UTF-16 text", b"PK": "is compressed"}
-NOT_ROWS |= {b"\x1f\x8b": "is compressed"} | dict.fromkeys((b"\x80\4", b"\x80\5"), "is a pickle")
-# First bytes of files that hold rows.
-KINDS = {b"PAR1": "Parquet", b"ARROW1": "an Arrow file", b"\xff\xff\xff\xff": "an Arrow stream"}
-KINDS |= {b"{": "JSON lines", b"[": "a JSON array"}
 HUB_NAME = re.compile(r"(?!.*\.(?:jsonl?|parquet|arrow|csv)$)[\w-][\w.-]*/[\w-][\w.-]*")
 # What is downloaded from a hub's repository beside JSON files, which name media by their paths.
 LOOSE_MEDIA = [f"*.{end}" for both in MEDIA_ENDS.split() for end in (both, both.upper())]
@@ -128,20 +119,15 @@ def find_files(path: str) -> tuple[Path, dict[str, list[Path]]]:
     `path` is a file, a directory, or a data set's hub name, whose Parquet files, or else its JSON
     files, are downloaded. `:SPLIT` after a directory or a hub name chooses from several splits.
     """
-    place, split = Path(path), ""
-    if ":" in path and not place.exists():
-        place, split = Path(path.rpartition(":")[0]), path.rpartition(":")[2]
-    named = str(place)
+    place = without_split(path)
+    named, split = str(place), "" if place == Path(path) else path.rpartition(":")[2]
     if not place.exists() and HUB_NAME.fullmatch(named):
         place = download(named, split)
     require(place.exists(), "no such file or directory")
-    if place.is_file():
-        require(not split, f"is one file; leave out :{split}")
-        return place.parent, {"": [place]}
-    require(place.is_dir(), "is neither a file nor a directory")
-    files = {file.relative_to(place).as_posix(): file for file in data_files(str(place))}
-    splits = choose_splits(list(files), split, named)
-    return place, {label: [files[name] for name in names] for label, names in splits.items()}
+    folder = place.parent if place.is_file() else place
+    files = {file.relative_to(folder).as_posix(): file for file in data_files(str(place))}
+    splits = choose_splits([*files], split, named)
+    return folder, {label: [files[name] for name in names] for label, names in splits.items()}
 
 
 def download(name: str, split: str) -> Path:
@@ -187,109 +173,43 @@ def choose_splits(names: list[str], split: str, place: str) -> dict[str, list[st
 
 
 class JsonLines:
-    """The rows of JSON lines files. Only the place of each line is in memory: the number of its
-    file, its offset and its own number."""
+    """The rows of a JSON lines file. Only the offset and the number of each line are in memory."""
 
-    def __init__(self, files: list[Path]):
-        self.files, places = files, array("q")
-        for number, path in enumerate(files):
-            at, line, begins = 0, 1, True
-            with path.open("rb") as file:
-                for piece in iter(partial(file.readline, MAX_ROW), b""):  # a long line has several
-                    if begins and piece.strip():
-                        places.extend((number, at, line))
-                    at, begins = at + len(piece), piece.endswith(b"\n")
-                    line += begins
-        self.places = np.array(places).reshape(-1, 3)
+    def __init__(self, file: Path):
+        self.file, places = file, array("q")
+        at, line, begins = 0, 1, True
+        with file.open("rb") as opened:
+            for piece in iter(partial(opened.readline, MAX_ROW), b""):  # a long line has several
+                if begins and piece.strip():
+                    places.extend((at, line))
+                at, begins = at + len(piece), piece.endswith(b"\n")
+                line += begins
+        self.places = np.array(places).reshape(-1, 2)
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, row: int) -> Any:
-        number, at, _ = self.places[row]
-        with self.files[number].open("rb") as file:
-            file.seek(at)
-            content = file.readline(MAX_ROW + 1)
+        with self.file.open("rb") as opened:
+            opened.seek(self.places[row, 0])
+            content = opened.readline(MAX_ROW + 1)
         if len(content) > MAX_ROW:
             raise BadRow(f"is longer than {MAX_ROW:,} bytes")
         return json.loads(content.decode("utf-8-sig"))
 
-    def place(self, row: int) -> str:
-        number, _, line = self.places[row]
-        name = f"{self.files[number].name} " if len(self.files) > 1 else ""
-        return f" ({name}line {line})"
-
-
-def open_rows(files: list[Path]) -> tuple[Any, dict[str, pyarrow.DataType]]:
-    """The rows of data files, and the type of each column if the files state types."""
-    kinds = {}
-    for file in files:
-        try:
-            kinds.setdefault(file_kind(file), file)
-        except UsageError as error:
-            raise UsageError(f"{file.name} {error}" if len(files) > 1 else error) from None
-    different = " and ".join(f"{kind} ({file.name})" for kind, file in kinds.items())
-    require(len(kinds) == 1, f"has files of different kinds, {different}; keep one kind")
-    (kind,) = kinds
-    if kind == "JSON lines":
-        return JsonLines(files), {}
-    if kind == "a JSON array":
-        return [row for file in files for row in read_array(file)], {}
-    cache, copied = Path(os.environ.get("HF_DATASETS_CACHE") or f"{HF_HOME}/datasets"), ""
-    try:
-        if kind == "Parquet":
-            copied, schemas = f" or copied to {cache}", map(parquet.read_schema, files)
-            schema = next(filter(len, schemas), pyarrow.schema([]))
-            rows = ArrowRows([arrow_copy(files, cache)], kind)
-        else:
-            rows = ArrowRows(files, kind)
-            schema = rows.schema
-        require(len(schema) > 0, "has no columns")
-        return rows, {column.name: column.type for column in schema}
-    except UsageError:
-        raise
-    except Exception as error:  # hostile bytes raise any error of the library
-        raise UsageError(f"cannot be read{copied} ({first_line(error)})") from None
-
-
-def file_kind(file: Path) -> str:
-    """What a data file is, by its first bytes."""
-    with file.open("rb") as opened:
-        start = opened.read(2**12).removeprefix(b"\xef\xbb\xbf").lstrip()
-    require(start, "is empty")
-    for first, kind in KINDS.items():
-        if start.startswith(first):
-            return kind
-    kind = NOT_ROWS.get(start[:2], f"begins with {start[:40].decode(errors='replace')!r}")
-    raise UsageError(f"{kind}; {EXPECTED}")
-
-
-def read_array(file: Path) -> list[Any]:
-    content = file.read_bytes()
-    try:
-        return json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        before = content[: getattr(error, "start", 0)]  # of a byte that is not UTF-8
-        line = getattr(error, "lineno", before.count(b"\n") + 1)
-        reason = getattr(error, "msg", first_line(error))
-        raise UsageError(f"its array is not JSON, line {line}: {reason}") from None
-
 
 class ArrowRows:
-    """The rows of Arrow files, which stay on disk with their media undecoded."""
+    """The rows of an Arrow file, which stay on disk with their media undecoded."""
 
-    def __init__(self, files: list[Path], kind: str):
-        self.batches, self.schema = [], pyarrow.schema([])
-        for file in files:
-            source = pyarrow.memory_map(str(file))
-            if kind == "an Arrow file":
-                reader = ipc.open_file(source)
-                batches = map(reader.get_batch, range(reader.num_record_batches))
-            else:
-                batches = reader = ipc.open_stream(source)
-            self.schema = self.schema if self.schema.names else reader.schema
-            kept = kept_columns(reader.schema)
-            self.batches += [batch.select(kept) for batch in batches if batch.num_rows]
+    def __init__(self, file: Path, is_stream: bool = True):
+        source = pyarrow.memory_map(str(file))
+        if is_stream:
+            batches = reader = ipc.open_stream(source)
+        else:
+            reader = ipc.open_file(source)
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+        kept, self.names = kept_columns(reader.schema), reader.schema.names
+        self.batches = [batch.select(kept) for batch in batches if batch.num_rows]
         self.ends = np.cumsum([batch.num_rows for batch in self.batches])
 
     def __len__(self) -> int:
@@ -303,9 +223,36 @@ class ArrowRows:
         return batch.to_pylist()[0]
 
 
-def is_binary(kind: pyarrow.DataType) -> bool:
-    """Whether a column may hold media: the type of {bytes, path} names "binary", too."""
-    return "binary" in str(kind)
+def open_rows(file: Path) -> Any:
+    """The rows of a data file, whose first bytes say what it is."""
+    copies, copied = Path(os.environ.get("HF_DATASETS_CACHE") or f"{HF_HOME}/datasets", "rows"), ""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(2**12).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if start.startswith(b"{"):
+            return JsonLines(file)
+        if start.startswith(b"["):
+            return json.loads(file.read_bytes().decode("utf-8-sig"))
+        if start.startswith((b"\xff\xff\xff\xff", b"ARROW1")):
+            return ArrowRows(file, is_stream=start[:1] == b"\xff")
+        if start.startswith(b"PAR1"):
+            copied = f" or copied to {copies}"
+            rows = ArrowRows(arrow_copy(file, copies))
+            rows.names = parquet.read_schema(file).names
+            return rows
+    except UsageError:
+        raise
+    except Exception as error:  # hostile bytes raise any error of the libraries
+        raise UsageError(f"{file.name} cannot be read{copied} ({first_line(error)})") from None
+    found = f"begins with {start[:40]!r}" if start else "is empty"
+    raise UsageError(f"{file.name} {found}; {EXPECTED}")
+
+
+def kept_columns(schema: pyarrow.Schema) -> list[str]:
+    """The columns of Parquet or Arrow files that are used: all but media that nothing reads."""
+    read, nested = read_columns(schema.names), re.compile("(images|videos): ")
+    kinds = {column.name: str(column.type) for column in schema}  # {bytes, path} names "binary" too
+    return [x for x in kinds if x in read or "binary" not in kinds[x] or nested.search(kinds[x])]
 
 
 def read_columns(names: Sequence[str]) -> list[str]:
@@ -314,82 +261,41 @@ def read_columns(names: Sequence[str]) -> list[str]:
     return [x for x in names if x in fields or x in ROW_KEYS or NUMBERED.fullmatch(x)]
 
 
-def kept_columns(schema: pyarrow.Schema) -> list[str]:
-    """The columns of Parquet or Arrow files that are used: all but media that nothing reads."""
-    read, nested = read_columns(schema.names), re.compile("(images|videos): ")
-    return [
-        column.name
-        for column in schema
-        if column.name in read or not is_binary(column.type) or nested.search(str(column.type))
-    ]
+def arrow_copy(file: Path, folder: Path) -> Path:
+    """Copy a Parquet file to an Arrow file in `folder`, whose rows can be read one by one.
 
-
-def arrow_copy(files: list[Path], cache: Path) -> Path:
-    """Copy Parquet files to an Arrow file, whose rows can be read one by one.
-
-    The copy is named by a hash of each file's size, first and last MB, which has the statistics of
+    The copy is named by a hash of the file's size, first and last MB, which has the statistics of
     each column. So the copy is made once, and again after a change.
 
     Raises:
-        UsageError: a column differs between files, or the copy is far larger than the files.
+        UsageError: the copy would be far larger than the file.
     """
-    digest, total = hashlib.sha256(repr((COLUMNS, ROW_KEYS, "all")).encode()), 0
-    for file in files:
-        size = file.stat().st_size
-        total += size
-        with file.open("rb") as opened:
-            digest.update(b"%d" % size + opened.read(2**20))
-            opened.seek(max(0, size - 2**20))
-            digest.update(opened.read())
-    limit = max(MAX_GROWTH * total, LEAST_GROWTH)
-    large = f"its {total:,} bytes hold more than {limit:,} bytes of rows"
-    target = cache / "rows" / f"{digest.hexdigest()[:32]}.arrow"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    size = file.stat().st_size
+    digest = hashlib.sha256(repr((COLUMNS, ROW_KEYS, size)).encode())
+    with file.open("rb") as opened:
+        digest.update(opened.read(2**20))
+        opened.seek(max(0, size - 2**20))
+        digest.update(opened.read())
+    limit = max(MAX_GROWTH * size, LEAST_GROWTH)
+    large = f"{file.name}: its {size:,} bytes hold more than {limit:,} bytes of rows"
+    target = folder / f"{digest.hexdigest()[:32]}.arrow"
+    folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if target.exists():
             return target
-        schema, part = shared_schema(files), target.with_suffix(".part")
+        part = target.with_suffix(".part")
         try:
-            with pyarrow.OSFile(str(part), "wb") as sink, ipc.new_stream(sink, schema) as stream:
-                for file in files:
-                    with parquet.ParquetFile(file) as rows:  # a row may hold many pictures
-                        for batch in rows.iter_batches(16, columns=schema.names, use_threads=False):
-                            table = pyarrow.Table.from_batches([batch])
-                            stream.write_table(table.select(schema.names).cast(schema))
-                            require(sink.tell() <= limit, large)
+            with parquet.ParquetFile(file) as rows, pyarrow.OSFile(str(part), "wb") as sink:
+                kept = kept_columns(rows.schema_arrow)
+                schema = pyarrow.schema([rows.schema_arrow.field(name) for name in kept])
+                with ipc.new_stream(sink, schema) as stream:  # a row may hold many pictures
+                    for batch in rows.iter_batches(16, columns=kept, use_threads=False):
+                        stream.write_batch(batch.select(kept))
+                        require(sink.tell() <= limit, large)
             part.rename(target)
         finally:
             part.unlink(missing_ok=True)
     return target
-
-
-def shared_schema(files: list[Path]) -> pyarrow.Schema:
-    """The columns of Parquet files that are kept, with types that suit all files with rows. Columns
-    that nothing reads are left out if they differ between the files."""
-    schemas, columns = {}, defaultdict(dict)
-    for file in files:
-        with parquet.ParquetFile(file) as rows:
-            if rows.metadata.num_rows:
-                schemas[file.name] = kept_columns(rows.schema_arrow)
-                for name in schemas[file.name]:
-                    kind = rows.schema_arrow.field(name).type  # pandas' categories: a dictionary
-                    kind = kind.value_type if types.is_dictionary(kind) else kind
-                    columns[name][file.name] = pyarrow.schema({name: kind})
-    require(schemas, "has no rows")
-    read, shared = {x for names in schemas.values() for x in read_columns(names)}, []
-    for name, found in columns.items():
-        has, lacks = [*found], [file for file in schemas if file not in found]
-        fault = f"{has[0]} has the column {name}, but {lacks[0]} does not" if lacks else ""
-        kind = found[has[0]]
-        for file in has if not fault else ():
-            try:
-                kind = pyarrow.unify_schemas([kind, found[file]])
-            except pyarrow.ArrowException as error:
-                fault = f"{file} differs from {has[0]}: {first_line(error)}"
-                break
-        require(not fault or name not in read, fault)
-        shared += [] if fault else [kind.field(0)]
-    return pyarrow.schema(shared)
 
 
 # 3. Examples
@@ -397,13 +303,12 @@ def shared_schema(files: list[Path]) -> pyarrow.Schema:
 
 @dataclass
 class Part:
-    """The rows of one split, from row `start` of the whole on. `source` is the data source of rows
+    """The rows of one file, from row `start` of the whole on. `source` is the data source of rows
     that name none."""
 
     name: str
     source: str
     rows: Any
-    types: dict[str, pyarrow.DataType]
     roots: list[Path]
     start: int
     columns: dict[str, str] = field(default_factory=dict)  # the name of each field of `COLUMNS`
@@ -418,8 +323,8 @@ class DataFile:
     prints which columns are read.
 
     Raises:
-        UsageError: a file or a root does not exist, or a file holds no questions or, unless
-            `text_only` is set, no media in its first rows.
+        UsageError: a file or a root does not exist, a file holds no questions or, unless
+            `text_only` is set, a split has no media in its first rows.
     """
 
     def __init__(
@@ -440,14 +345,23 @@ class DataFile:
             name, notes = path if names.count(name) > 1 else name, Counter()
             try:
                 folder, splits = find_files(path)
+                own = [Path(root).resolve() for root in roots or [folder]]
                 for label, files in splits.items():
+                    first = len(self)
                     source = label if len(splits) > 1 else name if len(paths) > 1 else ""
-                    named = f"{name.partition(':')[0]}:{label}" if len(splits) > 1 else name
-                    own = [Path(root).resolve() for root in roots or [folder]]
-                    part = Part(named, source, *open_rows(files), own, len(self))
-                    self.parts.append(part)
-                    self.ends.append(part.start + len(part.rows))
-                    notes[self.find_columns(part, text_only)] += len(part.rows)
+                    for file in files:
+                        named = name if file == Path(path) else f"{name}/{file.relative_to(folder)}"
+                        part = Part(named, source, open_rows(file), own, len(self))
+                        self.parts.append(part)
+                        self.ends.append(part.start + len(part.rows))
+                        if len(part.rows):
+                            note = self.find_columns(part)
+                            notes[note] += len(part.rows)
+                    rows = range(first, len(self))[:INSPECTED]
+                    require(rows, "has no rows")
+                    seen = text_only or any(map(self.has_media, rows))
+                    blind = f"none of the first {len(rows)} rows has an image or a video; {note}"
+                    require(seen, f"{blind}; give --text-only if that is meant")
             except UsageError as error:
                 raise UsageError(f"{option} {path}: {error}") from None
             for note, count in notes.items():
@@ -469,77 +383,41 @@ class DataFile:
         """The name of a row and, in JSON lines, the number of its line, both counted from 1."""
         part, number = self.locate(row)
         is_lines = isinstance(part.rows, JsonLines)
-        return self.name(row) + (part.rows.place(number) if is_lines else "")
+        return self.name(row) + (f" (line {part.rows.places[number, 1]})" if is_lines else "")
 
-    def find_columns(self, part: Part, text_only: bool) -> str:
+    def find_columns(self, part: Part) -> str:
         """Find the part's name for each of `COLUMNS`; returns a note that says which columns are
         read. JSON rows may differ, so the first rows are inspected."""
-        require(len(part.rows) > 0, "has no rows")
-        first = range(part.start, part.start + min(INSPECTED, len(part.rows)))
-        present, looks = self.inspect(part, first)
+        present, groups, reason = dict.fromkeys(getattr(part.rows, "names", ())), set(), ""
+        inspected = min(1 if present else INSPECTED, len(part.rows))
+        for row in range(part.start, part.start + inspected):
+            try:
+                fields = self.fields(row)
+            except BadRow as error:
+                reason = reason or f"{self.place(row)} {error}"
+                continue
+            present |= dict.fromkeys(fields)
+            nested = (x for x, y in fields.items() if isinstance(y, dict))
+            groups.update(x for x in nested if fields[x].get("images") or fields[x].get("videos"))
+        require(present, f"{reason or f'the rows of {part.name} are empty'}; {EXPECTED}")
         found = {field: [x for x in names if x in present] for field, names in COLUMNS.items()}
         part.columns = {field: names[0] if names else field for field, names in found.items()}
         question, answer = part.columns["problem"], part.columns["solution"]
         answer = answer if found["solution"] else question if question in CHATS else None
         wanted = [" or ".join(COLUMNS[field]) for field in ("problem", "solution")]
         expected = f"expected a question in {wanted[0]}, and an answer in {wanted[1]}"
-        columns = f"has the columns {', '.join(sorted(present))[:300]}"
-        if len(part.rows) == 1 and looks["like rows"]:
-            expected += f"; if the rows are in {min(looks['like rows'])}, give that list alone"
+        columns = f"{part.name} has the columns {', '.join(sorted(present))[:300]}"
         require(found["problem"] and answer, f"{columns}; {expected}")
-        read = read_columns(present)
-        read += sorted(looks["like a group of media"].difference(read))
-        unread = [name for name in present if name not in read]
-        shown = text_only or any(self.has_media(row) for row in first)
-        blind = f"none of the first {len(first)} rows has an image or a video"
-        columns = f"columns read: {', '.join(read)}, not read: {', '.join(unread)[:300] or 'none'}"
-        require(shown, f"{blind}; {columns}; give --text-only if that is meant")
-        clip = [x for x in read if x in sum(CLIP.values(), ())]
-        others = (*part.columns.values(), *clip, *CHANGES, *BOX_KEYS)
-        media = [x for x in read if x not in others]
-        note = f"question in {question}, answer in {answer}, "
-        note += f"media in {', '.join(media) or 'no column'}"
-        for words, names in (
-            ("the part of a video in", clip),
-            ("boxes in", [x for x in read if x in BOX_KEYS]),
-            ("not read, but perhaps media:", [x for x in unread if x in looks["like media"]]),
-            ("not read, but perhaps options:", [x for x in unread if x in looks["like options"]]),
-        ):
-            note += f"; {words} {', '.join(names)[:300]}" if names else ""
+        read = {*read_columns([*present]), *groups}
+        others = [x for x in present if x in read and x not in (question, answer)]
+        unread = [x for x in present if x not in read]
+        note = f"question in {question}, answer in {answer}"
+        note += f", also read: {', '.join(others) or 'nothing'}"
+        note += f", not read: {', '.join(unread)[:300] or 'nothing'}"
         if not found["problem_type"]:
             how = "rows with options are multiple choice, others need an equal answer"
             note += f"; no problem_type: {how}"
         return note
-
-    def inspect(self, part: Part, first: range) -> tuple[list[str], dict[str, set[str]]]:
-        """All columns, and those that look like media by their name, type or values, like options
-        (lists of short texts), like rows (lists of objects), or like a group of media (`images` or
-        `videos` inside)."""
-        present, looks, reason = dict.fromkeys(part.types), defaultdict(set), ""
-        looks["like media"] = {name for name, kind in part.types.items() if is_binary(kind)}
-        for row in first[: 10 if present else INSPECTED]:  # rows of Arrow may hold large media
-            try:
-                fields = self.fields(row)
-            except BadRow as error:
-                reason = reason or f"{self.place(row)} {error}"
-                if row == part.start + 1 and not present:  # perhaps a dictionary around the rows
-                    break
-                continue
-            present |= dict.fromkeys(fields)
-            for name, value in fields.items():
-                items = value if isinstance(value, list) else [value]
-                short = [x for x in items if isinstance(x, str) and len(x) < 1000]
-                if any(map(MEDIA_PATH.fullmatch, short[:10])):
-                    looks["like media"].add(name)
-                if len(short) == len(items) > 1:
-                    looks["like options"].add(name)
-                if items is value and items and isinstance(items[0], dict):
-                    looks["like rows"].add(name)
-                if isinstance(value, dict) and (value.get("images") or value.get("videos")):
-                    looks["like a group of media"].add(name)
-        looks["like media"] |= {name for name in present if PERHAPS_MEDIA.search(name)}
-        require(present, f"{reason or 'its rows are empty'}; {EXPECTED}")
-        return [*present], looks
 
     def has_media(self, row: int) -> bool:
         """Whether a row lists an image or a video, readable or not."""
@@ -553,8 +431,6 @@ class DataFile:
         part, number = self.locate(row)
         try:
             fields = part.rows[number]
-        except json.JSONDecodeError as error:
-            raise BadRow(f"is not JSON: {error.msg} at column {error.colno}") from None
         except BadRow:
             raise
         except Exception as error:  # hostile bytes make pyarrow raise any error

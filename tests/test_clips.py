@@ -74,23 +74,18 @@ def test_each_video_has_its_own_clip(folder):
 def test_the_note_says_what_chooses_frames(folder, capsys):
     print_once.cache_clear()
     videos(folder, CLIP)
-    assert "; the part of a video in video_start, video_end" in capsys.readouterr().out
+    assert "also read: video, video_start, video_end, not read: nothing" in capsys.readouterr().out
 
 
-def test_the_note_names_media_and_options_that_are_not_read(folder, tmp_path, capsys):
-    row = ROW | {"where": ["a/0.PNG"], "video_path": "v.mp4", "topic": "a.b"}
-    row |= {"answer_options": ["red", "blue"]}
-    unread = "perhaps media: where; not read, but perhaps options: answer_options;"
-    for name in ("rows.jsonl", "rows.parquet"):
-        if name == "rows.jsonl":
-            (tmp_path / name).write_text(json.dumps(row))
-        else:
-            image = {"seen": [{"bytes": b"", "path": "x"}]}
-            table = pyarrow.table({key: [value] for key, value in row.items()} | image)
-            pyarrow.parquet.write_table(table, tmp_path / name)
-            unread = unread.replace("where", "where, seen")
+def test_the_note_names_columns_that_are_not_read(tmp_path, capsys):
+    row = ROW | {"where": "a/0.PNG", "video_path": "v.mp4", "answer_options": ["red", "blue"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    table = pyarrow.table({key: [value] for key, value in row.items()} | {"thumb": [b"x"]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    for name, thumb in (("rows.jsonl", ""), ("rows.parquet", ", thumb")):
         DataFile(str(tmp_path / name))
-        assert f"media in video_path; not read, but {unread}" in capsys.readouterr().out
+        noted = f"also read: video_path, not read: where, answer_options{thumb}; no problem_type"
+        assert noted in capsys.readouterr().out
 
 
 IN_STRUCT = {"media": {"images": [{"path": "0.png"}], "videos": None}}
@@ -114,7 +109,7 @@ def test_more_names_of_columns(folder, fields, expected, capsys):
         print_once.cache_clear()
         example = DataFile(str(folder / name)).example(0)
         noted = capsys.readouterr().out
-        assert "media in no column" not in noted and "perhaps media" not in noted
+        assert "not read: nothing" in noted
         assert (example.problem, example.solution) == ("p", "B")
         assert [medium.kind for medium in example.media] == [expected]
 

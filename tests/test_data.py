@@ -115,7 +115,7 @@ def test_a_broken_line_is_a_row_with_its_line(tmp_path):
         words in reason
         for words, reason in zip(
             (
-                "is not JSON: Expecting value at column 7",
+                "cannot be read: Expecting value: line 1 column 7",
                 "is not a JSON object",
                 "is longer than 1,048,576 bytes",
             ),
@@ -135,33 +135,27 @@ def test_only_offsets_of_json_lines_are_in_memory(tmp_path):
     assert file.example(2).problem == "p"
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 5 * 2**20 and list(vars(file.parts[0].rows)) == ["files", "places"]
-    assert file.parts[0].rows.places.nbytes == 3 * 3 * 8  # file, offset and number of each line
+    assert peak < 5 * 2**20 and list(vars(file.parts[0].rows)) == ["file", "places"]
+    assert file.parts[0].rows.places.nbytes == 3 * 2 * 8  # offset and number of each line
 
 
 ANYTHING_ELSE = [  # what a file is; what its one line says
     (b"", "is empty"),
     (b" \n", "is empty"),
-    (b"question,answer\nWhat?,3\n", "begins with 'question,answer"),
-    ('{"problem": "p"}'.encode("utf-16"), "is UTF-16 text"),
-    (b"\x80\x04\x95rows", "is a pickle"),
-    (b"\x1f\x8b\x08rows", "is compressed"),
-    (
-        b'{"data": [{"problem": "p", "solution": "s"}]}',
-        "; if the rows are in data, give that list alone",
-    ),
-    (
-        b'{\n"data": [\n{"problem": "p"},\n{"problem": "q"}\n]\n}',
-        "row 1 (line 1) is not JSON: Expect",
-    ),
-    (b'[{"problem": "p", "answer": 1},\n{"problem": "q",\n}]', "not JSON, line 3: "),
-    (b'[{"problem": "p", "answer": 1}', "not JSON, line 1: "),
-    (b'[{"problem": "p", "answer": 1}]\n\n{"problem": "p"}', "not JSON, line 3: Extra data"),
-    (b'[{"problem": "p"},\n"\xff"]', "not JSON, line 2: 'utf-8' codec"),
-    (b"[" * 100_000, "not JSON, line 1: maximum recursion"),
+    (b"question,answer\nWhat?,3\n", "begins with b'question,answer"),
+    ('{"problem": "p"}'.encode("utf-16"), "begins with b'\\xff\\xfe{"),
+    (b"\x80\x04\x95rows", "begins with b'\\x80"),
+    (b'{"data": [{"problem": "p", "solution": "s"}]}', "has the columns data; expected a question"),
+    (b'{\n"data": [\n{"problem": "p"},\n{"problem": "q"}\n]\n}', "has the columns problem; "),
+    (b'{\n"data": [\n]\n}', "row 1 (line 1) cannot be read: Expecting"),
+    (b'[{"problem": "p", "answer": 1},\n{"problem": "q",\n}]', "line 3 column 1"),
+    (b'[{"problem": "p", "answer": 1}', "line 1 column 31"),
+    (b'[{"problem": "p", "answer": 1}]\n\n{"problem": "p"}', "(Extra data: line 3"),
+    (b'[{"problem": "p"},\n"\xff"]', "cannot be read ('utf-8' codec"),
+    (b"[" * 100_000, "cannot be read (maximum recursion"),
     (b"[]", "has no rows"),
     (b"[1, 2]", "row 1 is not a JSON object"),
-    (b"[{}]", "its rows are empty"),
+    (b"[{}]", "the rows of rows.json are empty"),
     (b'[{"problem": "p"}]', "has the columns problem; expected a question in problem or question"),
     (b'[{"caption": "p", "answer": 1}]', "has the columns answer, caption; expected"),
     (b"PAR1" * 100, "cannot be read or copied to "),
@@ -224,14 +218,19 @@ def test_geometry3k(tmp_path, layout, capsys):
     capsys.readouterr()
     before = pyarrow.total_allocated_bytes()
     file = datafiles.DataFile(name)
-    noted = f"--data {name}: 3 rows, question in problem, answer in answer, media in images; "
-    assert capsys.readouterr().out.startswith(noted + "no problem_type: rows with options are")
+    noted = f"--data {name}: 3 rows, question in problem, answer in answer, also read: images, "
+    noted += "not read: nothing; no problem_type: rows with options are multiple choice"
+    assert capsys.readouterr().out.startswith(noted)
     examples = [file.example(row) for row in range(3)]
     assert [sizes(example) for example in examples] == [[(40, 30)], [(41, 30)], [(42, 30)]]
     assert {(x.problem, x.solution, x.problem_type, x.response) for x in examples} == {
         ("<image>Find x.", "2 \\sqrt { 221 }", "", None)
     }
-    assert file.place(2) == f"{Path(name).name} row 3"
+    place = {"parts": "it[s]/train-00002-of-00003.parquet row 1"}
+    place |= {"split": "it[s]:train/x/data/train-00000-of-00001.parquet row 3"}
+    place |= {"saved": "it[s]/data-00001-of-00002.arrow row 1"}
+    place |= {"saved split": "it[s]:train/train/data-00000-of-00001.arrow row 3"}
+    assert file.place(2) == place.get(layout, f"{Path(name).name} row 3")
     assert pyarrow.total_allocated_bytes() < before + 1000, "the rows are not on disk"
 
 
@@ -283,13 +282,14 @@ def test_several_splits_or_files_are_one_set(tmp_path):
     sources = ["a/data/train"] * 3 + ["b/data/train"] * 3 + ["x.jsonl", "x"]
     assert [example.source for example in examples] == sources
     assert [examples[n].problem for n in (5, 6, 7)] == ["<image>Find x.", "p", "q"]
-    places = ["set:b/data/train row 3", "x.jsonl row 2 (line 2)"]
+    shard = "b/data/train-00000-of-00001.parquet"
+    places = [f"set:train/{shard} row 3", "x.jsonl row 2 (line 2)"]
     assert [file.place(5), file.place(7)] == places and examples[7].name == "x.jsonl row 2"
     (tmp_path / "y").mkdir()
     (tmp_path / "y" / "x.jsonl").write_text((tmp_path / "x.jsonl").read_text())
     file = DataFile([f"{tmp_path}/x.jsonl", f"{tmp_path}/y/x.jsonl"])
     assert len({file.name(row) for row in range(len(file))}) == 4
-    with pytest.raises(UsageError, match="is one file; leave out :train"):
+    with pytest.raises(UsageError, match="has no data files of a split 'train'"):
         DataFile(f"{tmp_path}/x.jsonl:train")
 
 
@@ -301,7 +301,7 @@ def test_a_hub_name_reads_the_downloaded_files(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     file = DataFile("hiyouga/geometry3k:test")
-    assert len(file) == 2 and file.name(1) == "geometry3k:test row 2"
+    assert len(file) == 2 and file.name(1).startswith("geometry3k:test/data/test-00000")
     assert sizes(file.example(1)) == [(41, 30)]
     with pytest.raises(
         UsageError, match="cannot download hiyouga/missing: no connection, and not in the cache"
@@ -378,7 +378,7 @@ def test_video_r1_mixed_with_columns_that_others_have(tmp_path, capsys):
     lines = "\n".join(map(json.dumps, rows[1:]))
     file = open_rows(tmp_path, lines)
     assert (
-        "question in question, answer in ground_truth, media in path, videos, image"
+        "question in question, answer in ground_truth, also read: choices, path, videos, image, not"
         in capsys.readouterr().out
     )
     examples = [open_rows(tmp_path, json.dumps(rows[0])).example(0)]
@@ -494,7 +494,7 @@ def test_boxes_are_read_in_every_form(tmp_path, capsys, kind):
         {"bbox": [-1, -0.5, 41, 31], "images": [stored(tmp_path, box=(0, 0, 40, 30)).name]},
     ):
         assert read(**fields) == [always]
-    assert "media in images; boxes in bboxes, bbox_format; no problem" in capsys.readouterr().out
+    assert "also read: images, bboxes, bbox_format, not read: nothing" in capsys.readouterr().out
     assert read(bboxes=[box, box]) == [always] * 2
     assert read(bboxes=[]) == read(bboxes=[[]]) == read(bbox=None) == []
     several = {"images": names, "bboxes": [[box], [], [third, third]]}
@@ -554,15 +554,13 @@ def test_a_file_without_media_is_refused(tmp_path, layout, capsys):
         )
     with pytest.raises(UsageError) as error:
         datafiles.DataFile(str(path))
-    why = "none of the first 3 rows has an image or a video; columns read: question, answer, "
-    why += "not read: clip_id, where; give --text-only if that is meant"
-    assert str(error.value) == f"--data {path}: {why}"
+    note = "question in question, answer in answer, also read: nothing, not read: clip_id, where; "
+    words = f"--data {path}: none of the first 3 rows has an image or a video; {note}"
+    assert str(error.value).startswith(words)
+    assert str(error.value).endswith("; give --text-only if that is meant")
     print_once.cache_clear()
     assert len(datafiles.DataFile(str(path), text_only=True)) == 3
-    assert (
-        "media in no column; not read, but perhaps media: clip_id, where;"
-        in capsys.readouterr().out
-    )
+    assert f"--data {path}: 3 rows, {note}" in capsys.readouterr().out
     if layout != "parquet":  # a medium that cannot be read is not text
         rows = [row] * 99 + [row | {"path": "missing.png"}]
         path.write_text("\n".join(map(json.dumps, rows)) if layout == "jsonl" else json.dumps(rows))

@@ -63,23 +63,21 @@ def test_a_column_without_values_suits_any_other(tmp_path):
     assert file.example(2).options == ("A. red", "B. a") and len(file) == 3
 
 
-def test_a_column_that_differs_is_named(tmp_path):
-    write(tmp_path, ["1"], [2])
-    words = "train-00001.parquet differs from train-00000.parquet: .* answer has incompatible types"
-    with pytest.raises(UsageError, match=words):
-        answers(tmp_path)
-    write(tmp_path, ["1"], options([["a", "b"]]))
-    words = "train-00001.parquet has the column options, but train-00000.parquet does not"
-    with pytest.raises(UsageError, match=words):
-        answers(tmp_path)
-
-
-def test_a_column_that_is_not_read_may_differ(tmp_path):
-    """`answer` is read before `label`, and `problem` before `text`."""
+def test_columns_of_each_file_are_its_own(tmp_path, capsys):
+    """The note says what is read in each."""
     both = {"answer": ["red"], "label": ["cat"], "text": ["t"], "x": [1]}
-    write(tmp_path, {"problem": []}, {"answer": ["1"], "label": [1]}, both)
+    write(tmp_path, {"problem": []}, {"solution": ["1"], "label": [1]}, {"answer": [2]}, both)
     parquet.write_table(pyarrow.table({}), tmp_path / "train-00000.parquet")
-    assert answers(tmp_path) == ["1", "red"]
+    assert answers(tmp_path) == ["1", "2", "red"]
+    noted = [line.partition("; no prob")[0] for line in capsys.readouterr().out.splitlines()]
+    assert [line.partition("1 rows, question in problem, ")[2] for line in noted] == [
+        "answer in solution, also read: nothing, not read: label",
+        "answer in answer, also read: nothing, not read: nothing",
+        "answer in answer, also read: nothing, not read: label, text, x",
+    ]
+    parquet.write_table(pyarrow.table({"problem": ["p"]}), tmp_path / "train-00003.parquet")
+    with pytest.raises(UsageError, match=r"/train-00003\.parquet has the columns problem;"):
+        answers(tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["lines", "arrays"])
@@ -91,8 +89,8 @@ def test_several_json_files_are_one_set(tmp_path, layout):
         (tmp_path / f"x-{number}.parquet").write_text(text)
     file = DataFile(str(tmp_path))
     assert [file.example(row).solution for row in range(6)] == list("012345")
-    place = " (x-1.parquet line 3)" if layout == "lines" else ""
-    assert file.place(3) == f"{tmp_path.name} row 4{place}"
+    place = " (line 3)" if layout == "lines" else ""
+    assert file.place(3) == f"{tmp_path.name}/x-1.parquet row 2{place}"
 
 
 def test_a_directory_of_json_files_is_one_set(tmp_path):
@@ -104,9 +102,9 @@ def test_a_directory_of_json_files_is_one_set(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "x-1.jsonl is empty"), (b"PAR1", r"files of different kinds, JSON lines \(x-0.jsonl\)")],
+    [(b"", "x-1.jsonl is empty"), (b"PAR1", "x-1.jsonl cannot be read or copied")],
 )
-def test_a_file_of_another_kind_is_named(tmp_path, content, words):
+def test_a_file_that_cannot_be_read_is_named(tmp_path, content, words):
     (tmp_path / "x-0.jsonl").write_text('{"problem": "p", "answer": "a"}')
     (tmp_path / "x-1.jsonl").write_bytes(content)
     with pytest.raises(UsageError, match=words):

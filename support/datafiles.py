@@ -208,8 +208,8 @@ class ArrowRows:
         else:
             reader = ipc.open_file(source)
             batches = map(reader.get_batch, range(reader.num_record_batches))
-        kept, self.names = kept_columns(reader.schema), reader.schema.names
-        self.batches = [batch.select(kept) for batch in batches if batch.num_rows]
+        self.names = reader.schema.names
+        self.batches = [batch for batch in batches if batch.num_rows]
         self.ends = np.cumsum([batch.num_rows for batch in self.batches])
 
     def __len__(self) -> int:
@@ -237,28 +237,13 @@ def open_rows(file: Path) -> Any:
             return ArrowRows(file, is_stream=start[:1] == b"\xff")
         if start.startswith(b"PAR1"):
             copied = f" or copied to {copies}"
-            rows = ArrowRows(arrow_copy(file, copies))
-            rows.names = parquet.read_schema(file).names
-            return rows
+            return ArrowRows(arrow_copy(file, copies))
     except UsageError:
         raise
     except Exception as error:  # hostile bytes raise any error of the libraries
         raise UsageError(f"{file.name} cannot be read{copied} ({first_line(error)})") from None
     found = f"begins with {start[:40]!r}" if start else "is empty"
     raise UsageError(f"{file.name} {found}; {EXPECTED}")
-
-
-def kept_columns(schema: pyarrow.Schema) -> list[str]:
-    """The columns of Parquet or Arrow files that are used: all but media that nothing reads."""
-    read, nested = read_columns(schema.names), re.compile("(images|videos): ")
-    kinds = {column.name: str(column.type) for column in schema}  # {bytes, path} names "binary" too
-    return [x for x in kinds if x in read or "binary" not in kinds[x] or nested.search(kinds[x])]
-
-
-def read_columns(names: Sequence[str]) -> list[str]:
-    """Those of the columns `names` that are read: of several names of a field, the first."""
-    fields = [next((x for x in known if x in names), None) for known in COLUMNS.values()]
-    return [x for x in names if x in fields or x in ROW_KEYS or NUMBERED.fullmatch(x)]
 
 
 def arrow_copy(file: Path, folder: Path) -> Path:
@@ -271,7 +256,7 @@ def arrow_copy(file: Path, folder: Path) -> Path:
         UsageError: the copy would be far larger than the file.
     """
     size = file.stat().st_size
-    digest = hashlib.sha256(repr((COLUMNS, ROW_KEYS, size)).encode())
+    digest = hashlib.sha256(b"%d" % size)
     with file.open("rb") as opened:
         digest.update(opened.read(2**20))
         opened.seek(max(0, size - 2**20))
@@ -285,13 +270,16 @@ def arrow_copy(file: Path, folder: Path) -> Path:
             return target
         part = target.with_suffix(".part")
         try:
-            with parquet.ParquetFile(file) as rows, pyarrow.OSFile(str(part), "wb") as sink:
-                kept = kept_columns(rows.schema_arrow)
-                schema = pyarrow.schema([rows.schema_arrow.field(name) for name in kept])
-                with ipc.new_stream(sink, schema) as stream:  # a row may hold many pictures
-                    for batch in rows.iter_batches(16, columns=kept, use_threads=False):
-                        stream.write_batch(batch.select(kept))
-                        require(sink.tell() <= limit, large)
+            with (
+                parquet.ParquetFile(file) as rows,
+                pyarrow.OSFile(str(part), "wb") as sink,
+                ipc.new_stream(sink, rows.schema_arrow) as stream,
+            ):
+                for batch in rows.iter_batches(
+                    16, use_threads=False
+                ):  # a row may hold many pictures
+                    stream.write_batch(batch)
+                    require(sink.tell() <= limit, large)
             part.rename(target)
         finally:
             part.unlink(missing_ok=True)
@@ -408,8 +396,9 @@ class DataFile:
         expected = f"expected a question in {wanted[0]}, and an answer in {wanted[1]}"
         columns = f"{part.name} has the columns {', '.join(sorted(present))[:300]}"
         require(found["problem"] and answer, f"{columns}; {expected}")
-        read = {*read_columns([*present]), *groups}
-        others = [x for x in present if x in read and x not in (question, answer)]
+        known = {*part.columns.values(), *ROW_KEYS, *groups}
+        read = [x for x in present if x in known or NUMBERED.fullmatch(x)]
+        others = [x for x in read if x not in (question, answer)]
         unread = [x for x in present if x not in read]
         note = f"question in {question}, answer in {answer}"
         note += f", also read: {', '.join(others) or 'nothing'}"

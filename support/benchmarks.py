@@ -6,7 +6,6 @@ A benchmark is read from the hub, or from a folder that is laid out as its downl
 """
 
 import json
-import os
 import re
 from ast import literal_eval
 from collections import Counter, defaultdict
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from support.answers import MAX_ANSWER, option_accuracy, option_texts, plain_accuracy
-from support.datafiles import BOXES, COLUMNS, MAX_ROW, DataFile, Part, find_medium
+from support.datafiles import BOXES, COLUMNS, MAX_ROW, DataFile, Part, find_medium, open_medium
 from support.media import BadBox, BadRow, first_line
 from support.prompts import Example
 from support.ranks import UsageError, require
@@ -409,7 +408,7 @@ class BenchmarkFile(DataFile):
         return f"read as {self.benchmark.title}"
 
     def named_fields(self, row: int) -> Row:
-        """The fields of a row, by `Benchmark.row`. A folder in place of a video is its frames."""
+        """The fields of a row, by `Benchmark.row`."""
         part, _ = self.locate(row)
         try:
             published = self.fields(row) | {"part": re.split("[:/]", part.source)[-1]}
@@ -424,10 +423,6 @@ class BenchmarkFile(DataFile):
             raise BadRow("is not as published (its options are no list)") from None
         if not any(fields.get(name) for name in ("image", "images", "video")):
             raise BadRow("has no image or video")
-        if "video" in fields and not isinstance(fields["video"], str):
-            raise BadRow(f"has {str(fields['video'])[:40]!r} in place of a video's name")
-        if frames := "video" in fields and frames_in(fields["video"], part.roots):
-            fields["video"] = [frames]
         return fields
 
     def example(self, row: int) -> Example:
@@ -440,10 +435,10 @@ class BenchmarkFile(DataFile):
 
     def has_video(self, row: int) -> bool:
         try:
-            video = self.named_fields(row)["video"]
-            return isinstance(video, list) or find_medium(video, self.locate(row)[0].roots).exists()
+            open_medium(self.named_fields(row)["video"], self.locate(row)[0].roots, "video", 1)
         except BadRow:
             return False
+        return True
 
 
 def read_beside(medium: str, roots: Sequence[Path]) -> Row:
@@ -452,21 +447,9 @@ def read_beside(medium: str, roots: Sequence[Path]) -> Row:
     try:
         place = find_medium(str(Path(medium).with_suffix(".json")), roots)
         found = json.loads(place.read_bytes()) if place.stat().st_size <= MAX_ROW else None
-    except (BadRow, OSError, ValueError, RecursionError):
+    except (BadRow, OSError, ValueError, AttributeError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def frames_in(folder: str, roots: Sequence[Path]) -> list[str]:
-    """The files in a folder under one of the roots; none if there is no such folder."""
-    for root in roots:
-        try:
-            place = (root / folder).resolve()
-            if place.is_relative_to(root) and place.is_dir():
-                return [str(place / name) for name in sorted(os.listdir(place))]
-        except (OSError, ValueError, RuntimeError):  # as in `find_medium`
-            continue
-    return []
 
 
 def number(name: str, records: Sequence[Row]) -> str:

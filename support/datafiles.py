@@ -479,27 +479,27 @@ class DataFile:
         self, fields: dict[str, Any], example: Example, roots: list[Path]
     ) -> list[tuple[str, Any, dict[str, float], list[Any]]]:
         """For each medium of a row: "image" or "video", its file or content (a list, if a video is
-        given as frames), the result of `read_clip`, and its listed boxes. The order is that of the
-        markers in the text; without markers, images come first."""
+        given by its frames), the result of `read_clip`, and its listed boxes. The order is that of
+        the markers in the text; without markers, images come first."""
         found, data_type = [], fields["data_type"] or None
         for column_kind, name, items in listed_media(fields):
             if name == "path" and data_type not in ("image", "video", None):
                 raise BadRow(f"data_type is {str(data_type)[:40]!r}; known are image and video")
             kind = column_kind or data_type
             open_item = partial(open_medium, roots=roots, name=name)
-            if kind == "video" and len(items) > 1 and not isinstance(items[0], list):
-                is_frames = not is_video(open_item(items[0], number=1))
-                items = [items] if is_frames else items
+            if kind == "video" and len(items) > 1 and not isinstance(medium_source(items[0]), list):
+                first = open_item(items[0], number=1)
+                items = items if isinstance(first, list) or is_video(first) else [items]
             if len(items) > MAX_MEDIA:
                 raise BadRow(f"{name!r} has {len(items):,} files; at most {MAX_MEDIA} are allowed")
             for number, item in enumerate(items, 1):
                 listed = medium_source(item)
-                if kind == "video" and isinstance(listed, list) and listed:
-                    if len(listed) > MAX_LISTED:
-                        raise BadRow(f"{name!r} has {len(listed):,} frames; at most {MAX_LISTED:,}")
-                    source = [open_item(frame, number=number) for frame in listed]
-                else:
-                    source = open_item(item, number=number)
+                source = listed if isinstance(listed, list) else open_item(item, number=number)
+                if isinstance(source, list):
+                    if kind != "video" or not 0 < len(source) <= MAX_LISTED:
+                        frames = f"only a video has a list of frames, at most {MAX_LISTED:,}"
+                        raise BadRow(f"{name!r} has a list of {len(source):,} files; {frames}")
+                    source = [open_item(frame, number=number) for frame in source]
                 medium = kind or ("video" if is_video(source) else "image")
                 found.append((medium, source, read_clip(item if isinstance(item, dict) else {})))
         of_row = read_clip(fields) if found else {}
@@ -516,12 +516,11 @@ class DataFile:
         if not markers:
             return found
         kinds = [kind for kind, *_ in found]
-        if Counter(markers) != Counter(kinds):
-            marked = (
-                f"{markers.count('image')} <image> and {markers.count('video')} <video> markers"
-            )
-            has = f"{kinds.count('image')} images and {kinds.count('video')} videos"
-            raise BadRow(f"the text has {marked}, but the row has {has}")
+        marked, has = (
+            f"{x.count('image')} images and {x.count('video')} videos" for x in (markers, kinds)
+        )
+        if marked != has:
+            raise BadRow(f"its text has markers of {marked}, but the row has {has}")
         return [found.pop([kind for kind, *_ in found].index(marker)) for marker in markers]
 
 
@@ -532,13 +531,14 @@ def listed_media(fields: dict[str, Any]) -> list[tuple[str | None, str, list]]:
     for kind, names in MEDIA_COLUMNS.items():
         name = next(filter(fields.get, names), None)
         if name is not None and not (name == "path" and found):
-            items = fields[name] if isinstance(fields[name], list) else [fields[name]]
-            found.append((kind, name, items))
+            found.append((kind, name, [*each(fields[name])]))
     return found
 
 
-def open_medium(item: Any, roots: list[Path], name: str, number: int) -> Path | MediaBytes:
-    """The file or content of an item of the column `name`."""
+def open_medium(
+    item: Any, roots: list[Path], name: str, number: int
+) -> Path | MediaBytes | list[str]:
+    """The file or content of an item of the column `name`, or the files in a folder."""
     content = medium_source(item)
     if isinstance(content, bytes):
         return MediaBytes(f"{name} {number}", content)
@@ -554,9 +554,10 @@ def medium_source(item: Any) -> Any:
     return item.get("bytes") or item.get("path") or item.get("url") or item.get("base64")
 
 
-def find_medium(path: str, roots: list[Path]) -> Path:
-    """The file that `path` names under one of the roots; targets of links are checked too."""
-    outside = folder = False
+def find_medium(path: str, roots: Sequence[Path]) -> Path | list[str]:
+    """The file that `path` names under one of the roots, or the files in a folder, in the order of
+    their numbers (2.jpg, 10.jpg). Targets of links are checked, too."""
+    outside = False
     wanted = "give a path under --media-root, or the bytes in Parquet"
     if scheme := re.match(r"(data:|[a-z][a-z0-9+]+://)", path):
         raise BadRow(f"path {path[:40]!r} is an address ({scheme[0]}); {wanted}")
@@ -568,13 +569,12 @@ def find_medium(path: str, roots: list[Path]) -> Path:
             if any(target.is_relative_to(allowed) for allowed in [*roots, *blobs]):
                 if target.is_file():
                     return target
-                folder = folder or target.is_dir()
+                if target.is_dir():
+                    return sorted(map(str, target.iterdir()), key=lambda file: (len(file), file))
             else:
                 outside = True
         except (OSError, ValueError, RuntimeError):  # too long, has a NUL, or a loop of links
             continue
-    if folder:
-        raise BadRow(f"path {path[:200]!r} is a folder; list its frames in order")
     if re.fullmatch(r"[\w+/\s-]{99,}=*\s*", path):
         raise BadRow(f"path {path[:40]!r}... is base64; {wanted}")
     where = f"--media-root {' '.join(map(str, roots))[:200]}"

@@ -20,11 +20,13 @@ ROW = {"problem": "p", "answer": "a"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A video of 60 frames, ten a second, and images of its first eight."""
+    """A video of 60 frames, ten a second, images of its first eight, and a folder of more."""
     folder = tmp_path_factory.mktemp("clips")
     write(folder / "v.mp4", "libx264")
-    for i in range(8):
-        Image.new("L", (64, 48), level(i)).save(folder / f"{i}.png")
+    (folder / "frames").mkdir()
+    for i in range(12):
+        path = folder / f"{i}.png" if i < 8 else folder / "frames" / f"{i}.png"
+        Image.new("L", (64, 48), level(i)).save(path)
     return folder
 
 
@@ -53,6 +55,8 @@ ROWS = [
     ({"videos": [FRAMES[:2]]}, [0, 1]),
     ({"video": {"path": FRAMES, "sample_fps": 2.0, "start": 1, "end": 2}}, [2, 3, 4]),
     ({"video": FRAMES, "fps": 4, "end": 0.5}, [0, 1, 2]),
+    ({"video": "frames", "fps": 4, "end": 0.5}, [8, 9, 10]),
+    ({"video": {"path": "frames"}}, [8, 10, 11]),
 ]
 
 
@@ -69,6 +73,9 @@ def test_a_number_of_frames_takes_the_place_of_a_frame_a_second(folder, row):
 def test_each_video_has_its_own_clip(folder):
     two = [{"path": "v.mp4", "start": 0, "end": 1}, {"path": "v.mp4", "start": 5, "end": 5.5}]
     assert videos(folder, {"videos": two}, frames=2) == [[0, 10], [50, 55]]
+    two = [{"path": FRAMES[:2]}, {"path": FRAMES[4:6]}]
+    assert videos(folder, {"videos": two}) == [[0, 1], [4, 5]]
+    assert videos(folder, {"videos": ["frames", "v.mp4"]}, frames=2) == [[8, 11], [0, 59]]
 
 
 def test_the_note_says_what_chooses_frames(folder, capsys):
@@ -124,9 +131,12 @@ BAD = [
     ({"videos": ["v.mp4", "v.mp4"], "start": 1}, "has a start or an end for 2 videos"),
     ({"video": "v.mp4", "crop": [0, 0, 1, 1]}, "crop asks for other pixels or frames"),
     ({"video": {"path": "v.mp4", "max_pixels": 9}}, "max_pixels asks for other pixels"),
-    ({"video": ["0.png"] * 10_001}, "'video' has 10,001 frames; at most 10,000"),
+    (
+        {"video": ["0.png"] * 10_001},
+        "'video' has a list of 10,001 files; only a video has a list of frames, at most 10,000",
+    ),
     ({"videos": [["0.png", "../x.png"]]}, "leaves --media-root"),
-    ({"images": [["0.png"]]}, "not the path or bytes of a file"),
+    ({"images": [["0.png"]]}, "'images' has a list of 1 files; only a video"),
 ]
 
 

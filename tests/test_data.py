@@ -413,11 +413,11 @@ def test_markers_place_the_media(tmp_path):
     assert read("Is <video> in", options=options, answer="B") == [(64, 48), (10, 20), (30, 20)]
     for problem in ("<image>?", "<image><image>?", "<image><video>?", "<image><image><image>?"):
         with pytest.raises(
-            media.BadRow, match=r"the text has \d <image> and \d <video> markers, but the row"
+            media.BadRow, match=r"its text has markers of \d images and \d videos, but the row has"
         ):
             read(problem)
     with pytest.raises(
-        media.BadRow, match="has 1 <image> and 0 <video> markers, but the row has 0 images"
+        media.BadRow, match="markers of 1 images and 0 videos, but the row has 0 images"
     ):
         read("<image>?", images=[], video=None)
 
@@ -664,7 +664,7 @@ BAD_ROWS = [
     ({"path": 3}, "'path' has 3, not the path or bytes"),
     ({"path": [None]}, "'path' has None, not the path or bytes"),
     ({"path": ["a.png"] * 65}, "'path' has 65 files; at most 64"),
-    ({"path": [["a.png"]]}, "not the path or bytes"),
+    ({"path": [["a.png"]]}, "'path' has a list of 1 files; only a video has"),
     ({"data_type": "audio"}, "'audio'"),
     ({"data_type": ["image"]}, "known are image and video"),
     ({"problem_type": "essay"}, "'essay'"),
@@ -706,7 +706,7 @@ BAD_ROWS = [
     ({"path": "a\0.png"}, "is not under"),
     ({"path": "a" * 5000}, "is base64"),
     ({"path": "a." * 2500}, "is not under"),
-    ({"path": "."}, "is a folder; list its frames in order"),
+    ({"path": "."}, "only a video has a list of frames"),
     ({"path": "pipe"}, "is not under"),
     ({"path": "http://localhost/a.png"}, "is an address (http://); give a path"),
     ({"path": "file:///a.png"}, "is an address (file://)"),

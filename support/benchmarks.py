@@ -19,7 +19,7 @@ import numpy as np
 
 from support.answers import MAX_ANSWER, option_accuracy, option_texts, plain_accuracy
 from support.datafiles import BOXES, COLUMNS, MAX_ROW, DataFile, Part, find_medium, open_medium
-from support.media import BadBox, BadRow, first_line
+from support.media import BadRow, first_line
 from support.prompts import Example
 from support.ranks import UsageError, require
 
@@ -415,12 +415,11 @@ class BenchmarkFile(DataFile):
             if column := self.benchmark.beside:
                 published["beside"] = read_beside(published[column], part.roots)
             fields = dict.fromkeys(COLUMNS) | self.benchmark.row(published)
-        except KeyError as error:
-            raise BadRow(f"has no column {error}") from None
-        except (TypeError, ValueError, AttributeError, IndexError) as error:
-            raise BadRow(f"is not as published ({first_line(error)})") from None
-        except (SyntaxError, RecursionError, MemoryError):  # of `literal_eval`
-            raise BadRow("is not as published (its options are no list)") from None
+        except BadRow:
+            raise
+        except Exception as error:  # columns or values are not the published ones
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise BadRow(f"is not as published ({reason})") from None
         if not any(fields.get(name) for name in ("image", "images", "video")):
             raise BadRow("has no image or video")
         return fields
@@ -430,7 +429,7 @@ class BenchmarkFile(DataFile):
         fields = self.named_fields(row)
         try:
             return self.read(row, fields)
-        except BadBox:
+        except BadRow:
             return self.read(row, fields | dict.fromkeys(BOXES))
 
     def has_video(self, row: int) -> bool:

@@ -50,7 +50,6 @@ from support.disk import data_files, without_split
 from support.grounding import Box
 from support.media import (
     MAX_FRAME_BYTES,
-    BadBox,
     BadRow,
     MediaBytes,
     first_line,
@@ -589,15 +588,12 @@ def read_clip(fields: dict[str, Any]) -> dict[str, float]:
             raise BadRow(f"{name} asks for other pixels or frames, which is not supported")
     for key, names in CLIP.items():
         name = next((name for name in names if fields.get(name) is not None), None)
-        if name is None:
-            continue
-        value = fields[name]
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not (0 if key == "start" else 1e-6) <= value < 1e9:
-            raise BadRow(f"{name} is {str(value)[:40]!r}, not a number of seconds or frames")
-        if key == "frames" and value != int(value):
-            raise BadRow(f"{name} is {value}, not a whole number")
-        clip[key] = int(value) if key == "frames" else float(value)
+        if name is not None:
+            value, least = fields[name], 0 if key == "start" else 1e-6
+            kind = int if key == "frames" else float
+            if type(value) not in (int, float) or not least <= value < 1e9 or kind(value) != value:
+                raise BadRow(f"{name} is {str(value)[:40]!r}, not a number of seconds or frames")
+            clip[key] = kind(value)
     return clip
 
 
@@ -618,9 +614,9 @@ def listed_boxes(fields: dict[str, Any], media: int) -> list[list[Any]]:
     boxes = listed if all(map(is_list, listed)) else [listed]
     if len(boxes) != media:
         has = f"the row has {media} images and videos; give a list of boxes for each"
-        raise BadBox(f"{name} lists the boxes of {len(boxes):,} media, but {has}")
+        raise BadRow(f"{name} lists the boxes of {len(boxes):,} media, but {has}")
     if (count := sum(map(len, boxes))) > MAX_BOXES:
-        raise BadBox(f"{name} has {count:,} boxes; at most {MAX_BOXES:,} are allowed")
+        raise BadRow(f"{name} has {count:,} boxes; at most {MAX_BOXES:,} are allowed")
     return boxes
 
 
@@ -632,31 +628,28 @@ def read_box(item: Any, box_format: Any, medium: Media, number: int) -> Box:
     if isinstance(item, dict):
         values, box_format = item.get("bbox"), item.get("bbox_format") or box_format
         span = read_clip({x: item.get(x) for x in ("start", "end", *CHANGES)})
-    if span and not medium.is_video:
-        raise BadBox(f"{box} of an image has a start or an end")
-    if span.get("start", 0) > span.get("end", math.inf):
-        raise BadBox(f"{box} ends before it starts")
     four = isinstance(values, list) and len(values) == 4
     if not four or not all(type(x) in (int, float) and abs(x) < 1e9 for x in values):
-        raise BadBox(f"{box} is not four numbers; {UNREAD}")
+        raise BadRow(f"{box} is not four numbers; {UNREAD}")
     if box_format not in (None, *BOX_FORMATS):
         known = " and ".join(BOX_FORMATS)
-        raise BadBox(f"bbox_format is {reprlib.repr(box_format)[:60]}; known are {known}")
+        raise BadRow(f"bbox_format is {reprlib.repr(box_format)[:60]}; known are {known}")
     orientation, *others = {frame.info["orientation"] for frame in medium.frames}
     if others or orientation is None:
-        raise BadBox(f"{box}: its video is not turned by quarters, or its frames differ in that")
+        raise BadRow(f"{box}: its video is not turned by quarters, or its frames differ in that")
     width, height = medium.size if orientation < 5 else medium.size[::-1]
     if max(map(abs, values)) <= 1 < max(width, height):
-        raise BadBox(f"{box} has fractions of the picture; pixels are expected, or {UNREAD}")
+        raise BadRow(f"{box} has fractions of the picture; pixels are expected, or {UNREAD}")
     left, top, right, bottom = values
     if box_format == "xywh":
         right, bottom = left + right, top + bottom
     if min(left, top) < -1 or right > width + 1 or bottom > height + 1:  # 1 for rounding
-        raise BadBox(f"{box} leaves its picture of {width} x {height} pixels; {UNREAD}")
+        raise BadRow(f"{box} leaves its picture of {width} x {height} pixels; {UNREAD}")
     left, right = (min(max(x, 0), width) for x in (left, right))
     top, bottom = (min(max(x, 0), height) for x in (top, bottom))
-    if left >= right or top >= bottom:
-        raise BadBox(f"{box} has no area; [x1, y1, x2, y2], or bbox_format xywh, is expected")
+    if left >= right or top >= bottom or span.get("start", 0) > span.get("end", math.inf):
+        expected = "[x1, y1, x2, y2], or bbox_format xywh, is expected"
+        raise BadRow(f"{box} has no area, or ends before it starts; {expected}")
     return Box(*upright_box((left, top, right, bottom), medium.size, orientation), number, **span)
 
 

@@ -37,10 +37,6 @@ class BadRow(Exception):
     """A row that cannot be used; the message says why."""
 
 
-class BadBox(BadRow):
-    """A row of which only the boxes cannot be used."""
-
-
 @dataclass
 class MediaBytes:
     """The content of a media file, opened like a `Path`."""

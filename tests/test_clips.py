@@ -125,7 +125,7 @@ BAD = [
     (CLIP | {"video_start": "00:02"}, "video_start is '00:02', not a number"),
     (CLIP | {"video_end": float("inf")}, "video_end is 'inf', not a number"),
     (CLIP | {"video_start": -1}, "video_start is '-1', not a number"),
-    (CLIP | {"nframes": 2.5}, "nframes is 2.5, not a whole number"),
+    (CLIP | {"nframes": 2.5}, "nframes is '2.5', not a number of seconds or frames"),
     (CLIP | {"fps": 0}, "fps is '0', not a number"),
     (CLIP | {"video_end": 1}, "has no frame from 2 to 1 seconds"),
     ({"videos": ["v.mp4", "v.mp4"], "start": 1}, "has a start or an end for 2 videos"),

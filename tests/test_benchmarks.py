@@ -175,15 +175,15 @@ def test_a_missing_video_is_a_bad_row_and_no_path_leads_outside(root, tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(rows), place / "MC/test-00000-of-00001.parquet")
     file = opened("nextqa", tmp_path)
     assert len(file.example(0).media) == 1
-    with pytest.raises(BadRow, match=r"path '4011\.mp4' is not under"):
+    with pytest.raises(BadRow, match=r"path '4011\.mp4' is no file under"):
         file.example(1)
     for row in (2, 3):
-        with pytest.raises(BadRow, match="is not under"):
+        with pytest.raises(BadRow, match="is no file under"):
             file.example(row)
     episodic = "json/episodic_reasoning.json"
     for number, video in enumerate(("../../../../..", "../../../../../clip.mp4")):
         away = edited(root, tmp_path / str(number), "mvbench", episodic, video=video)
-        with pytest.raises(BadRow, match="leaves"):
+        with pytest.raises(BadRow, match="is no file under"):
             opened("mvbench", away).example(1)
 
 

@@ -96,7 +96,7 @@ ROW_KEYS = sum((*MEDIA_COLUMNS.values(), *CLIP.values(), CHANGES, BOX_KEYS), ())
 MEDIA_ENDS = "jpg jpeg png webp gif bmp tif tiff mp4 m4v mov mkv webm avi flv wmv mpg mpeg ogv"
 ROLES = (["user"], ["human"], ["user", "assistant"], ["human", "gpt"])  # of a chat's turns
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
-EXPECTED = "expected a JSON array of objects, one JSON object a line, or Parquet or Arrow files"
+EXPECTED = "expected a JSON array of objects, one JSON object a line, Parquet or an Arrow stream"
 HUB_NAME = re.compile(r"(?!.*\.(?:jsonl?|parquet|arrow|csv)$)[\w-][\w.-]*/[\w-][\w.-]*")
 # What is downloaded from a hub's repository beside JSON files, which name media by their paths.
 LOOSE_MEDIA = [f"*.{end}" for both in MEDIA_ENDS.split() for end in (both, both.upper())]
@@ -198,17 +198,12 @@ class JsonLines:
 
 
 class ArrowRows:
-    """The rows of an Arrow file, which stay on disk with their media undecoded."""
+    """The rows of an Arrow stream, which stay on disk with their media undecoded."""
 
-    def __init__(self, file: Path, is_stream: bool = True):
-        source = pyarrow.memory_map(str(file))
-        if is_stream:
-            batches = reader = ipc.open_stream(source)
-        else:
-            reader = ipc.open_file(source)
-            batches = map(reader.get_batch, range(reader.num_record_batches))
-        self.names = reader.schema.names
-        self.batches = [batch for batch in batches if batch.num_rows]
+    def __init__(self, file: Path):
+        stream = ipc.open_stream(pyarrow.memory_map(str(file)))
+        self.names = stream.schema.names
+        self.batches = [batch for batch in stream if batch.num_rows]
         self.ends = np.cumsum([batch.num_rows for batch in self.batches])
 
     def __len__(self) -> int:
@@ -232,8 +227,8 @@ def open_rows(file: Path) -> Any:
             return JsonLines(file)
         if start.startswith(b"["):
             return json.loads(file.read_bytes().decode("utf-8-sig"))
-        if start.startswith((b"\xff\xff\xff\xff", b"ARROW1")):
-            return ArrowRows(file, is_stream=start[:1] == b"\xff")
+        if start.startswith(b"\xff\xff\xff\xff"):
+            return ArrowRows(file)
         if start.startswith(b"PAR1"):
             copied = f" or copied to {copies}"
             return ArrowRows(arrow_copy(file, copies))

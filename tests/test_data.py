@@ -159,7 +159,7 @@ ANYTHING_ELSE = [  # what a file is; what its one line says
     (b'[{"problem": "p"}]', "has the columns problem; expected a question in problem or question"),
     (b'[{"caption": "p", "answer": 1}]', "has the columns answer, caption; expected"),
     (b"PAR1" * 100, "cannot be read or copied to "),
-    (b"ARROW1\0\0" * 100, "cannot be read ("),
+    (b"ARROW1\0\0" * 100, "begins with b'ARROW1"),
     (b"\xff\xff\xff\xff\xff\xff\0\0", "cannot be read ("),
 ]
 

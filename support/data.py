@@ -73,7 +73,7 @@ class BadRows:
         new = {name: reason for name, reason in bad.items() if name not in self.bad}
         self.bad |= new
         if self.file is not None:
-            self.write(new)
+            append(self.file, [{"row": name, "reason": reason} for name, reason in new.items()])
 
     def attach(self, file: FileIO) -> None:
         """Append the bad rows that `file` lacks, then each new one; drop an incomplete last
@@ -82,13 +82,9 @@ class BadRows:
         content = content[: content.rfind(b"\n") + 1]
         file.truncate(len(content))
         earlier = [json.loads(line) for line in content.splitlines()]
-        known = {row["row"]: row["reason"] for row in earlier}
-        new = {name: reason for name, reason in self.bad.items() if name not in known}
-        self.file, self.bad = file, known | self.bad
-        self.write(new)
-
-    def write(self, bad: dict[str, str]) -> None:
-        append(self.file, [{"row": name, "reason": reason} for name, reason in bad.items()])
+        found, self.file = self.bad, file
+        self.bad = {row["row"]: row["reason"] for row in earlier}
+        self.name(found)
 
 
 class Prompts(Dataset):

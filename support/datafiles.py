@@ -89,7 +89,7 @@ CHANGES = ("crop", "resized_height", "resized_width", "min_pixels", "max_pixels"
 CHANGES += ("min_frames", "max_frames", "start_time", "end_time", "start_frame", "end_frame")
 CHANGES += ("frame_indices",)
 # Keys that say where a medium shows what the question is about; the first that has boxes is read.
-BOXES, BOX_FORMATS = ("bbox", "bboxes", "bboxs"), ("xyxy", "xywh")
+BOXES = ("bbox", "bboxes", "bboxs")
 BOX_KEYS = (*BOXES, "bbox_format")
 UNREAD = "rename the column to have it left out"
 ROW_KEYS = sum((*MEDIA_COLUMNS.values(), *CLIP.values(), CHANGES, BOX_KEYS), ())
@@ -201,20 +201,15 @@ class ArrowRows:
     """The rows of an Arrow stream, which stay on disk with their media undecoded."""
 
     def __init__(self, file: Path):
-        stream = ipc.open_stream(pyarrow.memory_map(str(file)))
-        self.names = stream.schema.names
-        self.batches = [batch for batch in stream if batch.num_rows]
-        self.ends = np.cumsum([batch.num_rows for batch in self.batches])
+        self.table = ipc.open_stream(pyarrow.memory_map(str(file))).read_all()
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return len(self.table)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        number = int(np.searchsorted(self.ends, row, side="right"))
-        batch = self.batches[number]
-        batch = batch.slice(row - int(self.ends[number]) + batch.num_rows, 1)
-        batch.validate(full=True)  # a column with bad offsets would end the process
-        return batch.to_pylist()[0]
+        one = self.table.slice(row, 1)
+        one.validate(full=True)  # a column with bad offsets would end the process
+        return one.to_pylist()[0]
 
 
 def open_rows(file: Path) -> Any:
@@ -321,7 +316,7 @@ class DataFile:
         self.frames, self.fps = frames, 1.0 if frames is None and fps is None else fps
         for root in roots:
             require(Path(root).is_dir(), f"--media-root {root}: no such directory")
-        paths, self.parts, self.ends = each(paths), [], []
+        paths, self.parts = each(paths), []
         names = [Path(path).name for path in paths]
         for path, name in zip(paths, names, strict=True):
             name, notes = path if names.count(name) > 1 else name, Counter()
@@ -333,12 +328,10 @@ class DataFile:
                     source = label if len(splits) > 1 else name if len(paths) > 1 else ""
                     for file in files:
                         named = name if file == Path(path) else f"{name}/{file.relative_to(folder)}"
-                        part = Part(named, source, open_rows(file), own, len(self))
-                        self.parts.append(part)
-                        self.ends.append(part.start + len(part.rows))
-                        if len(part.rows):
-                            note = self.find_columns(part)
-                            notes[note] += len(part.rows)
+                        if len(rows := open_rows(file)):
+                            self.parts.append(Part(named, source, rows, own, len(self)))
+                            note = self.find_columns(self.parts[-1])
+                            notes[note] += len(rows)
                     rows = range(first, len(self))[:INSPECTED]
                     require(rows, "has no rows")
                     seen = text_only or any(map(self.has_media, rows))
@@ -350,11 +343,11 @@ class DataFile:
                 print_once(f"{option} {path}: {count:,} rows, {note}")
 
     def __len__(self) -> int:
-        return self.ends[-1] if self.ends else 0
+        return self.parts[-1].start + len(self.parts[-1].rows) if self.parts else 0
 
     def locate(self, row: int) -> tuple[Part, int]:
         """The part that holds row number `row`, and the number of the row there."""
-        part = self.parts[bisect_right(self.ends, row)]
+        part = self.parts[bisect_right(self.parts, row, key=lambda part: part.start) - 1]
         return part, row - part.start
 
     def name(self, row: int) -> str:
@@ -370,9 +363,10 @@ class DataFile:
     def find_columns(self, part: Part) -> str:
         """Find the part's name for each of `COLUMNS`; returns a note that says which columns are
         read. JSON rows may differ, so the first rows are inspected."""
-        present, groups, reason = dict.fromkeys(getattr(part.rows, "names", ())), set(), ""
-        inspected = min(1 if present else INSPECTED, len(part.rows))
-        for row in range(part.start, part.start + inspected):
+        present, groups, reason, inspected = {}, set(), "", INSPECTED
+        if isinstance(part.rows, ArrowRows):  # rows with the same columns, perhaps large ones
+            present, inspected = dict.fromkeys(part.rows.table.column_names), 1
+        for row in range(part.start, len(self))[:inspected]:
             try:
                 fields = self.fields(row)
             except BadRow as error:
@@ -382,21 +376,23 @@ class DataFile:
             nested = (x for x, y in fields.items() if isinstance(y, dict))
             groups.update(x for x in nested if fields[x].get("images") or fields[x].get("videos"))
         require(present, f"{reason or f'the rows of {part.name} are empty'}; {EXPECTED}")
-        found = {field: [x for x in names if x in present] for field, names in COLUMNS.items()}
-        part.columns = {field: names[0] if names else field for field, names in found.items()}
-        question, answer = part.columns["problem"], part.columns["solution"]
-        answer = answer if found["solution"] else question if question in CHATS else None
+        found = {
+            field: next((x for x in names if x in present), "") for field, names in COLUMNS.items()
+        }
+        part.columns = {field: name or field for field, name in found.items()}
+        question = found["problem"]
+        answer = found["solution"] or (question if question in CHATS else "")
         wanted = [" or ".join(COLUMNS[field]) for field in ("problem", "solution")]
         expected = f"expected a question in {wanted[0]}, and an answer in {wanted[1]}"
         columns = f"{part.name} has the columns {', '.join(sorted(present))[:300]}"
-        require(found["problem"] and answer, f"{columns}; {expected}")
+        require(question and answer, f"{columns}; {expected}")
         known = {*part.columns.values(), *ROW_KEYS, *groups}
         read = [x for x in present if x in known or NUMBERED.fullmatch(x)]
-        others = [x for x in read if x not in (question, answer)]
-        unread = [x for x in present if x not in read]
-        note = f"question in {question}, answer in {answer}"
-        note += f", also read: {', '.join(others) or 'nothing'}"
-        note += f", not read: {', '.join(unread)[:300] or 'nothing'}"
+        others = ", ".join(x for x in read if x not in (question, answer)) or "nothing"
+        unread = ", ".join(x for x in present if x not in read)[:300] or "nothing"
+        note = (
+            f"question in {question}, answer in {answer}, also read: {others}, not read: {unread}"
+        )
         if not found["problem_type"]:
             how = "rows with options are multiple choice, others need an equal answer"
             note += f"; no problem_type: {how}"
@@ -618,9 +614,8 @@ def read_box(item: Any, box_format: Any, medium: Media, number: int) -> Box:
     four = isinstance(values, list) and len(values) == 4
     if not four or not all(type(x) in (int, float) and abs(x) < 1e9 for x in values):
         raise BadRow(f"{box} is not four numbers; {UNREAD}")
-    if box_format not in (None, *BOX_FORMATS):
-        known = " and ".join(BOX_FORMATS)
-        raise BadRow(f"bbox_format is {reprlib.repr(box_format)[:60]}; known are {known}")
+    if box_format not in (None, "xyxy", "xywh"):
+        raise BadRow(f"bbox_format is {reprlib.repr(box_format)[:60]}; known are xyxy and xywh")
     orientation, *others = {frame.info["orientation"] for frame in medium.frames}
     if others or orientation is None:
         raise BadRow(f"{box}: its video is not turned by quarters, or its frames differ in that")

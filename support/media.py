@@ -14,7 +14,6 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from support.prompts import Media
-from support.ranks import UsageError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no format that runs a program
 # The EXIF orientation that stands for a video's rotation in degrees.
@@ -123,13 +122,7 @@ def read_video(
     Raises:
         BadRow: the video is cut off or too large, shows no frame from `start` to `end`, or a frame
             cannot be decoded.
-        UsageError: PyAV is not installed.
     """
-    try:
-        import av  # noqa: F401
-    except ImportError:
-        why = "videos need PyAV, which is not installed"
-        raise UsageError(f"{path.name}: {why}; pip install av, or use images only") from None
     try:
         if not is_video(path):
             raise BadRow(f"{path.name}: not a video, by its first bytes")

@@ -735,10 +735,8 @@ def read_example(fields: dict[str, Any]) -> Example:
 
 def as_text(value: Any, name: str) -> str:
     """The text of a question or an answer, which may be a number."""
-    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+    if isinstance(value, int | Decimal) or (isinstance(value, float) and math.isfinite(value)):
         value = str(value)
-    elif isinstance(value, Decimal):
-        value = re.sub(r"\.0*$|(\.\d*[1-9])0+$", r"\1", f"{value:f}")
     if not isinstance(value, str) or not value.strip():
         raise BadRow(f"has no text for its {name}")
     return value

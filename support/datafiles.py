@@ -471,10 +471,9 @@ class DataFile:
         """For each medium of a row: "image" or "video", its file or content (a list, if a video is
         given by its frames), the result of `read_clip`, and its listed boxes. The order is that of
         the markers in the text; without markers, images come first."""
-        found, data_type = [], fields["data_type"] or None
+        data_type = fields["data_type"] if fields["data_type"] in ("image", "video") else None
+        found = []
         for column_kind, name, items in listed_media(fields):
-            if name == "path" and data_type not in ("image", "video", None):
-                raise BadRow(f"data_type is {str(data_type)[:40]!r}; known are image and video")
             kind = column_kind or data_type
             open_item = partial(open_medium, roots=roots, name=name)
             if kind == "video" and len(items) > 1 and not isinstance(medium_source(items[0]), list):
@@ -498,7 +497,7 @@ class DataFile:
             raise BadRow(f"has a start or an end for {len(videos)} videos; give each its own")
         for clip in videos:
             clip.update(of_row | clip)
-        if not found and data_type in ("image", "video"):
+        if not found and data_type:
             raise BadRow(f"has no {data_type} in 'path' or another column")
         boxes = listed_boxes(fields, len(found))
         found = [(*medium, listed) for medium, listed in zip(found, boxes, strict=True)]

@@ -665,8 +665,6 @@ BAD_ROWS = [
     ({"path": [None]}, "'path' has None, not the path or bytes"),
     ({"path": ["a.png"] * 65}, "'path' has 65 files; at most 64"),
     ({"path": [["a.png"]]}, "'path' has a list of 1 files; only a video has"),
-    ({"data_type": "audio"}, "'audio'"),
-    ({"data_type": ["image"]}, "known are image and video"),
     ({"problem_type": "essay"}, "'essay'"),
     ({"problem_type": {"a": 1}}, "known are multiple choice"),
     ({"options": "A"}, "options"),

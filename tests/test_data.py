@@ -1146,6 +1146,17 @@ def test_too_many_bad_rows_stop_the_run(tmp_path):
         BadRows().add({"row 0": "x"}, good=0)
 
 
+def test_half_a_character_in_a_name_is_recorded(tmp_path):
+    """As the name of a file on disk may have it."""
+    with (tmp_path / "skipped.jsonl").open("ab", buffering=0) as file:
+        for _ in range(2):
+            bad_rows = BadRows(1.0)
+            bad_rows.attach(file)
+            bad_rows.add({"a\udcff.json row 1": "\ud83d"})
+    (line,) = (tmp_path / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"row": "a\udcff.json row 1", "reason": "\ud83d"}
+
+
 def test_a_missing_library_is_told_from_a_worker_too(monkeypatch):
     def fail(self, row):
         raise UsageError("pip install it")

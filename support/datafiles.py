@@ -41,7 +41,6 @@ import pyarrow
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HOME
-from huggingface_hub.errors import LocalEntryNotFoundError
 from pyarrow import ipc, parquet
 
 from support.answers import MAX_ANSWER, extract_answer, folded, option_letter, option_texts
@@ -145,12 +144,9 @@ def download(name: str, split: str) -> Path:
         pass  # offline: an earlier download is read
     try:
         return Path(fetch(allow_patterns=chosen, ignore_patterns=left_out))
-    except LocalEntryNotFoundError:
-        reason = f"cannot download {name}: no connection, and not in the cache"
-        remedy = "Check the network and HF_HUB_OFFLINE, or give a local directory"
-        raise UsageError(f"{reason}. {remedy}") from None
     except (OSError, ValueError) as error:
-        raise UsageError(f"is neither here nor on the hub ({first_line(error)})") from None
+        remedy = "check the name, the network and HF_HUB_OFFLINE, or give a local directory"
+        raise UsageError(f"cannot download {name} ({first_line(error)}); {remedy}") from None
 
 
 def choose_splits(names: list[str], split: str, place: str) -> dict[str, list[str]]:
@@ -714,8 +710,7 @@ def read_example(fields: dict[str, Any]) -> Example:
             raise BadRow(f"{name}: has half a character (a lone surrogate)")
     problem_type = fields["problem_type"] or ("multiple choice" if options else "")
     if problem_type not in (*PROBLEM_TYPES, ""):
-        known = ", ".join(PROBLEM_TYPES)
-        raise BadRow(f"problem_type is {str(problem_type)[:40]!r}; known are {known}")
+        raise BadRow(f"problem_type {str(problem_type)[:40]!r} is not one of {PROBLEM_TYPES}")
     if problem_type == "multiple choice":
         pairs = zip(answers, solutions, strict=True)
         letters = [letter_of(text, options, type(answer) is int) for answer, text in pairs]

@@ -222,7 +222,6 @@ def mme_points(records: Sequence[Row]) -> float:
 # 4. The benchmarks
 
 LETTER = "Answer with the option's letter from the given choices directly."
-LOCAL = "`hf download {hub} --repo-type dataset --local-dir DIR/{folder}`"
 
 
 @dataclass(frozen=True)
@@ -341,7 +340,7 @@ BENCHMARKS = {
     ),
     "mvbench": Benchmark(
         "MVBench", "OpenGVLab/MVBench", ("json",), 4000, mvbench,
-        ("video",), "unpack video/*.zip in DIR/{folder}/video",
+        ("video",), "unpack video/*.zip there, in video/",
         ("multiple choice", "Only give the best option."), total=mean_of_sources,
     ),
     "tempcompass": Benchmark(  # without captioning, which needs a language model as judge
@@ -400,8 +399,8 @@ class BenchmarkFile(DataFile):
         found = not benchmark.videos or any(map(self.has_video, some))
         if not found:
             video = f"{benchmark.videos[0]}/{self.named_fields(0)['video']}"
-            how = f"{LOCAL}, {benchmark.unpack}, and give --benchmark-root DIR"
-            how = how.format(hub=benchmark.hub, folder=benchmark.folder)
+            how = f"`hf download {benchmark.hub} --repo-type dataset --local-dir"
+            how += f" DIR/{benchmark.folder}`, {benchmark.unpack}, and give --benchmark-root DIR"
             raise UsageError(f"{option}: {place} has no videos, such as {video}; {how}")
 
     def find_columns(self, part: Part) -> str:

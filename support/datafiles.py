@@ -33,6 +33,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -384,8 +385,8 @@ class DataFile:
         require(question and answer, f"{columns}; {expected}")
         known = {*part.columns.values(), *ROW_KEYS, *groups}
         read = [x for x in present if x in known or NUMBERED.fullmatch(x)]
-        others = ", ".join(x for x in read if x not in (question, answer)) or "nothing"
-        unread = ", ".join(x for x in present if x not in read)[:300] or "nothing"
+        others = ", ".join(sorted({*read} - {question, answer})) or "nothing"
+        unread = ", ".join(sorted(present.keys() - read))[:300] or "nothing"
         note = (
             f"question in {question}, answer in {answer}, also read: {others}, not read: {unread}"
         )
@@ -551,7 +552,8 @@ def find_medium(path: str, roots: Sequence[Path]) -> Path | list[str]:
                 if target.is_file():
                     return target
                 if target.is_dir():
-                    return sorted(map(str, target.iterdir()), key=lambda file: (len(file), file))
+                    files = map(str, islice(target.iterdir(), MAX_LISTED + 1))
+                    return sorted(files, key=lambda file: (len(file), file))
         except (OSError, ValueError, RuntimeError):  # too long, has a NUL, or a loop of links
             continue
     where = f"under --media-root {' '.join(map(str, roots))[:200]}"

@@ -81,7 +81,7 @@ def test_each_video_has_its_own_clip(folder):
 def test_the_note_says_what_chooses_frames(folder, capsys):
     print_once.cache_clear()
     videos(folder, CLIP)
-    assert "also read: video, video_start, video_end, not read: nothing" in capsys.readouterr().out
+    assert "also read: video, video_end, video_start, not read: nothing" in capsys.readouterr().out
 
 
 def test_the_note_names_columns_that_are_not_read(tmp_path, capsys):
@@ -89,9 +89,9 @@ def test_the_note_names_columns_that_are_not_read(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     table = pyarrow.table({key: [value] for key, value in row.items()} | {"thumb": [b"x"]})
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
-    for name, thumb in (("rows.jsonl", ""), ("rows.parquet", ", thumb")):
+    for name, thumb in (("rows.jsonl", ""), ("rows.parquet", "thumb, ")):
         DataFile(str(tmp_path / name))
-        noted = f"also read: video_path, not read: where, answer_options{thumb}; no problem_type"
+        noted = f"also read: video_path, not read: answer_options, {thumb}where; no problem_type"
         assert noted in capsys.readouterr().out
 
 

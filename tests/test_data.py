@@ -379,7 +379,7 @@ def test_video_r1_mixed_with_columns_that_others_have(tmp_path, capsys):
     lines = "\n".join(map(json.dumps, rows[1:]))
     file = open_rows(tmp_path, lines)
     assert (
-        "question in question, answer in ground_truth, also read: choices, path, videos, image, not"
+        "question in question, answer in ground_truth, also read: choices, image, path, videos, not"
         in capsys.readouterr().out
     )
     examples = [open_rows(tmp_path, json.dumps(rows[0])).example(0)]
@@ -495,7 +495,7 @@ def test_boxes_are_read_in_every_form(tmp_path, capsys, kind):
         {"bbox": [-1, -0.5, 41, 31], "images": [stored(tmp_path, box=(0, 0, 40, 30)).name]},
     ):
         assert read(**fields) == [always]
-    assert "also read: images, bboxes, bbox_format, not read: nothing" in capsys.readouterr().out
+    assert "also read: bbox_format, bboxes, images, not read: nothing" in capsys.readouterr().out
     assert read(bboxes=[box, box]) == [always] * 2
     assert read(bboxes=[]) == read(bboxes=[[]]) == read(bbox=None) == []
     several = {"images": names, "bboxes": [[box], [], [third, third]]}

@@ -715,8 +715,10 @@ def read_example(fields: dict[str, Any]) -> Example:
         raise BadRow(f"problem_type {str(problem_type)[:40]!r} is not one of {PROBLEM_TYPES}")
     if problem_type == "multiple choice":
         pairs = zip(answers, solutions, strict=True)
-        letters = [letter_of(text, options, type(answer) is int) for answer, text in pairs]
-        options, solutions = with_letters(options), letters
+        solutions = [letter_of(text, options, type(answer) is int) for answer, text in pairs]
+        texts = option_texts(options)
+        if [*texts.values()] == options:  # they have no letters, but the prompt asks for one
+            options = [f"{letter}. {text}" for letter, text in texts.items()]
     return Example(
         problem=problem,
         solution=solutions[0],
@@ -736,15 +738,6 @@ def as_text(value: Any, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise BadRow(f"has no text for its {name}")
     return value
-
-
-def with_letters(options: list[str]) -> list[str]:
-    """The options with their letters, which the prompt asks for: their own, or those of their
-    positions."""
-    texts = option_texts(options)
-    if list(texts.values()) == options:
-        return [f"{name}. {text}" for name, text in texts.items()]
-    return options
 
 
 def letter_of(solution: str, options: list[str], is_integer: bool) -> str:

@@ -659,18 +659,12 @@ def read_chat(turns: list[Any]) -> dict[str, Any]:
 
 def other_columns(fields: dict[str, Any], read: set[str]) -> dict[str, Any]:
     """The columns of a row that nothing reads, as JSON has them: numbers, texts, lists and objects.
-    A date or a decimal is its text. Media, and what exceeds `MAX_EXTRA` characters, are left out.
-    """
-
-    def text_of(value: Any) -> str:
-        if isinstance(value, bytes):
-            raise TypeError("media")
-        return str(value)
-
+    A date or a decimal is its text, and bytes are None. What exceeds `MAX_EXTRA` characters is left
+    out."""
     extra, size = {}, 0
     for name in (x for x in fields if x not in read):
         try:
-            text = json.dumps(fields[name], default=text_of)
+            text = json.dumps(fields[name], default=lambda x: None if type(x) is bytes else str(x))
         except (TypeError, ValueError, RecursionError):
             continue
         if size + len(text) <= MAX_EXTRA:

@@ -577,7 +577,8 @@ def test_other_columns_reach_rewards_and_metrics(tmp_path):
     table |= {"thumbs": [[thumb]], "raw": [b"a"], "cost": [Decimal("1.50")]}
     pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "rows.parquet")
     assert DataFile(f"{tmp_path}/rows.json").example(0).extra == other
-    assert DataFile(f"{tmp_path}/rows.parquet").example(0).extra == other | {"cost": "1.50"}
+    more = {"cost": "1.50", "raw": None, "thumbs": [{"path": "a.png", "bytes": None}]}
+    assert DataFile(f"{tmp_path}/rows.parquet").example(0).extra == other | more
     assert open_arrow(tmp_path, row).example(0).extra == other
 
 

@@ -322,6 +322,7 @@ def check_data(
     require(world_size() == 1, "--check-data: runs in one process; start it without torchrun")
     given = ("--data", args.data), ("--eval-data", args.eval_data)
     files = [(flag, paths, open_file(args, flag)) for flag, paths in given if paths]
+    many = []
     for flag, paths, file in files:  # all are there before the first is read
         path = " ".join(each(paths))
         bad_rows, rows = BadRows(1.0, len(file)), np.arange(len(file))
@@ -347,5 +348,6 @@ def check_data(
             print(f"  {count}: only identical text is correct (example: {example})")
         if lengths:
             print(f"  prompt tokens: median {np.median(lengths):,.0f}, maximum {max(lengths):,}")
-        few = len(bad_rows.bad) <= args.max_skipped * len(rows)
-        require(few, f"{flag} {path}: more than --max-skipped {args.max_skipped} are bad")
+        if len(bad_rows.bad) > args.max_skipped * len(rows):
+            many.append(f"{flag} {path}")
+    require(not many, f"{', '.join(many)}: more than --max-skipped {args.max_skipped} are bad")

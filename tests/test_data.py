@@ -974,7 +974,13 @@ def test_check_data_names_rows_whose_numbers_are_judged_as_text(media_dir, capsy
     with pytest.raises(UsageError, match=r"^--eval-data nowhere.jsonl: no such file"):
         data.check_data(args, encode)
     assert capsys.readouterr().out.count("bad:") == 0  # before a row is read
-    args.eval_data = None
+    args.eval_data, args.max_skipped = str(path), 0.1
+    with pytest.raises(
+        UsageError, match=rf"^--data {path}, --eval-data {path}: more than --max-sk"
+    ):
+        data.check_data(args, encode)
+    assert capsys.readouterr().out.count(": 4 rows, 1 bad") == 2  # both are read before it ends
+    args.eval_data, args.max_skipped = None, 1.0
     data.check_data(args, encode, accuracy_rule="exact")
     assert "only identical text" not in capsys.readouterr().out
 

@@ -199,6 +199,7 @@ class ArrowRows:
 
     def __init__(self, file: Path):
         self.table = ipc.open_stream(pyarrow.memory_map(str(file))).read_all()
+        self.names = self.table.column_names  # here, as they may be no text
 
     def __len__(self) -> int:
         return len(self.table)
@@ -362,7 +363,7 @@ class DataFile:
         read. JSON rows may differ, so the first rows are inspected."""
         present, groups, reason, inspected = {}, set(), "", INSPECTED
         if isinstance(part.rows, ArrowRows):  # rows with the same columns, perhaps large ones
-            present, inspected = dict.fromkeys(part.rows.table.column_names), 1
+            present, inspected = dict.fromkeys(part.rows.names), 1
         for row in range(part.start, len(self))[:inspected]:
             try:
                 fields = self.fields(row)

@@ -143,6 +143,13 @@ def test_a_damaged_row_of_arrow_is_bad_and_no_crash(tmp_path):
             file.example(row)
 
 
+def test_a_column_whose_name_is_no_text_is_one_line(tmp_path):
+    path = write(tmp_path, ["a"], end="arrow") / "train-00000.arrow"
+    path.write_bytes(path.read_bytes().replace(b"answer", b"\xffnswer"))
+    with pytest.raises(UsageError, match=r"train-00000.arrow cannot be read \('utf-8' codec"):
+        answers(path)
+
+
 def test_a_change_is_read_whatever_its_size_and_time(tmp_path, cache):
     path = write(tmp_path, ["1"]) / "train-00000.parquet"
     before = path.stat()

@@ -487,6 +487,8 @@ class DataFile:
                         frames = f"only a video has a list of frames, at most {MAX_LISTED:,}"
                         raise BadRow(f"{name!r} has a list of {len(source):,} files; {frames}")
                     source = [open_item(frame, number=number) for frame in source]
+                    if list in map(type, source):
+                        raise BadRow(f"{name!r} has a folder among its frames")
                 medium = kind or ("video" if is_video(source) else "image")
                 found.append((medium, source, read_clip(item if isinstance(item, dict) else {})))
         of_row = read_clip(fields) if found else {}

@@ -135,6 +135,7 @@ BAD = [
         {"video": ["0.png"] * 10_001},
         "'video' has a list of 10,001 files; only a video has a list of frames, at most 10,000",
     ),
+    ({"videos": [["0.png", "frames"]]}, "'videos' has a folder among its frames"),
     ({"videos": [["0.png", "../x.png"]]}, "is no file under --media-root"),
     ({"images": [["0.png"]]}, "'images' has a list of 1 files; only a video"),
 ]

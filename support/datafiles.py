@@ -123,6 +123,7 @@ def find_files(path: str) -> tuple[Path, dict[str, list[Path]]]:
     if not place.exists() and HUB_NAME.fullmatch(named):
         place = download(named, split)
     require(place.exists(), "no such file or directory")
+    require(place.is_file() or place.is_dir(), "is neither a file nor a directory")
     folder = place.parent if place.is_file() else place
     files = {file.relative_to(folder).as_posix(): file for file in data_files(str(place))}
     splits = choose_splits([*files], split, named)

@@ -73,7 +73,7 @@ class BadRows:
         new = {name: reason for name, reason in bad.items() if name not in self.bad}
         self.bad |= new
         if self.file is not None:
-            self.write(new)
+            append(self.file, [{"row": name, "reason": reason} for name, reason in new.items()])
 
     def attach(self, file: FileIO) -> None:
         """Append the bad rows that `file` lacks, then each new one; drop an incomplete last
@@ -82,13 +82,9 @@ class BadRows:
         content = content[: content.rfind(b"\n") + 1]
         file.truncate(len(content))
         earlier = [json.loads(line) for line in content.splitlines()]
-        known = {row["row"]: row["reason"] for row in earlier}
-        new = {name: reason for name, reason in self.bad.items() if name not in known}
-        self.file, self.bad = file, known | self.bad
-        self.write(new)
-
-    def write(self, bad: dict[str, str]) -> None:
-        append(self.file, [{"row": name, "reason": reason} for name, reason in bad.items()])
+        found, self.file = self.bad, file
+        self.bad = {row["row"]: row["reason"] for row in earlier}
+        self.name(found)
 
 
 class Prompts(Dataset):
@@ -326,6 +322,7 @@ def check_data(
     require(world_size() == 1, "--check-data: runs in one process; start it without torchrun")
     given = ("--data", args.data), ("--eval-data", args.eval_data)
     files = [(flag, paths, open_file(args, flag)) for flag, paths in given if paths]
+    many = []
     for flag, paths, file in files:  # all are there before the first is read
         path = " ".join(each(paths))
         bad_rows, rows = BadRows(1.0, len(file)), np.arange(len(file))
@@ -351,5 +348,6 @@ def check_data(
             print(f"  {count}: only identical text is correct (example: {example})")
         if lengths:
             print(f"  prompt tokens: median {np.median(lengths):,.0f}, maximum {max(lengths):,}")
-        few = len(bad_rows.bad) <= args.max_skipped * len(rows)
-        require(few, f"{flag} {path}: more than --max-skipped {args.max_skipped} are bad")
+        if len(bad_rows.bad) > args.max_skipped * len(rows):
+            many.append(f"{flag} {path}")
+    require(not many, f"{', '.join(many)}: more than --max-skipped {args.max_skipped} are bad")

@@ -201,7 +201,7 @@ def append(file: FileIO, rows: Iterable[dict[str, Any]]) -> None:
     path = Path(file.name)
     with writing(path.parent, path.name):
         for row in rows:
-            data = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+            data = (json.dumps(row, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
             while data:
                 data = data[file.write(data) :]
 

@@ -132,7 +132,8 @@ def encode_demonstration(processor: Processor, example: Example) -> Prompt:
     or its answer alone."""
     think, thought = processor.prompt_config.think, example.response or ""
     if think and not thought:
-        raise BadRow("has no thought to learn: no text in 'process', no <think> in its answer")
+        where = "no text in 'process' or 'thought', no <think> in its answer"
+        raise BadRow(f"has no thought to learn: {where}; --no-think learns answers alone")
     thought = thought if "<think>" in thought else f"<think>{thought}</think>"
     answer = f"<answer>{example.solution}</answer>"
     example.response = f"{thought}\n{answer}" if think else answer

@@ -198,11 +198,15 @@ class Reader:
             worker_init_fn=guard_reader,
             prefetch_factor=4,
         )
+        # Signals wait until a new reader ignores them: PyTorch's own handler would end it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             items = iter(loader)
         except OSError as error:
             reason = f"the readers cannot be started ({error.strerror}); give fewer, or 0"
             raise UsageError(f"--workers {self.workers}: {reason}") from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:
             yield from items
         except BaseException:
@@ -222,6 +226,7 @@ def guard_reader(worker: int) -> None:
     ForkingPickler.register(Tensor, by_value)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
@@ -327,7 +332,7 @@ def check_data(
         path = " ".join(each(paths))
         bad_rows, rows = BadRows(1.0, len(file)), np.arange(len(file))
         prompts = Prompts(file, encode, rows, max_tokens=args.max_prompt_tokens)
-        kinds, lengths, no_number = Counter(), [], []
+        kinds, lengths, no_number, boxed = Counter(), [], [], 0
         reader = Reader(prompts, rows, args.workers, bad_rows)
         for prompt in tqdm(reader, total=len(rows), desc=f"{flag} {path}"):
             example = prompt.example
@@ -335,6 +340,7 @@ def check_data(
             kind = "several" if len(media) > 1 else "".join(media) or "text"
             kinds[f"{kind}, {example.problem_type or 'no problem type'}"] += 1
             lengths.append(len(prompt.ids))
+            boxed += bool(example.boxes)
             numeric = example.problem_type in ("numerical", "regression")
             if numeric and accuracy_rule == "by-type" and read_number(example.solution) is None:
                 no_number.append(example.name)
@@ -343,6 +349,7 @@ def check_data(
         print(f"{flag} {path}: {len(rows):,} rows, {len(bad_rows.bad):,} bad")
         for kind, number in sorted(kinds.items()):
             print(f"  {kind:<28}{number:>10,}")
+        print(f"  {'with boxes':<28}{boxed:>10,}")
         if no_number:
             count, example = f"{len(no_number):,} solutions are not one number", no_number[0]
             print(f"  {count}: only identical text is correct (example: {example})")

@@ -263,9 +263,8 @@ def arrow_copy(file: Path, folder: Path) -> Path:
                 pyarrow.OSFile(str(part), "wb") as sink,
                 ipc.new_stream(sink, rows.schema_arrow) as stream,
             ):
-                for batch in rows.iter_batches(
-                    16, use_threads=False
-                ):  # a row may hold many pictures
+                # Few at a time, as a row may hold many pictures.
+                for batch in rows.iter_batches(16, use_threads=False):
                     stream.write_batch(batch)
                     require(sink.tell() <= limit, large)
             part.rename(target)
@@ -335,7 +334,9 @@ class DataFile:
                     require(rows, "has no rows")
                     seen = text_only or any(map(self.has_media, rows))
                     blind = f"none of the first {len(rows)} rows has an image or a video; {note}"
-                    require(seen, f"{blind}; give --text-only if that is meant")
+                    named = ", ".join(x for y in MEDIA_COLUMNS.values() for x in y)
+                    remedy = f"rename a column that has them to one of {named}"
+                    require(seen, f"{blind}; {remedy}, or give --text-only for data without")
             except UsageError as error:
                 raise UsageError(f"{option} {path}: {error}") from None
             for note, count in notes.items():

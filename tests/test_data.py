@@ -556,7 +556,7 @@ def test_a_file_without_media_is_refused(tmp_path, layout, capsys):
     note = "question in question, answer in answer, also read: nothing, not read: clip_id, where; "
     words = f"--data {path}: none of the first 3 rows has an image or a video; {note}"
     assert str(error.value).startswith(words)
-    assert str(error.value).endswith("; give --text-only if that is meant")
+    assert str(error.value).endswith(", or give --text-only for data without")
     print_once.cache_clear()
     assert len(datafiles.DataFile(str(path), text_only=True)) == 3
     assert f"--data {path}: 3 rows, {note}" in capsys.readouterr().out

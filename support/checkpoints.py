@@ -6,8 +6,7 @@ of theirs runs.
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +27,7 @@ from transformers import (
     GenerationConfig,
 )
 
+from support.disk import loading
 from support.prompts import (
     Example,
     Media,
@@ -65,27 +65,6 @@ def hub_client() -> Any:
 
 
 set_client_factory(hub_client)
-
-
-@contextmanager
-def loading(named: str) -> Iterator[None]:
-    """Turn an exception raised while reading a checkpoint into a one-line `UsageError`.
-
-    The libraries raise errors of any kind for files that they cannot use, so it catches all.
-    """
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as error:
-        lines = [line.strip(" .") for line in str(error).splitlines()]
-        reason = " ".join(lines[: 2 if lines and lines[0][-1:] == ":" else 1])
-        if isinstance(error, KeyError):
-            reason = f"lacks {reason}"
-        elif not reason or not isinstance(error, (OSError, ValueError)):
-            reason = f"{type(error).__name__} {reason}".strip()
-        remedy = "repair it, or give another checkpoint"
-        raise UsageError(f"{named}: {reason}; {remedy}") from None
 
 
 def checkpoint_folder(path: str | Path, field: str, names: Sequence[str]) -> Path:

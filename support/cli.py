@@ -10,28 +10,18 @@ import sys
 import traceback
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable
-from copy import copy
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from inspect import get_annotations
 from itertools import pairwise
-from typing import Annotated, Any, Literal, TextIO, get_origin, get_type_hints
+from types import SimpleNamespace
+from typing import Any, Literal, TextIO, get_origin, get_type_hints
 
 import docstring_parser
 import torch.distributed as dist
 import tyro
 
-from support import startup
-from support.ranks import (
-    Finished,
-    UsageError,
-    fail,
-    leave,
-    leave_ranks,
-    print_on_rank_0,
-    require,
-    start_ranks,
-)
+from support import ranks, startup
+from support.ranks import UsageError, require
 
 
 @dataclass
@@ -214,27 +204,27 @@ def run_script(
         if signal.getsignal(signal.SIGINT) is startup.stop:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         args = parse(args_class, description, defaults())  # --help ends here
-        start_ranks()
+        ranks.start_ranks()
         main(args)
     except KeyboardInterrupt:
-        fail(130, "\nstopped by Ctrl-C; what was saved before is intact")
+        ranks.fail(130, "\nstopped by Ctrl-C; what was saved before is intact")
     except UsageError as error:
-        fail(2, f"error: {error}")
-    except Finished as message:
-        print_on_rank_0(str(message))
+        ranks.fail(2, f"error: {error}")
+    except ranks.Finished as message:
+        ranks.print_on_rank_0(str(message))
     except Exception as error:
         if str(error).startswith("DataLoader worker (pid"):  # in PyTorch's words, and at any time
             remedy = "if it was killed because memory is full, give fewer --workers"
-            fail(2, f"error: --workers: a reader process has ended ({error}); {remedy}")
-        fail(1, traceback.format_exc())
+            ranks.fail(2, f"error: --workers: a reader process has ended ({error}); {remedy}")
+        ranks.fail(1, traceback.format_exc())
     sys.stdout.flush()
     if dist.is_initialized():
-        leave_ranks()
+        ranks.leave_ranks()
     if unprinted and unprinted[0].errno == errno.EPIPE:
-        leave(128 + signal.SIGPIPE)  # a program that ends by SIGPIPE is silent, too
+        ranks.leave(128 + signal.SIGPIPE)  # a program that ends by SIGPIPE is silent, too
     if unprinted:
         reason = unprinted[0].strerror
-        fail(1, f"error: the output cannot be printed ({reason}); the run is complete")
+        ranks.fail(1, f"error: the output cannot be printed ({reason}); the run is complete")
 
 
 def parse(args_class: type, description: str, defaults: dict[str, Any]) -> Any:
@@ -242,28 +232,21 @@ def parse(args_class: type, description: str, defaults: dict[str, Any]) -> Any:
     each help text and each paragraph of the description is one line, which tyro or the terminal
     wraps.
     """
-    hints, bases = get_type_hints(args_class), args_class.__mro__[:-1]
-    require_values(hints)
-    helps = {
-        param.arg_name: " ".join(param.description.split())
-        for base in reversed(bases)
-        for param in docstring_parser.parse_from_object(base).params
-    }
-    own = {
-        x.name: field(default=x.default, default_factory=x.default_factory)
-        for x in fields(args_class)
-    }
-    unknown = ", ".join(defaults.keys() - own.keys())
+    require_values(get_type_hints(args_class))
+    known, bases = args_class.__dataclass_fields__, args_class.__mro__[:-1]
+    unknown = ", ".join(defaults.keys() - known.keys())
     require(not unknown, f"the script's table of defaults names no argument of its own: {unknown}")
-    own |= {name: field(default_factory=partial(copy, x)) for name, x in defaults.items()}
-    names = dict.fromkeys(name for base in bases for name in get_annotations(base) if name in own)
-    form = [
-        (name, Annotated[hints[name], tyro.conf.arg(help=helps.get(name, ""))], own[name])
-        for name in names
-    ]
-    form = make_dataclass(args_class.__name__, form, kw_only=True)
+    for base in reversed(bases):
+        for param in docstring_parser.parse_from_object(base).params:
+            if param.arg_name in known:
+                known[param.arg_name].metadata = {"help": " ".join(param.description.split())}
+    # A class with the fields in another order, which leaves their check to `args_class`.
+    form = type(args_class.__name__, (args_class,), {"__post_init__": lambda self: None})
+    names = (name for base in bases for name in get_annotations(base) if name in known)
+    form.__dataclass_fields__ = {name: known[name] for name in names}
     paragraphs = re.sub(r"(?<=\S)\n(?=\S)", " ", description)
-    return args_class(**vars(tyro.cli(form, description=paragraphs)))
+    given = tyro.cli(form, description=paragraphs, default=SimpleNamespace(**defaults))
+    return args_class(**vars(given))
 
 
 def require_values(hints: dict[str, Any]) -> None:

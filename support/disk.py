@@ -206,7 +206,27 @@ def append(file: FileIO, rows: Iterable[dict[str, Any]]) -> None:
                 data = data[file.write(data) :]
 
 
-# 3. Data files
+# 3. Reading
+
+
+@contextmanager
+def loading(named: str, remedy: str = "repair it, or give another checkpoint") -> Iterator[None]:
+    """Turn an exception raised while reading a checkpoint or a state into a one-line `UsageError`.
+
+    The libraries raise errors of any kind for files that they cannot use, so it catches all.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        lines = [line.strip(" .") for line in str(error).splitlines()]
+        reason = " ".join(lines[: 2 if lines and lines[0][-1:] == ":" else 1])
+        if isinstance(error, KeyError):
+            reason = f"lacks {reason}"
+        elif not reason or not isinstance(error, (OSError, ValueError)):
+            reason = f"{type(error).__name__} {reason}".strip()
+        raise UsageError(f"{named}: {reason}; {remedy}") from None
 
 
 def without_split(name: str) -> Path:

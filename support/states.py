@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -15,26 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from support import ranks
 from support.cli import each, option
-from support.disk import data_files, good_states, step_of, writing, written_aside
-from support.ranks import (
-    Finished,
-    UsageError,
-    from_rank_0,
-    full_tensor,
-    gather,
-    on_rank_0,
-    require,
-    require_same_on_ranks,
-    shard_like,
-    world_size,
-)
+from support.disk import data_files, good_states, loading, step_of, writing, written_aside
+from support.ranks import UsageError, require
 
 DEFINITIONS = 4  # raise it when the same arguments compute something else
 
@@ -115,21 +104,9 @@ class State:
         return f"step-{self.step:06}"
 
 
-# What the content of a damaged state raises; the files are as untrusted as any other.
-BROKEN = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
-BROKEN += (ArithmeticError, SafetensorError)
-
-
-@contextmanager
-def readable(named: str, path: Path) -> Iterator[None]:
+def readable(named: str, path: Path) -> AbstractContextManager:
     """Turn an exception raised while reading a state into a one-line `UsageError`."""
-    try:
-        yield
-    except BROKEN as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        reason = f"lacks {reason}" if isinstance(error, KeyError) else reason
-        remedy = "give an earlier one"
-        raise UsageError(f"{named}: {path} is not readable ({reason}); {remedy}") from None
+    return loading(f"{named}: {path} is not readable", "give an earlier one")
 
 
 def own_file(path: Path) -> Path:
@@ -168,20 +145,20 @@ def read_state(args: Any) -> State | None:
         require(same, f"{named}: {other}; {remedy}")
         return state
 
-    return None if args.resume is None else from_rank_0(read)
+    return None if args.resume is None else ranks.from_rank_0(read)
 
 
 def find_state(args: Any) -> State | None:
     """The state to resume from, see `read_state`. Refuses one that was made with other arguments or
     input files, and input files that differ between ranks; raises `Finished` if no step is left."""
     inputs = fingerprint_inputs(args)
-    require_same_on_ranks(inputs)
+    ranks.require_same_on_ranks(inputs)
     state, named = read_state(args), f"--resume {args.resume}"
     if state is None:
         return None
-    of_all = "prompts_per_step times processes"
+    of_all, step = "prompts_per_step times processes", args.prompts_per_step * ranks.world_size()
     before = state.args | {of_all: state.prompts}
-    now = json.loads(json.dumps(asdict(args))) | {of_all: args.prompts_per_step * world_size()}
+    now = json.loads(json.dumps(asdict(args))) | {of_all: step}
     same = args.may_change()
     only = [option(x) for x in now | before if x not in now.keys() & before.keys() | same]
     another = f"only one of the runs has {', '.join(only)}, so it is of another script or version"
@@ -200,9 +177,9 @@ def find_state(args: Any) -> State | None:
     if stopped or state.step >= args.steps:
         over = f"the run at {args.out} has finished (step {state.step})"
         again = "--resume one of its earlier states makes it again"
-        kept = from_rank_0(Path(args.out, "checkpoint").is_dir)
+        kept = ranks.from_rank_0(Path(args.out, "checkpoint").is_dir)
         require(kept, f"{named}: {over}, but its checkpoint is gone; {again}")
-        raise Finished(over)
+        raise ranks.Finished(over)
     return state
 
 
@@ -215,7 +192,7 @@ def state_tensors(model: Module, optimizer: Optimizer) -> Iterator[tuple[str, di
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             tensors = {"weight": parameter.detach(), **optimizer.state[parameter]}
-            yield name, {key: full_tensor(x).contiguous() for key, x in tensors.items()}
+            yield name, {key: ranks.full_tensor(x).contiguous() for key, x in tensors.items()}
 
 
 def write_state(
@@ -260,20 +237,21 @@ def load_state(named: str, path: Path, model: Module, optimizer: Optimizer) -> N
 
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            tensors = on_rank_0(partial(read, name, parameter.shape)) or {}
+            tensors = ranks.on_rank_0(partial(read, name, parameter.shape)) or {}
             # The other ranks learn shapes and dtypes here, and get the numbers in `shard_like`.
-            sent = gather([{key: x.to("meta") if x.ndim else x for key, x in tensors.items()}])[0]
+            facts = {key: x.to("meta") if x.ndim else x for key, x in tensors.items()}
+            sent = ranks.gather([facts])[0]
             empty = {key: torch.empty_like(x, device="cpu") for key, x in sent.items() if x.ndim}
             tensors = tensors or sent | empty
             with torch.no_grad():
-                parameter.copy_(shard_like(tensors.pop("weight"), parameter))
+                parameter.copy_(ranks.shard_like(tensors.pop("weight"), parameter))
             # A fused optimizer counts its steps on the parameter's device.
             device = parameter.device if optimizer.defaults.get("fused") else "cpu"
             optimizer.state[parameter] = {
-                key: shard_like(value, parameter) if value.ndim else value.to(device)
+                key: ranks.shard_like(value, parameter) if value.ndim else value.to(device)
                 for key, value in tensors.items()
             }
-    random_numbers = from_rank_0(read_random)
+    random_numbers = ranks.from_rank_0(read_random)
     with readable(named, path):
         version, keys, gauss = random_numbers["python"]
         random.setstate((version, tuple(keys), gauss))

@@ -168,7 +168,7 @@ def test_data_that_would_wait_is_refused(tmp_path, monkeypatch):
 
 
 def test_help_joins_no_group(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "start_ranks", None)
+    monkeypatch.setattr(ranks, "start_ranks", None)
     monkeypatch.setattr(sys, "argv", ["script.py", "--help"])
     with pytest.raises(SystemExit) as ended:
         cli.run_script(cli.RunArgs, None, "What it is.")

@@ -37,7 +37,7 @@ FIELDS = SMALL | {"steps": 4, "save_every": 2, "eval_every": 4, "learning_rate":
 @pytest.fixture(autouse=True)
 def restored():
     """A run that fails leaves its signal handlers."""
-    handlers = {number: signal.getsignal(number) for number in runs.STOP_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in ranks.STOP_SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -131,7 +131,7 @@ def test_checking_data_needs_no_lock(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").touch()
     disk.write_record(tmp_path / "run", disk.TRAINING_RUN, {})
-    monkeypatch.setattr(runs, "lock_directory", lambda out: pytest.fail("locked"))
+    monkeypatch.setattr(disk, "lock_directory", lambda out: pytest.fail("locked"))
     runs.check_run(toy_args(grpo_baseline, out=str(tmp_path / "run"), check_data=True))
 
 
@@ -209,7 +209,7 @@ def test_a_full_disk_is_one_line(run, cold_start, tmp_path, mode):
     disk, fields = tmp_path / "disk", FIELDS | {"model": cold_start} | changed
     disk.mkdir()
     argv = [f"--{k.replace('_', '-')}={v}" for k, v in fields.items()] + ["--out", disk / "run"]
-    plants = [("support.cli.start_ranks", "mount_disk"), *plants]
+    plants = [("support.ranks.start_ranks", "mount_disk"), *plants]
     status, output = run("grpo_baseline", argv, plants, folders=[disk])
     if output == "error: no mounts here\n":
         pytest.skip("no mounts here")
@@ -331,7 +331,7 @@ def test_a_state_that_lacks_arguments_or_parts_is_one_line(cold_start, tmp_path)
     for part in ("args", "extra", "lengths", "prompts"):
         file.write_text(kept)
         edit(file, **{part: None})
-        words = rf"^--resume auto: .*not readable \(lacks '{part}'\)"
+        words = rf"^--resume auto: .*not readable: lacks '{part}'"
         with pytest.raises(ranks.UsageError, match=words):
             ral_grpo.main(toy_args(ral_grpo, **fields))
     file.write_text("[]")

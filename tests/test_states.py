@@ -23,7 +23,7 @@ from support import cli, data, disk, memory, ranks, results, runs, states
 
 @pytest.fixture(autouse=True)
 def restored():
-    handlers = {number: signal.getsignal(number) for number in runs.STOP_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in ranks.STOP_SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -224,7 +224,7 @@ def hangup():
     signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("number", runs.STOP_SIGNALS)
+@pytest.mark.parametrize("number", ranks.STOP_SIGNALS)
 def test_each_signal_of_a_scheduler_saves_a_state(hangup, args, number, capsys):
     model, optimizer = tiny()
     named = str(Path(args.out) / "state" / "step-000000")  # by now an older state

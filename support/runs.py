@@ -128,9 +128,8 @@ class Run:
         self.out, self.args, self.wandb, self.bad_rows = Path(args.out), args, None, bad_rows
         self.state, self.signal, self.files, self.tensorboard = state, None, {}, None
         self.equal = []  # see `note_equal_rewards`
-        self.inputs = ranks.on_rank_0(
-            partial(states.fingerprint_inputs, args)
-        )  # at the start of the run
+        # At the start of the run, as they may change while it trains.
+        self.inputs = ranks.on_rank_0(partial(states.fingerprint_inputs, args))
         self.handlers = {s: signal.getsignal(s) for s in ranks.STOP_SIGNALS}
         if self.handlers[signal.SIGHUP] == signal.SIG_IGN:  # as nohup wants it
             del self.handlers[signal.SIGHUP]

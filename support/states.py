@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Iterable, Iterator
@@ -46,7 +45,7 @@ def fingerprint(path: Path, blocks: int) -> str:
 
 def fingerprint_inputs(args: Any) -> dict[str, str]:
     """The fingerprint of every file of `--model`, `--teacher`, `--data` and `--eval-data`, by
-    argument and name; for a hub name, the commit.
+    argument and path; for a hub name, the commit.
 
     At most 256 MB are read for one argument, but always both ends of each file. So a changed label
     in a JSON file is noticed up to that size, and a changed Parquet footer at any size.
@@ -54,8 +53,6 @@ def fingerprint_inputs(args: Any) -> dict[str, str]:
     prints = {}
     names = ("model", "teacher", "data", "eval_data")
     for name, path in ((x, path) for x in names for path in each(getattr(args, x, None) or ())):
-        several = len(each(getattr(args, name))) > 1
-        argument = f"{option(name)} {path}" if several else option(name)
         if name.endswith("data"):
             kind, files = "dataset", data_files(path)
         else:
@@ -64,16 +61,13 @@ def fingerprint_inputs(args: Any) -> dict[str, str]:
         if not files:
             folder = f"{kind}s--{path.partition(':')[0].replace('/', '--')}"
             commit = Path(HF_HUB_CACHE, folder, "refs", "main")
-            prints[argument] = commit.read_text() if commit.is_file() else "none"
-            continue
-        root, blocks = os.path.commonpath([x.parent for x in files]), BLOCKS // len(files)
+            prints[f"{option(name)} {path}"] = commit.read_text() if commit.is_file() else "none"
         for file in files:
-            label = f"{argument} {file.relative_to(root)}"
+            label = f"{option(name)} {file}"
             try:
-                prints[label] = fingerprint(file, max(2, blocks))
+                prints[label] = fingerprint(file, max(2, BLOCKS // len(files)))
             except OSError as error:
-                cannot = f"{argument}: {file} cannot be read ({error.strerror})"
-                raise UsageError(cannot) from None
+                raise UsageError(f"{label}: cannot be read ({error.strerror})") from None
     return prints
 
 

@@ -312,7 +312,7 @@ def test_a_changed_data_file_is_refused_and_a_weaker_limit_is_not(real, tmp_path
     best.mkdir()
     content = rows.read_bytes()
     rows.write_bytes(content + content.splitlines(keepends=True)[0])
-    with pytest.raises(ranks.UsageError, match=r"other content: --data rows.jsonl"):
+    with pytest.raises(ranks.UsageError, match=f"other content: --data {rows}"):
         ral_grpo.main(toy_args(ral_grpo, **fields, max_skipped=0.3, resume="auto"))
     rows.write_bytes(content)
     ral_grpo.main(toy_args(ral_grpo, **fields, max_skipped=0.4, resume="auto"))

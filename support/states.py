@@ -153,15 +153,11 @@ def find_state(args: Any) -> State | None:
     of_all, step = "prompts_per_step times processes", args.prompts_per_step * ranks.world_size()
     before = state.args | {of_all: state.prompts}
     now = json.loads(json.dumps(asdict(args))) | {of_all: step}
-    same = args.may_change()
-    only = [option(x) for x in now | before if x not in now.keys() & before.keys() | same]
-    another = f"only one of the runs has {', '.join(only)}, so it is of another script or version"
-    differ = [another] if only else []
-    differ += [
-        f"{option(x)} {before[x]} -> {now[x]}"
-        for x in now
-        if x in before and before[x] != now[x] and x not in same
-    ]
+    differ = []
+    for name in before | now:
+        old, new = (values.get(name, "unknown") for values in (before, now))
+        if old != new and name not in args.may_change():
+            differ.append(f"{option(name)} {old} -> {new}")
     changed = [x for x in inputs | state.inputs if inputs.get(x) != state.inputs.get(x)]
     differ += [f"other content: {', '.join(changed[:3])}"] if changed else []
     other = f"was made with other arguments or inputs ({'; '.join(differ)})"

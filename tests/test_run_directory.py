@@ -322,10 +322,10 @@ def test_a_state_that_lacks_arguments_or_parts_is_one_line(cold_start, tmp_path)
     args = json.loads(kept)["args"]
     older = {k: v for k, v in args.items() if k not in ("lora_rank", "attn_row", "steps")}
     edit(file, args=older | {"an_old_one": 3})
-    words = "only one of the runs has .*--attn-row, --an-old-one, so"
+    words = "--an-old-one 3 -> unknown; .*--attn-row unknown -> own"
     with pytest.raises(ranks.UsageError, match=words):
         ral_grpo.main(toy_args(ral_grpo, **fields))
-    with pytest.raises(ranks.UsageError, match="only one of the runs has --lambda-attn, "):
+    with pytest.raises(ranks.UsageError, match=r"--lambda-attn 1.0 -> unknown; "):
         file.write_text(kept)
         grpo_baseline.main(toy_args(grpo_baseline, **fields))
     for part in ("args", "extra", "lengths", "prompts"):

@@ -1,11 +1,9 @@
 """Estimate how much GPU memory a run needs, before any weights are loaded."""
 
-import math
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -196,28 +194,8 @@ def available_gb() -> float:
     the machine's."""
     if torch.cuda.is_available():
         return (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / GIB
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(machine, container_limit()) / 2**30 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def container_limit(
-    groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
-) -> float:
-    """Bytes of memory that the container or scheduler allows this process: the smallest limit of
-    its control groups (versions 1 and 2); infinity without one.
-
-    A line of `groups` is NUMBER:CONTROLLERS:PATH. In a container, the path may be the host's, whose
-    folders are not there; the container's own group is then at `root`.
-    """
-    limits = [math.inf]
-    for line in groups.read_text().splitlines() if groups.exists() else ():
-        _, controller, path = line.split(":", 2)  # version 2 has no controller here
-        names = {"": "memory.max", "memory": "memory.limit_in_bytes"}
-        for group in (Path(path), *Path(path).parents) if controller in names else ():
-            file = root / controller / group.relative_to("/") / names[controller]
-            text = file.read_text() if file.is_file() else "max"
-            limits += [int(text)] if text.strip().isdecimal() else []
-    return min(limits)
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    return machine / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def fit_memory(

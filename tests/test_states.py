@@ -290,25 +290,6 @@ def test_wandb_starts_after_the_lock_and_its_errors_are_one_line(args, wandb):
 # Memory
 
 
-@pytest.mark.parametrize(
-    ("groups", "files", "limit"),
-    [
-        ("0::/job/step\n", {"job/memory.max": "500", "job/step/memory.max": "max"}, 500),
-        ("0::/\n", {"memory.max": "300\n"}, 300),
-        ("4:memory:/docker/1\n2:cpu:/\n", {"memory/memory.limit_in_bytes": "200"}, 200),
-        ("4:memory:/a\n0::/\n", {"memory/a/memory.limit_in_bytes": str(2**63)}, 2**63),
-        ("0::/\n", {}, float("inf")),
-    ],
-)
-def test_a_container_limits_memory(tmp_path, groups, files, limit):
-    (tmp_path / "cgroup").write_text(groups)
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(content)
-    assert memory.container_limit(tmp_path / "cgroup", tmp_path) == limit
-    assert memory.available_gb() <= memory.container_limit() / 2**30
-
-
 def test_memory_that_others_use_is_not_available(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (30 * 2**30, 80 * 2**30))

@@ -120,15 +120,8 @@ def read_config(content: Any, named: str) -> Any:
         UsageError: it is the config of another model, or of a quantised one.
     """
     family = f"{named}: is a {content['model_type']!r} model"
-    text = content.get("text_config") or content
-    layers = text.get("layer_types") or ()
-    note = "supported are " + ", ".join(FAMILIES)
-    if content["model_type"].endswith("_moe"):
-        note = "training its experts needs a loss that balances them, which is not written"
-    elif "linear_attention" in layers:
-        note = "its linear attention would carry a state from one packed response to the next"
-    require(content["model_type"] in FAMILIES, f"{family}; {note}")
-    for part in (content, text, content["vision_config"]):
+    require(content["model_type"] in FAMILIES, f"{family}; supported are {', '.join(FAMILIES)}")
+    for part in (content, content.get("text_config") or {}, content["vision_config"]):
         quantised = part.get("quantization_config") or part.get("compression_config")
         found = f"{named}: its weights are quantised, as its config.json says"
         require(not quantised, f"{found}; give the checkpoint that it was made from")

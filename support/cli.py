@@ -237,16 +237,11 @@ def parse(args_class: type, description: str, defaults: dict[str, Any]) -> Any:
 
 def require_values(hints: dict[str, Any]) -> None:
     """Refuse an option of several values without any, which would count as unset (as from an unset
-    shell variable), and a switch with a value. `hints` are the types of the arguments by name."""
+    shell variable). `hints` are the types of the arguments by name."""
     several = {option(name) for name, hint in hints.items() if get_origin(hint) in (tuple, list)}
-    switches = {option(name) for name, hint in hints.items() if hint is bool}
     for word, following in pairwise([*sys.argv[1:], "--"]):
         given = word not in several or not following.startswith("--")
         require(given, f"{word}: needs a value, or leave it out")
-        name, equals, value = word.replace("--no-", "--", 1).partition("=")
-        bare = name not in switches or (not equals and following.startswith("-"))
-        remedy = f"give {name} or --no-{name.removeprefix('--')}"
-        require(bare, f"{name} {value or following}: is a switch without a value; {remedy}")
 
 
 def given_options() -> Namespace:

@@ -131,14 +131,6 @@ def test_an_option_without_its_values_is_not_unset(monkeypatch, words):
         cli.parse(sft.Args, "", {})
 
 
-@pytest.mark.parametrize("words", [["--think", "true"], ["--no-think=1"]])
-def test_a_switch_with_a_value_is_one_line(monkeypatch, words):
-    monkeypatch.setattr(sys, "argv", ["sft.py", *words])
-    line = r"^--think (true|1): is a switch without a value; give --think or --no-think$"
-    with pytest.raises(ranks.UsageError, match=line):
-        cli.parse(sft.Args, "", {})
-
-
 def test_a_forks_argument_may_have_a_list_as_its_default(monkeypatch):
     @dataclass
     class Args(sft.Args):

@@ -89,9 +89,9 @@ def check_out(args: Any, kind: str) -> None:
     if (out / disk.LOCK).exists() and not args.check_data:
         with disk.writing(out, disk.LOCK):
             disk.lock_directory(out).close()
-    parent = next(parent for parent in out.resolve().parents if parent.exists())
-    writable = parent.is_dir() and os.access(parent, os.W_OK)
-    require(writable, f"--out {out}: {parent} cannot be written to; choose another")
+    place = next(x for x in (out.resolve(), *out.resolve().parents) if x.exists())
+    writable = place.is_dir() and os.access(place, os.W_OK)
+    require(writable, f"--out {out}: {place} cannot be written to; choose another")
 
 
 def with_wandb(call: Callable[[Any], Any]) -> Any:

@@ -127,6 +127,18 @@ def test_a_run_killed_after_it_took_the_lock_is_not_in_the_way(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize(("writable", "out"), [("run", "run"), (".", "other/run")])
+def test_what_out_will_be_written_to_is_writable(tmp_path, monkeypatch, writable, out):
+    """A container may have the directory itself mounted in a folder that is not."""
+    (tmp_path / "run").mkdir()
+    args = toy_args(grpo_baseline, out=str(tmp_path / out))
+    monkeypatch.setattr(os, "access", lambda path, mode: path == tmp_path / writable)
+    runs.check_run(args)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / writable)
+    with pytest.raises(ranks.UsageError, match=f"^--out .*: {tmp_path / writable} cannot be wr"):
+        runs.check_run(args)
+
+
 def test_checking_data_needs_no_lock(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").touch()

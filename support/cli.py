@@ -240,7 +240,8 @@ def require_values(hints: dict[str, Any]) -> None:
     shell variable). `hints` are the types of the arguments by name."""
     several = {option(name) for name, hint in hints.items() if get_origin(hint) in (tuple, list)}
     for word, following in pairwise([*sys.argv[1:], "--"]):
-        given = word not in several or not following.startswith("--")
+        # tyro takes `_` for `-`
+        given = word.replace("_", "-") not in several or not following.startswith("--")
         require(given, f"{word}: needs a value, or leave it out")
 
 

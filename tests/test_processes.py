@@ -123,11 +123,11 @@ def test_values_that_nothing_can_compute_with_are_refused(script, name):
             script.Args(**needed | {name: value})
 
 
-@pytest.mark.parametrize("words", [["--data"], ["--data", "--model", "x"]])
+@pytest.mark.parametrize("words", [["--data"], ["--data", "--model", "x"], ["--eval_data"]])
 def test_an_option_without_its_values_is_not_unset(monkeypatch, words):
     """As from `--data $FILE` without a FILE: the built-in task would be trained."""
     monkeypatch.setattr(sys, "argv", ["sft.py", *words])
-    with pytest.raises(ranks.UsageError, match=r"^--data: needs a value"):
+    with pytest.raises(ranks.UsageError, match=f"^{words[0]}: needs a value"):
         cli.parse(sft.Args, "", {})
 
 

@@ -152,24 +152,26 @@ def write_aside(path: Path, text: str) -> None:
 
 
 @contextmanager
-def written_aside(folder: Path, name: str) -> Iterator[Path]:
-    """Yield a new directory. When the block ends, it becomes `folder / name`, and what the block
-    created beside it moves to `folder`, too. Until then, what has these names is unchanged. A
-    process that is killed at any point leaves no directory incomplete.
+def written_aside(out: Path, name: str) -> Iterator[Path]:
+    """Yield a new directory. When the block ends, it becomes `out / name`, and what the block
+    created beside it moves there with it. Until then, what has these names is unchanged. A process
+    that is killed at any point leaves no directory incomplete. A failure is that of `writing`.
     """
-    aside = folder / PART
-    install(folder)
-    (aside / name).mkdir(parents=True)
-    try:
-        yield aside / name
-        for path in (*aside.rglob("*"), aside):
-            flush(path)
-    except Exception:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    aside.rename(folder / DONE)
-    install(folder)
-    flush(folder)
+    place = out / name
+    folder, aside = place.parent, place.with_name(PART)
+    with writing(out, name):
+        install(folder)
+        (aside / place.name).mkdir(parents=True)
+        try:
+            yield aside / place.name
+            for path in (*aside.rglob("*"), aside):
+                flush(path)
+        except Exception:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        aside.rename(folder / DONE)
+        install(folder)
+        flush(folder)
 
 
 def install(folder: Path) -> None:

@@ -305,10 +305,7 @@ class Run:
         if ranks.rank() != 0:
             save(None)
             return
-        with (
-            disk.writing(self.out, "checkpoint"),
-            disk.written_aside(self.out, "checkpoint") as new,
-        ):
+        with disk.written_aside(self.out, "checkpoint") as new:
             save(new)
             for path in new.parent.rglob("*.safetensors"):  # safetensors makes them owner-only
                 path.chmod(new.stat().st_mode & 0o666)

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from support import ranks
 from support.cli import each, option
-from support.disk import data_files, good_states, loading, step_of, writing, written_aside
+from support.disk import data_files, good_states, loading, step_of, written_aside
 from support.ranks import UsageError, require
 
 DEFINITIONS = 4  # raise it when the same arguments compute something else
@@ -191,7 +191,7 @@ def write_state(
     """Write a state, and then delete all but the newest `keep` states, and those that
     `Run.move_later_states` has renamed. Each trained parameter has its own file, so that rank 0
     holds only one at a time."""
-    with writing(out, f"state/{state.name}"), written_aside(out / "state", state.name) as folder:
+    with written_aside(out, f"state/{state.name}") as folder:
         for name, content in tensors:
             save_file(content, folder / f"{name}.safetensors")
         (folder / "random.json").write_text(json.dumps(random_state()))

@@ -224,8 +224,8 @@ class Run:
         if self.state is None:
             self.log(0, before)
             return 1, {}
-        path = self.out / "state" / self.state.name
-        states.load_state(f"--resume {self.args.resume}", path, model, optimizer)
+        named = f"--resume {self.args.resume}"
+        states.load_state(named, self.out, self.state, model, optimizer)
         ranks.on_rank_0(self.begin)
         self.bad_rows.read = self.state.read // ranks.world_size()
         return self.state.step + 1, self.state.extra
@@ -334,6 +334,7 @@ class Run:
             extra=extra or {},
             args=asdict(self.args),
             inputs=self.inputs,
+            random=states.random_state(),
             wandb=self.wandb and self.wandb.id,
         )
         tensors = states.state_tensors(model, optimizer)

@@ -78,8 +78,8 @@ def fingerprint_inputs(args: Any) -> dict[str, str]:
 class State:
     """The content of a state's `state.json`: the number of steps done, and whether the run ended
     there; the length of each file of the run; the prompts per step and the rows read, by all ranks
-    together; what else the script saved; arguments and fingerprints of the inputs; the id of the
-    run at Weights & Biases."""
+    together; what else the script saved; arguments and fingerprints of the inputs; the random
+    number generators, see `random_state`; the id of the run at Weights & Biases."""
 
     step: int
     done: bool
@@ -89,6 +89,7 @@ class State:
     extra: dict[str, Any]
     args: dict[str, Any]
     inputs: dict[str, str]
+    random: dict[str, Any]
     wandb: str | None = None
     definitions: int = DEFINITIONS
 
@@ -129,7 +130,7 @@ def read_state(args: Any) -> State | None:
             state = State(**{x.name: content[x.name] for x in fields(State)})
             counts = (state.step, state.read, *state.lengths.values())
             intact = all(type(n) is int and n >= 0 for n in counts) and step_of(path) == state.step
-            tables = (state.extra, state.args, state.inputs)
+            tables = (state.extra, state.args, state.inputs, state.random)
             if not intact or any(type(x) is not dict for x in tables):
                 raise ValueError("state.json is damaged")
         other = f"{path} was written by a version that computes something else"
@@ -194,8 +195,7 @@ def write_state(
     with written_aside(out, f"state/{state.name}") as folder:
         for name, content in tensors:
             save_file(content, folder / f"{name}.safetensors")
-        (folder / "random.json").write_text(json.dumps(random_state()))
-        (folder / "state.json").write_text(json.dumps(asdict(state), indent=1))
+        (folder / "state.json").write_text(json.dumps(asdict(state)))
     for old in (*good_states(out)[:-keep], *(out / "state").glob("step-*.later")):
         shutil.rmtree(old)
 
@@ -209,9 +209,10 @@ def random_state() -> dict[str, Any]:
     return {"python": random.getstate(), "numpy": numpy_state, "torch": torch_state}
 
 
-def load_state(named: str, path: Path, model: Module, optimizer: Optimizer) -> None:
+def load_state(named: str, out: Path, state: State, model: Module, optimizer: Optimizer) -> None:
     """Load weights, moments and random number generators from a state. Rank 0 reads one parameter
     at a time and sends the other ranks their shards. `named` begins an error message."""
+    path = out / "state" / state.name
 
     def read(name: str, shape: torch.Size) -> dict[str, Tensor]:
         with readable(named, path):
@@ -220,10 +221,6 @@ def load_state(named: str, path: Path, model: Module, optimizer: Optimizer) -> N
             if any(x.shape != shape for x in (tensors["weight"], *moments)):
                 raise ValueError(f"{name} has another size")
             return tensors
-
-    def read_random() -> dict[str, Any]:
-        with readable(named, path):
-            return json.loads(own_file(path / "random.json").read_bytes())
 
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -241,9 +238,8 @@ def load_state(named: str, path: Path, model: Module, optimizer: Optimizer) -> N
                 key: ranks.shard_like(value, parameter) if value.ndim else value.to(device)
                 for key, value in tensors.items()
             }
-    random_numbers = ranks.from_rank_0(read_random)
     with readable(named, path):
-        version, keys, gauss = random_numbers["python"]
+        version, keys, gauss = state.random["python"]
         random.setstate((version, tuple(keys), gauss))
-        np.random.set_state(random_numbers["numpy"])
-        torch.set_rng_state(torch.tensor(random_numbers["torch"], dtype=torch.uint8))
+        np.random.set_state(state.random["numpy"])
+        torch.set_rng_state(torch.tensor(state.random["torch"], dtype=torch.uint8))

@@ -77,16 +77,14 @@ def damage(state: Path, how: str) -> None:
         weight.symlink_to(state.parent.parent / "elsewhere")
     elif how == "size":
         save_file({name: x.flatten()[:1] for name, x in load_file(weight).items()}, weight)
-    elif how == "random":
-        (state / "random.json").write_text('{"python": [3, 5, null]}')
     else:
         record.write_text(json.dumps(content | json.loads(how)))
 
 
-DAMAGE = ["cut", "missing", "link", "size", "random", '{"step": 3}', '{"step": "2"}']
+DAMAGE = ["cut", "missing", "link", "size", '{"step": 3}', '{"step": "2"}']
 DAMAGE += ['{"lengths": {"metrics.jsonl": -1}}', '{"lengths": {"metrics.jsonl": 3}}']
 DAMAGE += ['{"lengths": {"metrics.jsonl": 999999}}', '{"lengths": 3}', '{"args": [1]}']
-DAMAGE += ['{"extra": 3}']
+DAMAGE += ['{"extra": 3}', '{"random": {"python": [3, 5, null]}}']
 
 
 @pytest.mark.parametrize("how", DAMAGE)

@@ -220,21 +220,14 @@ def fit_memory(
     if args.lora_rank is None and (state := read_state(args)):  # resuming keeps the choice
         args = replace(args, lora_rank=state.args.get("lora_rank"))
     have = min(gather([available_gb()]))  # ranks on other hosts must not choose differently
-    teachers = [teacher] if teacher is not None else []
+    frozen = [teacher] if teacher is not None else []
+    rest = {"evaluated": teacher if evaluate_teacher else None, "distils": bool(frozen)}
+    rest |= {"processes": world_size(), "passes": passes}
 
     def need(lora_rank: int) -> float:
         """GB at the peak of a step with adapters of this rank, or with all weights (0)."""
-        phases = memory_gb(
-            config,
-            args,
-            lora_rank,
-            group_size,
-            frozen=teachers + [config] * (needs_reference and not lora_rank),
-            evaluated=teacher if evaluate_teacher else None,
-            processes=world_size(),
-            distils=bool(teachers),
-            passes=passes,
-        )
+        reference = [config] * (needs_reference and not lora_rank)
+        phases = memory_gb(config, args, lora_rank, group_size, frozen + reference, **rest)
         return max(sum(parts.values()) for parts in phases.values())
 
     both = f"--train-vision, --lora-rank {args.lora_rank}: adapters cover only the language model"

@@ -222,11 +222,9 @@ def loading(named: str, remedy: str = "repair it, or give another checkpoint") -
     except UsageError:
         raise
     except Exception as error:
-        lines = [line.strip(" .") for line in str(error).splitlines()]
-        reason = " ".join(lines[: 2 if lines and lines[0][-1:] == ":" else 1])
-        if isinstance(error, KeyError):
-            reason = f"lacks {reason}"
-        elif not reason or not isinstance(error, (OSError, ValueError)):
+        lines = [line.strip(" .") for line in str(error).splitlines()] or [""]
+        reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+        if not reason or not isinstance(error, (OSError, ValueError)):
             reason = f"{type(error).__name__} {reason}".strip()
         raise UsageError(f"{named}: {reason}; {remedy}") from None
 

@@ -876,14 +876,15 @@ def test_a_changed_data_set_is_noticed(tmp_path):
     write_hub(tmp_path / "hub")
     (tmp_path / "rows.json").write_text("[]")
     args = SimpleNamespace(data=str(tmp_path / "rows.json"), eval_data=f"{tmp_path}/hub:test")
-    shards = sorted(file.name for file in (tmp_path / "hub" / "data").iterdir())
+    shards = sorted((tmp_path / "hub" / "data").iterdir())
     before = states.fingerprint_inputs(args)
-    assert list(before) == ["--data rows.json", *(f"--eval-data {name}" for name in shards)]
+    rows = f"--data {args.data}"
+    assert list(before) == [rows, *(f"--eval-data {path}" for path in shards)]
     (tmp_path / "rows.json").write_text("{}")
     after = states.fingerprint_inputs(args)
-    assert [name for name in before if before[name] != after[name]] == ["--data rows.json"]
+    assert [name for name in before if before[name] != after[name]] == [rows]
     args = SimpleNamespace(data="owner/name:train", eval_data=None)
-    assert states.fingerprint_inputs(args) == {"--data": "none"}
+    assert states.fingerprint_inputs(args) == {"--data owner/name:train": "none"}
 
 
 def test_a_video_in_a_column_reads_like_its_file(media_dir):

@@ -304,13 +304,8 @@ def test_adapters_learn_at_a_rate_of_their_own(real, tmp_path, lora_rank, rate):
     [
         (1000, None, 0.04, 0),
         (80, None, 0.04, 64),  # the plain command on one card
-        (80, 0, 0.0, "about 126 GB per process for .*; 80 .*; --lora-rank 64 or 2 processes would"),
-        (
-            8,
-            None,
-            0.04,
-            "tokens; 8 GB are available, 5% of them reserved; .* or .* would make it fit",
-        ),
+        (80, 0, 0.0, "about 126 GB per process for .*; 80 .*, pass --lora-rank 64, or "),
+        (8, None, 0.04, "; 8 GB are available, .*; .* --prompts-per-step, or give a smaller model"),
     ],
 )
 def test_what_cannot_fit_is_refused_before_it_is_loaded(monkeypatch, gb, lora_rank, beta, outcome):

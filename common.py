@@ -82,6 +82,7 @@ from support.ranks import (
     full_tensor,
     gather,
     on_rank_0,
+    print_on_rank_0,
     rank,
     require,
     start_ranks,
@@ -1061,6 +1062,10 @@ def prepare(
     processor = load_processor(path, args.image_tokens, args.frame_tokens, args.min_image_tokens)
     for name in layers:
         require_layer(option(name), getattr(args, name), processor.config)
+    if processor.prompt_config.think != args.think and "prompt.json" in processor.files:
+        flags = {True: "--think", False: "--no-think"}
+        changed = f"was trained with {flags[not args.think]}; this run has {flags[args.think]}"
+        print_on_rank_0(f"note: {path} {changed}")
     processor.prompt_config = PromptConfig(
         prompts={} if is_toy else prompts,  # a toy knows only its own words
         think=args.think,

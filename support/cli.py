@@ -160,18 +160,23 @@ def check_values(args: Any) -> None:
     for name, value in ((name, value) for name, x in vars(args).items() for value in each(x)):
         named = f"{option(name)} {value!r}"
         require(value != "", f"{named}: is empty; give a value or omit it")
+        home = f"{named}: the shell has not replaced the ~; give the whole path"
+        require(not str(value).startswith("~"), home)
         if isinstance(value, int | float):
             require(math.isfinite(value), f"{named}: must be a finite number")
             require(abs(value) <= LARGEST, f"{named}: must be at most {LARGEST}")
 
 
 def same_inputs(args: Any) -> str:
-    """The model and data arguments of a run as command-line text."""
+    """The model and data arguments of a run as command-line text, for the next command."""
     words = []
-    names = ("model", "teacher", "data", "eval_data", "media_root", "rows", "frames", "fps")
-    for name in (*names, "text_only"):
+    names = "model teacher data eval_data media_root text_only rows frames fps"
+    names += " image_tokens min_image_tokens frame_tokens think" if args.data else ""
+    for name in names.split():
         value = getattr(args, name, None)
-        if value and value != getattr(type(args), name):
+        if value is False and getattr(type(args), name):
+            words += [option(f"no_{name}")]
+        elif value and value != getattr(type(args), name):
             words += [option(name), *(() if value is True else map(str, each(value)))]
     return "".join(f" {shlex.quote(word)}" for word in words)
 
@@ -233,7 +238,7 @@ def parse(args_class: type, description: str, defaults: dict[str, Any]) -> Any:
     form = type(args_class.__name__, (args_class,), {"__post_init__": lambda self: None})
     names = (name for base in bases for name in get_annotations(base) if name in known)
     form.__dataclass_fields__ = {name: known[name] for name in names}
-    paragraphs = re.sub(r"(?<=\S)\n(?=\S)", " ", description)
+    paragraphs = re.sub(r"(?<=\S)\n(?=\S)", " ", description or "")
     given = tyro.cli(form, description=paragraphs, default=SimpleNamespace(**defaults))
     return args_class(**vars(given))
 

@@ -3,11 +3,9 @@
 import atexit
 import json
 import math
-import multiprocessing
 import os
 import signal
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,6 +31,7 @@ from support.ranks import (
     STOP_SIGNALS,
     UsageError,
     end_readers,
+    end_with_parent,
     print_on_rank_0,
     rank,
     require,
@@ -233,17 +232,6 @@ def guard_reader(worker: int) -> None:
 def by_value(tensor: Tensor) -> tuple[Callable, tuple[np.ndarray]]:
     """How a reader pickles a tensor: as an array, with its numbers."""
     return torch.from_numpy, (tensor.numpy(),)
-
-
-def end_with_parent(parent: int) -> None:
-    """End this process within a second of its parent, even if the parent was killed.
-
-    PyTorch's workers watch their parent too. But a worker inside a decoder does not check, and one
-    that has sent more than a pipe holds waits for a receiver.
-    """
-    while os.getppid() == parent and multiprocessing.parent_process().is_alive():
-        time.sleep(1)
-    os._exit(1)
 
 
 atexit.register(end_readers)  # for programs that do not end with `leave`, such as a notebook

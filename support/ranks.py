@@ -4,9 +4,11 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
+from threading import Thread
 from typing import Any, NoReturn
 
 import torch
@@ -64,6 +66,19 @@ def end_readers() -> None:
             process.kill()
 
 
+def end_with_parent(parent: int) -> None:
+    """End this process, a reader or a rank, within a second of its parent, even if the parent was
+    killed.
+
+    PyTorch's workers watch their parent too. But a worker inside a decoder does not check, and one
+    that has sent more than a pipe holds waits for a receiver. Ranks would go on without torchrun.
+    """
+    process = multiprocessing.parent_process()  # of a reader, perhaps not its `parent`
+    while os.getppid() == parent and (process is None or process.is_alive()):
+        time.sleep(1)
+    os._exit(1)
+
+
 def start_ranks() -> None:
     """Join the other ranks if torchrun started this process. On a GPU, a single process forms a
     group of one, so there is only one code path. Refuses several processes that a scheduler
@@ -77,6 +92,8 @@ def start_ranks() -> None:
     on_gpu = torch.cuda.is_available()
     if dist.is_initialized() or (lacking and not on_gpu):
         return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     if on_gpu and not lacking:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if lacking else {}

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from support import ranks
 from support.cli import each, option
-from support.disk import data_files, good_states, loading, step_of, written_aside
+from support.disk import data_files, good_states, loading, read_record, step_of, written_aside
 from support.ranks import UsageError, require
 
 DEFINITIONS = 5  # raise it when the same arguments compute something else
@@ -119,6 +119,8 @@ def read_state(args: Any) -> State | None:
     def read() -> State | None:
         saved = good_states(Path(args.out))
         if args.resume == "auto" and not saved:
+            if read_record(Path(args.out)):
+                print(f"--resume auto: the run at {args.out} has no state, so it begins again")
             return None
         path = saved[-1] if args.resume == "auto" else Path(args.resume)
         named = f"--resume {args.resume}"
@@ -127,17 +129,18 @@ def read_state(args: Any) -> State | None:
         require(known, f"{named}: {choices}")
         with readable(named, path):
             content = json.loads(own_file(path / "state.json").read_bytes())
+            same = content["definitions"] == DEFINITIONS or args.allow_changed_args
+        other = f"{path} was written by a version that computes something else"
+        remedy = "finish the run with that version, or train again; if your script and flags do not"
+        remedy += " depend on the difference, pass --allow-changed-args"
+        require(same, f"{named}: {other}; {remedy}")
+        with readable(named, path):
             state = State(**{x.name: content[x.name] for x in fields(State)})
             counts = (state.step, state.read, *state.lengths.values())
             intact = all(type(n) is int and n >= 0 for n in counts) and step_of(path) == state.step
             tables = (state.extra, state.args, state.inputs, state.random)
             if not intact or any(type(x) is not dict for x in tables):
                 raise ValueError("state.json is damaged")
-        other = f"{path} was written by a version that computes something else"
-        remedy = "finish the run with that version, or train again; if your script and flags do not"
-        remedy += " depend on the difference, pass --allow-changed-args"
-        same = state.definitions == DEFINITIONS or args.allow_changed_args
-        require(same, f"{named}: {other}; {remedy}")
         return state
 
     return None if args.resume is None else ranks.from_rank_0(read)

@@ -1230,13 +1230,14 @@ def test_check_data_counts_media_and_problem_types(tmp_path, capsys):
     )
     vars(args).update(fps=None, text_only=False, max_prompt_tokens=None, workers=1, max_skipped=0.2)
     data.check_data(args, encode)
-    lines = capsys.readouterr().out.splitlines()[-7:]
-    assert [line.rsplit(maxsplit=1) for line in lines[1:6]] == [
+    lines = capsys.readouterr().out.splitlines()[-8:]
+    assert [line.rsplit(maxsplit=1) for line in lines[1:7]] == [
         ["  image, multiple choice", "1"],
         ["  image, no problem type", "2"],
         ["  several, no problem type", "1"],
         ["  text, no problem type", "2"],
         ["  video, no problem type", "1"],
+        ["  with boxes", "0"],
     ]
     assert lines[0] == f"--data {args.data}: 8 rows, 1 bad"
 

@@ -70,6 +70,27 @@ def test_processes_of_a_scheduler_are_refused(monkeypatch):
         ranks.start_ranks()
 
 
+def test_a_rank_ends_with_its_torchrun(monkeypatch):
+    """Even if that was killed."""
+    reader, writer = os.pipe()
+    if (torchrun := os.fork()) == 0:
+        parent = os.getpid()
+        if os.fork() == 0:
+            ranks.end_with_parent(parent)
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(torchrun, 0)
+    assert os.read(reader, 1) == b""  # at its end when the rank has ended
+    watched = []
+    monkeypatch.setattr(ranks, "end_with_parent", watched.append)
+    monkeypatch.setattr(ranks.dist, "init_process_group", lambda *_, **__: None)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in (*names, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "0")
+    ranks.start_ranks()
+    assert watched == [os.getppid()]
+
+
 @pytest.mark.parametrize("script", ["sft", "ral_grpo", "eval"])
 def test_ctrl_c_during_imports_is_one_line(tmp_path, script):
     for library in ("numpy", "torch"):

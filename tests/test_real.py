@@ -4,6 +4,7 @@ a data file of images and videos, and what a full-size model would get."""
 import json
 import math
 import re
+import shutil
 import sys
 from dataclasses import replace
 
@@ -184,6 +185,18 @@ def test_check_data_reports_and_stops(real, tmp_path, capsys):
     report = capsys.readouterr().out
     assert not (tmp_path / "run").exists() and "row 8 (line 8)" in report
     assert "21 rows, 3 bad" in report
+
+
+def test_a_run_that_asks_for_other_responses_says_so(real, tmp_path, capsys):
+    """Than its checkpoint was trained to give, as after a forgotten `--no-think`."""
+    model = shutil.copytree(real / "qwen2_vl", tmp_path / "model")
+    asked = PromptConfig(ral_grpo.PROMPTS, think=False)
+    (model / "prompt.json").write_bytes(asked.content())
+    for think in (True, False):
+        fields = {"model": str(model), "think": think, "check_data": True}
+        run(ral_grpo, real, tmp_path / "run", **fields)
+        note = f"note: {model} was trained with --no-think; this run has --think\n"
+        assert (note in capsys.readouterr().out) == think
 
 
 def test_a_prompt_that_is_too_long_is_skipped(real, tmp_path, capsys):

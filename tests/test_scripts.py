@@ -307,9 +307,11 @@ def test_a_run_in_the_way_is_moved_or_replaced_but_other_files_never(tmp_path):
 
 
 def test_the_hint_what_to_run_next_names_model_and_data():
-    args = toy_args(ral_grpo, model="a b", data="rows.json", media_root=("m", "n"), rows=8)
-    words = " --model 'a b' --data rows.json --media-root m n --rows 8"
+    fields = {"model": "a b", "media_root": ("m", "n"), "rows": 8, "image_tokens": 64}
+    args = ral_grpo.Args(**fields, data="rows.json", think=False)
+    words = " --model 'a b' --data rows.json --media-root m n --rows 8 --image-tokens 64 --no-think"
     assert cli.same_inputs(args) == words
+    assert cli.same_inputs(replace(args, data=(), media_root=(), rows=None)) == " --model 'a b'"
     assert cli.same_inputs(ral_grpo.Args()) == ""
 
 
@@ -342,6 +344,7 @@ BAD = [  # script, command line, what the one line must name
     ),
     (sft, ["--track"], ["--track", "wandb", "pip install"]),
     (sft, ["--out", "BUSY"], ["--out", "holds no training run"]),
+    (sft, ["--out=~/run"], ["--out '~/run'", "give the whole path"]),
 ]
 
 

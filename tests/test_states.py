@@ -100,6 +100,15 @@ def test_a_damaged_state_costs_nothing(args, how):
     assert tree(out) == before
 
 
+def test_a_run_without_a_state_begins_again_and_says_so(args, capsys):
+    args = replace(args, resume="auto")
+    assert states.read_state(args) is None and not capsys.readouterr().out
+    train(args, [])  # killed before its first state
+    capsys.readouterr()
+    assert states.read_state(args) is None
+    assert "has no state, so it begins again" in capsys.readouterr().out
+
+
 def test_later_states_stay_until_a_new_one_is_written(args):
     train(args, range(1, 5))
     out = Path(args.out)

@@ -131,7 +131,7 @@ def predict(
             if done < gazes and all(hasattr(medium, "frames") for medium in example.media):
                 unpadded = slice(longest - len(prompt.ids), longest + n)
                 kept = {layer: x[: n + 1, unpadded].clone() for layer, x in rows.items()}
-                gaze = make_gaze(prompt, ids, tokenizer, record["accuracy"], kept)
+                gaze = make_gaze(prompt, ids, tokenizer, kept)
             if prompt.target:
                 visual = (patches >= 0).nonzero()[:, 0]
                 start = answer.start if answer else None
@@ -518,9 +518,10 @@ def main(args: Args) -> dict[str, float]:
     model = load_model(args.model, frozen=True)
     kept = ranks.on_rank_0(partial(results.open_out, args))
     lock, file, records = kept or (None, None, defaultdict(list))
+    named = results.labels(settings)
     with gathered(model):
         for setting, rows in opened.items():
-            label = results.label_of(setting, results.varied_names(settings))
+            label = named[setting].replace(", ", "-").replace(" ", "")  # in names of files
             if file and (args.data or args.benchmark):
                 skipped = disk.open_lines(out / f"skipped{label and f'-{label}'}.jsonl")
                 rows.bad_rows.attach(skipped)

@@ -120,7 +120,7 @@ def guessable() -> Iterator[None]:
         yield
 
 
-HELD_BACK = toy.SHAPES[4:]  # shapes that reinforcement learning never asks about
+HELD_BACK = list(toy.SHAPES)[4:]  # shapes that reinforcement learning never asks about
 
 
 @contextmanager

@@ -319,7 +319,7 @@ def print_tables(results: dict[str, list[dict[str, float]]]) -> None:
         pairs = zip(results.get(a, ()), results.get(b, ()), strict=False)
         ratios[label] = [x[what] / y[what] for x, y in pairs]
     for label, values in ratios.items():
-        print(f"{label:<40}{spread(values) if values else '-'}")
+        print(f"{label:<44}{spread(values) if values else '-'}")
 
 
 def spread(values: list[float]) -> str:

@@ -21,12 +21,13 @@ same prompts. Intervals are of 95%, Student's t over the cold starts. Results:
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -83,8 +84,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0).item()
 
 
-@contextmanager
-def perturbed(layer: int, noise: Tensor) -> Iterator[None]:
+def perturbed(layer: int, noise: Tensor) -> AbstractContextManager:
     """Make every response look elsewhere in one layer: its queries get an offset in a direction of
     its own, `noise` (B, G, H, D) times their size. Decoding and packed rows agree. The first token
     of a response is the prompt's last row's, which a group shares and is left alone."""
@@ -103,11 +103,8 @@ def perturbed(layer: int, noise: Tensor) -> Iterator[None]:
         responses = offset(by_response, noise.transpose(1, 2)[:, :, :, None]).flatten(2, 3)
         return packed(torch.cat([prompt, responses], dim=2), key, scaling, layout)
 
-    common.decode_attention, common.attention_rows = decode_attention, attention_rows
-    try:
-        yield
-    finally:
-        common.decode_attention, common.attention_rows = decode, packed
+    replaced = {"decode_attention": decode_attention, "attention_rows": attention_rows}
+    return mock.patch.multiple(common, **replaced)
 
 
 def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:

@@ -134,37 +134,31 @@ def save(figure: Any, path: Path) -> None:
 
 
 def draw_gaze(axis: Any, gaze: Gaze, attention: Tensor) -> None:
-    """Draw the images and videos of an example with one row of attention over visual tokens.
+    """Draw the picture that most of one row's attention over visual tokens goes to: an image, or
+    the first frame of a temporal patch.
 
     A brighter cell has more attention mass (averaged over heads), and outlines mark the boxes.
-    Images and the temporal patches of a video, with the first frame of each, are shown as a mosaic
-    in reading order. Without an answer there is no attention to show, and nothing is dimmed.
+    Without an answer there is no attention to show, and nothing is dimmed.
     """
     from matplotlib.patches import Rectangle
 
     media, grids = gaze.prompt.example.media, gaze.prompt.grids
     frames = [f for medium in media for f in medium.frames[:: 2 if medium.is_video else 1]]
     shapes = [(h, w) for t, h, w in grids for _ in range(t)]
-    wide, high = (max(edges) for edges in zip(*(frame.size for frame in frames), strict=True))
-    columns, first = math.ceil(math.sqrt(len(shapes))), 0
-    for patch, (frame, (h, w)) in enumerate(zip(frames, shapes, strict=True)):
-        (width, height), heat = frame.size, attention[first : first + h * w].view(h, w).numpy()
-        left, top = patch % columns * wide * 1.05, patch // columns * high * 1.05
-        extent = (left, left + width, top + height, top)
-        axis.imshow(np.asarray(frame.convert("RGB")), extent=extent)
-        if attention.max() > 0:
-            dim = np.zeros((h, w, 4))
-            dim[..., 3] = 0.85 * (1 - heat / attention.max().item())
-            axis.imshow(dim, extent=extent, interpolation="nearest")
-        for at, *place in gaze.places():
-            if at == patch:
-                x, y, *edges = np.multiply(place, (width, height) * 2) / 100
-                corner = (left + x, top + y)
-                axis.add_patch(Rectangle(corner, *edges, fill=False, edgecolor="magenta", lw=2))
-        first += h * w
-    right = (columns * 1.05 - 0.05) * wide
-    bottom = (math.ceil(len(shapes) / columns) * 1.05 - 0.05) * high
-    axis.set(xlim=(0, right), ylim=(bottom, 0), xticks=[], yticks=[])
+    cells = attention.split([h * w for h, w in shapes])
+    patch = int(torch.stack([x.sum() for x in cells]).argmax())
+    frame, heat = frames[patch], cells[patch].view(shapes[patch]).numpy()
+    extent = (0, frame.width, frame.height, 0)
+    axis.imshow(np.asarray(frame.convert("RGB")), extent=extent)
+    if attention.max() > 0:
+        dim = np.zeros((*heat.shape, 4))
+        dim[..., 3] = 0.85 * (1 - heat / heat.max())
+        axis.imshow(dim, extent=extent, interpolation="nearest")
+    for at, *place in gaze.places():
+        if at == patch:
+            x, y, *edges = np.multiply(place, frame.size * 2) / 100
+            axis.add_patch(Rectangle((x, y), *edges, fill=False, edgecolor="magenta", lw=2))
+    axis.set(xticks=[], yticks=[])
 
 
 def verdict(prediction: Prediction) -> tuple[str, str]:
@@ -178,7 +172,7 @@ def verdict(prediction: Prediction) -> tuple[str, str]:
 
 def draw_attention(path: Path, rows: dict[str, list[Prediction]], count: int = 6) -> None:
     """Draw the attention of the model's answers: one row of held-out examples for each entry of
-    `rows`; see `draw_gaze`."""
+    `rows`; see `draw_gaze`. The page shows all pictures of an example."""
     rows = {
         label: [x for x in row if x.gaze and x.gaze.prompt.grids] for label, row in rows.items()
     }

@@ -270,24 +270,27 @@ def test_a_sweep_over_frames_with_real_data(real, tmp_path):
     assert metrics["eval/accuracy_OCR"] == pytest.approx(expected)
 
 
-def test_a_picture_shows_every_image_and_pair_of_frames(loaded):
-    """An image of 4 x 4 tokens, a video of three pairs of frames and an image, of 3 x 3 each."""
+@pytest.mark.parametrize("patch", [0, 2])
+def test_a_picture_shows_what_gets_most_attention(loaded, patch):
+    """Of an image of 4 x 4 tokens, a video of three pairs of frames and an image, of 3 x 3 each."""
     (prompt,) = make_prompts(*loaded, kinds=("mixed",), grids=(4,), frames=(6,))
-    attention = torch.arange(16.0 + 4 * 9)
+    attention = torch.ones(16 + 4 * 9)
+    first, count = (0, 16) if patch == 0 else (16 + 9, 9)  # the image, or the second pair
+    attention[first : first + count] = torch.arange(10.0, 10.0 + count)
     boxes = (Box(28, 56, 42, 70), Box(21, 42, 63, 84, medium=1, start=0.9, end=1.2))
     prompt.example.boxes = boxes
     shown = pictures.make_gaze(prompt, [], loaded[1].tokenizer, {})
     axis = pictures.load_pyplot().figure().add_subplot()
     pictures.draw_gaze(axis, shown, attention)
-    drawn, dimmed = axis.images[::2], axis.images[1::2]
-    assert [image.get_array().shape[0] for image in drawn] == [112, 84, 84, 84, 84]
-    bright = [(1 - image.get_array()[..., 3] / 0.85).flatten() for image in dimmed]
-    np.testing.assert_allclose(np.concatenate(bright), attention / 51, atol=1e-6)
-    corners = [image.get_extent() for image in drawn]  # left, right, bottom, top
-    expected = [(corners[0][0] + 28, corners[0][3] + 56, 14, 14)]
-    expected.append((corners[2][0] + 21, corners[2][3] + 42, 42, 42))  # the second pair alone
-    outlines = [(*x.get_xy(), x.get_width(), x.get_height()) for x in axis.patches]
-    np.testing.assert_allclose(outlines, expected)
+    drawn, dimmed = axis.images
+    assert drawn.get_array().shape[0] == (112 if patch == 0 else 84)
+    bright = (1 - dimmed.get_array()[..., 3] / 0.85).flatten()
+    np.testing.assert_allclose(bright, torch.arange(10.0, 10.0 + count) / (9 + count), atol=1e-6)
+    (outline,) = axis.patches
+    box = boxes[0] if patch == 0 else boxes[1]
+    place = (*outline.get_xy(), outline.get_width(), outline.get_height())
+    expected = (box.left, box.top, box.right - box.left, box.bottom - box.top)
+    np.testing.assert_allclose(place, expected)
 
 
 def test_a_character_of_several_tokens_belongs_to_the_last(real):

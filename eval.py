@@ -123,13 +123,12 @@ def predict(
             if metric is not None:
                 record["score"] = metric(extract_answer(judged), example)
                 record["question_id"] = example.extra.get("question_id")
-            gaze = None
+            gaze, n = None, len(ids)
             if row < scored:  # row t of a layer predicts token t, row t + 1 is that token's own
-                rows, n = {layer: x[row] for layer, x in found.items()}, len(ids)
+                rows = {layer: x[row] for layer, x in found.items()}
                 patches = part.prompts.patches[row]
-                longest = len(patches)
             if done < gazes and all(hasattr(medium, "frames") for medium in example.media):
-                unpadded = slice(longest - len(prompt.ids), longest + n)
+                unpadded = slice(len(patches) - len(prompt.ids), len(patches) + n)
                 kept = {layer: x[: n + 1, unpadded].clone() for layer, x in rows.items()}
                 gaze = make_gaze(prompt, ids, tokenizer, kept)
             if prompt.target:
@@ -392,9 +391,9 @@ def open_processor(args: Args, task: toy.Task | None) -> Processor:
         if not task and not args.bare:
             known = f"{args.model} has no prompt.json"
             ranks.print_on_rank_0(f"{known}: it is asked as the training scripts ask")
-    order = args.toy_order or ("question-first" if config.question_first else "image-first")
-    asked = (config.prompts, args.think, args.accuracy_rule, order == "question-first")
-    return replace(processor, prompt_config=PromptConfig(*asked))
+    first = args.toy_order == "question-first" if args.toy_order else config.question_first
+    asked = PromptConfig(config.prompts, args.think, args.accuracy_rule, first)
+    return replace(processor, prompt_config=asked)
 
 
 @dataclass

@@ -431,7 +431,6 @@ def to_teacher(path: Path, teacher_path: Path, row: str, examples: int) -> float
     other = common.load_processor(str(teacher_path))
     teacher = common.load_teacher(str(teacher_path), processor, other)
     task = toy.Task.load(path)
-    processor.prompt_config = task.prompt_config()
     held_out = toy.held_out_examples(task, examples)
     prompts = [encode_prompt(processor, example) for example in held_out]
     distances = []
@@ -474,21 +473,16 @@ def main(args: Args) -> None:
         return {"attn_jsd_to_teacher" if row == "predicting" else "own_jsd_to_teacher": jsd}
 
     def record(
-        task: str,
-        cell: str,
-        seed: int,
-        out: Path,
-        seconds: float,
-        cold: Path | None = None,
-        fields: dict[str, Any] | None = None,
+        key: tuple[str, str, int], out: Path, seconds: float, cold: Path | None = None, **fields
     ) -> None:
-        row, mark = {"task": task, "cell": cell, "seed": seed}, digest(cold) if cold else ""
+        (task, _, seed), mark = key, digest(cold) if cold else ""
+        row = dict(zip(("task", "cell", "seed"), key, strict=True))
         if cold and (task, "cold start", seed) not in done:  # as the first cell's run found it
             before = {name: x for name, x in judged(out, 0).items() if name in EVALUATED}
             before |= distance(task, cold) | {"cold_start": mark, "commit": made_by}
             write(row | {"cell": "cold start"} | before)
         row |= judged(out) | {"cold_start": mark} | distance(task, out / "checkpoint")
-        row |= {name: x for name, x in (fields or {}).items() if name in MEAN}
+        row |= {name: x for name, x in fields.items() if name in MEAN}
         row |= {"seconds": round(seconds), "commit": made_by}
         write(row)
 
@@ -555,11 +549,11 @@ def main(args: Args) -> None:
                     if TASKS[task].row:
                         fields |= {"teacher": str(teacher(task) / "checkpoint")}
                         if (task, "teacher", number := teacher_number(claim)) not in done:
-                            record(task, "teacher", number, teacher(task), 0.0)
+                            record((task, "teacher", number), teacher(task), 0.0)
                     with tempfile.TemporaryDirectory() as directory:
                         out = Path(directory) / "run"
                         seconds = train(task, seed, out, script, fields, *probe)
-                        record(task, cell, seed, out, seconds, cold, cells[cell][1])
+                        record((task, cell, seed), out, seconds, cold, **cells[cell][1])
     tables = []
     for claim, tasks in CLAIMS.items():
         seeds = {*SEEDS[claim], *(seeds_of(claim, args) if claim in args.claims else ())}
@@ -711,7 +705,8 @@ def report(claim: str, task: str, cells: dict, done: dict, pictures: Path | None
             values = [rows[seed][name] - by_cell[baseline][seed][name] for seed in both]
             line.append(words(values, "+"))
             if len(values) > 1:
-                points.setdefault(name, []).append((defined(cell, cells), *interval(values)))
+                panel = points.setdefault(f"{name}, minus the baseline", [])
+                panel.append((defined(cell, cells), *interval(values)))
         sizes = [row["attn_jsd"] for row in rows.values() if "attn_jsd" in row]
         line.append(f"{np.median(sizes):.0e}" if sizes else "")
         norms = [row for row in rows.values() if row.get("pg_grad_norm")]
@@ -731,7 +726,7 @@ def report(claim: str, task: str, cells: dict, done: dict, pictures: Path | None
 
 
 def draw(path: Path, points: dict[str, list[tuple[str, float, float]]]) -> None:
-    """Differences to the baseline with their intervals, one panel a measure."""
+    """Draw means with their intervals, one panel a measure."""
     pyplot = load_pyplot()
     height = 1.2 + 0.3 * len(next(iter(points.values())))
     figure, axes = pyplot.subplots(1, len(points), figsize=(6 * len(points), height))
@@ -739,7 +734,7 @@ def draw(path: Path, points: dict[str, list[tuple[str, float, float]]]) -> None:
         cells, means, halves = zip(*rows, strict=True)
         axis.errorbar(means, range(len(cells)), xerr=halves, fmt="o", markersize=4)
         axis.axvline(0, color="grey", lw=1)
-        axis.set(title=f"{name}, minus the baseline", ylim=(len(cells) - 0.5, -0.5))
+        axis.set(title=name, ylim=(len(cells) - 0.5, -0.5))
         axis.set_yticks(range(len(cells)), cells if axis is axes[0] else [])
         axis.grid(axis="x", alpha=0.3)
     save(figure, path)

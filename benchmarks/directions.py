@@ -241,7 +241,7 @@ def main(args: Args) -> None:
             print(f"| {name} | {' | '.join(cells)} |")
     if len(rows) > 1:
         found = {
-            f"cosine {column}": [
+            f"cosine {column.replace('halves', 'of two halves')}": [
                 (name, *interval([row[name][column] for row in rows]))
                 for name in rows[0]
                 if column in rows[0][name]

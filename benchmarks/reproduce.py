@@ -36,6 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -370,6 +371,7 @@ class Args:
     """Where the numbers go."""
 
 
+MEASURES = ("accuracy", "on_target")
 EVALUATED = ("accuracy", "format", "completion_len", "target_attn", "on_target", *OUTCOMES)
 
 
@@ -591,13 +593,13 @@ def defined(cell: str, cells: dict) -> str:
     return f"{cell} ({', '.join(said)})" if said else cell
 
 
-def interval(values: list[float]) -> tuple[float, float]:
+def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half-width of its 95% interval."""
     half = student_t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
     return float(np.mean(values)), float(half)
 
 
-def words(values: list[float], sign: str = "") -> str:
+def words(values: Sequence[float], sign: str = "") -> str:
     """`interval` in three decimals; nothing of no values, and of one just that."""
     if len(values) < 2:
         return "".join(f"{value:{sign}.3f}" for value in values)
@@ -608,10 +610,15 @@ def markdown(title: str, table: list[list[str]]) -> str:
     return f"### {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in table)
 
 
-def differences(done: dict, task: str, ours: str, theirs: str, name: str) -> list[float]:
-    """Of one measure of two cells, for every seed that both have."""
-    seeds = sorted(s for t, c, s in done if (t, c) == (task, ours) and (t, theirs, s) in done)
-    return [done[task, ours, seed][name] - done[task, theirs, seed][name] for seed in seeds]
+def differences(done: dict, tasks: Iterable[str], ours: str, theirs: str) -> dict[int, list[float]]:
+    """By seed, for all that have both cells in every task: the difference of each of `MEASURES`, a
+    mean over the tasks."""
+    cells, pairs = [(task, cell) for task in tasks for cell in (ours, theirs)], {}
+    for seed in sorted({seed for *_, seed in done}):
+        if all((*cell, seed) in done for cell in cells):
+            rows = [(done[task, ours, seed], done[task, theirs, seed]) for task in tasks]
+            pairs[seed] = [float(np.mean([a[x] - b[x] for a, b in rows])) for x in MEASURES]
+    return pairs
 
 
 def summary(done: dict, ours: str, title: str) -> str:
@@ -622,49 +629,40 @@ def summary(done: dict, ours: str, title: str) -> str:
     ]
     heads = ["task", "seeds", "cold start", "GRPO", "RAL, minus GRPO"]
     heads += ["on target, last layer: GRPO", "RAL, minus GRPO"]
-    table, paired = [heads, ["---"] * len(heads)], []
+    table, known = [heads, ["---"] * len(heads)], {}
     for label, task, suffix in lines:
-        cells = (task, f"{ours}{suffix}", f"GRPO{suffix}")
-        pairs = {n: differences(done, *cells, n) for n in ("accuracy", "on_target")}
-        if pairs["accuracy"]:
-            seeds = sorted(
-                s for t, c, s in done if (t, c) == cells[:2] and (task, cells[2], s) in done
-            )
+        baseline = f"GRPO{suffix}"
+        pairs = differences(done, [task], f"{ours}{suffix}", baseline)
+        if pairs:
             if not suffix:  # the mean is of tasks, each once
-                paired.append(dict(zip(seeds, zip(*pairs.values(), strict=True), strict=True)))
-            start, theirs = ([done[task, c, s] for s in seeds] for c in ("cold start", cells[2]))
-            line = [label, str(len(seeds)), words([row["accuracy"] for row in start])]
-            for name, pair in pairs.items():
-                line += [words([row[name] for row in theirs]), words(pair, "+")]
+                known[task] = pairs.keys()
+            start = [done[task, "cold start", seed]["accuracy"] for seed in pairs]
+            line = [label, str(len(pairs)), words(start)]
+            for name, values in zip(MEASURES, zip(*pairs.values(), strict=True), strict=True):
+                theirs = [done[task, baseline, seed][name] for seed in pairs]
+                line += [words(theirs), words(values, "+")]
             table.append(line)
-    seeds = max(paired, key=len, default={}).keys()
-    whole = [task for task in paired if task.keys() == seeds]
+    seeds = max(known.values(), key=len, default=())
+    whole = [task for task in known if known[task] == seeds]
     if len(whole) > 1:
-        means = [np.mean([task[seed] for task in whole], axis=0) for seed in seeds]
-        differs = [words([float(x) for x in column], "+") for column in zip(*means, strict=True)]
+        means = differences(done, whole, ours, "GRPO").values()
+        differs = [words(values, "+") for values in zip(*means, strict=True)]
         label = f"a seed's mean over the {len(whole)} tasks with all seeds, 4 passes"
         table.append([label, str(len(means)), "", "", differs[0], "", differs[1]])
-    if len(table) == 2:
-        return ""
-    return markdown(title, table)
+    return markdown(title, table) if table[2:] else ""
 
 
 def across(claim: str, tasks: dict[str, dict], done: dict) -> str:
     """A table of differences to the first cell of a claim, which for each seed are means over the
     claim's tasks. Nothing of a claim whose tasks share only two cells, see `summary`."""
-    baseline, *others = min(tasks.values(), key=len)
-    heads = ["method", "seeds", *(f"{x}, minus {baseline}" for x in ("accuracy", "on_target"))]
+    baseline, *others = cells = min(tasks.values(), key=len)
+    heads = ["method", "seeds", *(f"{name}, minus {baseline}" for name in MEASURES)]
     table = [heads, ["---"] * len(heads)]
     for cell in others if len(others) > 1 else []:
-        runs = [{s for t, c, s in done if (t, c) == (task, x)}
-                for task in tasks for x in (cell, baseline)]  # fmt: skip
-        if len(seeds := sorted(set.intersection(*runs))) > 1:
-            line = [defined(cell, min(tasks.values(), key=len)), str(len(seeds))]
-            for name in ("accuracy", "on_target"):
-                rows = [[done[task, cell, seed][name] - done[task, baseline, seed][name]
-                         for task in tasks] for seed in seeds]  # fmt: skip
-                line.append(words([float(np.mean(row)) for row in rows], "+"))
-            table.append(line)
+        pairs = differences(done, tasks, cell, baseline).values()
+        if len(pairs) > 1:
+            means = [words(values, "+") for values in zip(*pairs, strict=True)]
+            table.append([defined(cell, cells), str(len(pairs)), *means])
     title = f"{claim}: each seed's mean over {'; '.join(tasks)}\n\n"
     title += "Over all seeds that have both cells in every task, those of other claims too."
     return markdown(title, table) if table[2:] else ""
@@ -673,7 +671,7 @@ def across(claim: str, tasks: dict[str, dict], done: dict) -> str:
 def report(claim: str, task: str, cells: dict, done: dict, pictures: Path | None) -> str:
     """A table of means with intervals, and of differences to the first cell paired by seed, which
     are drawn as well, into the folder `pictures`; without one it is a quick run."""
-    names = ["accuracy", "on_target"]
+    names = list(MEASURES)
     if TASKS[task].row:
         row = TASKS[task].row
         names.append("attn_jsd_to_teacher" if row == "predicting" else "own_jsd_to_teacher")
@@ -748,8 +746,9 @@ def draw_figure_3(path: Path, done: dict) -> None:
         for shift, (label, cell) in zip((0.97, 1.03), ROWS.items(), strict=True):
             points = []
             for task, tokens in sorted(tasks.items(), key=lambda item: item[1]):
-                pairs = differences(done, task, cell, "GRPO", "accuracy")
-                points += [(shift * tokens, *interval(pairs))] if len(pairs) > 1 else []
+                pairs = differences(done, [task], cell, "GRPO").values()
+                if len(pairs) > 1:
+                    points.append((shift * tokens, *interval([accuracy for accuracy, _ in pairs])))
             if points:
                 tokens, means, halves = zip(*points, strict=True)
                 style = {"fmt": "o-", "markersize": 4, "capsize": 3}

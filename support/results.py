@@ -43,7 +43,12 @@ def labels(settings: Iterable[Sequence]) -> dict[tuple, str]:
     settings = [tuple(setting) for setting in settings]
     names = ("", "", *NAMES[1:])[-len(settings[0]) :]
     varied = [i for i, values in enumerate(zip(*settings, strict=True)) if len(set(values)) > 1]
-    return {x: ", ".join(f"{names[i]} {x[i]}".strip() for i in varied) for x in settings}
+
+    def label(setting: tuple) -> str:
+        words = (f"{names[i]} {setting[i]}" if names[i] else setting[i] for i in varied)
+        return ", ".join(filter(None, words))
+
+    return {setting: label(setting) for setting in settings}
 
 
 def read_predictions(path: Path) -> tuple[dict[Setting, Records], int]:

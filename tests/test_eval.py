@@ -347,6 +347,18 @@ def test_tables_say_where_the_rows_with_boxes_looked():
     assert text.count("rows with boxes") == 1 and text.index("\na ") < text.index("\nb ")
 
 
+def test_evaluations_with_and_without_a_number_or_a_benchmark_are_named_and_not_plotted(tmp_path):
+    settings = [("a", None, 16, 5120), ("a", None, 32, 5120), ("b", "vstar", None, 5120)]
+    settings = [(*setting, 128, None) for setting in settings]
+    assert list(results.labels(settings).values()) == [
+        "a, frames 16",
+        "a, frames 32",
+        "b, vstar, frames None",
+    ]
+    results.plot(tmp_path / "sweep.png", {x: [{"accuracy": 1.0}] for x in settings})
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("fields", [{"frames": (None, 16)}, {"image_tokens": (64, None)}])
 def test_a_sweep_takes_numbers(fields):
     with pytest.raises(ranks.UsageError, match="None alone"):

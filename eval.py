@@ -123,15 +123,14 @@ def predict(
             if metric is not None:
                 record["score"] = metric(extract_answer(judged), example)
                 record["question_id"] = example.extra.get("question_id")
-            gaze = None
+            gaze, n = None, len(ids)
             if row < scored:  # row t of a layer predicts token t, row t + 1 is that token's own
-                rows, n = {layer: x[row] for layer, x in found.items()}, len(ids)
+                rows = {layer: x[row] for layer, x in found.items()}
                 patches = part.prompts.patches[row]
-                longest = len(patches)
             if done < gazes and all(hasattr(medium, "frames") for medium in example.media):
-                unpadded = slice(longest - len(prompt.ids), longest + n)
+                unpadded = slice(len(patches) - len(prompt.ids), len(patches) + n)
                 kept = {layer: x[: n + 1, unpadded].clone() for layer, x in rows.items()}
-                gaze = make_gaze(prompt, ids, tokenizer, record["accuracy"], kept)
+                gaze = make_gaze(prompt, ids, tokenizer, kept)
             if prompt.target:
                 visual = (patches >= 0).nonzero()[:, 0]
                 start = answer.start if answer else None
@@ -333,7 +332,10 @@ class Args:
             ranks.require(len(values) > 0, f"{option}: needs a value")
             alone = len(values) == 1 or None not in values
             ranks.require(alone, f"{option} {values}: give numbers, or None alone")
-            cli.require_positive(self, name)
+        cli.require_positive(self, "frames", "image_tokens", "frame_tokens", "grid", "fps")
+        cli.require_positive(self, "max_prompt_tokens", "examples", "max_new_tokens")
+        cli.require_positive(self, "batch_size", "min_image_tokens")
+        cli.require_not_negative(self, "max_skipped", "gaze", "workers")
         unknown = [x for x in self.benchmark if x not in (*GROUPS, *BENCHMARKS)]
         known = ", ".join((*GROUPS, *BENCHMARKS))
         ranks.require(not unknown, f"--benchmark {' '.join(unknown)}: known are {known}")
@@ -346,9 +348,6 @@ class Args:
         ranks.require(bool(self.model or self.compare), "--model: is missing; give a checkpoint")
         enough = all(grid is None or grid >= 3 for grid in self.grid)
         ranks.require(enough, f"--grid {self.grid}: needs 3 or more")
-        cli.require_positive(self, "fps", "max_prompt_tokens", "examples", "max_new_tokens")
-        cli.require_positive(self, "batch_size", "min_image_tokens")
-        cli.require_not_negative(self, "max_skipped", "gaze", "workers")
 
 
 # Defaults of a toy, in place of those of `Args`.
@@ -392,19 +391,17 @@ def open_processor(args: Args, task: toy.Task | None) -> Processor:
         if not task and not args.bare:
             known = f"{args.model} has no prompt.json"
             ranks.print_on_rank_0(f"{known}: it is asked as the training scripts ask")
-    order = args.toy_order or ("question-first" if config.question_first else "image-first")
-    asked = (config.prompts, args.think, args.accuracy_rule, order == "question-first")
-    return replace(processor, prompt_config=PromptConfig(*asked))
+    first = args.toy_order == "question-first" if args.toy_order else config.question_first
+    asked = PromptConfig(config.prompts, args.think, args.accuracy_rule, first)
+    return replace(processor, prompt_config=asked)
 
 
 @dataclass
 class Rows:
-    """The rows of a setting: their names, a function from row numbers to prompts, bad rows, and how
-    they are asked."""
+    """The rows of a setting: their names, their reader, and how they are asked."""
 
     names: list[str]
-    prompts: Callable[[list[int]], Iterable[Prompt]]
-    bad_rows: BadRows
+    reader: Reader
     processor: Processor
 
 
@@ -420,26 +417,19 @@ def open_rows(args: Args, setting: Setting, processor: Processor, task: toy.Task
     tokens = {"image_tokens": image_tokens, "min_image_tokens": args.min_image_tokens}
     processor = replace(processor, **tokens, frame_tokens=frame_tokens)
     encode = partial(encode_prompt, processor)
-    if not args.data and not benchmark:
-        task = task or toy.Task(order="image-first")
-        task = replace(task, frames=frames or task.frames, grid=grid or task.grid)
-        examples = toy.held_out_examples(task, args.examples or 512)
-        names = [example.name for example in examples]
-
-        def prompts(numbers: list[int]) -> Iterator[Prompt]:
-            return (replace(encode(examples[n]), number=n) for n in numbers)
-
-        return Rows(names, prompts, BadRows(), processor)
     if benchmark:
         file = BenchmarkFile(benchmark, args.benchmark_root, frames, args.fps)
-    else:
+    elif args.data:
         file = DataFile(args.data, args.media_root, frames, args.fps, text_only=args.text_only)
+    else:
+        task = task or toy.Task(order="image-first")
+        task = replace(task, frames=frames or task.frames, grid=grid or task.grid)
+        file = toy.HeldOut(toy.held_out_examples(task, args.examples or 512))
     rows = range(len(file))[: args.examples]
     kept = len(rows) if args.relative else args.gaze  # of so many, from the first, the media
     source = Prompts(file, encode, rows, None, args.max_prompt_tokens, kept)
-    bad_rows = BadRows(args.max_skipped, len(file))
-    names = [file.name(row) for row in rows]
-    return Rows(names, lambda n: Reader(source, n, args.workers, bad_rows), bad_rows, processor)
+    reader = Reader(source, (), args.workers, BadRows(args.max_skipped, len(file)))
+    return Rows([file.name(row) for row in rows], reader, processor)
 
 
 def in_batches(prompts: Iterable[Prompt], batches: Iterable[range]) -> Iterator[list[Prompt]]:
@@ -473,18 +463,20 @@ def answer_rows(
     left, several = sum(map(len, todo)), ranks.world_size()
     todo += [range(0)] * (-len(todo) % several)  # every rank has as many
     mine = todo[ranks.rank() :: several]
-    rows.bad_rows.read = (len(done) + len(rows.bad_rows.bad)) // several
+    bad_rows = rows.reader.bad_rows
+    bad_rows.read = (len(done) + len(bad_rows.bad)) // several
+    reader = replace(rows.reader, numbers=[n for batch in mine for n in batch])
     options = {"max_new_tokens": args.max_new_tokens, "batch_size": size, "bare": args.bare}
     options |= {"attn_layer": args.attn_layer, "metric": entry and entry.score}
     options |= {"relative": args.relative}
     shown, label, hidden = [], setting[0] or "evaluate", ranks.rank() != 0
     with tqdm(total=left, desc=label, dynamic_ncols=True, disable=hidden) as bar:
-        for chunk in in_batches(rows.prompts([n for batch in mine for n in batch]), mine):
+        for chunk in in_batches(reader, mine):
             gazes, predictions = sum(prompt.number < args.gaze for prompt in chunk), []
             if gazes or not done.issuperset(prompt.example.name for prompt in chunk):
                 predictions = list(predict(model, rows.processor, chunk, gazes=gazes, **options))
-            for bad in ranks.gather([dict(rows.bad_rows.bad)]):
-                rows.bad_rows.name(bad)
+            for bad in ranks.gather([dict(bad_rows.bad)]):
+                bad_rows.name(bad)
             predictions = ranks.gather(predictions)
             if ranks.rank() == 0:
                 new = [x.record for x in predictions if x.record["row"] not in done]
@@ -518,20 +510,21 @@ def main(args: Args) -> dict[str, float]:
     model = load_model(args.model, frozen=True)
     kept = ranks.on_rank_0(partial(results.open_out, args))
     lock, file, records = kept or (None, None, defaultdict(list))
+    named = results.labels(settings)
     with gathered(model):
         for setting, rows in opened.items():
-            label = results.label_of(setting, results.varied_names(settings))
+            label = named[setting].replace(", ", "-").replace(" ", "")  # in names of files
             if file and (args.data or args.benchmark):
                 skipped = disk.open_lines(out / f"skipped{label and f'-{label}'}.jsonl")
-                rows.bad_rows.attach(skipped)
+                rows.reader.bad_rows.attach(skipped)
             shown = answer_rows(args, setting, model, rows, records[setting], file)
             if shown:
                 page = out / f"gaze{label and f'-{label}'}.html"
                 draw_page(page, {label or out.name: shown}, f"{args.model} {label}")
             some = ranks.from_rank_0(partial(len, records[setting])) > 0
             ranks.require(some, f"{label or '--data'}: no row can be used")
-            if rows.bad_rows.file is not None:
-                rows.bad_rows.file.close()
+            if rows.reader.bad_rows.file is not None:
+                rows.reader.bad_rows.file.close()
     chosen_records = {setting: records[setting] for setting in settings}
     ranks.on_rank_0(partial(results.report, args, chosen_records))
     if lock:

@@ -65,11 +65,20 @@ from support.prompts import Processor, Prompt, PromptConfig, collate, encode_pro
 from support.ranks import require
 
 ROWS = ("own", "predicting")
-MASSES = {"vision": "tab:orange", "question": "tab:blue", "response": "lightgrey"}
+MASSES = ("vision", "question", "response")
 AIMED = {"target": ".3f", "lift": ".2f", "gap": "+.1e", "interval": ".1e"}  # with boxes
 AFTER = {"moved": ".1e", "left_group": ".4f", "left_row": ".4f", "gradient": ".1e", "lambda": ".2g"}
 # Of the table, with their formats.
 COLUMNS = dict.fromkeys((*MASSES, "entropy"), ".3f") | AIMED | AFTER
+
+DRAWN = {
+    "vision": "attention mass on vision",
+    "response": "attention mass on earlier tokens",
+    "entropy": "entropy (nats)",
+    "moved": "moved in one step of GRPO (nats)",
+    "left_row": "share of the term that is left",
+    "lambda": "lambda for a tenth of the token gradient",
+}
 
 
 @dataclass
@@ -120,10 +129,9 @@ def aim(target: Tensor, even: Tensor, right: Tensor) -> dict[str, float | None]:
     return found
 
 
-def remainders(batches: list[Batch], moved: list[Tensor], row: str) -> dict[str, Any]:
-    """The two shares that are left, and by token the share of the sum and what the group leaves of
-    it. `moved` are the divergences (B, G, T) of each batch."""
-    terms, left_row, longest = [], 0.0, max(x.shape[-1] for x in moved)
+def remainders(batches: list[Batch], moved: list[Tensor], row: str) -> dict[str, float]:
+    """The two shares that are left; `moved` are the divergences (B, G, T) of each batch."""
+    total = left_group = left_row = 0.0
     for batch, x in zip(batches, moved, strict=True):
         mask = batch.rollout.response_mask
         term = batch.advantages * torch.where(mask, x, 0.0) / mask.sum(-1, keepdim=True)
@@ -132,17 +140,10 @@ def remainders(batches: list[Batch], moved: list[Tensor], row: str) -> dict[str,
             shared = F.pad(shared, (1, -1), value=1.0)
         sums = torch.einsum("bijt,bjt->bit", shared, term).abs() / shared.sum(2)
         left_row += torch.where(mask, sums, 0.0).sum()
-        terms.append(F.pad(term, (0, longest - x.shape[-1])))
-    term = torch.cat(terms)
-    by_response, by_group = term.abs().sum((0, 1)), term.sum(1).abs().sum(0)  # (T,)
-    least = torch.finfo(term.dtype).tiny  # nothing of nothing is left
-    total = by_response.sum().clamp_min(least)
-    return {
-        "left_group": (term.sum((1, 2)).abs().sum() / total).item(),
-        "left_row": (left_row / total).item(),
-        "share_by_token": (by_response / total).tolist(),
-        "left_by_token": (by_group / by_response.clamp_min(least)).tolist(),
-    }
+        left_group += term.sum((1, 2)).abs().sum()
+        total += term.abs().sum()
+    total = total.clamp_min(torch.finfo(total.dtype).tiny)  # nothing of nothing is left
+    return {"left_group": (left_group / total).item(), "left_row": (left_row / total).item()}
 
 
 def gradient_norm(model: Module, batches: list[Batch], term: str, args: Args) -> float:
@@ -294,49 +295,17 @@ def table(report: dict[str, Any]) -> str:
 
 
 def draw(path: Path, report: dict[str, Any]) -> None:
-    """Draw the columns of the table by layer, and the term of the planned policy by token."""
-    pyplot = load_pyplot()
-    figure, axes = pyplot.subplots(2, 3, figsize=(13, 7.5))
-    ours, layers = report["planned"], [x["layer"] for x in report["rows"][::2]]
-    lines = {row: [x for x in report["rows"] if x["row"] == row] for row in ROWS}
-    place, skip = range(len(layers)), math.ceil(len(layers) / 14)
-    for axis, row in zip(axes[0], ROWS, strict=False):
-        bottom = torch.zeros(len(layers))
-        for name, colour in MASSES.items():
-            values = torch.tensor([x[name] for x in lines[row]])
-            axis.bar(place, values, bottom=bottom, label=name, color=colour)
-            bottom += values
-        axis.set(title=f"attention mass of the {row} rows", ylim=(0, 1.15))
-    titles = {
-        "moved": "moved in one step of GRPO (nats)",
-        "left_row": "share of the term that is left",
-    }
-    titles |= {"lambda": "lambda for a tenth of the token gradient"}
-    for axis, (name, title) in zip(axes[1], titles.items(), strict=True):
-        for row, colour in zip(ROWS, ("tab:green", "tab:purple"), strict=True):
-            for key, style in ((name, "o-"), (name.replace("row", "group"), "o:")):
-                values = [math.nan if x[key] is None else x[key] for x in lines[row]]
-                label = f"{row}, group" if "group" in key else row if style == "o-" else None
-                axis.plot(place, values, style, label=label, color=colour)
-        axis.set(title=title, yscale="linear" if "left" in name else "log")
+    """Draw columns of the table by layer, a line for each kind of row."""
+    figure, axes = load_pyplot().subplots(2, 3, figsize=(13, 7.5))
+    for axis, (name, title) in zip(axes.flat, DRAWN.items(), strict=True):
+        for row in ROWS:
+            lines = [x for x in report["rows"] if x["row"] == row and x[name] is not None]
+            layers, values = [x["layer"] for x in lines], [x[name] for x in lines]
+            axis.plot(layers, values, "o-", label=row)
+        scale = "log" if name in ("moved", "lambda") else "linear"
+        axis.set(title=title, xlabel="layer", yscale=scale)
         axis.grid(alpha=0.3)
-        if "left" in name:
-            axis.set_ylim(0, 1.03)
-        else:
-            axis.yaxis.set_major_formatter("{x:.0e}")
-            axis.yaxis.set_minor_formatter("")
-            low, high = (math.log10(x) for x in axis.get_ylim())
-            axis.set_ylim(10 ** math.floor(low), 10 ** math.ceil(high))  # two labels or more
-    for axis in (*axes[0, :2], *axes[1]):
-        axis.set(xlabel="layer", xticks=place[::skip], xticklabels=layers[::skip])
-    shares = ours.get("share_by_token", [])
-    left = [a * b for a, b in zip(shares, ours.get("left_by_token", []), strict=True)]
-    for values, label in ((shares, "in all responses"), (left, "left in the group")):
-        axes[0, 2].bar(range(1, len(values) + 1), values, 1 - 0.2 * (len(values) < 40), label=label)
-    title = f"term by token, layer {ours['layer']}, {ours['row']} rows"
-    axes[0, 2].set(title=title, xlabel="token")
-    for axis in axes.flat:
-        axis.legend(fontsize=8, ncols=3 if axis in axes[0, :2] else 1, handlelength=1.5)
+        axis.legend()
     save(figure, path)
 
 

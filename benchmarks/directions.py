@@ -21,12 +21,13 @@ same prompts. Intervals are of 95%, Student's t over the cold starts. Results:
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -37,22 +38,18 @@ sys.path.insert(0, str(ROOT))
 
 import diagnose
 from forks import oracle, posterior_gaze
-from reproduce import OWN, TASKS, commit, interval, words
+from reproduce import OWN, TASKS, commit, draw, interval, words
 
 import common
 import ral_grpo
 import sft
 from common import load_model, load_processor
 from support import cli, toy
-from support.pictures import load_pyplot, save
 from support.prompts import Prompt, collate, encode_prompt
 
-GRPO_TERMS = ("token", "token, rewarded responses", "token, penalised responses")
 PERTURBED = {"RAL, rollout perturbed": (1, False), "RAL, rollout perturbed x 3": (3, False)}
 PERTURBED |= {"told, rollout perturbed": (1, True), "told, rollout perturbed x 3": (3, True)}
-OTHERS = ("RAL, own row", "RAL, predicting row", *PERTURBED, "posterior gaze", "oracle")
-OTHERS += ("oracle, rewarded responses", "SFT")
-COLUMNS = ("with the oracle", "with SFT", "halves")
+COLUMNS = ("with the oracle", "with SFT", "halves")  # cosines; the last is of two halves
 LEFT = ("vision", "left_group", "left_row")  # columns of diagnose.py
 
 
@@ -83,8 +80,7 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0).item()
 
 
-@contextmanager
-def perturbed(layer: int, noise: Tensor) -> Iterator[None]:
+def perturbed(layer: int, noise: Tensor) -> AbstractContextManager:
     """Make every response look elsewhere in one layer: its queries get an offset in a direction of
     its own, `noise` (B, G, H, D) times their size. Decoding and packed rows agree. The first token
     of a response is the prompt's last row's, which a group shares and is left alone."""
@@ -103,11 +99,8 @@ def perturbed(layer: int, noise: Tensor) -> Iterator[None]:
         responses = offset(by_response, noise.transpose(1, 2)[:, :, :, None]).flatten(2, 3)
         return packed(torch.cat([prompt, responses], dim=2), key, scaling, layout)
 
-    common.decode_attention, common.attention_rows = decode_attention, attention_rows
-    try:
-        yield
-    finally:
-        common.decode_attention, common.attention_rows = decode, packed
+    replaced = {"decode_attention": decode_attention, "attention_rows": attention_rows}
+    return mock.patch.multiple(common, **replaced)
 
 
 def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
@@ -116,7 +109,6 @@ def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
     model = load_model(path, field="--cold-starts")
     processor = load_processor(path, field="--cold-starts")
     task = toy.Task.load(path)
-    processor.prompt_config = task.prompt_config()
     fields = {"seed": seed, "learning_rate": TASKS["images"].learning_rate}
     args = ral_grpo.Args(**ral_grpo.TOY | {"think": task.think} | fields)
     encode = partial(encode_prompt, processor)
@@ -226,22 +218,6 @@ def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
     }
 
 
-def draw(path: Path, rows: list[dict[str, dict[str, float]]]) -> None:
-    pyplot = load_pyplot()
-    names = [*GRPO_TERMS, *OTHERS]
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), sharey=True)
-    for axis, column in zip(axes, COLUMNS, strict=True):
-        values = [interval([row[name][column] for row in rows]) for name in names]
-        means, errors = zip(*values, strict=True)
-        axis.errorbar(means, range(len(names)), xerr=errors, fmt="o", markersize=4)
-        axis.axvline(0, color="grey", lw=1)
-        axis.set(title=f"cosine {column}" if column != "halves" else "cosine of two halves")
-        axis.set(xlim=(-1.05, 1.05), ylim=(len(names) - 0.5, -0.5))
-        axis.set_yticks(range(len(names)), names)
-        axis.grid(axis="x", alpha=0.3)
-    save(figure, path)
-
-
 def main(args: Args) -> None:
     if args.prompts % 32:
         raise SystemExit(f"--prompts {args.prompts}: must be a multiple of 32")
@@ -264,7 +240,15 @@ def main(args: Args) -> None:
             cells = [words([row[name][column] for row in rows]) for column in columns]
             print(f"| {name} | {' | '.join(cells)} |")
     if len(rows) > 1:
-        draw(args.results.with_suffix(".png"), rows)
+        found = {
+            f"cosine {column.replace('halves', 'of two halves')}": [
+                (name, *interval([row[name][column] for row in rows]))
+                for name in rows[0]
+                if column in rows[0][name]
+            ]
+            for column in COLUMNS
+        }
+        draw(args.results.with_suffix(".png"), found)
 
 
 if __name__ == "__main__":

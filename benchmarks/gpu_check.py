@@ -4,7 +4,7 @@
     python benchmarks/gpu_check.py --parts env numerics   # some parts only
     python benchmarks/gpu_check.py --rehearse             # all of it, tiny, on a CPU
 
-    env       versions, the card, a process group of one, attention kernels, rates of the card
+    env       versions, the card, a process group of one, attention kernels, sampling
     numerics  log-probabilities, attention rows, gradients and tokens of each model family, against
               float32 on the CPU; a sharded model against its own checkpoint, to the bit
     toy       every script on the toy: all weights, adapters, a trained vision encoder, videos
@@ -23,6 +23,7 @@ import math
 import os
 import platform
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -44,7 +45,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
@@ -129,18 +129,6 @@ def short(value: Any) -> str:
     return ", ".join(map(short, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def milliseconds(function: Callable[[], Any], repeats: int = 10) -> float:
-    """Median of a call, after a warm-up."""
-    times = []
-    for _ in range(repeats + 1 if GPU else 2):
-        start = time.perf_counter()
-        function()
-        if GPU:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 1000 * sorted(times[1:])[len(times[1:]) // 2]
-
-
 def distance(a: Tensor, b: Tensor) -> float:
     """Relative error of `a`."""
     return ((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-12)).item()
@@ -159,9 +147,8 @@ def env(found: Findings, work: Path) -> None:
         value = {"GiB": card.total_memory / GIB, "CUDA": torch.version.cuda, "NCCL": nccl}
         found.note("card", value)
     found.attempt("collectives in a group of one", collectives, found)
-    for function in (rates, attention, rows, sampling):
+    for function in (attention, rows, sampling):
         found.attempt(function.__name__, function, found)
-    found.attempt("decoding", decoding, found, work)
 
 
 def collectives(found: Findings) -> None:
@@ -171,26 +158,16 @@ def collectives(found: Findings) -> None:
     found.note("collectives in a group of one", dist.get_backend_config(), bool(total.sum() == 4))
 
 
-def rates(found: Findings) -> None:
-    rate = matrix_rate() / 1e12
-    x = torch.empty(2**28 if GPU else 2**18, device=common.device())
-    y = torch.empty_like(x)
-    copy = 2 * x.nbytes / milliseconds(lambda: y.copy_(x)) / 1e9
-    small, n = torch.zeros(64, device=x.device), 1000
-
-    def launch() -> None:
-        for _ in range(n):
-            small.add_(1)
-
-    value = {"TFLOP/s of a matrix product": rate, "TB/s of a copy": copy}
-    found.note("rates", value | {"microseconds a launch": 1000 * milliseconds(launch, 3) / n})
-
-
 def matrix_rate() -> float:
-    """FLOPs a second of a square matrix product in the dtype that the scripts compute in."""
-    size = 8192 if GPU else 256
+    """FLOPs a second of a square matrix product in the dtype that the scripts compute in, the
+    median of ten after a warm-up."""
+    size, times = 8192 if GPU else 256, []
     a = torch.randn(size, size, device=common.device(), dtype=common.compute_dtype())
-    return 2 * size**3 / milliseconds(lambda: a @ a) * 1000
+    for _ in range(11):
+        start = time.perf_counter()
+        (a @ a).sum().item()  # waits for it
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times[1:])
 
 
 def shapes() -> tuple[int, ...]:
@@ -209,37 +186,28 @@ def attention(found: Findings) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     h, k, d, p, t, g = shapes()
     for prompt, tokens in ((p, t), (37, 1), (200, 129)):
-        qkv, results, times, weight = random_qkv(prompt, tokens, g), [], {}, None
+        qkv, results, weight = random_qkv(prompt, tokens, g), [], None
         own = torch.full((tokens, tokens), -torch.inf, device=qkv[0].device).triu(1)
         bias = F.pad(own, (prompt, 0))[None, None].repeat(1, 1, h // k, 1)
-        for name, mask in (("flash", None), ("mask", bias)):
+        for mask in (None, bias, bias):
             layout = common.Layout(prompt, g, None, response_bias=mask)
-
-            def forward(qkv=qkv, layout=layout) -> Tensor:
-                return common.response_attention(*qkv, d**-0.5, layout)
-
-            out = forward()
+            out = common.response_attention(*qkv, d**-0.5, layout)
             weight = torch.randn_like(out) if weight is None else weight
             results.append([out, *torch.autograd.grad((out * weight).sum(), qkv)])
-            times[name] = milliseconds(lambda f=forward, q=qkv: torch.autograd.grad(f().sum(), q))
-        error = max(distance(*pair) for pair in zip(*results, strict=True))
+        flash, masked, again = results
+        error = max(distance(*pair) for pair in zip(flash, masked, strict=True))
         what = f"attention of {tokens} tokens behind {prompt}, flash against a mask"
         found.note(f"{what}: relative error", error, error < 2e-2)
-        found.note(f"{what}: ms forward and backward", times)
-    again = torch.autograd.grad((forward() * weight).sum(), qkv)
-    same = all(torch.equal(*pair) for pair in zip(again, results[-1][1:], strict=True))
-    found.note("its backward pass repeats to the bit", same)
+        same = all(torch.equal(*pair) for pair in zip(masked, again, strict=True))
+        found.note("its backward pass repeats to the bit", same)
 
 
 def rows(found: Findings) -> None:
     *_, d, p, t, g = shapes()
     query, key, _ = random_qkv(p, t, g)
     layout = common.Layout(p, g, None)
-    work = lambda: common.attention_rows(query, key, d**-0.5, layout)  # noqa: E731
-    error = (work().sum(-1) - 1).abs().max().item()
+    error = (common.attention_rows(query, key, d**-0.5, layout).sum(-1) - 1).abs().max().item()
     found.note("attention rows sum to 1: largest error", error, error < 1e-3)
-    cost = milliseconds(lambda: work().square().sum().backward(), 3)
-    found.note("attention rows: ms forward and backward", cost)
 
 
 def sampling(found: Findings) -> None:
@@ -252,37 +220,6 @@ def sampling(found: Findings) -> None:
     found.note(
         "the largest id sampled, of allowed", [largest, vocabulary - 5], largest < vocabulary - 4
     )
-    cost = milliseconds(lambda: common.pick_tokens(logits, noise, 1.0, 1.0))
-    found.note("ms to sample 64 tokens", cost)
-
-
-def decoders(directory: Path, layers: int) -> dict[str, Callable[[int], Any]]:
-    """For a frozen model, a sharded one and one with adapters, a function that decodes so many
-    tokens. Their layers are narrow: what a token costs is the host's share."""
-    directory.mkdir(parents=True)
-    write_checkpoint(directory, "qwen2_vl")
-    text = (config := common.load_processor(directory).config).text_config
-    text.num_hidden_layers, text.layer_types = layers, layers * ["full_attention"]
-    model = AutoModelForImageTextToText.from_config(config)
-    model.generation_config.eos_token_id = 0
-    model.save_pretrained(directory)
-    kinds, works = {"plain": {"frozen": True}, "sharded": {}, "adapters": {"lora_rank": 8}}, {}
-    for kind, fields in kinds.items():
-        model = common.load_model(directory, **fields)
-        model.generation_config.eos_token_id = [text.vocab_size]  # no response ends
-        batch = collate(model, small_prompts(directory)[1:], 0)
-        works[kind] = partial(common.generate_group, model, batch, 8)
-    return works
-
-
-def decoding(found: Findings, directory: Path) -> None:
-    """The host's share of a decoded token."""
-    layers, tokens = (28, 32) if GPU else (2, 4)
-    times = {}
-    for kind, work in decoders(directory, layers).items():
-        first, last = (milliseconds(partial(work, n), 3) for n in (1, 1 + tokens))
-        times[kind] = (last - first) / tokens
-    found.note(f"ms to decode a token with {layers} narrow layers", times)
 
 
 # numerics
@@ -443,10 +380,10 @@ def resume(found: Findings, work: Path) -> None:
 
 
 def stop_and_resume(found: Findings, work: Path, name: str, fields: dict[str, Any]) -> None:
-    outs = [work / f"{name} {what}" for what in ("whole", "twice", "resumed")]
     results = []
-    for out in outs if GPU else (outs[0], outs[2]):
-        if out is outs[2]:
+    for what in ("whole", "resumed"):
+        out = work / f"{name} {what}"
+        if what == "resumed":
             log = runs.Run.log
 
             def stop(self: Any, step: int, *rest: Any, log=log, **options: Any) -> None:
@@ -463,25 +400,16 @@ def stop_and_resume(found: Findings, work: Path, name: str, fields: dict[str, An
         lines = run(found, ral_grpo, f"{name}: {out.name}", **fields | {"out": str(out)})
         lines = [{k: v for k, v in x.items() if not k.startswith("perf/")} for x in lines]
         results.append((lines, load_file(out / "checkpoint" / "model.safetensors")))
-    (lines, weights), *others = results
-    for what, (ours, its) in zip(("run twice", "resumed")[-len(others) :], others, strict=True):
-        same = ours == lines and all(torch.equal(its[x], weights[x]) for x in weights)
-        gap = max((its[x].float() - weights[x].float()).abs().max().item() for x in weights)
-        steps = [x["step"] for x in ours] == [x["step"] for x in lines]
-        # CUDA adds in an order of its own, so only a CPU promises the same bits.
-        good = steps and gap < 1e-2 and (same or GPU)
-        found.note(f"{name}, {what}: same bits, largest difference of a weight", [same, gap], good)
+    (lines, weights), (ours, its) = results
+    same = ours == lines and all(torch.equal(its[x], weights[x]) for x in weights)
+    gap = max((its[x].float() - weights[x].float()).abs().max().item() for x in weights)
+    steps = [x["step"] for x in ours] == [x["step"] for x in lines]
+    # CUDA adds in an order of its own, so only a CPU promises the same bits.
+    good = steps and gap < 1e-2 and (same or GPU)
+    found.note(f"{name}, resumed: same bits, largest difference of a weight", [same, gap], good)
 
 
 # real7b, real2b
-
-
-def real7b(found: Findings, work: Path) -> None:
-    real(found, work, "7B", None if GPU else 4)
-
-
-def real2b(found: Findings, work: Path) -> None:
-    real(found, work, "2B", 0)
 
 
 def real(found: Findings, work: Path, size: str, lora_rank: int | None) -> None:
@@ -556,7 +484,8 @@ def one_run(found: Findings, script: Any, args: Any) -> dict[str, float]:
 
 
 PARTS = {"env": env, "numerics": numerics, "toy": toys, "resume": resume}
-PARTS |= {"real7b": real7b, "real2b": real2b}
+PARTS["real7b"] = partial(real, size="7B", lora_rank=None if GPU else 4)
+PARTS["real2b"] = partial(real, size="2B", lora_rank=0)
 
 
 def run_part(found: Findings, part: str, work: Path) -> None:

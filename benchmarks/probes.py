@@ -4,9 +4,9 @@
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -19,28 +19,14 @@ from support import results, toy
 from support.prompts import Example, Media, PromptBatch
 
 
-@contextmanager
-def replaced(owner: Any, **functions: Callable) -> Iterator[None]:
-    kept = {name: getattr(owner, name) for name in functions}
-    for name, function in functions.items():
-        setattr(owner, name, function)
-    try:
-        yield
-    finally:
-        for name, function in kept.items():
-            setattr(owner, name, function)
-
-
-@contextmanager
-def forward_kl() -> Iterator[None]:
+def forward_kl() -> AbstractContextManager:
     """RAL with KL(anchor || current) in place of the Jensen-Shannon divergence."""
 
     def divergence(p: Tensor, q: Tensor) -> Tensor:
         tiny = torch.finfo(p.dtype).tiny
         return (q * (q.clamp_min(tiny).log() - p.clamp_min(tiny).log())).sum(-1)
 
-    with replaced(ral_grpo, divergence=divergence):
-        yield
+    return mock.patch.object(ral_grpo, "divergence", divergence)
 
 
 def binned(attention: Tensor, prompts: PromptBatch) -> Tensor:
@@ -56,8 +42,7 @@ def binned(attention: Tensor, prompts: PromptBatch) -> Tensor:
     return torch.cat([looked, attention[..., p:].sum(-1, keepdim=True)], dim=-1)
 
 
-@contextmanager
-def frame_bins() -> Iterator[None]:
+def frame_bins() -> AbstractContextManager:
     """Attention distillation that compares the mass on each pair of frames instead of each token,
     as in CAPD, a successor for videos of 2026."""
     loss_terms, divergence = attn_distill.loss_terms, attn_distill.divergence
@@ -66,15 +51,13 @@ def frame_bins() -> Iterator[None]:
         def between(*policies: Tensor) -> Tensor:
             return divergence(*(binned(x, batch.rollout.prompts) for x in policies))
 
-        with replaced(attn_distill, divergence=between):
+        with mock.patch.object(attn_distill, "divergence", between):
             return loss_terms(scores, teacher_scores, batch, args)
 
-    with replaced(attn_distill, loss_terms=of_bins):
-        yield
+    return mock.patch.object(attn_distill, "loss_terms", of_bins)
 
 
-@contextmanager
-def three_shapes() -> Iterator[None]:
+def three_shapes() -> AbstractContextManager:
     """The question is "list star ring bar", the answer "red blue cyan", right or wrong as a whole.
 
     Up to the first word of an answer all responses of a group are the same, and so is their
@@ -97,49 +80,49 @@ def three_shapes() -> Iterator[None]:
         )
 
     plain = toy.sample_example
-    with replaced(toy, sample_example=sample_example):
-        yield
+    return mock.patch.object(toy, "sample_example", sample_example)
 
 
-@contextmanager
-def guessable() -> Iterator[None]:
-    """Training in which 9 answers of 16 are one colour, so that saying it pays without looking, and
-    at first more than looking does. The evaluation is as ever: all colours alike."""
+def only(wanted: Callable[[Example, int, int], bool]) -> AbstractContextManager:
+    """Training on the examples that are `wanted`, given each and its seed and number."""
     plain = toy.training_example
 
     def training_example(task, seed, index, caption=False):
-        rng = random.Random(f"guessable/{seed}/{index}")
-        colour = list(toy.COLOURS)[seed % len(toy.COLOURS)] if rng.random() < 0.5 else None
         for attempt in range(1000):
             example = plain(task, seed, index + attempt * 2**32, caption)
-            if colour in (None, example.solution):
+            if wanted(example, seed, index):
                 return example
         raise AssertionError("no such example in 1,000")
 
-    with replaced(toy, training_example=training_example):
-        yield
+    return mock.patch.object(toy, "training_example", training_example)
 
 
-HELD_BACK = toy.SHAPES[4:]  # shapes that reinforcement learning never asks about
+def guessable() -> AbstractContextManager:
+    """Training in which 9 answers of 16 are one colour, so that saying it pays without looking, and
+    at first more than looking does. The evaluation is as ever: all colours alike."""
+
+    def wanted(example: Example, seed: int, index: int) -> bool:
+        rng = random.Random(f"guessable/{seed}/{index}")
+        colour = list(toy.COLOURS)[seed % len(toy.COLOURS)] if rng.random() < 0.5 else None
+        return colour in (None, example.solution)
+
+    return only(wanted)
+
+
+HELD_BACK = list(toy.SHAPES)[4:]  # shapes that reinforcement learning never asks about
 
 
 @contextmanager
 def half_of_the_shapes() -> Iterator[None]:
     """Training asks about four of the eight shapes; the evaluation about all, judged apart."""
-    plain = toy.training_example
+    plain_held_out, plain_summarise = toy.held_out_examples, eval.summarise
 
-    def training_example(task, seed, index, caption=False):
-        for attempt in range(1000):
-            example = plain(task, seed, index + attempt * 2**32, caption)
-            if not any(f" {shape} " in example.problem for shape in HELD_BACK):
-                return example
-        raise AssertionError("no such example in 1,000")
+    def kind(example: Example, *_) -> str:
+        held_back = any(f" {shape} " in example.problem for shape in HELD_BACK)
+        return "held back" if held_back else "trained"
 
     def held_out_examples(task, count):
-        examples = plain_held_out(task, count)
-        kinds = ["held back" if any(f" {s} " in x.problem for s in HELD_BACK) else "trained"
-                 for x in examples]  # fmt: skip
-        return [replace(x, source=kind) for x, kind in zip(examples, kinds, strict=True)]
+        return [replace(x, source=kind(x)) for x in plain_held_out(task, count)]
 
     def summarise(records):
         metrics = plain_summarise(records)
@@ -149,9 +132,9 @@ def half_of_the_shapes() -> Iterator[None]:
                 metrics[f"eval/{name}, {kind}"] = results.mean(chosen, name)
         return metrics
 
-    plain_held_out, plain_summarise = toy.held_out_examples, eval.summarise
     with (
-        replaced(toy, training_example=training_example, held_out_examples=held_out_examples),
-        replaced(eval, summarise=summarise),
+        only(lambda *example: kind(*example) == "trained"),
+        mock.patch.object(toy, "held_out_examples", held_out_examples),
+        mock.patch.object(eval, "summarise", summarise),
     ):
         yield

@@ -25,53 +25,21 @@ from real import SPECIAL, write_tokenizer, write_video
 import ral_grpo
 from support import memory
 
-SIZES = {  # of the text model
-    "8B": {  # Qwen3-VL; for the table alone
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-    },
-    "7B": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-    },
-    "2B": {
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    },
-    "small": {
-        "hidden_size": 256,
-        "intermediate_size": 768,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "vocab_size": 4096,
-    },
+SIZES = {  # of the text model: hidden, MLP, layers, heads, key-value heads, vocabulary
+    "8B": (4096, 12288, 36, 32, 8, 151936),  # Qwen3-VL; for the table alone
+    "7B": (3584, 18944, 28, 28, 4, 152064),
+    "2B": (1536, 8960, 28, 12, 2, 151936),
+    "small": (256, 768, 4, 8, 2, 4096),
 }
+FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+FIELDS += ("num_key_value_heads", "vocab_size")
 
 
 def config_of(size: str, ids: dict[str, int] | None = None) -> Qwen2VLConfig:
     """The released configuration of a size; special token ids are those of the tokenizer."""
-    text = SIZES[size] | {
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e6,
-            "mrope_section": [4, 6, 6] if size == "small" else [16, 24, 24],
-        }
-    }
+    sections = [4, 6, 6] if size == "small" else [16, 24, 24]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
+    text = dict(zip(FIELDS, SIZES[size], strict=True)) | {"rope_parameters": rope}
     vision = {"hidden_size": text["hidden_size"]}
     if size == "small":
         vision |= {"depth": 2, "embed_dim": 64, "num_heads": 2}
@@ -86,14 +54,12 @@ def config_of(size: str, ids: dict[str, int] | None = None) -> Qwen2VLConfig:
             "vision_end_token_id": ids["<|vision_end|>"],
         }
     if size == "8B":
-        rope = {"mrope_section": [24, 20, 20], "mrope_interleaved": True}
-        text["rope_parameters"] |= rope | {"rope_theta": 5e6}
+        rope |= {"mrope_section": [24, 20, 20], "mrope_interleaved": True, "rope_theta": 5e6}
+        text["head_dim"] = 128
         vision = {"hidden_size": 1152, "out_hidden_size": text["hidden_size"]}
         return Qwen3VLConfig(text_config=text, vision_config=vision, **special)
-    tied = text.pop("tie_word_embeddings", False)
-    return Qwen2VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=tied, **special
-    )
+    special["tie_word_embeddings"] = size == "2B"
+    return Qwen2VLConfig(text_config=text, vision_config=vision, **special)
 
 
 def write_inputs(folder: Path, size: str) -> Qwen2VLConfig:

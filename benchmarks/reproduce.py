@@ -36,10 +36,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -58,7 +60,7 @@ from forks import (
     posterior_gaze,
     vppo,
 )
-from probes import forward_kl, frame_bins, guessable, half_of_the_shapes, replaced, three_shapes
+from probes import forward_kl, frame_bins, guessable, half_of_the_shapes, three_shapes
 
 import attn_distill
 import common
@@ -123,7 +125,7 @@ TASKS = {
     **{name: Task({"frames": n}, grown=True, examples=1024) for name, n in FRAMES.items()},
     "thinking": Task({"think": True, "steps": 40}, learning_rate=3e-5, grown=True, examples=1024),
     "three shapes": Task({"stop_accuracy": 0.3}, learning_rate=4e-5, probe=three_shapes),
-    "half of the shapes": Task(),
+    "half of the shapes": Task(probe=half_of_the_shapes),
     "guessable": Task(probe=guessable),
     "distillation": Task(learning_rate=2e-4, row="predicting"),
     "images, taught": Task(learning_rate=2e-4, row="own"),
@@ -147,14 +149,25 @@ def grpo(**fields) -> tuple:
     return grpo_baseline, fields
 
 
+def told(**fields) -> tuple:
+    return oracle, ROW | {"lambda_attn": 0.1} | fields
+
+
+def fraction(of_token_term: float) -> tuple:
+    return fixed_fraction, ROW | {"attn_fraction": of_token_term}
+
+
+def one_side(which: str) -> tuple:
+    return one_sided, ROW | {"attn_advantages": which, "lambda_attn": 300.0}
+
+
+PAPERS = (0.5, 1.0, 5.0)  # values of lambda
+BOTH, TOLD = {"GRPO": GRPO, "RAL": RAL}, {"told where to look, lambda 0.1": told()}
+STRONG = {"RAL, lambda 100": ral(lambda_attn=100.0)}
+FIRST_LAYER = {"RAL, layer 0, lambda 100": ral(attn_layer=0, lambda_attn=100.0)}
 # Tuned on seeds 102 and 103, see docs/results.md. A step takes 1.09 times as long as GRPO's
 # (step_ratio.py), so 69 steps or 5 passes of GRPO take longer.
 GAZE = {"lambda_attn": 10.0, "eta": 8.0}
-ONE_SIDED = {
-    "pull alone, lambda 300": "pull",
-    "push alone, lambda 300": "push",
-    "sign reversed, lambda 300": "reversed",
-}
 # One pass over four minibatches: as many optimiser steps as four passes over the whole rollout.
 MINIBATCHES = {"num_iterations": 1, "num_minibatches": 4}
 DISTILL = {"prompts_per_step": 8, "micro_batch_size": 8}
@@ -164,11 +177,11 @@ WHOLE = {name: grpo_baseline.TOY[name] for name in ("steps", "learning_rate")}
 
 def taught(*gammas: float, **fields) -> dict[str, tuple]:
     """Cells of KD, and of attention distillation as in the paper."""
-    cells = {"KD": (kd_baseline, DISTILL | fields)}
+    cells, shared = {}, {x: y for x, y in fields.items() if x not in SUM}
     for gamma in gammas:
         name = f"KD + attention, gamma {gamma:g}"
         cells[name] = (attn_distill, DISTILL | SUM | {"gamma_attn": gamma} | fields)
-    return cells
+    return {"KD": (kd_baseline, DISTILL | shared)} | cells
 
 
 def only_attention(name: str, probe: Any = nullcontext, **fields) -> dict[str, tuple]:
@@ -184,17 +197,9 @@ CLAIMS = {
             "SFT continued": (sft, GROW | {"steps": SFT_STEPS, "eval_every": 1000}),
             "RAL": RAL,
         },
-        "videos": {"GRPO": GRPO, "RAL": RAL},
+        "videos": BOTH,
     },
-    "table 3, predicting row and mean": {
-        "distillation": {
-            "KD": (kd_baseline, DISTILL),
-            **{
-                f"KD + attention, gamma {x:g}": (attn_distill, DISTILL | MEAN | {"gamma_attn": x})
-                for x in (1.0, 10.0, 100.0)
-            },
-        }
-    },
+    "table 3, predicting row and mean": {"distillation": taught(1.0, 10.0, 100.0, **MEAN)},
     "table 3": {
         "images, taught": {
             **taught(0.05, 0.5, 1, 5),
@@ -214,21 +219,11 @@ CLAIMS = {
             f"{name}, no reward": cell for name, cell in taught(1, 5, rl_coef=0.0).items()
         }
     },
-    "figure-3": {task: {"GRPO": GRPO, "RAL": RAL} for task in (*GRIDS, *FRAMES)},
-    "image first": {"images, image first": {"GRPO": GRPO, "RAL": RAL}},
-    "three looks": {
-        "three shapes": {"GRPO": GRPO, "RAL": RAL, "RAL, lambda 100": ral(lambda_attn=100.0)}
-    },
-    "thinking": {
-        "thinking": {
-            "GRPO": GRPO,
-            "RAL": RAL,
-            "RAL, layer 0, lambda 100": ral(attn_layer=0, lambda_attn=100.0),
-        }
-    },
-    "guessable": {
-        "guessable": {"GRPO": GRPO, "RAL": RAL, "RAL, lambda 100": ral(lambda_attn=100.0)}
-    },
+    "figure-3": dict.fromkeys((*GRIDS, *FRAMES), BOTH),
+    "image first": {"images, image first": BOTH},
+    "three looks": {"three shapes": BOTH | STRONG},
+    "thinking": {"thinking": BOTH | FIRST_LAYER},
+    "guessable": {"guessable": BOTH | STRONG},
     "both methods learn": {
         task: {
             "GRPO, 160 steps": grpo(**WHOLE),
@@ -240,7 +235,7 @@ CLAIMS = {
         "images": {
             "GRPO": GRPO,
             **{f"RAL, lambda {x:g}": ral(lambda_attn=float(x)) for x in (0.1, 1, 10, 100, 1000)},
-            "RAL, layer 0, lambda 100": ral(attn_layer=0, lambda_attn=100.0),
+            **FIRST_LAYER,
             "RAL, own row, lambda 100": ral(attn_row="own", lambda_attn=100.0),
             "RAL, reference anchor, lambda 10": ral(attn_anchor="reference", lambda_attn=10.0),
             "RAL, forward KL, lambda 100": (*ral(lambda_attn=100.0), forward_kl),
@@ -259,27 +254,18 @@ CLAIMS = {
     "why": {
         "images": {
             "GRPO": GRPO,
-            **{
-                f"attention term at {x} of the token gradient": (
-                    fixed_fraction,
-                    ROW | {"attn_fraction": x},
-                )
-                for x in (0.1, 0.5)
-            },
-            **{
-                name: (one_sided, ROW | {"attn_advantages": which, "lambda_attn": 300.0})
-                for name, which in ONE_SIDED.items()
-            },
-            "told where to look, lambda 0.1": (oracle, ROW | {"lambda_attn": 0.1}),
-            "told where to look, layer 0": (oracle, ROW | {"lambda_attn": 0.1, "attn_layer": 0}),
+            "attention term at 0.1 of the token gradient": fraction(0.1),
+            "attention term at 0.5 of the token gradient": fraction(0.5),
+            "pull alone, lambda 300": one_side("pull"),
+            "push alone, lambda 300": one_side("push"),
+            "sign reversed, lambda 300": one_side("reversed"),
+            **TOLD,
+            "told where to look, layer 0": told(attn_layer=0),
         }
     },
     "tables 1 and 2": {
         "images": {"GRPO": GRPO}
-        | {
-            f"RAL, own row, lambda {x:g}": ral(attn_row="own", lambda_attn=x)
-            for x in (0.5, 1.0, 5.0)
-        },
+        | {f"RAL, own row, lambda {x:g}": ral(attn_row="own", lambda_attn=x) for x in PAPERS},
         **{
             task: {"GRPO": GRPO, "RAL, own row, lambda 1": ral(attn_row="own")}
             for task in ("videos", "three shapes", "guessable", "thinking", *GRIDS, *FRAMES)
@@ -288,11 +274,8 @@ CLAIMS = {
     "told where to look": {
         "images": {
             "GRPO": GRPO,
-            "told where to look, lambda 0.1": (oracle, ROW | {"lambda_attn": 0.1}),
-            "told in rewarded responses alone": (
-                oracle,
-                ROW | {"lambda_attn": 0.1, "rewarded_only": True},
-            ),
+            **TOLD,
+            "told in rewarded responses alone": told(rewarded_only=True),
         }
     },
     "posterior gaze": {
@@ -314,24 +297,30 @@ CLAIMS = {
     },
     "protection": {
         "half of the shapes": {
-            "GRPO": (*grpo(**WHOLE), half_of_the_shapes),
-            "RAL": (*ral(**WHOLE), half_of_the_shapes),
-            "RAL, lambda 100": (*ral(**WHOLE, lambda_attn=100.0), half_of_the_shapes),
+            "GRPO": grpo(**WHOLE),
+            "RAL": ral(**WHOLE),
+            "RAL, lambda 100": ral(**WHOLE, lambda_attn=100.0),
         }
     },
+    "sum over tokens and reference anchor": {
+        task: {
+            "GRPO": GRPO,
+            **{f"RAL, own row, sum, lambda {x:g}": ral(**SUM, lambda_attn=x) for x in PAPERS},
+            "RAL, own row, reference anchor, lambda 1": ral(
+                attn_row="own", attn_anchor="reference"
+            ),
+        }
+        for task in ("images", "thinking")
+    },
+    "four minibatches": {
+        task: {
+            "GRPO, 4 minibatches": grpo(**MINIBATCHES),
+            "RAL, own row, 4 minibatches, lambda 1": ral(attn_row="own", **MINIBATCHES),
+            "RAL, own row, 4 minibatches, sum, lambda 1": ral(**SUM, **MINIBATCHES),
+        }
+        for task in ("images", "thinking")
+    },
 }
-
-for task in ("images", "thinking"):
-    CLAIMS.setdefault("sum over tokens and reference anchor", {})[task] = {
-        "GRPO": GRPO,
-        **{f"RAL, own row, sum, lambda {x:g}": ral(**SUM, lambda_attn=x) for x in (0.5, 1.0, 5.0)},
-        "RAL, own row, reference anchor, lambda 1": ral(attn_row="own", attn_anchor="reference"),
-    }
-    CLAIMS.setdefault("four minibatches", {})[task] = {
-        "GRPO, 4 minibatches": grpo(**MINIBATCHES),
-        "RAL, own row, 4 minibatches, lambda 1": ral(attn_row="own", **MINIBATCHES),
-        "RAL, own row, 4 minibatches, sum, lambda 1": ral(**SUM, **MINIBATCHES),
-    }
 
 # RAL among methods that look at the picture, too, and what a reward and an oracle for looking give.
 RELATIVES = {
@@ -344,7 +333,7 @@ RELATIVES = {
     "VPPO": (vppo, {}),
     "reward for looking, above chance": (looked_reward, {}),
     "reward for looking, brightest": (looked_reward, {"looked_rule": "brightest"}),
-    "told where to look, lambda 0.1": (oracle, ROW | {"lambda_attn": 0.1}),
+    **TOLD,
 }
 ONCE = ("attention-weighted advantages, predicting row", "reward for looking, brightest")
 ELSEWHERE = {cell: run for cell, run in RELATIVES.items() if cell not in ONCE}
@@ -361,10 +350,9 @@ CLAIMS["relatives, distilled"] = {"images, taught": taught(1)}
 
 SEEDS = dict.fromkeys(CLAIMS, PREDICTING)
 SEEDS |= dict.fromkeys(("table 3", "without rewards", "posterior gaze", "tables 1 and 2"), OWN)
-SEEDS |= {"told where to look": OWN}
-SEEDS |= dict.fromkeys(("sum over tokens and reference anchor", "four minibatches"), REDUCED)
+SEEDS |= {"told where to look": OWN, "four minibatches": REDUCED, "both methods learn": REDUCED}
+SEEDS |= {"sum over tokens and reference anchor": REDUCED}
 SEEDS |= dict.fromkeys((claim for claim in CLAIMS if claim.startswith("relatives")), REDUCED)
-SEEDS |= {"both methods learn": REDUCED}
 
 
 @dataclass
@@ -383,7 +371,12 @@ class Args:
     """Where the numbers go."""
 
 
+MEASURES = ("accuracy", "on_target")
 EVALUATED = ("accuracy", "format", "completion_len", "target_attn", "on_target", *OUTCOMES)
+
+
+def evaluate(*inputs, **options) -> eval.Evaluation:
+    return eval.evaluate(*inputs, **options | {"batch_size": 64})
 
 
 def slug(name: str) -> str:
@@ -440,7 +433,6 @@ def to_teacher(path: Path, teacher_path: Path, row: str, examples: int) -> float
     other = common.load_processor(str(teacher_path))
     teacher = common.load_teacher(str(teacher_path), processor, other)
     task = toy.Task.load(path)
-    processor.prompt_config = task.prompt_config()
     held_out = toy.held_out_examples(task, examples)
     prompts = [encode_prompt(processor, example) for example in held_out]
     distances = []
@@ -469,7 +461,7 @@ def main(args: Args) -> None:
         args.results = args.results.with_name("reproduce-quick.jsonl")
     args.results.parent.mkdir(exist_ok=True)
     folder = ROOT / "runs" / f"cold-starts{'-quick' if args.quick else ''}"
-    done, starts, made_by = {}, {}, commit()
+    done, made_by = {}, commit()
     if args.results.exists():
         rows = map(json.loads, args.results.read_text().splitlines())
         done = {(row["task"], row["cell"], row["seed"]): row for row in rows}
@@ -483,21 +475,16 @@ def main(args: Args) -> None:
         return {"attn_jsd_to_teacher" if row == "predicting" else "own_jsd_to_teacher": jsd}
 
     def record(
-        task: str,
-        cell: str,
-        seed: int,
-        out: Path,
-        seconds: float,
-        cold: Path | None = None,
-        fields: dict[str, Any] | None = None,
+        key: tuple[str, str, int], out: Path, seconds: float, cold: Path | None = None, **fields
     ) -> None:
-        row, mark = {"task": task, "cell": cell, "seed": seed}, digest(cold) if cold else ""
+        (task, _, seed), mark = key, digest(cold) if cold else ""
+        row = dict(zip(("task", "cell", "seed"), key, strict=True))
         if cold and (task, "cold start", seed) not in done:  # as the first cell's run found it
             before = {name: x for name, x in judged(out, 0).items() if name in EVALUATED}
             before |= distance(task, cold) | {"cold_start": mark, "commit": made_by}
             write(row | {"cell": "cold start"} | before)
         row |= judged(out) | {"cold_start": mark} | distance(task, out / "checkpoint")
-        row |= {name: x for name, x in (fields or {}).items() if name in MEAN}
+        row |= {name: x for name, x in fields.items() if name in MEAN}
         row |= {"seconds": round(seconds), "commit": made_by}
         write(row)
 
@@ -508,23 +495,6 @@ def main(args: Args) -> None:
             file.flush()
             os.fsync(file.fileno())
 
-    def evaluated(script, key: Any):
-        """A script whose first evaluation, of the cold start, is made once for all cells."""
-
-        def first_time(*inputs, **options):
-            called.append(True)
-            this = (key, options.get("attn_layer"))
-            if len(called) > 1 or this not in starts:
-                result = eval.evaluate(*inputs, **options | {"batch_size": 64})
-                if len(called) == 1:
-                    starts.clear()
-                    starts[this] = result
-                return result
-            return starts[this]
-
-        called = []
-        return replaced(script, evaluate=first_time)
-
     def train(task: str, seed: int, out: Path, script, fields, probe=nullcontext) -> float:
         start, fields = time.time(), {"seed": seed, "out": str(out)} | fields
         fields = {"eval_examples": TASKS[task].examples} | fields
@@ -532,8 +502,7 @@ def main(args: Args) -> None:
         thinking = {"think": think, "max_new_tokens": toy.MAX_NEW_TOKENS[think]}
         if args.quick:
             fields |= {"eval_examples": 64, "steps": 10 if "model" in fields else 150}
-        key = (seed, fields.get("model"), task, probe, fields["eval_examples"])
-        with TASKS[task].probe(), probe(), evaluated(script, key):
+        with TASKS[task].probe(), probe(), mock.patch.object(script, "evaluate", evaluate):
             script.main(script.Args(**script.TOY | thinking | fields))
         if not (Path(out) / "checkpoint").is_dir():  # a signal ended it: half a run is no cell
             raise SystemExit("stopped; the same command continues from this cell")
@@ -582,27 +551,25 @@ def main(args: Args) -> None:
                     if TASKS[task].row:
                         fields |= {"teacher": str(teacher(task) / "checkpoint")}
                         if (task, "teacher", number := teacher_number(claim)) not in done:
-                            record(task, "teacher", number, teacher(task), 0.0)
+                            record((task, "teacher", number), teacher(task), 0.0)
                     with tempfile.TemporaryDirectory() as directory:
                         out = Path(directory) / "run"
                         seconds = train(task, seed, out, script, fields, *probe)
-                        record(task, cell, seed, out, seconds, cold, cells[cell][1])
-    tables = [
-        report(claim, task, cells, chosen, None if args.quick else args.results.parent)
-        for claim, tasks in CLAIMS.items()
-        for task, cells in tasks.items()
-        if not {*cells} <= {"GRPO", *ROWS.values()}  # the summary has these
-        for seeds in [{*SEEDS[claim], *(seeds_of(claim, args) if claim in args.claims else ())}]
-        for number in [teacher_number(claim)]
-        for chosen in [
-            {
-                key: row
-                for key, row in done.items()
-                if (key[2] == number if key[1] == "teacher" else key[2] in seeds)
-            }
-        ]
-        if any((task, cell) == key[:2] for key in chosen for cell in [*cells][1:])
-    ]
+                        record((task, cell, seed), out, seconds, cold, **cells[cell][1])
+    tables = []
+    for claim, tasks in CLAIMS.items():
+        seeds = {*SEEDS[claim], *(seeds_of(claim, args) if claim in args.claims else ())}
+        number = {teacher_number(claim)}
+        chosen = {
+            (task, cell, seed): row
+            for (task, cell, seed), row in done.items()
+            if seed in (number if cell == "teacher" else seeds)
+        }
+        for task, cells in tasks.items():
+            measured = any((task, cell) == key[:2] for key in chosen for cell in [*cells][1:])
+            if measured and not {*cells} <= {"GRPO", *ROWS.values()}:  # the summary has these
+                folder = None if args.quick else args.results.parent
+                tables.append(report(claim, task, cells, chosen, folder))
     tables += [across(claim, tasks, done) for claim, tasks in CLAIMS.items() if len(tasks) > 2]
     quick = " (quick: no evidence)" if args.quick else ""
     earlier = {key: row for key, row in done.items() if key[2] not in REDUCED}
@@ -626,23 +593,32 @@ def defined(cell: str, cells: dict) -> str:
     return f"{cell} ({', '.join(said)})" if said else cell
 
 
-def interval(values: list[float]) -> tuple[float, float]:
+def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half-width of its 95% interval."""
     half = student_t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
     return float(np.mean(values)), float(half)
 
 
-def words(values: list[float], sign: str = "") -> str:
+def words(values: Sequence[float], sign: str = "") -> str:
     """`interval` in three decimals; nothing of no values, and of one just that."""
     if len(values) < 2:
         return "".join(f"{value:{sign}.3f}" for value in values)
     return f"{{:{sign}.3f}} ± {{:.3f}}".format(*interval(values))
 
 
-def differences(done: dict, task: str, ours: str, theirs: str, name: str) -> list[float]:
-    """Of one measure of two cells, for every seed that both have."""
-    seeds = sorted(s for t, c, s in done if (t, c) == (task, ours) and (t, theirs, s) in done)
-    return [done[task, ours, seed][name] - done[task, theirs, seed][name] for seed in seeds]
+def markdown(title: str, table: list[list[str]]) -> str:
+    return f"### {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in table)
+
+
+def differences(done: dict, tasks: Iterable[str], ours: str, theirs: str) -> dict[int, list[float]]:
+    """By seed, for all that have both cells in every task: the difference of each of `MEASURES`, a
+    mean over the tasks."""
+    cells, pairs = [(task, cell) for task in tasks for cell in (ours, theirs)], {}
+    for seed in sorted({seed for *_, seed in done}):
+        if all((*cell, seed) in done for cell in cells):
+            rows = [(done[task, ours, seed], done[task, theirs, seed]) for task in tasks]
+            pairs[seed] = [float(np.mean([a[x] - b[x] for a, b in rows])) for x in MEASURES]
+    return pairs
 
 
 def summary(done: dict, ours: str, title: str) -> str:
@@ -653,58 +629,49 @@ def summary(done: dict, ours: str, title: str) -> str:
     ]
     heads = ["task", "seeds", "cold start", "GRPO", "RAL, minus GRPO"]
     heads += ["on target, last layer: GRPO", "RAL, minus GRPO"]
-    table, paired = [heads, ["---"] * len(heads)], []
+    table, known = [heads, ["---"] * len(heads)], {}
     for label, task, suffix in lines:
-        cells = (task, f"{ours}{suffix}", f"GRPO{suffix}")
-        pairs = {n: differences(done, *cells, n) for n in ("accuracy", "on_target")}
-        if pairs["accuracy"]:
-            seeds = sorted(
-                s for t, c, s in done if (t, c) == cells[:2] and (task, cells[2], s) in done
-            )
+        baseline = f"GRPO{suffix}"
+        pairs = differences(done, [task], f"{ours}{suffix}", baseline)
+        if pairs:
             if not suffix:  # the mean is of tasks, each once
-                paired.append(dict(zip(seeds, zip(*pairs.values(), strict=True), strict=True)))
-            start, theirs = ([done[task, c, s] for s in seeds] for c in ("cold start", cells[2]))
-            line = [label, str(len(seeds)), words([row["accuracy"] for row in start])]
-            for name, pair in pairs.items():
-                line += [words([row[name] for row in theirs]), words(pair, "+")]
+                known[task] = pairs.keys()
+            start = [done[task, "cold start", seed]["accuracy"] for seed in pairs]
+            line = [label, str(len(pairs)), words(start)]
+            for name, values in zip(MEASURES, zip(*pairs.values(), strict=True), strict=True):
+                theirs = [done[task, baseline, seed][name] for seed in pairs]
+                line += [words(theirs), words(values, "+")]
             table.append(line)
-    seeds = max(paired, key=len, default={}).keys()
-    whole = [task for task in paired if task.keys() == seeds]
+    seeds = max(known.values(), key=len, default=())
+    whole = [task for task in known if known[task] == seeds]
     if len(whole) > 1:
-        means = [np.mean([task[seed] for task in whole], axis=0) for seed in seeds]
-        differs = [words([float(x) for x in column], "+") for column in zip(*means, strict=True)]
+        means = differences(done, whole, ours, "GRPO").values()
+        differs = [words(values, "+") for values in zip(*means, strict=True)]
         label = f"a seed's mean over the {len(whole)} tasks with all seeds, 4 passes"
         table.append([label, str(len(means)), "", "", differs[0], "", differs[1]])
-    if len(table) == 2:
-        return ""
-    return f"### {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in table)
+    return markdown(title, table) if table[2:] else ""
 
 
 def across(claim: str, tasks: dict[str, dict], done: dict) -> str:
     """A table of differences to the first cell of a claim, which for each seed are means over the
     claim's tasks. Nothing of a claim whose tasks share only two cells, see `summary`."""
-    baseline, *others = min(tasks.values(), key=len)
-    heads = ["method", "seeds", *(f"{x}, minus {baseline}" for x in ("accuracy", "on_target"))]
+    baseline, *others = cells = min(tasks.values(), key=len)
+    heads = ["method", "seeds", *(f"{name}, minus {baseline}" for name in MEASURES)]
     table = [heads, ["---"] * len(heads)]
     for cell in others if len(others) > 1 else []:
-        runs = [{s for t, c, s in done if (t, c) == (task, x)}
-                for task in tasks for x in (cell, baseline)]  # fmt: skip
-        if len(seeds := sorted(set.intersection(*runs))) > 1:
-            line = [defined(cell, min(tasks.values(), key=len)), str(len(seeds))]
-            for name in ("accuracy", "on_target"):
-                rows = [[done[task, cell, seed][name] - done[task, baseline, seed][name]
-                         for task in tasks] for seed in seeds]  # fmt: skip
-                line.append(words([float(np.mean(row)) for row in rows], "+"))
-            table.append(line)
-    title = f"### {claim}: each seed's mean over {'; '.join(tasks)}\n\n"
-    title += "Over all seeds that have both cells in every task, those of other claims too.\n\n"
-    return title + "".join(f"| {' | '.join(line)} |\n" for line in table) if table[2:] else ""
+        pairs = differences(done, tasks, cell, baseline).values()
+        if len(pairs) > 1:
+            means = [words(values, "+") for values in zip(*pairs, strict=True)]
+            table.append([defined(cell, cells), str(len(pairs)), *means])
+    title = f"{claim}: each seed's mean over {'; '.join(tasks)}\n\n"
+    title += "Over all seeds that have both cells in every task, those of other claims too."
+    return markdown(title, table) if table[2:] else ""
 
 
 def report(claim: str, task: str, cells: dict, done: dict, pictures: Path | None) -> str:
     """A table of means with intervals, and of differences to the first cell paired by seed, which
     are drawn as well, into the folder `pictures`; without one it is a quick run."""
-    names = ["accuracy", "on_target"]
+    names = list(MEASURES)
     if TASKS[task].row:
         row = TASKS[task].row
         names.append("attn_jsd_to_teacher" if row == "predicting" else "own_jsd_to_teacher")
@@ -736,7 +703,8 @@ def report(claim: str, task: str, cells: dict, done: dict, pictures: Path | None
             values = [rows[seed][name] - by_cell[baseline][seed][name] for seed in both]
             line.append(words(values, "+"))
             if len(values) > 1:
-                points.setdefault(name, []).append((defined(cell, cells), *interval(values)))
+                panel = points.setdefault(f"{name}, minus the baseline", [])
+                panel.append((defined(cell, cells), *interval(values)))
         sizes = [row["attn_jsd"] for row in rows.values() if "attn_jsd" in row]
         line.append(f"{np.median(sizes):.0e}" if sizes else "")
         norms = [row for row in rows.values() if row.get("pg_grad_norm")]
@@ -752,12 +720,11 @@ def report(claim: str, task: str, cells: dict, done: dict, pictures: Path | None
     if points and pictures:
         name = slug(f"{claim}-{task}.png")
         draw(pictures / name, points)
-    title = f"### {claim}: {task}{'' if pictures else ' (quick: no evidence)'}\n\n"
-    return title + "".join(f"| {' | '.join(line)} |\n" for line in table)
+    return markdown(f"{claim}: {task}{'' if pictures else ' (quick: no evidence)'}", table)
 
 
 def draw(path: Path, points: dict[str, list[tuple[str, float, float]]]) -> None:
-    """Differences to the baseline with their intervals, one panel a measure."""
+    """Draw means with their intervals, one panel a measure."""
     pyplot = load_pyplot()
     height = 1.2 + 0.3 * len(next(iter(points.values())))
     figure, axes = pyplot.subplots(1, len(points), figsize=(6 * len(points), height))
@@ -765,7 +732,7 @@ def draw(path: Path, points: dict[str, list[tuple[str, float, float]]]) -> None:
         cells, means, halves = zip(*rows, strict=True)
         axis.errorbar(means, range(len(cells)), xerr=halves, fmt="o", markersize=4)
         axis.axvline(0, color="grey", lw=1)
-        axis.set(title=f"{name}, minus the baseline", ylim=(len(cells) - 0.5, -0.5))
+        axis.set(title=name, ylim=(len(cells) - 0.5, -0.5))
         axis.set_yticks(range(len(cells)), cells if axis is axes[0] else [])
         axis.grid(axis="x", alpha=0.3)
     save(figure, path)
@@ -779,8 +746,9 @@ def draw_figure_3(path: Path, done: dict) -> None:
         for shift, (label, cell) in zip((0.97, 1.03), ROWS.items(), strict=True):
             points = []
             for task, tokens in sorted(tasks.items(), key=lambda item: item[1]):
-                pairs = differences(done, task, cell, "GRPO", "accuracy")
-                points += [(shift * tokens, *interval(pairs))] if len(pairs) > 1 else []
+                pairs = differences(done, [task], cell, "GRPO").values()
+                if len(pairs) > 1:
+                    points.append((shift * tokens, *interval([accuracy for accuracy, _ in pairs])))
             if points:
                 tokens, means, halves = zip(*points, strict=True)
                 style = {"fmt": "o-", "markersize": 4, "capsize": 3}

@@ -2,7 +2,7 @@
 
     python benchmarks/step_cost.py                               # the headline cell
     python benchmarks/step_cost.py --grid                        # P 256 to 4096, T 64 and 256 too
-    python benchmarks/step_cost.py --grid --rounds 0 --variants grpo ral      # the growth alone
+    python benchmarks/step_cost.py --grid --rounds 0 --variants grpo ral      # the grid alone
     python benchmarks/step_cost.py --trl-python ENV/bin/python   # TRL's GRPOTrainer too
 
 One prompt of P positions, G responses of T tokens, hidden 256, 8 decoder layers, 8 heads, 2
@@ -15,9 +15,6 @@ iteration, AdamW. An update is forward, backward and optimiser step with visual 
     ral         ral_grpo.py's own update; the attention term is computed and backpropagated in full
     in-turn     grpo, ral, and ral with the predicting row, 15 times in turn in one process: they
                 differ by less than one process differs from the next
-
-    decoding    a token of a frozen model, of one whose weights FSDP has gathered, and of one with
-                adapters: 28 narrow layers in bfloat16, in turn in one process
 
 A rollout is from pixels (an image of P visual tokens): `generate` with G copies of the prompt
 against ours. A whole step is image processing, vision, rollout and update. TRL 1.16.0 runs in an
@@ -40,19 +37,36 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import MethodType
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import torch
+import tyro
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+import common
+import grpo_baseline
+import ral_grpo
+from support import toy
+from support.prompts import (
+    BaseModelOutputWithDeepstackFeatures,
+    Block,
+    Example,
+    Media,
+    PromptBatch,
+    collate,
+    encode_prompt,
+)
 
 UPDATES = ("eager", "unpacked", "grpo", "ral")
 IN_TURN = ("grpo", "ral", "ral-predicting")
 ROLLOUTS = ("generate", "ours")
 STEPS = ("step-grpo", "step-ral")
-VARIANTS = (*UPDATES, "in-turn", "decoding", *ROLLOUTS, *STEPS, "trl")
+VARIANTS = (*UPDATES, "in-turn", *ROLLOUTS, *STEPS, "trl")
 GROUP = 8
 
 
@@ -64,10 +78,6 @@ class Args:
     """Processes of each variant at the headline cell, 0 for none; elsewhere one."""
     variants: list[str] = field(default_factory=lambda: list(VARIANTS))
     """Which variants to run; numbers of the others stay in the file as they are."""
-    threads: int = 2
-    """Threads of each process."""
-    eager_max_gb: float = 14.0
-    """Leave the eager variant out where its attention matrices alone would take more than this."""
     trl_python: str | None = None
     """Interpreter of an environment with TRL; unset: no such row."""
     results: Path = ROOT / "benchmarks" / "results" / "step_cost.json"
@@ -77,71 +87,25 @@ class Args:
 # The worker: one variant, one cell, one process
 
 
-def build(directory: Path | None = None):
-    """The benchmark's model with random weights, and a processor with 4096 words."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLForConditionalGeneration
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    import common
-    from support import toy
-    from support.prompts import Processor, PromptConfig
-
-    words = 4096 - len(toy.SPECIAL)
-    vocabulary = {word: i for i, word in enumerate(("<unk>", "user", "assistant"))}
-    vocabulary |= {f"w{i}": i for i in range(3, words)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token="<unk>",
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=list(toy.SPECIAL[1:]),
-        chat_template=toy.CHAT_TEMPLATE,
-    )
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in toy.SPECIAL}
-    config = Qwen2VLConfig(
-        text_config={
-            "vocab_size": 4096,
-            "hidden_size": 256,
-            "intermediate_size": 768,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": [4, 6, 6],
-            },
-            "bos_token_id": None,
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
-        },
-        vision_config={"depth": 2, "embed_dim": 64, "hidden_size": 256, "num_heads": 4},
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-    )
-    torch.manual_seed(0)
-    model = Qwen2VLForConditionalGeneration(config)
-    model.set_attn_implementation({"text_config": "grouped_sdpa", "vision_config": "sdpa"})
-    model.token_scores = MethodType(common.token_scores, model)  # as `load_model` does
-    model.model.visual.requires_grad_(False)
-    model.generation_config.pad_token_id = ids["<|endoftext|>"]
+def build():
+    """The benchmark's model with random weights, and a processor with 4096 words; both are the
+    toy's, in another size."""
+    words = [*toy.WORDS, *(f"w{i}" for i in range(4096 - len(toy.WORDS) - len(toy.SPECIAL)))]
+    with (
+        TemporaryDirectory() as folder,
+        mock.patch.dict(toy.SIZES, small=(256, 8, 8, 2, 768)),
+        mock.patch.object(toy, "make_tokenizer", partial(toy.make_tokenizer, words)),
+    ):
+        toy.write_base(Path(folder), seed=0)
+        model, processor = common.load_model(folder), common.load_processor(folder)
     # A token that is never sampled ends a response, so that every response has its full length.
-    model.generation_config.eos_token_id = ids["<|vision_end|>"]
-    image_processor = Qwen2VLImageProcessorPil(max_pixels=1 << 24)
-    processor = Processor(config, tokenizer, image_processor, PromptConfig({}))
-    return model, processor, common
+    model.generation_config.eos_token_id = model.config.vision_end_token_id
+    processor.image_processor.size = {"shortest_edge": toy.CELL**2, "longest_edge": 1 << 24}
+    return model, processor
 
 
-def picture(p: int):
+def picture(p: int) -> Image.Image:
     """An image of exactly p visual tokens, of 28 x 28 pixels each."""
-    from PIL import Image
-
     rows = 2 ** int(np.log2(p) / 2)
     noise = np.random.default_rng(0).integers(0, 255, (28 * rows, 28 * (p // rows), 3))
     return Image.fromarray(noise.astype(np.uint8))
@@ -149,13 +113,7 @@ def picture(p: int):
 
 def update_work(variant: str, p: int, t: int) -> Callable[[], None]:
     """One update on one prompt of p positions (16 of them text) and 8 responses of t tokens."""
-    import torch
-
-    import grpo_baseline
-    import ral_grpo
-    from support.prompts import BaseModelOutputWithDeepstackFeatures, Block, PromptBatch
-
-    model, _, common = build()
+    model, _ = build()
     config = model.config
     parameters = [x for x in model.parameters() if x.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
@@ -208,10 +166,8 @@ def update_work(variant: str, p: int, t: int) -> Callable[[], None]:
     return work
 
 
-def prompt_of(processor, model, p: int):
+def prompt_of(processor, p: int):
     """The prompt whose image has p visual tokens."""
-    from support.prompts import Example, Media, encode_prompt
-
     question = " ".join(f"w{i}" for i in range(10, 22))
     example = Example(question, "w7", [Media([picture(p)])])
     return encode_prompt(processor, example)
@@ -219,12 +175,8 @@ def prompt_of(processor, model, p: int):
 
 def rollout_work(variant: str, p: int, t: int) -> Callable[[], None]:
     """8 sampled responses of t tokens, from pixels."""
-    import torch
-
-    from support.prompts import collate
-
-    model, processor, common = build()
-    prompt = prompt_of(processor, model, p)
+    model, processor = build()
+    prompt = prompt_of(processor, p)
     if variant == "ours":
         noise = common.sampling_noise(0, [0], GROUP, t)
 
@@ -256,20 +208,14 @@ def rollout_work(variant: str, p: int, t: int) -> Callable[[], None]:
 
 def step_work(variant: str, p: int, t: int) -> Callable[[], None]:
     """A whole step of a script: image processing, vision, rollout, update."""
-    import torch
-
-    import grpo_baseline
-    import ral_grpo
-    from support.prompts import collate
-
     script = grpo_baseline if variant == "step-grpo" else ral_grpo
-    model, processor, _ = build()
+    model, processor = build()
     args = script.Args(num_iterations=1, beta=0.0, max_new_tokens=t, think=False)
     parameters = [x for x in model.parameters() if x.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
 
     def work() -> None:
-        prompt = prompt_of(processor, model, p)
+        prompt = prompt_of(processor, p)
         batch = collate(model, [prompt], processor.tokenizer.pad_token_id)
         rollout, _, rewards, _ = script.roll_out(model, processor, [prompt], batch, args)
         advantages = torch.linspace(-1, 1, GROUP)[None, :, None] + script.group_advantages(rewards)
@@ -278,35 +224,17 @@ def step_work(variant: str, p: int, t: int) -> Callable[[], None]:
     return work
 
 
-def decoding(tokens: int, repeats: int) -> list[dict[str, float]]:
-    """Seconds of a decoded token, by the kind of model."""
-    import gpu_check
-    import torch
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    gpu_check.common.compute_dtype = lambda: torch.bfloat16
-    with TemporaryDirectory() as folder:
-        works = gpu_check.decoders(Path(folder) / "model", 28)
-
-    def seconds(work: Callable[[int], Any]) -> float:
-        return (timed(partial(work, 1 + tokens)) - timed(partial(work, 1))) / tokens
-
-    return [{kind: seconds(work) for kind, work in works.items()} for _ in range(repeats)]
-
-
 def worker(variant: str, p: int, t: int, repeats: int) -> None:
     """Warm up once, time the rest, print one line of JSON."""
     if variant == "in-turn":
         works = {name: update_work(name, p, t) for name in IN_TURN}
         seconds = [{name: timed(work) for name, work in works.items()} for _ in range(repeats + 1)]
         return print(json.dumps(seconds[1:]))
-    if variant == "decoding":
-        return print(json.dumps(decoding(t, repeats + 1)[1:]))
     makers = dict.fromkeys(UPDATES, update_work) | dict.fromkeys(ROLLOUTS, rollout_work)
     makers |= dict.fromkeys(STEPS, step_work)
     work = makers[variant](variant, p, t)
-    report(work, repeats)
+    work()
+    report([timed(work) for _ in range(repeats)])
 
 
 def timed(work: Callable[[], None]) -> float:
@@ -315,34 +243,26 @@ def timed(work: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def report(work: Callable[[], None], repeats: int) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    work()
-    seconds = [timed(work) for _ in range(repeats)]
+def report(seconds: list[float]) -> None:
+    """Print a line with the median and the peak memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"seconds": statistics.median(seconds), "gb": peak, "gb_before": before}))
+    print(json.dumps([{"seconds": statistics.median(seconds), "gb": peak}]))
 
 
 # The driver: processes in turn, a table, a file
 
 
 def measure(args: Args, variant: str, p: int, t: int) -> Any:
-    repeats = {"eager": 1, "trl": 1, "in-turn": 15, "decoding": 15}.get(variant, 3)
+    repeats = {"eager": 1, "trl": 1, "in-turn": 15}.get(variant, 3)
     command = [sys.executable, __file__, "--worker", variant, str(p), str(t), str(repeats)]
     if variant == "trl":
         script = str(Path(__file__).with_name("trl_step.py"))
         command = [args.trl_python, script, str(p), str(t), str(repeats)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{variant} P {p} T {t} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def eager_gb(p: int, t: int) -> float:
-    """What the attention matrices of the eager variant take: 8 layers, twice (scores and
-    weights)."""
-    return 2 * 8 * GROUP * 8 * (p + t) ** 2 * 4 / 2**30
 
 
 def main(args: Args) -> None:
@@ -353,94 +273,61 @@ def main(args: Args) -> None:
     rounds = [cells] * args.rounds
     if args.grid:
         sizes = [(p, t) for t in (64, 256) for p in (256, 512, 1024, 2048, 4096)]
-        others = [(v, p, t) for p, t in sizes for v in UPDATES if (p, t) != (1024, 64)]
-        others += [(v, p, 64) for p in (256, 512, 2048, 4096) for v in (*ROLLOUTS, *STEPS)]
-        rounds = [[c for c in others if c[0] != "eager" or eager_gb(*c[1:]) < args.eager_max_gb]]
-        rounds += [cells] * args.rounds
+        grid = [(v, p, t) for p, t in sizes for v in UPDATES if (p, t) != (1024, 64)]
+        grid += [(v, p, 64) for p in (256, 512, 2048, 4096) for v in (*ROLLOUTS, *STEPS)]
+        # The eager attention matrices of longer prompts take more than 14 GB.
+        rounds.insert(0, [(v, p, t) for v, p, t in grid if v != "eager" or p <= 1024])
     rounds = [[cell for cell in turn if cell[0] in args.variants] for turn in rounds]
+    rounds.append([("in-turn", 1024, t) for t in (64, 256) if "in-turn" in args.variants])
     results = json.loads(args.results.read_text()) if args.results.exists() else {}
     for cell in {cell for turn in rounds for cell in turn}:
         results.pop("{} P{} T{}".format(*cell), None)
     for number, turn in enumerate(rounds, 1):
         for variant, p, t in turn:
-            row = measure(args, variant, p, t)
-            results.setdefault(f"{variant} P{p} T{t}", []).append(row)
-            print(
-                f"round {number}/{len(rounds)}  {variant:<10} P {p:<5} T {t:<4}"
-                f"{row['seconds']:8.3f} s  {row['gb']:6.2f} GB",
-                flush=True,
-            )
+            rows = measure(args, variant, p, t)
+            results.setdefault(f"{variant} P{p} T{t}", []).extend(rows)
+            print(f"round {number}/{len(rounds)}  {variant:<10} P {p:<5} T {t:<4}", flush=True)
         args.results.parent.mkdir(exist_ok=True)
-        args.results.write_text(json.dumps(results, indent=1) + "\n")
-    if "in-turn" in args.variants:
-        for t in (64, 256):
-            results[f"in-turn P1024 T{t}"] = measure(args, "in-turn", 1024, t)
-        args.results.write_text(json.dumps(results, indent=1) + "\n")
-    if "decoding" in args.variants:
-        results["decoding T32"] = measure(args, "decoding", 0, 32)
         args.results.write_text(json.dumps(results, indent=1) + "\n")
     print_tables(results)
 
 
+RATIOS = {
+    "RAL update / GRPO update, separate": ("ral P1024 T64", "grpo P1024 T64", "seconds"),
+    "the same, peak memory": ("ral P1024 T64", "grpo P1024 T64", "gb"),
+    "RAL update / unpacked GRPO, time": ("ral P1024 T64", "unpacked P1024 T64", "seconds"),
+    "RAL update / eager RAL, time": ("ral P1024 T64", "eager P1024 T64", "seconds"),
+    "RAL update / eager RAL, memory": ("ral P1024 T64", "eager P1024 T64", "gb"),
+    "RAL step / TRL GRPO step, time": ("step-ral P1024 T64", "trl P1024 T64", "seconds"),
+    "RAL step / TRL GRPO step, memory": ("step-ral P1024 T64", "trl P1024 T64", "gb"),
+    "our rollout / generate, T 16": ("ours P1024 T16", "generate P1024 T16", "seconds"),
+    "our rollout / generate, T 64": ("ours P1024 T64", "generate P1024 T64", "seconds"),
+}
+
+
 def print_tables(results: dict[str, list[dict[str, float]]]) -> None:
-    in_turn = [cell for cell in results if cell.startswith(("in-turn", "decoding"))]
-    in_turn = {cell: results.pop(cell) for cell in in_turn}
-
-    def middle(cell: str, what: str) -> float:
-        return statistics.median(row[what] for row in results[cell])
-
-    print(f"\n{'cell':<24}{'median s':>10}{'min':>9}{'max':>9}{'peak GB':>9}{'processes':>11}")
+    """Print medians and ranges of the cells, and ratios paired by round or turn, so that a drift of
+    the machine does not count."""
+    ratios = {}
     for cell, rows in results.items():
-        seconds = [row["seconds"] for row in rows]
-        print(
-            f"{cell:<24}{middle(cell, 'seconds'):>10.3f}{min(seconds):>9.3f}{max(seconds):>9.3f}"
-            f"{middle(cell, 'gb'):>9.2f}{len(rows):>11}"
-        )
-    ratios = [
-        ("RAL update / GRPO update, separate", "ral P1024 T64", "grpo P1024 T64", "seconds", 1.15),
-        ("RAL update / GRPO update, memory", "ral P1024 T64", "grpo P1024 T64", "gb", 1.10),
-        ("RAL update / unpacked GRPO, time", "ral P1024 T64", "unpacked P1024 T64", "seconds", 0.3),
-        ("RAL update / eager RAL, time", "ral P1024 T64", "eager P1024 T64", "seconds", 0.08),
-        ("the same, peak memory", "ral P1024 T64", "eager P1024 T64", "gb", 0.20),
-        ("RAL step / TRL GRPO step, time", "step-ral P1024 T64", "trl P1024 T64", "seconds", 0.28),
-        ("the same, peak memory", "step-ral P1024 T64", "trl P1024 T64", "gb", 0.42),
-        ("our rollout / generate, T 16", "ours P1024 T16", "generate P1024 T16", "seconds", 0.20),
-        ("our rollout / generate, T 64", "ours P1024 T64", "generate P1024 T64", "seconds", 0.35),
-    ]
-    print(f"\n{'ratio':<36}{'here':>7}{'at most':>9}")
-    for cell, rows in in_turn.items():
-        base, *others = rows[0]
-        for name in others:
-            label = f"{name} / {base}, {cell.replace(' P1024', '')}"
-            values = sorted(row[name] / row[base] for row in rows)
-            ratio, span = statistics.median(values), f"{values[0]:.2f} to {values[-1]:.2f}"
-            bound = "1.15" if base == "grpo" else ""
-            print(f"{label:<36}{ratio:>7.3f}{bound:>9}  {span}")
-    for label, a, b, what, bound in ratios:
-        if a in results and b in results:
-            # Paired by round, so that a drift of the machine does not count.
-            pairs = zip(results[a], results[b], strict=True)
-            ratio = statistics.median(x[what] / y[what] for x, y in pairs)
-            print(f"{label:<36}{ratio:>7.3f}{bound:>9.2f}")
-    for variant in UPDATES:
-        sizes = [p for p in (256, 512, 1024, 2048, 4096) if f"{variant} P{p} T64" in results]
-        if len(sizes) > 2:
-            slopes = []
-            for what in ("seconds", "gb"):
-                offset = {"seconds": 0.0, "gb": 1.0}[what]
-                values = [
-                    middle(f"{variant} P{p} T64", what)
-                    - offset * middle(f"{variant} P{p} T64", "gb_before")
-                    for p in sizes
-                ]
-                slopes.append(np.polyfit(np.log(sizes), np.log(values), 1)[0])
-            print(f"{variant}: time grows with P^{slopes[0]:.2f}, memory with P^{slopes[1]:.2f}")
+        if "seconds" in rows[0]:
+            seconds, gb = ([row[name] for row in rows] for name in ("seconds", "gb"))
+            print(f"{cell:<24}{spread(seconds)} s, {statistics.median(gb):.2f} GB")
+        for name in [name for name in rows[0] if "grpo" in rows[0] and name != "grpo"]:
+            ratios[f"{name} / grpo, {cell}"] = [row[name] / row["grpo"] for row in rows]
+    for label, (a, b, what) in RATIOS.items():
+        pairs = zip(results.get(a, ()), results.get(b, ()), strict=False)
+        ratios[label] = [x[what] / y[what] for x, y in pairs]
+    for label, values in ratios.items():
+        print(f"{label:<44}{spread(values) if values else '-'}")
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         worker(sys.argv[2], *map(int, sys.argv[3:]))
     else:
-        import tyro
-
         main(tyro.cli(Args, description=__doc__))

@@ -3,16 +3,13 @@
 Called by step_cost.py with the interpreter of an environment that has TRL; prints the same line.
 """
 
-import json
-import resource
-import statistics
 import sys
 import tempfile
 import time
 
 import torch
 from datasets import Dataset
-from step_cost import GROUP, picture
+from step_cost import GROUP, build, picture, report
 from transformers import BatchFeature, ProcessorMixin, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -57,9 +54,7 @@ class Clock(TrainerCallback):
 
 
 def main(p: int, t: int, repeats: int) -> None:
-    from step_cost import build
-
-    model, processor, _ = build()
+    model, processor = build()
     model.set_attn_implementation("sdpa")
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     question = " ".join(f"w{i}" for i in range(10, 22))
@@ -92,7 +87,6 @@ def main(p: int, t: int, repeats: int) -> None:
             processing_class=PilProcessor(processor.image_processor, processor.tokenizer),
             callbacks=[clock],
         )
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         trainer.train()
     lengths = [
         x["completions/mean_length"]
@@ -100,9 +94,7 @@ def main(p: int, t: int, repeats: int) -> None:
         if "completions/mean_length" in x
     ]
     assert all(length == t for length in lengths), lengths
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    seconds = statistics.median(clock.seconds[1:])
-    print(json.dumps({"seconds": seconds, "gb": peak, "gb_before": before}))
+    report(clock.seconds[1:])
 
 
 if __name__ == "__main__":

@@ -60,7 +60,6 @@ def main(args: Args) -> None:
         model.model.language_model.config._attn_implementation = "knock_out"
         task, tokenizer = toy.Task.load(Path(path)), processor.tokenizer
         require(task is not None, f"--models {path}: is not a toy")
-        processor.prompt_config = task.prompt_config()
         layers = model.config.text_config.num_hidden_layers
         examples = toy.held_out_examples(task, args.examples)
         right = {}

@@ -9,7 +9,6 @@ import math
 import re
 import warnings
 import zlib
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -24,12 +23,11 @@ from torch.nn.functional import pad
 
 from support.answers import extract_answer
 from support.disk import write_aside, writing
-from support.grounding import OUTCOMES, Box, outcome
-from support.prompts import Media, Prompt
+from support.grounding import OUTCOMES, outcome
+from support.prompts import Prompt
 from support.ranks import rank
 
 LIMIT = 10_000_000  # bytes of a page
-LARGE = LIMIT // 4  # bytes of an example, above which its videos are sampled
 KEPT = 0.95  # share of a row's mass on vision whose cells are stored
 PIXELS = 1_000_000  # of all pictures of an example together
 LONGEST = 896  # pixels, the longer side of a picture
@@ -37,42 +35,34 @@ LONGEST = 896  # pixels, the longer side of a picture
 
 @dataclass
 class Gaze:
-    """One answered example for the page; T response tokens follow P prompt positions.
+    """Where one response looked; T response tokens follow P prompt positions.
 
-    `response` holds the text of each token. `grids` has, for each medium, its temporal patches (a
-    video's pairs of frames), and rows and columns of visual tokens; `visual` has the indices of all
-    visual tokens in the prompt. `rows` maps a layer to its attention (T + 1, P + T), averaged over
-    heads. Its row 0 is that of the prompt's last position, and row t that of response token t; each
-    sums to 1. `target`, the tokens that show the `boxes`, counts over the visual tokens. `accuracy`
-    is between 0 and 1, and `outcome` is one of `OUTCOMES`, or empty without boxes.
+    `prompt` has its media, but no pixels, and `response` holds the text of each token. `rows` maps
+    a layer to its attention (T + 1, P + T), averaged over heads. Its row 0 is that of the prompt's
+    last position, and row t that of response token t; each sums to 1.
     """
 
-    question: str
-    solution: str
+    prompt: Prompt
     response: list[str]
-    accuracy: float
-    media: list[Media]
-    grids: list[tuple[int, int, int]]
-    visual: list[int]
-    prompt_len: int
     rows: dict[int, Tensor]
-    target: tuple[int, ...] = ()
-    boxes: tuple[Box, ...] = ()
-    name: str = ""
-    outcome: str = ""
 
-    def places(self, stride: int = 1) -> list[tuple[float, ...]]:
-        """Where the boxes are drawn: a temporal patch, counted over every `stride`-th patch of all
-        media, and left, top, width and height in percent of the picture."""
-        places, first = [], 0
-        for number, (medium, (t, _, _)) in enumerate(zip(self.media, self.grids, strict=True)):
+    @property
+    def visual(self) -> Tensor:
+        """The indices of all visual tokens in the prompt."""
+        return (self.prompt.patches() >= 0).nonzero()[:, 0]
+
+    def places(self) -> list[tuple[float, ...]]:
+        """Where the boxes are drawn: a temporal patch, counted over all media, and left, top, width
+        and height in percent of the picture."""
+        places, first, example = [], 0, self.prompt.example
+        for number, (t, _, _) in enumerate(self.prompt.grids):
+            medium = example.media[number]
             x, y = (100 / edge for edge in medium.size)
-            for box in (box for box in self.boxes if box.medium == number):
+            for box in (box for box in example.boxes if box.medium == number):
                 place = (box.left * x, box.top * y)
                 place += ((box.right - box.left) * x, (box.bottom - box.top) * y)
-                shown = [i for i, p in enumerate(range(0, t, stride)) if box.holds(medium, p)]
-                places += [(first + i, *place) for i in shown]
-            first += len(range(0, t, stride))
+                places += [(first + p, *place) for p in range(t) if box.holds(medium, p)]
+            first += t
         return places
 
 
@@ -105,29 +95,10 @@ def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:
     return [after[len(before) :] for before, after in pairwise(texts)]
 
 
-def make_gaze(
-    prompt: Prompt, ids: list[int], tokenizer: Any, accuracy: float, rows: dict[int, Tensor]
-) -> Gaze:
-    """What the page shows of an example and the response `ids` to it; `rows` are without
-    padding."""
-    media, shapes, grids = prompt.example.media, prompt.shapes(), []
-    for medium in media:
-        t = (len(medium.frames) + 1) // 2 if medium.is_video else 1
-        grids.append((t, *shapes[sum(count for count, _, _ in grids)]))
-    return Gaze(
-        question=prompt.example.problem,
-        solution=prompt.example.solution,
-        response=token_texts(tokenizer, ids),
-        accuracy=accuracy,
-        media=media,
-        grids=grids,
-        visual=(prompt.patches() >= 0).nonzero()[:, 0].tolist(),
-        prompt_len=len(prompt.ids),
-        rows=rows,
-        target=prompt.target,
-        boxes=prompt.example.boxes,
-        name=prompt.example.name,
-    )
+def make_gaze(prompt: Prompt, ids: list[int], tokenizer: Any, rows: dict[int, Tensor]) -> Gaze:
+    """Where the response `ids` looked; `rows` are without padding."""
+    blocks = [replace(block, pixels=torch.empty(0)) for block in prompt.blocks]
+    return Gaze(replace(prompt, blocks=blocks), token_texts(tokenizer, ids), rows)
 
 
 def draw_run(out: Path, shown: dict[str, list[Prediction]], names: Sequence[str]) -> None:
@@ -163,36 +134,31 @@ def save(figure: Any, path: Path) -> None:
 
 
 def draw_gaze(axis: Any, gaze: Gaze, attention: Tensor) -> None:
-    """Draw the images and videos of an example with one row of attention over visual tokens.
+    """Draw the picture that most of one row's attention over visual tokens goes to: an image, or
+    the first frame of a temporal patch.
 
     A brighter cell has more attention mass (averaged over heads), and outlines mark the boxes.
-    Images and the temporal patches of a video, with the first frame of each, are shown as a mosaic
-    in reading order. Without an answer there is no attention to show, and nothing is dimmed.
+    Without an answer there is no attention to show, and nothing is dimmed.
     """
     from matplotlib.patches import Rectangle
 
-    frames = [f for medium in gaze.media for f in medium.frames[:: 2 if medium.is_video else 1]]
-    shapes = [(h, w) for t, h, w in gaze.grids for _ in range(t)]
-    wide, high = (max(edges) for edges in zip(*(frame.size for frame in frames), strict=True))
-    columns, first = math.ceil(math.sqrt(len(shapes))), 0
-    for patch, (frame, (h, w)) in enumerate(zip(frames, shapes, strict=True)):
-        (width, height), heat = frame.size, attention[first : first + h * w].view(h, w).numpy()
-        left, top = patch % columns * wide * 1.05, patch // columns * high * 1.05
-        extent = (left, left + width, top + height, top)
-        axis.imshow(np.asarray(frame.convert("RGB")), extent=extent)
-        if attention.max() > 0:
-            dim = np.zeros((h, w, 4))
-            dim[..., 3] = 0.85 * (1 - heat / attention.max().item())
-            axis.imshow(dim, extent=extent, interpolation="nearest")
-        for at, *place in gaze.places():
-            if at == patch:
-                x, y, *edges = np.multiply(place, (width, height) * 2) / 100
-                corner = (left + x, top + y)
-                axis.add_patch(Rectangle(corner, *edges, fill=False, edgecolor="magenta", lw=2))
-        first += h * w
-    right = (columns * 1.05 - 0.05) * wide
-    bottom = (math.ceil(len(shapes) / columns) * 1.05 - 0.05) * high
-    axis.set(xlim=(0, right), ylim=(bottom, 0), xticks=[], yticks=[])
+    media, grids = gaze.prompt.example.media, gaze.prompt.grids
+    frames = [f for medium in media for f in medium.frames[:: 2 if medium.is_video else 1]]
+    shapes = [(h, w) for t, h, w in grids for _ in range(t)]
+    cells = attention.split([h * w for h, w in shapes])
+    patch = int(torch.stack([x.sum() for x in cells]).argmax())
+    frame, heat = frames[patch], cells[patch].view(shapes[patch]).numpy()
+    extent = (0, frame.width, frame.height, 0)
+    axis.imshow(np.asarray(frame.convert("RGB")), extent=extent)
+    if attention.max() > 0:
+        dim = np.zeros((*heat.shape, 4))
+        dim[..., 3] = 0.85 * (1 - heat / heat.max())
+        axis.imshow(dim, extent=extent, interpolation="nearest")
+    for at, *place in gaze.places():
+        if at == patch:
+            x, y, *edges = np.multiply(place, frame.size * 2) / 100
+            axis.add_patch(Rectangle((x, y), *edges, fill=False, edgecolor="magenta", lw=2))
+    axis.set(xticks=[], yticks=[])
 
 
 def verdict(prediction: Prediction) -> tuple[str, str]:
@@ -206,8 +172,10 @@ def verdict(prediction: Prediction) -> tuple[str, str]:
 
 def draw_attention(path: Path, rows: dict[str, list[Prediction]], count: int = 6) -> None:
     """Draw the attention of the model's answers: one row of held-out examples for each entry of
-    `rows`; see `draw_gaze`."""
-    rows = {label: [x for x in row if x.gaze and x.gaze.media] for label, row in rows.items()}
+    `rows`; see `draw_gaze`. The page shows all pictures of an example."""
+    rows = {
+        label: [x for x in row if x.gaze and x.gaze.prompt.grids] for label, row in rows.items()
+    }
     count = min([count, *map(len, rows.values())])
     if count == 0:  # none of this rank's rows could be read
         return
@@ -215,13 +183,13 @@ def draw_attention(path: Path, rows: dict[str, list[Prediction]], count: int = 6
     figure, axes = load_pyplot().subplots(len(rows), count, figsize=size, squeeze=False)
     for (label, predictions), line in zip(rows.items(), axes, strict=True):
         for prediction, axis in zip(predictions[:count], line, strict=True):
-            gaze, attention = prediction.gaze, prediction.attention()
-            draw_gaze(axis, gaze, attention)
+            prompt, attention = prediction.gaze.prompt, prediction.attention()
+            draw_gaze(axis, prediction.gaze, attention)
             title, colour = verdict(prediction)
-            if gaze.target:
-                title += f"\nmass on target {attention[list(gaze.target)].sum():.2f}"
+            if prompt.target:
+                title += f"\nmass on target {attention[list(prompt.target)].sum():.2f}"
             axis.set_title(title, color=colour, fontsize=9)
-            axis.set_xlabel(gaze.question[:32], fontsize=8)
+            axis.set_xlabel(prompt.example.problem[:32], fontsize=8)
         line[0].set_ylabel(label, fontsize=10)
     figure.suptitle("attention in the row that predicts the answer", fontsize=10)
     save(figure, path)
@@ -242,30 +210,13 @@ def draw_curves(path: Path, metrics: Path, names: Sequence[str]) -> None:
     save(figure, path)
 
 
-def draw_sweep(
-    path: Path,
-    results: dict[tuple, list[dict[str, Any]]],
-    names: Sequence[str],
-    varied: Sequence[int],
-) -> None:
-    """Plot accuracy, or a benchmark's own score, with its standard error against the first varied
-    number, with one line per combination of the other varied arguments. Nothing is drawn if no
-    number varies."""
-    numbers = [i for i in varied if isinstance(next(iter(results))[i], int)]
-    if not numbers:
-        return
-    others = [i for i in varied if i != numbers[0]]
+def draw_sweep(path: Path, name: str, lines: dict[str, list[tuple[float, float, float]]]) -> None:
+    """Plot lines of (number, accuracy, its standard error); `name` says what the number is."""
     figure, axis = load_pyplot().subplots(figsize=(5, 3.6))
-    lines = defaultdict(list)
-    for setting, records in results.items():
-        rest = ", ".join(f"{names[i]} {setting[i]}" for i in others)
-        accuracies = np.array([record.get("score", record["accuracy"]) for record in records])
-        error = accuracies.std() / math.sqrt(len(records))
-        lines[rest].append((setting[numbers[0]], accuracies.mean(), error))
     for label, points in lines.items():
         x, y, error = zip(*sorted(points), strict=True)
         axis.errorbar(x, y, error, marker="o", capsize=3, label=label)
-    axis.set(xlabel=names[numbers[0]], ylabel="accuracy")
+    axis.set(xlabel=name, ylabel="accuracy")
     axis.grid(alpha=0.3)
     if len(lines) > 1:
         axis.legend(fontsize=8)
@@ -275,26 +226,19 @@ def draw_sweep(
 # 2. The gaze page
 
 
-def draw_page(path: Path, predictions: dict[str, list[Prediction]], title: str) -> None:
-    """Write the gaze page of the examples that every entry of `predictions` shows."""
-    gazes = {
-        label: [replace(x.gaze, outcome=outcome(x.record)) for x in row if x.gaze]
-        for label, row in predictions.items()
-    }
-    count = min(map(len, gazes.values()))
-    if count:
-        write_page(path, {label: row[:count] for label, row in gazes.items()}, title)
-
-
-def write_page(path: Path, gazes: dict[str, list[Gaze]], title: str) -> int:
+def draw_page(path: Path, predictions: dict[str, list[Prediction]], title: str) -> int:
     """Write one HTML page to `path` and return the number of examples that it holds. The page needs
     no server and sends no request, so it can be mailed or kept beside a run.
 
-    The keys of `gazes` are labels such as "before" and "after". Each has the same examples in the
-    same order, and the page shows them side by side. An example above 2.5 MB shows every second
-    pair of frames of its videos, or every fourth, and so on. Examples that would make the page
-    larger than 10 MB are left out. The page says both.
+    The keys of `predictions` are labels such as "before" and "after". Each has the same examples in
+    the same order, and the page shows those that all of them have kept side by side; without any,
+    there is no page. Examples that would make the page larger than 10 MB are left out. The page
+    says how many.
     """
+    shown = ([x for x in row if x.gaze] for row in predictions.values())
+    examples = list(zip(*shown, strict=False))
+    if not examples:
+        return 0
     # Questions and responses come from data files and models. They reach the page as JSON and
     # become text nodes, and its Content-Security-Policy runs the one script of `gaze.html` alone.
     template = Path(__file__).with_name("gaze.html").read_text(encoding="utf-8")
@@ -303,18 +247,13 @@ def write_page(path: Path, gazes: dict[str, list[Gaze]], title: str) -> int:
         (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         policy += f"; {tag}-src 'sha256-{digest}'"
-    layers = sorted({layer for side in gazes.values() for gaze in side for layer in gaze.rows})
-    examples = list(zip(*gazes.values(), strict=True))
-    page = {"title": title, "labels": list(gazes), "of": len(examples), "layers": layers}
+    layers = sorted({layer for sides in examples for x in sides for layer in x.gaze.rows})
+    page = {"title": title, "labels": list(predictions), "of": len(examples), "layers": layers}
     page["outcomes"] = OUTCOMES
     head, texts = as_text(page), []
     room = LIMIT - len((template + policy + head).encode())
     for sides in examples:
-        longest = max((t for t, _, _ in sides[0].grids), default=1)
-        stride, text = 1, as_text(example_data(sides, layers))
-        while len(text) > LARGE and stride < longest:
-            stride *= 2
-            text = as_text(example_data(sides, layers, stride))
+        text = as_text(example_data(sides, layers))
         if len(text) < room:
             room -= len(text) + 1
             texts.append(text)
@@ -330,42 +269,31 @@ def as_text(value: dict) -> str:
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def sampled(gaze: Gaze, stride: int) -> tuple[list[list[Image.Image]], list[tuple], list[int]]:
-    """Return the frames and the grid of each medium with every `stride`-th of its temporal patches,
-    and the visual tokens of those."""
-    frames, grids, cells, start = [], [], [], 0
-    for medium, (t, h, w) in zip(gaze.media, gaze.grids, strict=True):
-        chosen = range(0, t, stride)
-        frames.append([frame for p in chosen for frame in medium.frames[2 * p : 2 * p + 2]])
-        grids.append((len(chosen), h, w))
-        cells += [start + p * h * w + cell for p in chosen for cell in range(h * w)]
-        start += t * h * w
-    return frames, grids, cells
-
-
-def example_data(sides: Sequence[Gaze], layers: list[int], stride: int = 1) -> dict:
-    """Return one example as the page reads it, with every `stride`-th temporal patch of its videos.
-    What the sides share comes from the first."""
-    first = sides[0]
-    frames, grids, _ = sampled(first, stride)
-    longest = min(LONGEST, math.isqrt(PIXELS // max(sum(map(len, frames)), 1)))
-    pictures = [[jpeg(frame, longest) for frame in some] for some in frames]
+def example_data(sides: Sequence[Prediction], layers: list[int]) -> dict:
+    """Return one example as the page reads it. What the sides share comes from the first."""
+    first = sides[0].gaze
+    example = first.prompt.example
+    count = sum(len(medium.frames) for medium in example.media)
+    longest = min(LONGEST, math.isqrt(PIXELS // max(count, 1)))
     answers = [
         {
-            "tokens": x.response,
-            "accuracy": x.accuracy,
-            "layers": [pack(x, x.rows[n], stride) for n in layers],
+            "tokens": x.gaze.response,
+            "accuracy": x.record["accuracy"],
+            "layers": [pack(x.gaze, n) for n in layers],
         }
         for x in sides
     ]
-    shared = {name: getattr(first, name) for name in ("name", "question", "solution")}
-    shared |= {
-        "grids": grids,
-        "boxes": [[round(number, 2) for number in place] for place in first.places(stride)],
-        "outcome": sides[-1].outcome,
-        "target": bool(first.target),
+    return {
+        "name": example.name,
+        "question": example.problem,
+        "solution": example.solution,
+        "grids": first.prompt.grids,
+        "boxes": [[round(number, 2) for number in place] for place in first.places()],
+        "outcome": outcome(sides[-1].record),
+        "target": bool(first.prompt.target),
+        "pictures": [[jpeg(x, longest) for x in medium.frames] for medium in example.media],
+        "sides": answers,
     }
-    return shared | {"pictures": pictures, "sides": answers, "stride": stride}
 
 
 def jpeg(picture: Image.Image, longest: int) -> str:
@@ -376,9 +304,8 @@ def jpeg(picture: Image.Image, longest: int) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def pack(gaze: Gaze, rows: Tensor, stride: int = 1) -> str:
-    """Return the T + 1 rows of a layer as the page reads them, deflated, in base64. Of a video they
-    hold every `stride`-th temporal patch.
+def pack(gaze: Gaze, layer: int) -> str:
+    """Return the T + 1 rows of a layer as the page reads them, deflated, in base64.
 
     First comes a 32-bit float per row for the mass on vision, on the question, on earlier response
     tokens, on the row's own column, on the brightest cell and on the target, then one for each
@@ -386,18 +313,13 @@ def pack(gaze: Gaze, rows: Tensor, stride: int = 1) -> str:
     (b / 255)^2 x brightest cell; 0 is a cell outside the brightest ones that hold 95% of the
     row's mass on vision.
     """
-    tokens, prompt = len(gaze.response), gaze.prompt_len
-    rows = rows.detach().float().cpu()
-    if rows.shape != (tokens + 1, prompt + tokens):
-        raise ValueError(f"rows {tuple(rows.shape)} of {tokens} tokens after {prompt} positions")
-    _, grids, cells = sampled(gaze, stride)
+    rows, prompt = gaze.rows[layer].float(), len(gaze.prompt.ids)
     seen = rows[:, gaze.visual]  # (T + 1, visual tokens)
     own = pad(rows[1:, prompt:].diagonal(), (1, 0))  # the prompt's last row has its own in P - 1
-    brightest = pad(seen[:, cells], (1, 0)).amax(1)  # 0 without vision
+    brightest = pad(seen, (1, 0)).amax(1)  # 0 without vision
     sums = [seen.sum(1), rows[:, :prompt].sum(1) - seen.sum(1), rows[:, prompt:].sum(1) - own]
-    sums += [own, brightest, seen[:, list(gaze.target)].sum(1)]
-    seen = seen[:, cells]
-    patches = seen.split([h * w for t, h, w in grids for _ in range(t)], dim=1)
+    sums += [own, brightest, seen[:, list(gaze.prompt.target)].sum(1)]
+    patches = seen.split([h * w for t, h, w in gaze.prompt.grids for _ in range(t)], dim=1)
     sums = torch.stack(sums + [patch.sum(1) for patch in patches], dim=1)
     ranked, order = seen.sort(descending=True)
     before = ranked.cumsum(1) - ranked  # mass of the brighter cells

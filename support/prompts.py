@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.utils.rnn import pad_sequence
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from support.grounding import Box, target_tokens
@@ -118,26 +119,26 @@ class Block:
 class Prompt:
     """An `Example` as tensors: `ids` (P,), `positions` (3, P), and the vision blocks in order.
     `target` are the visual tokens that show the example's boxes, counted over all blocks; see
-    `target_tokens`. `number` is the prompt's number in the run, counted from 0."""
+    `target_tokens`. `grids` counts each medium's temporal patches, and rows and columns of visual
+    tokens. `number` is the prompt's number in the run, counted from 0."""
 
     ids: Tensor
     positions: Tensor
     blocks: list[Block]
     example: Example
     target: tuple[int, ...] = ()
+    grids: Sequence[tuple[int, int, int]] = ()
     number: int = 0
-
-    def shapes(self) -> list[tuple[int, int]]:
-        """Rows and columns of visual tokens of each temporal patch."""
-        return [block.shape[1:] for block in self.blocks for _ in range(block.shape[0])]
 
     def patches(self) -> Tensor:
         """The temporal patch that each position shows, (P,), counted over all blocks: an image is
         one, a video has one for each pair of frames. It is -1 for text."""
-        numbers = torch.full_like(self.ids, -1)
-        tokens = torch.tensor([h * w for h, w in self.shapes()], dtype=torch.long)
-        visual = [torch.arange(b.tokens) + b.start for b in self.blocks] or [tokens]
-        numbers[torch.cat(visual)] = torch.arange(len(tokens)).repeat_interleave(tokens)
+        numbers, first = torch.full_like(self.ids, -1), 0
+        for block in self.blocks:
+            t, h, w = block.shape
+            shown = torch.arange(first, first + t).repeat_interleave(h * w)
+            numbers[block.start : block.start + block.tokens] = shown
+            first += t
         return numbers
 
 
@@ -222,11 +223,9 @@ def read_prompt_config(files: dict[str, bytes]) -> PromptConfig | None:
         return None
     try:
         config = PromptConfig(**json.loads(files["prompt.json"]))
-        if not all(isinstance(text, str) for text in config.prompts.values()):
-            raise TypeError("a prompt is not text")
         if any(re.search("<image>|<video>", text) for text in config.prompts.values()):
             raise ValueError("a prompt holds the marker of a medium")
-        if not isinstance(config.think, bool) or not isinstance(config.question_first, bool):
+        if not {type(config.think), type(config.question_first)} <= {bool}:
             raise TypeError("think or question_first is not true or false")
         if config.accuracy_rule not in ("by-type", "exact"):
             raise ValueError(f"its accuracy_rule is {config.accuracy_rule!r}")
@@ -276,7 +275,7 @@ def encode_prompt(processor: Processor, example: Example) -> Prompt:
     ids += encode(text, split_special_tokens=True)
     positions = mrope_positions(len(ids), blocks)
     target = target_tokens(example.boxes, example.media, grids)
-    return Prompt(torch.tensor(ids), positions, blocks, example, target)
+    return Prompt(torch.tensor(ids), positions, blocks, example, target, grids)
 
 
 def split_turn(asked: PromptConfig, example: Example) -> list[str | Media]:
@@ -445,25 +444,16 @@ def collate(model: Module, prompts: Sequence[Prompt], pad_id: int) -> PromptBatc
     """Left-pad prompts into a batch on the model's device, and compute their visual features if the
     vision encoder is frozen."""
     frozen = not any(p.requires_grad for p in model.model.visual.parameters())
-    longest = max(len(prompt.ids) for prompt in prompts)
-    ids = torch.full((len(prompts), longest), pad_id)
-    positions = torch.zeros(3, len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
-    patches = torch.full_like(ids, -1)
-    for row, prompt in enumerate(prompts):
-        start = longest - len(prompt.ids)
-        ids[row, start:] = prompt.ids
-        positions[:, row, start:] = prompt.positions
-        mask[row, start:] = True
-        patches[row, start:] = prompt.patches()
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    mask = pad([torch.ones_like(prompt.ids, dtype=torch.bool) for prompt in prompts])
     blocks = [prompt.blocks for prompt in prompts]
     with torch.no_grad():
         features = visual_features(model, blocks) if frozen else None
     return PromptBatch(
-        ids.to(model.device),
-        positions.to(model.device),
+        pad([prompt.ids for prompt in prompts], padding_value=pad_id).to(model.device),
+        pad([prompt.positions.T for prompt in prompts]).movedim(2, 0).to(model.device),
         None if mask.all() else mask.to(model.device),
-        patches,
+        pad([prompt.patches() for prompt in prompts], padding_value=-1),
         blocks,
         features,
     )

@@ -1,6 +1,7 @@
 """The output directory of an evaluation: its predictions, and the tables and plots of them."""
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -36,9 +37,18 @@ MEASURES = {
 }
 
 
-def varied_names(settings: Iterable[Setting]) -> list[int]:
-    """The places of the values in which settings differ."""
-    return [i for i, values in enumerate(zip(*settings, strict=True)) if len(set(values)) > 1]
+def labels(settings: Iterable[Sequence]) -> dict[tuple, str]:
+    """What tells each setting, or the end of one, from the others, as in "nextqa, frames 32".
+    Evaluation and benchmark, which may stand before the numbers, go by their names alone."""
+    settings = [tuple(setting) for setting in settings]
+    names = ("", "", *NAMES[1:])[-len(settings[0]) :]
+    varied = [i for i, values in enumerate(zip(*settings, strict=True)) if len(set(values)) > 1]
+
+    def label(setting: tuple) -> str:
+        words = (f"{names[i]} {setting[i]}" if names[i] else setting[i] for i in varied)
+        return ", ".join(filter(None, words))
+
+    return {setting: label(setting) for setting in settings}
 
 
 def read_predictions(path: Path) -> tuple[dict[Setting, Records], int]:
@@ -112,26 +122,19 @@ def measures(records: Records) -> dict[str, str]:
     return found
 
 
-def label_of(setting: Setting, varied: Sequence[int], between: str = "-", equals: str = "") -> str:
-    """What distinguishes a setting, as in `nextqa-frames32`."""
-    words = [setting[i] if i == 0 else f"{NAMES[i]}{equals}{setting[i]}" for i in varied]
-    return between.join(words)
-
-
-def table(results: dict[Setting, Records], varied: Sequence[int]) -> str:
+def table(results: dict[tuple, Records]) -> str:
     """Accuracy over all rows, by problem type and by source; format rate and response length. A
     benchmark's own number follows. Where there are boxes: how many were right and looked, and the
-    measures."""
-    lines = []
+    measures. The keys of `results` are settings, or names of evaluations and settings."""
+    lines, named = [], labels(results)
     for setting, records in results.items():
-        groups = [("all", records)]
-        for field in ("problem_type", "source"):
+        groups, benchmark = [("all", records)], setting[-5]
+        for field, nothing in (("problem_type", "no type"), ("source", "no source")):
             values = sorted({record[field] for record in records})
             for value in values if len(values) > 1 or values[0] else []:
                 chosen = [record for record in records if record[field] == value]
-                name = value or {"problem_type": "no type", "source": "no source"}[field]
-                groups.append((name, chosen))
-        label = label_of(setting, varied, ", ", " ") or setting[0] or "held-out"
+                groups.append((value or nothing, chosen))
+        label = named[setting] or benchmark or "held-out"
         lines.append(f"\n{label:<36}{'rows':>7}{'accuracy':>10}{'format':>8}{'length':>8}")
         for name, group in groups:
             values = [mean(group, what) for what in ("accuracy", "format", "completion_len")]
@@ -139,31 +142,38 @@ def table(results: dict[Setting, Records], varied: Sequence[int]) -> str:
             name = "".join(c if c.isprintable() else "?" for c in name[:34])
             lines.append(f"{name:<36}{len(group):>7}{numbers}")
         lines += [f"{label:<36}{text:>17}" for label, text in measures(records).items()]
-        if setting[0]:
-            lines.append(f"{BENCHMARKS[setting[0]].heading}: {number(setting[0], records)}")
+        if benchmark:
+            lines.append(f"{BENCHMARKS[benchmark].heading}: {number(benchmark, records)}")
     return "\n".join(lines)
 
 
 def side_by_side(results: dict[tuple, Records]) -> str:
-    """Markdown: the paper's tables with the measured numbers below, and what stands behind these.
-    The keys of `results` are the name of an evaluation and a setting."""
-    varied = [i - 1 for i in varied_names(results) if i > 1]
-    names = ["evaluation", "benchmark", "number", "rows", "accuracy", "format", "length"]
-    looks = {key: measures(records) for key, records in results.items()}
-    seen = list(dict.fromkeys(label for look in looks.values() for label in look))
-    measured, lines = defaultdict(dict), [names + seen, ["---"] * len(names + seen)]
-    for (name, *setting), records in results.items():
-        label = ", ".join(filter(None, (name, label_of(setting, varied, ", ", " "))))
-        heading = own = ""
-        if benchmark := setting[0]:
-            own = measured[label][benchmark] = number(benchmark, records)
-            heading = BENCHMARKS[benchmark].heading
-        rates = [f"{mean(records, what):.3f}" for what in ("accuracy", "format")]
-        length = f"{mean(records, 'completion_len'):.1f}"
-        looked = [looks[name, *setting].get(x, "") for x in seen]
-        lines.append((label, heading, own, f"{len(records):,}", *rates, length, *looked))
-    details = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{paper_tables(measured)}\n{details}\n"
+    """Markdown: the paper's tables with the measured numbers below, and `table`. The keys of
+    `results` are the name of an evaluation and a setting."""
+    measured, named = defaultdict(dict), labels(numbers for _, _, *numbers in results)
+    for (name, benchmark, *numbers), records in results.items():
+        if benchmark:
+            label = ", ".join(filter(None, (name, named[tuple(numbers)])))
+            measured[label][benchmark] = number(benchmark, records)
+    return f"{paper_tables(measured)}\n```{table(results)}\n```\n"
+
+
+def plot(path: Path, results: dict[tuple, Records]) -> None:
+    """Plot accuracy, or a benchmark's own score, with its standard error against the first number
+    that varies, one line for each value of whatever else does. Nothing is drawn if none varies."""
+    columns = list(zip(*results, strict=True))
+    numbers = [i for i, column in enumerate(columns)
+               if len(set(column)) > 1 and all(isinstance(x, int) for x in column)]  # fmt: skip
+    if not numbers:
+        return
+    place, lines = numbers[0], defaultdict(list)
+    others = {setting: (*setting[:place], None, *setting[place + 1 :]) for setting in results}
+    named = labels(others.values())
+    for setting, records in results.items():
+        scores = np.array([record.get("score", record["accuracy"]) for record in records])
+        point = (setting[place], scores.mean(), scores.std() / math.sqrt(len(records)))
+        lines[named[others[setting]]].append(point)
+    draw_sweep(path, NAMES[place - len(columns)], lines)
 
 
 def compare(args: Any) -> None:
@@ -182,18 +192,17 @@ def compare(args: Any) -> None:
         disk.write_record(out, COMPARISON, {"compare": args.compare})
         disk.write_aside(out / "table.md", text := side_by_side(results))
     print(text)
-    draw_sweep(out / "sweep.png", results, ("evaluation", *NAMES), varied_names(results))
+    plot(out / "sweep.png", results)
 
 
 def report(args: Any, results: dict[Setting, Records]) -> None:
     """Print and write the tables of an evaluation, and plot a sweep."""
-    out, varied = Path(args.out), varied_names(results)
-    text = table(results, varied)
+    out, text = Path(args.out), table(results)
     with disk.writing(out, "table.txt"):
         disk.write_aside(out / "table.txt", text.strip() + "\n")
         if args.benchmark:
             named = {(args.out, *setting): records for setting, records in results.items()}
             disk.write_aside(out / "table.md", side_by_side(named))
     print(text)
-    draw_sweep(out / "sweep.png", results, NAMES, varied)
+    plot(out / "sweep.png", results)
     print(f"results: {out}")

@@ -19,7 +19,7 @@ import json
 import random
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -38,7 +38,17 @@ from support.prompts import Example, Media, Prompt, PromptConfig
 from support.ranks import UsageError, rank, require, world_size
 
 CELL = 28  # pixels; one visual token of Qwen2-VL
-SHAPES = ("star", "circle", "square", "triangle", "cross", "ring", "diamond", "bar")
+STAR = (14, 2, 17, 10, 25, 10, 19, 15, 21, 24, 14, 19, 6, 24, 8, 15, 2, 10, 10, 10)
+SHAPES = {  # how each is drawn: a method of ImageDraw, its coordinates and its other arguments
+    "star": [("polygon", STAR)],
+    "circle": [("ellipse", (4, 4, 23, 23))],
+    "square": [("rectangle", (5, 5, 22, 22))],
+    "triangle": [("polygon", (14, 3, 24, 23, 3, 23))],
+    "cross": [("rectangle", (11, 3, 16, 24)), ("rectangle", (3, 11, 24, 16))],
+    "ring": [("arc", (4, 4, 23, 23), ("start", 0), ("end", 360), ("width", 5))],
+    "diamond": [("polygon", (14, 2, 22, 14, 14, 25, 5, 14))],
+    "bar": [("rectangle", (3, 10, 24, 17))],
+}
 COLOURS = {
     "red": (220, 40, 40),
     "green": (30, 160, 60),
@@ -134,9 +144,8 @@ def resolve_task(args: Any, model: str | None, may_differ: bool = False) -> tupl
     asked = {name: value for name, value in fields.items() if value is not None}
     for name, value in asked.items() if known and not may_differ else ():
         wanted, own = as_option(name, value), as_option(name, getattr(known, name))
-        trained = "on images" if own == "--frames None" else f"with {own}"
         remedy = f"Omit it, or train such a toy: python sft.py {wanted} --out runs/other"
-        require(wanted == own, f"{wanted}: {model} was trained {trained}. {remedy}")
+        require(wanted == own, f"{wanted}: {model} was trained with {own}. {remedy}")
     # Chat prompts put the image first, so a model that is not a toy gets this order.
     task = replace(known or Task(order="image-first" if model else "question-first"), **asked)
     return model is None or known is not None, task
@@ -184,26 +193,8 @@ def draw_scene(scene: Scene, grid: int, frames: int | None) -> list[Image.Image]
 def sprite(shape: str, colour: str) -> Image.Image:
     """One cell with one shape on the background."""
     image = Image.new("RGB", (CELL, CELL), BACKGROUND)
-    draw = ImageDraw.Draw(image)
-    fill = COLOURS[colour]
-    if shape == "circle":
-        draw.ellipse((4, 4, 23, 23), fill=fill)
-    elif shape == "ring":
-        draw.ellipse((4, 4, 23, 23), outline=fill, width=5)
-    elif shape == "square":
-        draw.rectangle((5, 5, 22, 22), fill=fill)
-    elif shape == "bar":
-        draw.rectangle((3, 10, 24, 17), fill=fill)
-    elif shape == "triangle":
-        draw.polygon(((14, 3), (24, 23), (3, 23)), fill=fill)
-    elif shape == "diamond":
-        draw.polygon(((14, 2), (22, 14), (14, 25), (5, 14)), fill=fill)
-    elif shape == "cross":
-        draw.rectangle((11, 3, 16, 24), fill=fill)
-        draw.rectangle((3, 11, 24, 16), fill=fill)
-    elif shape == "star":
-        points = (14, 2, 17, 10, 25, 10, 19, 15, 21, 24, 14, 19, 6, 24, 8, 15, 2, 10, 10, 10)
-        draw.polygon(points, fill=fill)
+    for method, edges, *options in SHAPES[shape]:
+        getattr(ImageDraw.Draw(image), method)(edges, fill=COLOURS[colour], **dict(options))
     return image
 
 
@@ -276,6 +267,16 @@ def held_out_examples(task: Task, count: int) -> list[Example]:
     return [replace(example, name=f"held-out {i}") for i, example in enumerate(examples, 1)]
 
 
+class HeldOut(list):
+    """Held-out examples, with the interface of a data file."""
+
+    def example(self, row: int) -> Example:
+        return self[row]
+
+    def name(self, row: int) -> str:
+        return self[row].name
+
+
 @dataclass
 class Stream:
     """Training examples by number, with the interface of a data file. SFT changes `task` and
@@ -311,14 +312,14 @@ SIZES = {  # hidden, layers, heads, key-value heads, MLP: 0.7 M and 3.9 M parame
 }
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(words: Iterable[str] = (*WORDS, *SHAPES, *COLOURS)) -> PreTrainedTokenizerFast:
     """A word-level tokenizer with the special tokens of Qwen2-VL; <|endoftext|> pads and <|im_end|>
     ends a turn.
 
     The special tokens are added tokens, not words of the vocabulary, so that a special token inside
     a question can be split to <unk>.
     """
-    vocabulary = {word: i for i, word in enumerate((*WORDS, *SHAPES, *COLOURS))}
+    vocabulary = {word: i for i, word in enumerate(words)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -363,6 +364,7 @@ def write_base(directory: Path, seed: int, size: str = "small") -> None:
             "hidden_size": hidden,
             "num_heads": 4,
             "mlp_ratio": 4,
+            "initializer_range": 0.05,
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -370,7 +372,6 @@ def write_base(directory: Path, seed: int, size: str = "small") -> None:
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=False,
     )
-    config.vision_config.initializer_range = 0.05
     torch.manual_seed(seed)
     model = Qwen2VLForConditionalGeneration(config)
     model.generation_config.eos_token_id = ids["<|im_end|>"]

@@ -280,10 +280,7 @@ def test_an_evaluation_has_the_benchmarks_own_numbers(evaluate):
     assert [row[0] for row in rows[2:]] == [*(f"{name} (paper)" for name in PAPER), str(out)]
     assert [row[3] for row in rows] == ["MME", "---", "2309.3", "2258.7", "2352.8", rows[5][3]]
     assert rows[5][1:4] == ["", "", "50.0 (rows 2 of 2,374)"] and "| LongVideoBench |" in details
-    assert (
-        f"| {out} | MME, points of 2,800 | 50.0 (rows 2 of 2,374) | 2 | 0.500 | 0.000 | 2.0 |"
-        in details
-    )
+    assert "\nMME, points of 2,800: 50.0 (rows 2 of 2,374)\n" in details
 
 
 def test_the_attention_on_the_boxes_is_measured(evaluate):
@@ -333,10 +330,7 @@ def test_evaluations_stand_side_by_side(evaluate, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(Axes, "errorbar", keep)
     both = {"compare": (str(right), str(wrong))}
     eval.main(eval.Args(**both, out=str(tmp_path / "both")))
-    assert drawn == [
-        (f"evaluation {right}", (2, 4), (1, 1)),
-        (f"evaluation {wrong}", (2, 4), (0, 0)),
-    ]
+    assert drawn == [(str(right), (2, 4), (1, 1)), (str(wrong), (2, 4), (0, 0))]
     table = (tmp_path / "both" / "table.md").read_text()
     assert table in capsys.readouterr().out
     for out, number in ((right, "100.0"), (wrong, "0.0")):

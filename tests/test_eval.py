@@ -20,7 +20,7 @@ import eval
 from support import disk, pictures, ranks, results, states
 from support.grounding import Box, fourfold
 from support.pictures import Gaze
-from support.prompts import Media, PromptConfig, collate
+from support.prompts import Block, Example, Media, Prompt, PromptConfig, collate
 
 
 def predictions(out):
@@ -192,7 +192,10 @@ def test_dollars_are_no_formula(drawn, tmp_path):
     record |= {"problem": r"Is $\parallelogram ABCD$ a square?", "solution": "$x"}
     media = [Media([Image.new("RGB", (56, 56))])]
     rows = {0: torch.ones(2, 5) / 5}
-    shown = Gaze(record["problem"], "$x", ["$$"], 0.0, media, [(1, 2, 2)], [0, 1, 2, 3], 4, rows)
+    example = Example(record["problem"], "$x", media)
+    block = Block(torch.empty(0), (1, 2, 2))
+    prompt = Prompt(torch.zeros(4), None, [block], example, grids=[block.shape])
+    shown = Gaze(prompt, ["$$"], rows)
     prediction = pictures.Prediction(record, shown, range(0, 1), 0)
     pictures.draw_attention(tmp_path / "a.png", {"$": [prediction] * 6})
     width, height = Image.open(tmp_path / "a.png").size
@@ -267,24 +270,27 @@ def test_a_sweep_over_frames_with_real_data(real, tmp_path):
     assert metrics["eval/accuracy_OCR"] == pytest.approx(expected)
 
 
-def test_a_picture_shows_every_image_and_pair_of_frames(loaded):
-    """An image of 4 x 4 tokens, a video of three pairs of frames and an image, of 3 x 3 each."""
+@pytest.mark.parametrize("patch", [0, 2])
+def test_a_picture_shows_what_gets_most_attention(loaded, patch):
+    """Of an image of 4 x 4 tokens, a video of three pairs of frames and an image, of 3 x 3 each."""
     (prompt,) = make_prompts(*loaded, kinds=("mixed",), grids=(4,), frames=(6,))
-    attention = torch.arange(16.0 + 4 * 9)
+    attention = torch.ones(16 + 4 * 9)
+    first, count = (0, 16) if patch == 0 else (16 + 9, 9)  # the image, or the second pair
+    attention[first : first + count] = torch.arange(10.0, 10.0 + count)
     boxes = (Box(28, 56, 42, 70), Box(21, 42, 63, 84, medium=1, start=0.9, end=1.2))
     prompt.example.boxes = boxes
-    shown = pictures.make_gaze(prompt, [], loaded[1].tokenizer, 0.0, {})
+    shown = pictures.make_gaze(prompt, [], loaded[1].tokenizer, {})
     axis = pictures.load_pyplot().figure().add_subplot()
     pictures.draw_gaze(axis, shown, attention)
-    drawn, dimmed = axis.images[::2], axis.images[1::2]
-    assert [image.get_array().shape[0] for image in drawn] == [112, 84, 84, 84, 84]
-    bright = [(1 - image.get_array()[..., 3] / 0.85).flatten() for image in dimmed]
-    np.testing.assert_allclose(np.concatenate(bright), attention / 51, atol=1e-6)
-    corners = [image.get_extent() for image in drawn]  # left, right, bottom, top
-    expected = [(corners[0][0] + 28, corners[0][3] + 56, 14, 14)]
-    expected.append((corners[2][0] + 21, corners[2][3] + 42, 42, 42))  # the second pair alone
-    outlines = [(*x.get_xy(), x.get_width(), x.get_height()) for x in axis.patches]
-    np.testing.assert_allclose(outlines, expected)
+    drawn, dimmed = axis.images
+    assert drawn.get_array().shape[0] == (112 if patch == 0 else 84)
+    bright = (1 - dimmed.get_array()[..., 3] / 0.85).flatten()
+    np.testing.assert_allclose(bright, torch.arange(10.0, 10.0 + count) / (9 + count), atol=1e-6)
+    (outline,) = axis.patches
+    box = boxes[0] if patch == 0 else boxes[1]
+    place = (*outline.get_xy(), outline.get_width(), outline.get_height())
+    expected = (box.left, box.top, box.right - box.left, box.bottom - box.top)
+    np.testing.assert_allclose(place, expected)
 
 
 def test_a_character_of_several_tokens_belongs_to_the_last(real):
@@ -300,7 +306,7 @@ def test_a_character_of_several_tokens_belongs_to_the_last(real):
 def test_rows_without_a_type_have_a_line_of_the_table():
     records = [{"problem_type": kind, "source": "", "accuracy": a, "format": 1, "completion_len": 2}
                for kind, a in (("", 1.0), ("", 0.0), ("numerical", 1.0))]  # fmt: skip
-    lines = results.table({(None,) * 5: records}, []).splitlines()
+    lines = results.table({(None,) * 5: records}).splitlines()
     assert [line.split("  ")[0] for line in lines[2:]] == ["all", "no type", "numerical"]
     assert lines[3].split()[2:4] == ["2", "0.500"]
 
@@ -323,7 +329,7 @@ def test_tables_say_where_the_rows_with_boxes_looked():
     looks = dict.fromkeys(results.MEASURES, 0.25) | {"target_attn_generic": 0.1, "pointing": 1.0}
     boxes = [plain | looks, plain | looks | {"accuracy": 1.0, "pointing": 0.0}]
     boxes.append(plain | looks | {"target_attn": 1.0, "target_attn_generic": 0.4})
-    lines = results.table({(None,) * 5: [plain, *boxes]}, []).splitlines()
+    lines = results.table({(None,) * 5: [plain, *boxes]}).splitlines()
     cells = [re.split("  +", line) for line in lines[3:]]
     assert cells == [
         ["rows with boxes", "3"],
@@ -335,13 +341,22 @@ def test_tables_say_where_the_rows_with_boxes_looked():
         *([label, "0.250"] for label in list(results.MEASURES.values())[1:]),
         ["on target, times a general request", "2.500"],  # 1.5 / 0.6
     ]
-    assert len(results.table({(None,) * 5: [plain]}, []).splitlines()) == 3
+    assert len(results.table({(None,) * 5: [plain]}).splitlines()) == 3
     several = {("a", *(None,) * 5): [plain], ("b", *(None,) * 5): boxes}
-    lines = [line.split(" | ") for line in results.side_by_side(several).splitlines()]
-    head, _, without, having = lines[-4:]
-    assert head[7:9] == ["rows with boxes", "right and looked"] and len(head) == 7 + len(cells)
-    assert not any(without[7:-1]) and having[7:10] == ["3", "0 (0.000)", "1 (0.333)"]
-    assert "boxes" not in results.side_by_side({("a", *(None,) * 5): [plain]})
+    text = results.side_by_side(several)
+    assert text.count("rows with boxes") == 1 and text.index("\na ") < text.index("\nb ")
+
+
+def test_evaluations_with_and_without_a_number_or_a_benchmark_are_named_and_not_plotted(tmp_path):
+    settings = [("a", None, 16, 5120), ("a", None, 32, 5120), ("b", "vstar", None, 5120)]
+    settings = [(*setting, 128, None) for setting in settings]
+    assert list(results.labels(settings).values()) == [
+        "a, frames 16",
+        "a, frames 32",
+        "b, vstar, frames None",
+    ]
+    results.plot(tmp_path / "sweep.png", {x: [{"accuracy": 1.0}] for x in settings})
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("fields", [{"frames": (None, 16)}, {"image_tokens": (64, None)}])

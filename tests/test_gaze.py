@@ -1,7 +1,6 @@
 """The gaze page in a real headless Chromium: what it shows is what the attention rows say."""
 
 import base64
-import json
 import random
 import shutil
 import zlib
@@ -14,8 +13,8 @@ from playwright.sync_api import sync_playwright
 
 from support import pictures
 from support.grounding import Box
-from support.pictures import Gaze, Prediction, write_page
-from support.prompts import Media
+from support.pictures import Gaze, Prediction, draw_page
+from support.prompts import Block, Example, Media, Prompt
 from support.ranks import UsageError
 from support.toy import Task, sample_example
 
@@ -71,49 +70,56 @@ def visit(browser):
 
 
 def make_gaze(
-    seed=0, tokens=("<answer>", " red", "</answer>"), frames=(None,), layers=(1,), **fields
-) -> Gaze:
+    seed=0,
+    tokens=("<answer>", " red", "</answer>"),
+    frames=(None,),
+    layers=(1,),
+    target=(),
+    accuracy=1.0,
+    **fields,
+) -> Prediction:
     """An answered toy example, with a vision block for each entry of `frames` and random rows."""
     generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
-    media, grids, visual, length = [], [], [], 3
+    media, blocks, length = [], [], 3
     for count in frames:
         example = sample_example(rng, Task(frames=count))
         media += example.media
-        grids.append(((count + 1) // 2 if count else 1, 4, 4))
-        visual += range(length, length + grids[-1][0] * 16)
-        length += grids[-1][0] * 16 + 2
+        grid = ((count + 1) // 2 if count else 1, 4, 4)
+        blocks.append(Block(torch.empty(0), grid, start=length))
+        length += blocks[-1].tokens + 2
     shape = len(tokens) + 1, length + len(tokens)
     rows = {}
     for layer in layers:
         logits = 3 * torch.randn(shape, generator=generator)
         rows[layer] = logits.masked_fill(torch.ones(shape).triu(length).bool(), -1e9).softmax(-1)
-    given = {"question": example.problem, "solution": "red", "accuracy": 1.0} | fields
-    return Gaze(
-        response=list(tokens),
-        media=media,
-        grids=grids,
-        visual=visual,
-        prompt_len=length,
-        rows=rows,
-        **given,
-    )
+    example = Example(**{"problem": "So?", "solution": "red", "media": media} | fields)
+    grids = [block.shape for block in blocks]
+    prompt = Prompt(torch.zeros(length), None, blocks, example, target, grids)
+    return Prediction({"accuracy": accuracy}, Gaze(prompt, list(tokens), rows), range(1, 2), 1)
 
 
-def cut(one: Gaze, t: int, kind: str = "predicting", layer: int = 1) -> dict:
+def cut(one: Prediction, t: int, kind: str = "predicting", layer: int = 1) -> dict:
     """The numbers of a token's row by definition: masses and the brightness (cells,) of pictures,
     0 beyond the brightest cells that hold 95%."""
-    row = one.rows[layer][t].numpy().astype(np.float64)
+    prompt = one.gaze.prompt
+    row = one.gaze.rows[layer][t].numpy().astype(np.float64)
     if kind == "own":
-        row = one.rows[layer][t + 1].numpy().astype(np.float64)
-        row[one.prompt_len + t] = 0
+        row = one.gaze.rows[layer][t + 1].numpy().astype(np.float64)
+        row[len(prompt.ids) + t] = 0
         row /= row.sum()
-    cells = row[np.array(one.visual)]
+    cells = [row[block.start : block.start + block.tokens] for block in prompt.blocks]
+    cells = np.concatenate(cells)
     order = np.argsort(-cells)
     enough = np.searchsorted(np.cumsum(cells[order]), 0.95 * cells.sum()) + 1
     kept = np.zeros_like(cells)
     kept[order[:enough]] = cells[order[:enough]]
-    prompt, vision = row[: one.prompt_len].sum(), cells.sum()
-    masses = [vision, prompt - vision, row[one.prompt_len :].sum(), cells[list(one.target)].sum()]
+    asked, vision = row[: len(prompt.ids)].sum(), cells.sum()
+    masses = [
+        vision,
+        asked - vision,
+        row[len(prompt.ids) :].sum(),
+        cells[list(prompt.target)].sum(),
+    ]
     return {"masses": masses, "cells": cells, "light": kept / cells.max()}
 
 
@@ -145,7 +151,7 @@ def lights_of(page, side=0, views="figure > .view") -> np.ndarray:
     return 1 - np.array(alphas) / (255 * 0.86)
 
 
-def check(page, one: Gaze, t: int, side=0, views="figure > .view", **row) -> None:
+def check(page, one: Prediction, t: int, side=0, views="figure > .view", **row) -> None:
     """The numbers and pictures of a side are those of a token's row."""
     expected = cut(one, t, **row)
     shown = masses_of(page, side)
@@ -155,11 +161,11 @@ def check(page, one: Gaze, t: int, side=0, views="figure > .view", **row) -> Non
 
 def test_pointing_at_a_token_shows_its_row(tmp_path, visit):
     one = make_gaze(frames=(None, None), target=(17,))
-    assert write_page(tmp_path / "gaze.html", {"toy": [one]}, "A run") == 1
+    assert draw_page(tmp_path / "gaze.html", {"toy": [one]}, "A run") == 1
     page = visit(tmp_path / "gaze.html")
     assert page.title() == "A run"
     tokens = page.locator(".tokens span")
-    assert tokens.all_inner_texts() == one.response
+    assert tokens.all_inner_texts() == one.gaze.response
     check(page, one, 1)  # the answer is shown first
     for t in (0, 2, 1):
         tokens.nth(t).hover()
@@ -175,7 +181,7 @@ def test_pointing_at_a_token_shows_its_row(tmp_path, visit):
 def test_words_and_frames_say_what_the_picture_shows(tmp_path, visit):
     boxes = [Box(28, 0, 56, 28, medium=1), Box(1.4, 2.8, 110.6, 5.6, medium=1)]
     one = make_gaze(frames=(None, None), target=(17,), boxes=boxes)
-    write_page(tmp_path / "gaze.html", {"toy": [one]}, "A run")
+    draw_page(tmp_path / "gaze.html", {"toy": [one]}, "A run")
     page = visit(tmp_path / "gaze.html")
     cells = cut(one, 1)["cells"]
     brightest = int(cells.argmax())
@@ -198,7 +204,7 @@ def test_words_and_frames_say_what_the_picture_shows(tmp_path, visit):
 
 def test_layer_row_and_brightness_can_be_chosen(tmp_path, visit):
     one = make_gaze(layers=(1, 27))
-    write_page(tmp_path / "gaze.html", {"model": [one]}, "A run")
+    draw_page(tmp_path / "gaze.html", {"model": [one]}, "A run")
     page = visit(tmp_path / "gaze.html")
     check(page, one, 1, layer=27)  # the last layer is shown first
     page.select_option("#row", "own")
@@ -222,7 +228,7 @@ def test_before_and_after_stand_side_by_side(tmp_path, visit):
     words = ["The", "star", "is", "red", ",", "so", "I", "say", "<answer>", "red", "</answer>"]
     before = [make_gaze(0, accuracy=0.0), make_gaze(1), make_gaze(2, accuracy=0.5)]
     after = [make_gaze(3, words), make_gaze(4), make_gaze(5)]
-    write_page(tmp_path / "gaze.html", {"before": before, "after": after}, "A run")
+    draw_page(tmp_path / "gaze.html", {"before": before, "after": after}, "A run")
     page = visit(tmp_path / "gaze.html")
     headings = page.locator(".heading").all_inner_texts()
     assert [" ".join(text.split()) for text in headings] == ["before ✗ wrong", "after ✓ right"]
@@ -263,16 +269,10 @@ def test_before_and_after_stand_side_by_side(tmp_path, visit):
 def test_examples_are_chosen_by_whether_a_right_answer_looked(tmp_path, visit):
     """The last side decides; half right is right, and rows without boxes are in no such list."""
     judged = [(1.0, 1.0), (0.5, 0.0), (0.0, 0.0), (1.0, 0.0), (0.0, None)]
-    after = [
-        Prediction(
-            {"accuracy": right} | ({} if looked is None else {"pointing": looked}),
-            make_gaze(number, accuracy=right),
-            range(1, 2),
-            1,
-        )
-        for number, (right, looked) in enumerate(judged)
-    ]
-    pictures.draw_page(tmp_path / "gaze.html", {"before": after[::-1], "after": after}, "A run")
+    after = [make_gaze(number, accuracy=right) for number, (right, _) in enumerate(judged)]
+    for prediction, (_, looked) in zip(after, judged, strict=True):
+        prediction.record |= {} if looked is None else {"pointing": looked}
+    draw_page(tmp_path / "gaze.html", {"before": after[::-1], "after": after}, "A run")
     page = visit(tmp_path / "gaze.html")
     options = page.locator("#filter option").all_inner_texts()
     chosen = [option for option in options if option.startswith("after: ")]
@@ -289,7 +289,7 @@ def test_examples_are_chosen_by_whether_a_right_answer_looked(tmp_path, visit):
 
 def test_the_keyboard_is_enough(tmp_path, visit):
     gazes = [make_gaze(seed) for seed in range(3)]
-    write_page(tmp_path / "gaze.html", {"toy": gazes}, "A run")
+    draw_page(tmp_path / "gaze.html", {"toy": gazes}, "A run")
     page = visit(tmp_path / "gaze.html")
     for _ in range(20):
         page.keyboard.press("Tab")
@@ -299,7 +299,7 @@ def test_the_keyboard_is_enough(tmp_path, visit):
     assert page.evaluate(focused) == [" red", "true"]
     for key, t in (("ArrowRight", 2), ("ArrowRight", 2), ("Home", 0), ("ArrowLeft", 0), ("End", 2)):
         page.keyboard.press(key)
-        assert page.evaluate(focused) == [gazes[0].response[t], "true"]
+        assert page.evaluate(focused) == [gazes[0].gaze.response[t], "true"]
         check(page, gazes[0], t)
     for key, example in (("ArrowRight", 2), ("ArrowRight", 3), ("ArrowRight", 3), ("ArrowLeft", 2)):
         page.keyboard.press(f"Shift+{key}")
@@ -312,8 +312,9 @@ def test_the_keyboard_is_enough(tmp_path, visit):
 def test_a_video_has_a_line_over_time_and_plays(tmp_path, visit):
     box = Box(28, 0, 56, 28, start=1.5, end=3)  # the second frame of the second pair begins it
     one = make_gaze(frames=(5,), target=(17, 33), boxes=[box])
-    one.media = [Media([Image.new("RGB", (112, 112), (50 * i, 0, 0)) for i in range(5)], True)]
-    write_page(tmp_path / "gaze.html", {"toy": [one]}, "A run")
+    video = Media([Image.new("RGB", (112, 112), (50 * i, 0, 0)) for i in range(5)], True)
+    one.gaze.prompt.example.media = [video]
+    draw_page(tmp_path / "gaze.html", {"toy": [one]}, "A run")
     page = visit(tmp_path / "gaze.html")
     cells = cut(one, 1)["cells"].reshape(3, 16).sum(1)
     check(page, one, 1, views=".strip .view")
@@ -352,8 +353,8 @@ def units(text: str) -> list[int]:
 
 def test_markup_and_special_characters_are_text(tmp_path, visit):
     text = " ".join(HOSTILE)
-    one = make_gaze(tokens=HOSTILE, question=text, solution=text, name=text)
-    write_page(tmp_path / "gaze.html", {text: [one]}, text)
+    one = make_gaze(tokens=HOSTILE, problem=text, solution=text, name=text)
+    draw_page(tmp_path / "gaze.html", {text: [one]}, text)
     page = visit(tmp_path / "gaze.html")
     read = "({ textContent: x }) => Array.from({ length: x.length }, (_, i) => x.charCodeAt(i))"
     for place in ("h1", "#question", "#solution", "#name", ".heading span:first-child"):
@@ -370,7 +371,7 @@ def test_markup_and_special_characters_are_text(tmp_path, visit):
 
 
 def test_nothing_else_may_run_or_leave_the_page(tmp_path, browser):
-    write_page(tmp_path / "gaze.html", {"toy": [make_gaze()]}, "A run")
+    draw_page(tmp_path / "gaze.html", {"toy": [make_gaze()]}, "A run")
     page = browser.new_page()
     page.goto((tmp_path / "gaze.html").as_uri())
     blocked = page.evaluate("""async () => {
@@ -392,7 +393,7 @@ def test_nothing_else_may_run_or_leave_the_page(tmp_path, browser):
 def test_a_page_fits_a_phone_and_a_dark_room(tmp_path, visit):
     frames = (None, None, 16)
     one = make_gaze(tokens=["a", "long" * 40, "\n\n", " ", "", "b"] * 30, frames=frames)
-    write_page(tmp_path / "gaze.html", {"before": [one], "after": [one]}, "A run")
+    draw_page(tmp_path / "gaze.html", {"before": [one], "after": [one]}, "A run")
     page = visit(tmp_path / "gaze.html", width=390, has_touch=True, color_scheme="dark")
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     sides = [page.locator(".side").nth(i).bounding_box() for i in (0, 1)]
@@ -407,9 +408,9 @@ def test_a_page_fits_a_phone_and_a_dark_room(tmp_path, visit):
 
 def test_an_empty_response_and_a_prompt_without_pictures(tmp_path, browser):
     gazes = [make_gaze(tokens=()), make_gaze()]
-    blind = gazes[1]
-    blind.media, blind.grids, blind.visual = [], [], []
-    write_page(tmp_path / "gaze.html", {"toy": gazes}, "A run")
+    blind = gazes[1].gaze.prompt
+    blind.example.media, blind.grids, blind.blocks = [], [], []
+    draw_page(tmp_path / "gaze.html", {"toy": gazes}, "A run")
     page, errors = browser.new_page(), []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto((tmp_path / "gaze.html").as_uri())
@@ -426,44 +427,29 @@ def test_an_empty_response_and_a_prompt_without_pictures(tmp_path, browser):
 
 def test_a_page_holds_what_fits_and_says_how_many(tmp_path, visit, monkeypatch):
     gazes = [make_gaze(seed) for seed in range(5)]
-    write_page(tmp_path / "gaze.html", {"toy": gazes}, "A run")
+    draw_page(tmp_path / "gaze.html", {"toy": gazes}, "A run")
     whole = (tmp_path / "gaze.html").stat().st_size
     monkeypatch.setattr(pictures, "LIMIT", whole - 100)
-    assert write_page(tmp_path / "gaze.html", {"toy": gazes}, "A run") == 4
+    assert draw_page(tmp_path / "gaze.html", {"toy": gazes}, "A run") == 4
     assert whole * 0.8 < (tmp_path / "gaze.html").stat().st_size <= whole - 100
     page = visit(tmp_path / "gaze.html")
     assert page.locator("#count").inner_text() == "4 of 5 examples"
     check(page, gazes[0], 1)
     monkeypatch.setattr(pictures, "LIMIT", 20_000)
-    assert write_page(tmp_path / "gaze.html", {"toy": gazes}, "A run") == 0
+    assert draw_page(tmp_path / "gaze.html", {"toy": gazes}, "A run") == 0
     assert visit(tmp_path / "gaze.html").locator("#count").inner_text() == "0 of 5 examples"
 
 
-def test_a_long_video_is_sampled(tmp_path, monkeypatch):
-    """Its masses still count all frames."""
+def test_boxes_are_drawn_where_a_video_shows_them():
     boxes = [Box(0, 0, 28, 28), Box(11.2, 22.4, 44.8, 67.2, medium=1, start=4.2, end=5)]
-    boxes.append(Box(0, 0, 9, 9, medium=1, start=1, end=3))  # while no frame of the page is shown
-    one = make_gaze(frames=(None, 15), target=(3, 16 + 16, 16 + 4 * 16 + 5), boxes=boxes)
-    monkeypatch.setattr(
-        pictures, "LARGE", len(pictures.as_text(pictures.example_data([one], [1], stride=4)))
-    )
-    assert write_page(tmp_path / "gaze.html", {"toy": [one]}, "A run") == 1
-    text = (tmp_path / "gaze.html").read_text().split('id="data">')[1].split("</script>")[0]
-    (example,) = json.loads(text)["examples"]
-    assert example["stride"] == 4 and example["grids"] == [[1, 4, 4], [2, 4, 4]]
-    assert [len(pictures) for pictures in example["pictures"]] == [1, 4]
-    assert example["boxes"] == [[0, 0, 0, 25, 25], [2, 10, 20, 30, 40]] and example["target"]
-    blob = zlib.decompress(base64.b64decode(example["sides"][0]["layers"][0]))
-    sums = np.frombuffer(blob, "<f4", count=4 * (6 + 3)).reshape(4, 9)[1]
-    expected = cut(one, 1)
-    masses = expected["cells"].reshape(9, 16).sum(1)[[0, 1, 5]]
-    assert sums[6:] == pytest.approx(masses) and sums[0] == pytest.approx(expected["masses"][0])
-    assert sums[5] == pytest.approx(expected["masses"][3])
+    one = make_gaze(frames=(None, 15), boxes=boxes)
+    drawn = pictures.example_data([one], [1])["boxes"]
+    assert drawn == [[0, 0, 0, 25, 25], [5, 10, 20, 30, 40], [6, 10, 20, 30, 40]]
 
 
 def test_cells_are_stored_in_8_bits_up_to_95_percent():
     one = make_gaze(frames=(6, None), tokens=["a"] * 40)
-    blob = zlib.decompress(base64.b64decode(pictures.pack(one, one.rows[1])))
+    blob = zlib.decompress(base64.b64decode(pictures.pack(one.gaze, 1)))
     patches, cells = 4, 64
     assert len(blob) == 41 * (4 * (6 + patches) + cells)
     codes = np.frombuffer(blob, np.uint8, offset=41 * 4 * (6 + patches)).reshape(41, cells)
@@ -473,12 +459,6 @@ def test_cells_are_stored_in_8_bits_up_to_95_percent():
         assert (codes[t] / 255) ** 2 == pytest.approx(light, abs=1 / 255)
 
 
-def test_rows_of_another_shape_are_refused():
-    one = make_gaze()
-    with pytest.raises(ValueError, match="3 tokens after 21 positions"):
-        pictures.pack(one, one.rows[1][:-1])
-
-
 def test_a_page_that_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(UsageError, match=r"gaze\.html cannot be written"):
-        write_page(tmp_path / "missing" / "gaze.html", {"toy": [make_gaze()]}, "A run")
+        draw_page(tmp_path / "missing" / "gaze.html", {"toy": [make_gaze()]}, "A run")

@@ -66,7 +66,7 @@ def brightness(processor, example) -> tuple[torch.Tensor, list[int]]:
     prompt = encode_prompt(processor, example)
     pixels = torch.cat([block.pixels for block in prompt.blocks])
     means = pixels.unflatten(1, (3, 2, -1)).mean((1, 3)).unflatten(0, (-1, 4)).mean(1)
-    return means.amax(-1), [rows * columns for rows, columns in prompt.shapes()]
+    return means.amax(-1), [h * w for t, h, w in prompt.grids for _ in range(t)]
 
 
 @pytest.mark.parametrize("name", ROWS)

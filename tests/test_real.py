@@ -83,7 +83,11 @@ def test_train_save_and_evaluate(drawn, real, tmp_path, monkeypatch, script, fam
     fields = {"data": str(real / "rows.jsonl")} if script is ral_grpo else {}
     fields |= {"think": False} if script is grpo_baseline else {}
     drawn, draw = [], pictures.draw_gaze
-    keep = lambda axis, gaze, row: drawn.append((gaze.question, len(row))) or draw(axis, gaze, row)  # noqa: E731
+
+    def keep(axis, gaze, row):
+        drawn.append((gaze.prompt.example.problem, len(row)))
+        draw(axis, gaze, row)
+
     monkeypatch.setattr(pictures, "draw_gaze", keep)
     lines, checkpoint = run(script, real, tmp_path / "run", family, steps=7, **fields)
     assert len(lines) == 8 and 0 < lines[-1]["data/skipped"] <= 3

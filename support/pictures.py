@@ -28,6 +28,7 @@ from support.prompts import Prompt
 from support.ranks import rank
 
 LIMIT = 10_000_000  # bytes of a page
+LARGE = LIMIT // 4  # bytes of an example, above which its videos are sampled
 KEPT = 0.95  # share of a row's mass on vision whose cells are stored
 PIXELS = 1_000_000  # of all pictures of an example together
 LONGEST = 896  # pixels, the longer side of a picture
@@ -51,9 +52,9 @@ class Gaze:
         """The indices of all visual tokens in the prompt."""
         return (self.prompt.patches() >= 0).nonzero()[:, 0]
 
-    def places(self) -> list[tuple[float, ...]]:
-        """Where the boxes are drawn: a temporal patch, counted over all media, and left, top, width
-        and height in percent of the picture."""
+    def places(self, stride: int = 1) -> list[tuple[float, ...]]:
+        """Where the boxes are drawn: a temporal patch, counted over every `stride`-th patch of all
+        media, and left, top, width and height in percent of the picture."""
         places, first, example = [], 0, self.prompt.example
         for number, (t, _, _) in enumerate(self.prompt.grids):
             medium = example.media[number]
@@ -61,8 +62,9 @@ class Gaze:
             for box in (box for box in example.boxes if box.medium == number):
                 place = (box.left * x, box.top * y)
                 place += ((box.right - box.left) * x, (box.bottom - box.top) * y)
-                places += [(first + p, *place) for p in range(t) if box.holds(medium, p)]
-            first += t
+                shown = [i for i, p in enumerate(range(0, t, stride)) if box.holds(medium, p)]
+                places += [(first + i, *place) for i in shown]
+            first += len(range(0, t, stride))
         return places
 
 
@@ -232,8 +234,9 @@ def draw_page(path: Path, predictions: dict[str, list[Prediction]], title: str) 
 
     The keys of `predictions` are labels such as "before" and "after". Each has the same examples in
     the same order, and the page shows those that all of them have kept side by side; without any,
-    there is no page. Examples that would make the page larger than 10 MB are left out. The page
-    says how many.
+    there is no page. An example above 2.5 MB shows every second pair of frames of its videos, or
+    every fourth, and so on. Examples that would make the page larger than 10 MB are left out. The
+    page says both.
     """
     shown = ([x for x in row if x.gaze] for row in predictions.values())
     examples = list(zip(*shown, strict=False))
@@ -253,7 +256,11 @@ def draw_page(path: Path, predictions: dict[str, list[Prediction]], title: str) 
     head, texts = as_text(page), []
     room = LIMIT - len((template + policy + head).encode())
     for sides in examples:
-        text = as_text(example_data(sides, layers))
+        longest = max((t for t, _, _ in sides[0].gaze.prompt.grids), default=1)
+        stride, text = 1, as_text(example_data(sides, layers))
+        while len(text) > LARGE and stride < longest:
+            stride *= 2
+            text = as_text(example_data(sides, layers, stride))
         if len(text) < room:
             room -= len(text) + 1
             texts.append(text)
@@ -269,30 +276,46 @@ def as_text(value: dict) -> str:
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def example_data(sides: Sequence[Prediction], layers: list[int]) -> dict:
-    """Return one example as the page reads it. What the sides share comes from the first."""
+def sampled(gaze: Gaze, stride: int) -> tuple[list[list[Image.Image]], list[tuple], list[int]]:
+    """Return the frames and the grid of each medium with every `stride`-th of its temporal patches,
+    and the visual tokens of those."""
+    frames, grids, cells, start = [], [], [], 0
+    for medium, (t, h, w) in zip(gaze.prompt.example.media, gaze.prompt.grids, strict=True):
+        chosen = range(0, t, stride)
+        frames.append([frame for p in chosen for frame in medium.frames[2 * p : 2 * p + 2]])
+        grids.append((len(chosen), h, w))
+        cells += [start + p * h * w + cell for p in chosen for cell in range(h * w)]
+        start += t * h * w
+    return frames, grids, cells
+
+
+def example_data(sides: Sequence[Prediction], layers: list[int], stride: int = 1) -> dict:
+    """Return one example as the page reads it, with every `stride`-th temporal patch of its videos.
+    What the sides share comes from the first."""
     first = sides[0].gaze
-    example = first.prompt.example
-    count = sum(len(medium.frames) for medium in example.media)
-    longest = min(LONGEST, math.isqrt(PIXELS // max(count, 1)))
+    frames, grids, _ = sampled(first, stride)
+    longest = min(LONGEST, math.isqrt(PIXELS // max(sum(map(len, frames)), 1)))
+    pictures = [[jpeg(frame, longest) for frame in some] for some in frames]
     answers = [
         {
             "tokens": x.gaze.response,
             "accuracy": x.record["accuracy"],
-            "layers": [pack(x.gaze, n) for n in layers],
+            "layers": [pack(x.gaze, n, stride) for n in layers],
         }
         for x in sides
     ]
+    example = first.prompt.example
     return {
         "name": example.name,
         "question": example.problem,
         "solution": example.solution,
-        "grids": first.prompt.grids,
-        "boxes": [[round(number, 2) for number in place] for place in first.places()],
+        "grids": grids,
+        "boxes": [[round(number, 2) for number in place] for place in first.places(stride)],
         "outcome": outcome(sides[-1].record),
         "target": bool(first.prompt.target),
-        "pictures": [[jpeg(x, longest) for x in medium.frames] for medium in example.media],
+        "pictures": pictures,
         "sides": answers,
+        "stride": stride,
     }
 
 
@@ -304,8 +327,9 @@ def jpeg(picture: Image.Image, longest: int) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def pack(gaze: Gaze, layer: int) -> str:
-    """Return the T + 1 rows of a layer as the page reads them, deflated, in base64.
+def pack(gaze: Gaze, layer: int, stride: int = 1) -> str:
+    """Return the T + 1 rows of a layer as the page reads them, deflated, in base64. Of a video they
+    hold every `stride`-th temporal patch.
 
     First comes a 32-bit float per row for the mass on vision, on the question, on earlier response
     tokens, on the row's own column, on the brightest cell and on the target, then one for each
@@ -314,12 +338,14 @@ def pack(gaze: Gaze, layer: int) -> str:
     row's mass on vision.
     """
     rows, prompt = gaze.rows[layer].float(), len(gaze.prompt.ids)
+    _, grids, cells = sampled(gaze, stride)
     seen = rows[:, gaze.visual]  # (T + 1, visual tokens)
     own = pad(rows[1:, prompt:].diagonal(), (1, 0))  # the prompt's last row has its own in P - 1
-    brightest = pad(seen, (1, 0)).amax(1)  # 0 without vision
+    brightest = pad(seen[:, cells], (1, 0)).amax(1)  # 0 without vision
     sums = [seen.sum(1), rows[:, :prompt].sum(1) - seen.sum(1), rows[:, prompt:].sum(1) - own]
     sums += [own, brightest, seen[:, list(gaze.prompt.target)].sum(1)]
-    patches = seen.split([h * w for t, h, w in gaze.prompt.grids for _ in range(t)], dim=1)
+    seen = seen[:, cells]
+    patches = seen.split([h * w for t, h, w in grids for _ in range(t)], dim=1)
     sums = torch.stack(sums + [patch.sum(1) for patch in patches], dim=1)
     ranked, order = seen.sort(descending=True)
     before = ranked.cumsum(1) - ranked  # mass of the brighter cells

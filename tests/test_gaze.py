@@ -1,6 +1,7 @@
 """The gaze page in a real headless Chromium: what it shows is what the attention rows say."""
 
 import base64
+import json
 import random
 import shutil
 import zlib
@@ -440,11 +441,26 @@ def test_a_page_holds_what_fits_and_says_how_many(tmp_path, visit, monkeypatch):
     assert visit(tmp_path / "gaze.html").locator("#count").inner_text() == "0 of 5 examples"
 
 
-def test_boxes_are_drawn_where_a_video_shows_them():
+def test_a_long_video_is_sampled(tmp_path, monkeypatch):
+    """Its masses still count all frames."""
     boxes = [Box(0, 0, 28, 28), Box(11.2, 22.4, 44.8, 67.2, medium=1, start=4.2, end=5)]
-    one = make_gaze(frames=(None, 15), boxes=boxes)
-    drawn = pictures.example_data([one], [1])["boxes"]
-    assert drawn == [[0, 0, 0, 25, 25], [5, 10, 20, 30, 40], [6, 10, 20, 30, 40]]
+    boxes.append(Box(0, 0, 9, 9, medium=1, start=1, end=3))  # while no frame of the page is shown
+    one = make_gaze(frames=(None, 15), target=(3, 16 + 16, 16 + 4 * 16 + 5), boxes=boxes)
+    monkeypatch.setattr(
+        pictures, "LARGE", len(pictures.as_text(pictures.example_data([one], [1], stride=4)))
+    )
+    assert draw_page(tmp_path / "gaze.html", {"toy": [one]}, "A run") == 1
+    text = (tmp_path / "gaze.html").read_text().split('id="data">')[1].split("</script>")[0]
+    (example,) = json.loads(text)["examples"]
+    assert example["stride"] == 4 and example["grids"] == [[1, 4, 4], [2, 4, 4]]
+    assert [len(pictures) for pictures in example["pictures"]] == [1, 4]
+    assert example["boxes"] == [[0, 0, 0, 25, 25], [2, 10, 20, 30, 40]] and example["target"]
+    blob = zlib.decompress(base64.b64decode(example["sides"][0]["layers"][0]))
+    sums = np.frombuffer(blob, "<f4", count=4 * (6 + 3)).reshape(4, 9)[1]
+    expected = cut(one, 1)
+    masses = expected["cells"].reshape(9, 16).sum(1)[[0, 1, 5]]
+    assert sums[6:] == pytest.approx(masses) and sums[0] == pytest.approx(expected["masses"][0])
+    assert sums[5] == pytest.approx(expected["masses"][3])
 
 
 def test_cells_are_stored_in_8_bits_up_to_95_percent():

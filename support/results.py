@@ -148,14 +148,25 @@ def table(results: dict[tuple, Records]) -> str:
 
 
 def side_by_side(results: dict[tuple, Records]) -> str:
-    """Markdown: the paper's tables with the measured numbers below, and `table`. The keys of
-    `results` are the name of an evaluation and a setting."""
+    """Markdown: the paper's tables with the measured numbers below, and a line for each evaluation
+    and setting. The keys of `results` are the name of an evaluation and a setting."""
     measured, named = defaultdict(dict), labels(numbers for _, _, *numbers in results)
+    looks = {key: measures(records) for key, records in results.items()}
+    seen = dict.fromkeys(label for look in looks.values() for label in look)
+    names = ["evaluation", "benchmark", "number", "rows", "accuracy", "format", "length", *seen]
+    lines = [names, ["---"] * len(names)]
     for (name, benchmark, *numbers), records in results.items():
+        label = ", ".join(filter(None, (name, named[tuple(numbers)])))
+        heading = own = ""
         if benchmark:
-            label = ", ".join(filter(None, (name, named[tuple(numbers)])))
-            measured[label][benchmark] = number(benchmark, records)
-    return f"{paper_tables(measured)}\n```{table(results)}\n```\n"
+            heading, own = BENCHMARKS[benchmark].heading, number(benchmark, records)
+            measured[label][benchmark] = own
+        rates = [f"{mean(records, what):.3f}" for what in ("accuracy", "format")]
+        length = f"{mean(records, 'completion_len'):.1f}"
+        looked = [looks[name, benchmark, *numbers].get(x, "") for x in seen]
+        lines.append([label, heading, own, f"{len(records):,}", *rates, length, *looked])
+    details = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{paper_tables(measured)}\n{details}\n"
 
 
 def plot(path: Path, results: dict[tuple, Records]) -> None:

@@ -1,8 +1,10 @@
 """benchmarks/diagnose.py against plain loops over transformers' eager attention."""
 
+import copy
 import json
 import math
 from collections import defaultdict
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -209,6 +211,30 @@ def test_the_cold_starts_term_cancels_where_its_responses_are_equally_long(cold_
         assert line["left_group"] == pytest.approx(left.item(), abs=printed)
 
 
+def test_in_bfloat16_a_small_movement_is_mostly_rounding(cold_start, monkeypatch):
+    """And in float32 hardly any of it is."""
+    args = arguments(eval_examples=1, prompts=16, learning_rate=1e-5)
+    model, processor, prompts = open_toy(cold_start, args)
+    report, _ = diagnose.diagnose(model, processor, prompts, args, [1])
+
+    def in_bfloat16(model, rollout, *rest):
+        model = copy.deepcopy(model)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+        features = [[[x.bfloat16() for x in y] for y in z] for z in rollout.prompts.features]
+        prompts = replace(rollout.prompts, features=features)
+        return plain(model, replace(rollout, prompts=prompts), *rest)
+
+    plain = diagnose.score
+    monkeypatch.setattr(diagnose, "score", in_bfloat16)
+    rounded, _ = diagnose.diagnose(model, processor, prompts, args, [1])
+    for row in diagnose.ROWS:
+        exact, other = (line_of(x, 1, row) for x in (report, rounded))
+        assert exact["rounding"] < 0.1 and 0.4 < other["rounding"] <= 1
+        hidden = 1 - exact["moved"] / other["moved"]
+        assert other["rounding"] == pytest.approx(hidden, abs=0.3)
+
+
 def test_where_groups_part_and_how_long_responses_are(diagnosed):
     report, (rollout, _) = diagnosed[0], roll_out(diagnosed)
     parting, never = [], 0
@@ -400,10 +426,10 @@ def test_real_models_images_and_videos(real, tmp_path, family, lora_rank, monkey
         monkeypatch.setattr(module, "score", count)
     report = diagnose.main(real_args(real, tmp_path / "out", family, lora_rank=lora_rank))
     layers = 3 if family == "qwen3_vl" else 2
-    cost = f"2 passes forward, {2 + 2 * layers} forward and backward."
+    cost = f"3 passes forward, {2 + 2 * layers} forward and backward."
     assert cost in printed[0] and "Memory: about" in printed[0]
     batches = 3  # 10 prompts, 4 at a time
-    assert passes.count(False) == 2 * batches
+    assert passes.count(False) == 3 * batches
     assert passes.count(True) == (2 + 2 * layers) * batches
     assert kinds == {False, True}
     lines = [(x["layer"], x["row"]) for x in report["rows"]]
@@ -468,7 +494,7 @@ def test_it_writes_into_no_training_run_and_is_one_process(cold_start, tmp_path,
 
 def report_of(**planned):
     line = {"layer": 1, "row": "own", "vision": 0.5, "moved": 1e-3, "left_row": 0.5}
-    line |= {"gradient": 0.01, "lambda": 10.0} | dict.fromkeys(diagnose.AIMED)
+    line |= {"gradient": 0.01, "lambda": 10.0, "rounding": 0.0} | dict.fromkeys(diagnose.AIMED)
     other = line | {"row": "predicting", "vision": 0.01}
     ours = line | planned
     return {"rows": [ours, other], "planned": ours, "parting": [2, 4, 9]}
@@ -486,6 +512,7 @@ def report_of(**planned):
         ({"left_row": 0.01}, 1, "share a row are summed: next to nothing to act on."),
         ({}, 2, "At lambda 1 the term's gradient is 0.01 of the token term's; lambda 10 would make"
          " it a tenth."),
+        ({"rounding": 0.7}, 2, " But 70% of what moved is rounding, so much of it is noise."),
         ({"gradient": 0.0, "lambda": None}, 2, "At lambda 1 the term's gradient is 0 of the token"
          " term's."),
     ],

@@ -507,6 +507,7 @@ def main(args: Args) -> dict[str, float]:
     processor = open_processor(args, task)
     opened = {setting: open_rows(args, setting, processor, task) for setting in settings}
     ranks.require_same_on_ranks({"rows": [len(rows.names) for rows in opened.values()]})
+    ranks.on_rank_0(partial(results.check_out, args))
     model = load_model(args.model, frozen=True)
     kept = ranks.on_rank_0(partial(results.open_out, args))
     lock, file, records = kept or (None, None, defaultdict(list))

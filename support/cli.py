@@ -85,7 +85,7 @@ class RunArgs:
     out: str = "runs"
     """Run directory. A run that is already there is moved to OUT.1, OUT.2 and so on."""
     overwrite: bool = False
-    """Replace a run that is already at OUT instead of moving it."""
+    """Replace a run that is already at OUT instead of moving it. Not when a run is resumed."""
     track: bool = False
     """Also send the metrics to Weights & Biases."""
     save_every: int = 50

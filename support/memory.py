@@ -242,6 +242,8 @@ def fit_memory(
             return replace(args, lora_rank=lora_rank)
     longest = prompt_tokens(args, config.model_type)
     short = f"needs about {need(choices[-1]):.0f} GB per process for prompts of {longest:,} tokens"
+    if args.data and args.frames is None:
+        short += ", the longest with a video (without videos, give --frames 2)"
     short += f"; {have:.0f} GB are available, 5% of them reserved"
     remedy = "start more processes, lower --frames, --image-tokens, --max-prompt-tokens, "
     remedy += "--max-new-tokens or --prompts-per-step"

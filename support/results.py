@@ -14,6 +14,7 @@ import numpy as np
 
 from support import disk, states
 from support.benchmarks import BENCHMARKS, chosen, number, paper_tables, place_of
+from support.cli import option
 from support.grounding import OUTCOMES, fourfold
 from support.pictures import draw_sweep
 from support.ranks import require
@@ -61,38 +62,46 @@ def read_predictions(path: Path) -> tuple[dict[Setting, Records], int]:
     return records, length
 
 
+def check_out(args: Any) -> dict[str, Any]:
+    """Refuse an output directory that belongs to something else, or was made with other arguments
+    or inputs. Returns what to record there."""
+    out = Path(args.out)
+    disk.require_outside(out, args)
+    disk.require_kind(out, disk.EVALUATION)
+    settings = asdict(args)
+    for name in ("out", "overwrite", "gaze", "batch_size", "workers", "max_skipped", "compare"):
+        del settings[name]  # these affect no prediction, but by rounding
+    read = args.data or [place_of(name, args.benchmark_root) for name in chosen(args.benchmark)]
+    inputs = states.fingerprint_inputs(SimpleNamespace(model=args.model, data=read))
+    settings |= {"inputs": inputs, "definitions": states.DEFINITIONS}
+    settings = json.loads(json.dumps(settings))  # JSON turns tuples into lists
+    before = {} if args.overwrite else disk.read_record(out)
+    changed = [name for name in settings if before and settings[name] != before.get(name)]
+    differ = [f"{option(x)} {before.get(x)} -> {settings[x]}" for x in changed if x != "inputs"]
+    if changed == ["inputs"]:
+        old = before["inputs"]
+        differ = [name for name in old | inputs if old.get(name) != inputs.get(name)]
+    remedy = "give another --out, or --overwrite"
+    require(not differ, f"--out {out}: was made with different {', '.join(differ[:4])}; {remedy}")
+    return settings
+
+
 def open_out(args: Any) -> tuple[TextIO, FileIO, dict[Setting, Records]]:
     """Open the output directory, new or left by the same command; returns its lock, the file of
     predictions, and those that it has.
 
     Raises:
-        UsageError: the directory belongs to something else, is in use by another process, or cannot
-            be written.
+        UsageError: as in `check_out`, or the directory is in use by another process or cannot be
+            written.
     """
     out = Path(args.out)
-    disk.require_outside(out, args)
-    settings = asdict(args)
-    for name in ("out", "overwrite", "gaze", "batch_size", "workers", "max_skipped", "compare"):
-        del settings[name]  # these affect no prediction, but by rounding
-    read = args.data or [place_of(name, args.benchmark_root) for name in chosen(args.benchmark)]
-    settings["inputs"] = states.fingerprint_inputs(SimpleNamespace(model=args.model, data=read))
-    settings["definitions"] = states.DEFINITIONS
-    settings = json.loads(json.dumps(settings))  # JSON turns tuples into lists
-    disk.require_kind(out, disk.EVALUATION)
     with disk.writing(out, "the directory"):
         out.mkdir(parents=True, exist_ok=True)
         lock = disk.lock_directory(out)
-        disk.require_kind(out, disk.EVALUATION)  # again: nobody else changes it now
+        settings = check_out(args)  # nobody else changes it now
         if args.overwrite:
             disk.clear(out, FILES)
-        if before := disk.read_record(out):
-            differ = [name for name in settings if settings[name] != before.get(name)]
-            if differ == ["inputs"]:
-                old, new = before.get("inputs") or {}, settings["inputs"]
-                differ = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-            different, remedy = ", ".join(differ[:4]), "give another --out, or --overwrite"
-            require(not differ, f"--out {out}: was made with different {different}; {remedy}")
-        else:
+        if not disk.read_record(out):
             disk.write_record(out, disk.EVALUATION, settings)
         records, length = read_predictions(out / "predictions.jsonl")
         file = disk.open_lines(out / "predictions.jsonl")
@@ -216,4 +225,5 @@ def report(args: Any, results: dict[Setting, Records]) -> None:
             disk.write_aside(out / "table.md", side_by_side(named))
     print(text)
     plot(out / "sweep.png", results)
-    print(f"results: {out}")
+    written = sorted({*out.glob("table.*"), *out.glob("gaze*.html"), *out.glob("sweep.png")})
+    print(f"results: {', '.join(map(str, written))}")

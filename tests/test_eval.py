@@ -83,12 +83,12 @@ def test_another_evaluation_is_not_mixed_in(cold_start, tmp_path, monkeypatch):
     out = tmp_path / "out"
     args = toy_args(eval, model=str(cold_start), examples=4, out=str(out))
     eval.main(args)
-    with pytest.raises(ranks.UsageError, match="different examples"):
+    with pytest.raises(ranks.UsageError, match="different --examples 4 -> 5; give"):
         eval.main(replace(args, examples=5))
     eval.main(replace(args, examples=5, overwrite=True))
     assert len(predictions(out)) == 5
     monkeypatch.setattr(states, "DEFINITIONS", 0)  # answers were judged by other rules
-    with pytest.raises(ranks.UsageError, match="different definitions"):
+    with pytest.raises(ranks.UsageError, match="different --definitions"):
         eval.main(replace(args, examples=5))
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "main.tex").touch()

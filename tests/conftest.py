@@ -315,16 +315,16 @@ def server():
         process.kill()  # readers that a test left alive hold its input open
 
 
-@pytest.fixture
-def run(server, tmp_path):
+@pytest.fixture(scope="session")
+def run(server, tmp_path_factory):
     """Runs a script as its command line does; returns its exit status and its output, or those of
     rank 0 and of both ranks. To get a signal, it must wait for it; a negative one goes to its
     readers as well. See launch.py for `plants` and `folders`."""
+    path = tmp_path_factory.mktemp("run") / "pipe"
 
     def run(
-        script: str, argv: list, plants: list, signals: tuple = (), ranks: int = 1, folders=()
+        script: str, argv: list, plants: list = (), signals: tuple = (), ranks: int = 1, folders=()
     ) -> tuple[int, str]:
-        path = tmp_path / "pipe"
         os.mkfifo(path)
         case = {"script": script, "argv": argv, "plants": plants, "folders": folders}
         case |= {"output": path, "ranks": ranks}

@@ -136,6 +136,8 @@ def launch(case: dict) -> None:
     for what in case["plants"]:
         plant(*what)
     script = importlib.import_module(case["script"])
+    if script.__name__ == "ranks":
+        return script.run_two(*case["argv"])
     sys.argv = [script.__file__, *case["argv"]]
     cli.run_script(script.Args, script.main, script.__doc__, defaults_of(script))
 
@@ -168,7 +170,7 @@ def fork(case: dict) -> int:
 
 if __name__ == "__main__":
     names = ("sft", "grpo_baseline", "ral_grpo", "kd_baseline", "attn_distill", "eval")
-    for name in (*names, "matplotlib.pyplot", "torch.utils.tensorboard"):
+    for name in (*names, "ranks", "matplotlib.pyplot", "torch.utils.tensorboard"):
         importlib.import_module(name)
     undraw()
     # A shell may have started the tests in the background, where Ctrl-C is ignored.

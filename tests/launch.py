@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import pkgutil
+import runpy
 import signal
 import socket
 import sys
@@ -139,6 +140,8 @@ def launch(case: dict) -> None:
     if script.__name__ == "ranks":
         return script.run_two(*case["argv"])
     sys.argv = [script.__file__, *case["argv"]]
+    if not case["plants"]:
+        return runpy.run_path(script.__file__, run_name="__main__")
     cli.run_script(script.Args, script.main, script.__doc__, defaults_of(script))
 
 

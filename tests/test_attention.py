@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import load, make_prompts, make_rollout, terms_of, toy_args, unpacked
+from shared import load, make_prompts, make_rollout, terms_of, toy_args, unpacked
 from transformers import AutoModelForImageTextToText
 
 import attn_distill

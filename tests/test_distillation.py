@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import load, make_prompts, make_rollout, same, terms_of, toy_args
 from scipy.stats import entropy
+from shared import load, make_prompts, make_rollout, same, terms_of, toy_args
 from test_siblings import ROOT
 
 import attn_distill

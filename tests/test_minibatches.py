@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import load, make_prompts, make_rollout, same, terms_of, toy_args
+from shared import load, make_prompts, make_rollout, same, terms_of, toy_args
 
 import attn_distill
 import common

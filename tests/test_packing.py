@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_prompts, make_rollout, unpacked
+from shared import make_prompts, make_rollout, unpacked
 
 import common
 from support.prompts import encode_prompt

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_prompts, make_rollout
 from ranks import run_all
 from safetensors.torch import load_file
+from shared import make_prompts, make_rollout
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig

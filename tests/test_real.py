@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import same
 from PIL import Image
 from real import SPECIAL, write_tokenizer
 from safetensors.torch import load_file
+from shared import same
 from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, load, same, toy_args
 from safetensors.torch import load_file
+from shared import SMALL, load, same, toy_args
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import attn_distill

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import load, make_prompts, make_rollout, same, terms_of, toy_args
 from launch import defaults_of
 from safetensors.torch import load_file
+from shared import load, make_prompts, make_rollout, same, terms_of, toy_args
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import attn_distill

@@ -80,11 +80,12 @@ CASES += [(sft, "qwen3_vl"), (attn_distill, "qwen3_vl")]
 def test_train_save_and_evaluate(drawn, real, tmp_path, monkeypatch, script, family):
     fields = {"data": str(real / "rows.jsonl")} if script is ral_grpo else {}
     fields |= {"think": False} if script is grpo_baseline else {}
+    fields |= {"steps": 3, "prompts_per_step": 7}
     drawn, draw = [], pictures.draw_gaze
     keep = lambda axis, gaze, row: drawn.append((gaze.question, len(row))) or draw(axis, gaze, row)  # noqa: E731
     monkeypatch.setattr(pictures, "draw_gaze", keep)
-    lines, checkpoint = run(script, real, tmp_path / "run", family, steps=7, **fields)
-    assert len(lines) == 8 and 0 < lines[-1]["data/skipped"] <= 3
+    lines, checkpoint = run(script, real, tmp_path / "run", family, **fields)
+    assert len(lines) == 4 and 0 < lines[-1]["data/skipped"] <= 3
     half = len(drawn) // 2  # the same examples before and after
     assert half > 0 and drawn[:half] == drawn[half:] and all(tokens > 0 for _, tokens in drawn)
     wide, high = Image.open(tmp_path / "run" / "attention.png").size

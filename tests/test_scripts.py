@@ -20,9 +20,10 @@ import ral_grpo
 import sft
 from support import cli, data, ranks, runs, toy
 
+SAMPLING = {"temperature": 0.8, "top_p": 0.9, "beta": 0.0}
 
-@pytest.mark.parametrize("script", [grpo_baseline, ral_grpo])
-@pytest.mark.parametrize("mode", [{}, {"temperature": 0.8, "top_p": 0.9, "beta": 0.0}])
+
+@pytest.mark.parametrize(("script", "mode"), [(grpo_baseline, {}), (ral_grpo, SAMPLING)])
 def test_one_seed_reproduces_a_run(train, script, mode):
     metrics, weights = train(script, **mode)
     again, same_weights = train(script, **mode)
@@ -201,12 +202,11 @@ def test_the_update_does_not_depend_on_the_microbatches(train, teacher, script):
         fields |= {"teacher": str(teacher)}
     whole, weights = train(script, **fields | {"micro_batch_size": 4})
     assert whole[1]["train/grad_norm"] > 1e-3
-    for size in (1, 3):
-        lines, other = train(script, **fields | {"micro_batch_size": size})
-        for name in ("train/loss", "train/grad_norm"):
-            assert lines[1][name] == pytest.approx(whole[1][name], rel=1e-4, abs=1e-6)
-        for name in weights:
-            torch.testing.assert_close(other[name], weights[name], atol=2e-5, rtol=0)
+    lines, other = train(script, **fields | {"micro_batch_size": 3})  # three, and the fourth
+    for name in ("train/loss", "train/grad_norm"):
+        assert lines[1][name] == pytest.approx(whole[1][name], rel=1e-4, abs=1e-6)
+    for name in weights:
+        torch.testing.assert_close(other[name], weights[name], atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("script", [ral_grpo, attn_distill])

@@ -7,7 +7,9 @@ import select
 import signal
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -131,10 +133,15 @@ def family(request) -> str:
     return request.param
 
 
+@cache
+def load_once(path: Path) -> tuple[torch.nn.Module, Processor]:
+    return load(path, train_vision=True)
+
+
 @pytest.fixture
 def loaded(checkpoints, family):
-    """(model, processor) of one family, all weights trainable."""
-    return load(checkpoints[family], train_vision=True)
+    """(model, processor) of one family, all weights trainable: a copy, which a test may change."""
+    return deepcopy(load_once(checkpoints[family]))
 
 
 def make_prompts(

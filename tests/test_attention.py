@@ -21,8 +21,7 @@ def eager_policy(attention, p, row):
 
 
 @pytest.mark.parametrize("kinds", [("image", "image"), ("video", "video"), ("mixed", "text")])
-@pytest.mark.parametrize("row", ["predicting", "own"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("row", "checkpointing"), [("predicting", True), ("own", False)])
 def test_captured_attention_is_eager_attention(
     loaded, checkpoints, family, kinds, row, checkpointing, monkeypatch
 ):

@@ -137,11 +137,11 @@ def test_the_gradient_of_long_responses_is_finite_and_logged(checkpoints):
 
 
 def test_gamma_0_is_kd_to_the_bit(train, teacher):
-    _, kd = train(kd_baseline, steps=3, teacher=str(teacher), num_iterations=2)
+    _, kd = train(kd_baseline, teacher=str(teacher), num_iterations=2)
     fields = {"teacher": str(teacher), "num_iterations": 2}
-    lines, both = train(attn_distill, steps=3, gamma_attn=0, **fields)
+    lines, both = train(attn_distill, gamma_attn=0, **fields)
     assert same(kd, both) and lines[1]["train/attn_distill"] > 0.01
-    lines, _ = train(attn_distill, steps=3, gamma_attn=2.0, rl_coef=0.0, **fields)
+    lines, _ = train(attn_distill, gamma_attn=2.0, rl_coef=0.0, **fields)
     loss = lines[1]["train/gkd"] + 2 * lines[1]["train/attn_loss"]
     assert lines[1]["train/loss"] == pytest.approx(loss, rel=1e-4)
 

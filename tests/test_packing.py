@@ -11,10 +11,9 @@ KINDS = [("image", "image"), ("video", "image"), ("text", "mixed"), ("text", "te
 
 
 @pytest.mark.parametrize("kinds", KINDS)
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_packed_logps_are_unpacked_logps(loaded, kinds, temperature, monkeypatch):
+def test_packed_logps_are_unpacked_logps(loaded, kinds, monkeypatch):
     monkeypatch.setitem(common.in_chunks.__kwdefaults__, "elements", 200)  # several chunks of rows
-    model, processor = loaded
+    (model, processor), temperature = loaded, 0.7
     suppressed = common.vision_token_ids(model.config)
     prompts = make_prompts(model, processor, kinds)
     rollout = make_rollout(model, processor, prompts)

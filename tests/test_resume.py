@@ -21,7 +21,7 @@ import ral_grpo
 import sft
 from support import disk, ranks, runs, states
 
-FIELDS = {"steps": 5, "save_every": 2, "eval_every": 2, "learning_rate": 1e-3}
+FIELDS = {"steps": 5, "save_every": 2, "eval_every": 4, "learning_rate": 1e-3}
 FIELDS |= {"num_iterations": 2}
 
 
@@ -57,6 +57,8 @@ def fields_of(script, model: Path, teacher: Path, **changed) -> dict:
         fields["stop_accuracy"] = 2.0
     if script is attn_distill:
         fields |= {"teacher": str(teacher)}
+    if script is ral_grpo:  # the others go on with their reference
+        fields |= {"beta": 0.0}
     return fields | changed
 
 

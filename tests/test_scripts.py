@@ -52,8 +52,8 @@ def test_lambda_0_is_grpo_to_the_bit(train, cold_start):
 
 
 def test_with_one_pass_any_lambda_is_grpo(train):
-    _, grpo = train(grpo_baseline, steps=4, num_iterations=1)
-    lines, ral = train(ral_grpo, steps=4, num_iterations=1, lambda_attn=1e3)
+    _, grpo = train(grpo_baseline, num_iterations=1)
+    lines, ral = train(ral_grpo, num_iterations=1, lambda_attn=1e3)
     assert max(abs(line["train/attn_loss"]) for line in lines[1:]) == 0
     for name in grpo:
         torch.testing.assert_close(ral[name], grpo[name], atol=1e-7, rtol=1e-6)
@@ -213,8 +213,8 @@ def test_the_update_does_not_depend_on_the_microbatches(train, teacher, script):
 def test_gradient_checkpointing_changes_nothing(train, teacher, script):
     fields = {"teacher": str(teacher)} if script is attn_distill else {"lambda_attn": 100.0}
     fields |= {"train_vision": True} if script is ral_grpo else {}
-    lines, weights = train(script, steps=3, **fields)
-    others, same_weights = train(script, steps=3, gradient_checkpointing=True, **fields)
+    lines, weights = train(script, **fields)
+    others, same_weights = train(script, gradient_checkpointing=True, **fields)
     assert lines[1]["train/grad_norm"] > 0
     for ours, theirs in zip(lines, others, strict=True):
         assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-9)

@@ -916,9 +916,9 @@ def token_scores(
 def response_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x (..., T) over the tokens of each response; 0 for a response with an empty mask.
 
-    Every loss averages this mean over all responses of an optimiser step. So every response has the
-    same weight, whatever its length, and the update does not depend on how the step is split into
-    microbatches.
+    The losses average this mean over all responses of an optimiser step. So every response has the
+    same weight, whatever its length (only an attention term that is a sum over tokens weighs it by
+    T), and the update does not depend on how the step is split into microbatches.
     """
     return torch.where(mask, x, 0.0).sum(-1) / mask.sum(-1).clamp_min(1)
 

@@ -8,8 +8,8 @@ distributions over the whole vocabulary, in addition to the GRPO loss of grpo_ba
     loss = rl_coef * L_RL + mu_gkd * L_GKD             (eq. 6 without its attention term)
 
 L_GKD is the reverse KL, KL(student || teacher), and L_RL stays in, as in the paper's baseline.
-`--rl-coef 0` is pure distillation and needs neither a reward nor a reference. `attn_distill.py` is
-this file plus the teacher's attention: `diff kd_baseline.py attn_distill.py`.
+`--rl-coef 0` is pure distillation: it needs no reference, and the reward is only logged.
+`attn_distill.py` is this file plus the teacher's attention: `diff kd_baseline.py attn_distill.py`.
 
 Shapes: B prompts of P positions, padded on the left; G responses to each, of T tokens; V words.
 
@@ -65,10 +65,7 @@ class Args(cli.RunArgs):
     learning_rate: float | None = None
     """Learning rate of AdamW, constant [ours]. Unset: 1e-5 (paper), or 2e-5 for adapters [ours]."""
     max_grad_norm: float = 1.0
-    """Gradients with a larger norm are scaled down to this norm."""
-    micro_batch_size: int = 1
-    """Prompts per forward pass, with all their responses. It changes memory and speed, not the
-    update."""
+    """Gradients with a larger norm are scaled down to this norm. [ours]"""
     prompts_per_step: int = 8
     """Prompts per rollout on each rank. [ours] The paper's "rollout batch size" of 8 may also count
     the prompts of all ranks (then 1 on each of 8) or the responses to one."""
@@ -126,7 +123,6 @@ TOY = toy.RUN | {
     "learning_rate": 6e-4,
     "prompts_per_step": 16,
     "micro_batch_size": 16,
-    "num_iterations": 1,
     "think": False,
     "max_new_tokens": 16,  # 64 with a thought
     "evaluate_teacher": True,
@@ -244,8 +240,9 @@ def clipped_loss(
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """The unbiased k3 estimate of KL(policy || reference) for each token:
-    exp(ref - logp) - (ref - logp) - 1."""
+    """The k3 estimate of KL(policy || reference) for each token, exp(ref - logp) - (ref - logp) -
+    1: unbiased for tokens that the policy has sampled. Its gradient is then, on average, that of
+    KL(reference || policy)."""
     difference = ref_logps - logps
     return torch.exp(difference) - difference - 1
 
@@ -373,7 +370,7 @@ def main(args: Args) -> dict[str, float]:
         cuts = common.cut_prompts(len(prompts), args.num_minibatches, args.micro_batch_size)
         batches = [Batch(rollout[cut], advantages[cut], teacher_rollout[cut]) for cut in cuts]
         if reference is not None:
-            with common.without_adapters(reference):
+            with common.without_adapters(reference):  # it may be the trained model
                 score_reference(reference, batches, args)
         clock.lap("reference")
         if args.num_minibatches > 1:  # with one, the first pass gives the same scores

@@ -16,7 +16,7 @@ was; a negative one pushes it away. The method is the lines marked `# RAL` and t
 At p_theta = p_old the divergence *and its gradient* are zero. With exactly one optimiser step per
 rollout, RAL is therefore GRPO, whatever lambda_attn. It acts from the second step on: in a second
 pass (`num_iterations`), or from the second minibatch of the first pass (`num_minibatches`).
-`train/attn_jsd_<k>` is logged for each step. See `loss_terms` for two more limits [ours].
+`train/attn_jsd_<k>` is logged for each step. See `loss_terms` for three more limits [ours].
 
 Shapes: B prompts of P positions, padded on the left; G responses to each, of T tokens.
 
@@ -26,8 +26,10 @@ Shapes: B prompts of P positions, padded on the left; G responses to each, of T 
   2. E_t is the mean over a response's tokens. The paper's total update is a sum over them, which
      `--attn-reduction sum` takes.
   3. p_old is "old" where the paper defines the loss and "reference" in its introduction: the model
-     at rollout time, or with `--attn-anchor reference` the frozen starting model.
-  4. The predicting row and other layers: the paper has the own row and the last layer alone.
+     at rollout time, or with `--attn-anchor reference` the frozen starting model, from which the
+     attention differs at the first step already.
+  4. `--attn-row predicting`, the row before the token's own, whose output predicts the token, and
+     other layers. The paper has the own row and the last layer alone.
 
     python sft.py && python ral_grpo.py            # the toy, on a CPU, in minutes
     python ral_grpo.py --model DIR_OR_HUB_NAME --data FILE    # your own model and data
@@ -72,10 +74,7 @@ class Args(cli.RunArgs):
     learning_rate: float | None = None
     """Learning rate of AdamW, constant [ours]. Unset: 1e-5 (paper), or 2e-5 for adapters [ours]."""
     max_grad_norm: float = 1.0
-    """Gradients with a larger norm are scaled down to this norm."""
-    micro_batch_size: int = 1
-    """Prompts per forward pass, with all their responses. It changes memory and speed, not the
-    update."""
+    """Gradients with a larger norm are scaled down to this norm. [ours]"""
     prompts_per_step: int = 8
     """Prompts per rollout on each rank. [ours] The paper's "rollout batch size" of 8 may also count
     the prompts of all ranks (then 1 on each of 8) or the responses to one."""
@@ -203,7 +202,7 @@ def score_reference(reference: Module, batches: list[Batch], args: Args) -> None
         layers = [args.attn_layer] if args.attn_anchor == "reference" else []  # RAL
         scores = common.score(reference, batch.rollout, args.temperature, layers)  # RAL
         batch.ref_logps = scores.logps
-        for rows in scores.attentions.values():  # RAL
+        for rows in scores.attentions.values():  # RAL: one layer, or none
             batch.old_attn = attention_policy(rows, args.attn_row)  # RAL
 
 
@@ -213,7 +212,7 @@ def score_policy(model: Module, batch: Batch, args: Args) -> common.Scores:
     scores = common.score(model, batch.rollout, args.temperature, [args.attn_layer])  # RAL
     if batch.old_logps is None:
         batch.old_logps = scores.logps.detach()
-    if batch.old_attn is None:  # RAL: else it is the reference's
+    if batch.old_attn is None:  # RAL: else it is the reference's, or kept
         rows = scores.attentions[args.attn_layer].detach()  # RAL
         batch.old_attn = attention_policy(rows, args.attn_row)  # RAL
     return scores
@@ -251,8 +250,9 @@ def clipped_loss(
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """The unbiased k3 estimate of KL(policy || reference) for each token:
-    exp(ref - logp) - (ref - logp) - 1."""
+    """The k3 estimate of KL(policy || reference) for each token, exp(ref - logp) - (ref - logp) -
+    1: unbiased for tokens that the policy has sampled. Its gradient is then, on average, that of
+    KL(reference || policy)."""
     difference = ref_logps - logps
     return torch.exp(difference) - difference - 1
 
@@ -280,7 +280,8 @@ def attention_policy(rows: Tensor, row: str) -> Tensor:
 def divergence(p: Tensor, q: Tensor) -> Tensor:
     """Jensen-Shannon divergence of distributions along the last axis, in nats: between 0 and ln 2.
 
-    `p` is the current distribution and `q` the anchor. Zeros are safe, in value and in gradient.
+    `p` is the current distribution and `q` the anchor. Zeros are safe, in value and in gradient. In
+    float32, values below 1e-7 are rounding; the gradient is accurate far below that.
     The rows are computed in chunks, see `in_chunks`.
 
     >>> p, q = torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[0.0, 1.0], [0.5, 0.5]])
@@ -301,11 +302,14 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 def loss_terms(scores: common.Scores, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """The terms of the loss for each response, (B, G): means over its tokens, in nats per token.
+    """The terms of the loss for each response, (B, G): means over its tokens; `attn_loss` is a sum
+    with `--attn-reduction sum`. Divergences and entropy are in nats.
 
-    Two limits of the attention term [ours; tested, and measured in docs/results.md]:
-      - Near p_old its gradient is A (p_theta - p_old) / (4 p_old). It damps (A > 0) or amplifies
-        the change that the token term has just made to the attention, and knows no other direction.
+    Three limits of the attention term [ours; tested, and measured in docs/results.md]:
+      - Near p_old its gradient with respect to p_theta is A (p_theta - p_old) / (4 p_old). It damps
+        (A > 0) or amplifies the change since the rollout, and knows no other direction.
+      - If that change is small, as after a step at a low learning rate, rounding in bfloat16 hides
+        it (docs/results.md, "What bfloat16 leaves of the term").
       - Responses with the same first s tokens share the own rows of these (and the predicting rows
         of s + 1), and so the divergences D_t. The loss contains such a row as D_t * sum_i A_i / T_i
         with T_i the length of response i. If the whole group shares it and has one length, it is 0.
@@ -397,7 +401,7 @@ def main(args: Args) -> dict[str, float]:
         cuts = common.cut_prompts(len(prompts), args.num_minibatches, args.micro_batch_size)
         batches = [Batch(rollout[cut], advantages[cut]) for cut in cuts]
         if reference is not None:
-            with common.without_adapters(reference):
+            with common.without_adapters(reference):  # it may be the trained model
                 score_reference(reference, batches, args)
         clock.lap("reference")
         if args.num_minibatches > 1:  # with one, the first pass gives the same scores

@@ -5,16 +5,17 @@ first evaluation that reaches `--stop-accuracy` (0.42), so that reinforcement le
 improve the model. Half of the batches ask the question. The other half ask for every shape's colour
 in a random order: without these captions the model does not learn the lookup within minutes. It
 learns the lookup suddenly, at a step that depends on the seed, so a measured accuracy ends the run.
-The model is evaluated at once whenever the mean probability of the answers to a batch of fresh
-questions exceeds `--eval-above`. Video training (`--frames N`) starts on images, since N frames
-from scratch take far longer.
+The model is evaluated at once whenever the mean probability of the demonstrations of a batch of
+fresh questions exceeds `--eval-above`. Video training (`--frames N`) starts on images, since N
+frames from scratch take far longer.
 
 The paper trains stage 1 on Video-R1-CoT-165k at a learning rate of 5e-6, with thought and answer in
 tags, and for RAL-zero without the thoughts (`--no-think`). [ours] marks what it does not say: the
 loss is -log p of the response, averaged over the tokens of a response and then over responses, as
-in the RL scripts; the schedule, the warm-up, the number of epochs and of demonstrations a step.
+in the RL scripts; AdamW's betas and its decay of 0, the schedule, the warm-up, the clipping of
+gradients, the number of epochs and of demonstrations a step.
 
-    python sft.py                        # the toy from scratch, about a minute on two cores
+    python sft.py                        # the toy from scratch, one or two minutes on two cores
     python sft.py --think                # the same, with a thought before the answer
     python sft.py --frames 8             # the same, on videos of 8 frames
     python sft.py --model runs/sft/checkpoint --stop-accuracy 0.9 --out runs/sft2   # train further
@@ -65,9 +66,7 @@ class Args(cli.RunArgs):
     """Learning rate of AdamW after the warm-up. Unset: 5e-6 (paper), or 1e-4 for adapters [ours];
     1.5e-3 for the small toy and 1e-3 for the large one."""
     max_grad_norm: float = 1.0
-    """Gradients with a larger norm are scaled down to this norm."""
-    micro_batch_size: int = 1
-    """Prompts per forward pass. It changes memory and speed, not the update."""
+    """Gradients with a larger norm are scaled down to this norm. [ours]"""
     prompts_per_step: int = 8
     """Demonstrations per step on each rank. [ours]"""
     max_new_tokens: int = 768
@@ -133,7 +132,8 @@ def encode_demonstration(processor: Processor, example: Example) -> Prompt:
     or its answer alone."""
     think, thought = processor.prompt_config.think, example.response or ""
     if think and not thought:
-        raise BadRow("has no thought to learn: no text in 'process', no <think> in its answer")
+        where = "no text in 'process' or 'thought', no <think> in its answer"
+        raise BadRow(f"has no thought to learn: {where}; --no-think learns answers alone")
     thought = thought if "<think>" in thought else f"<think>{thought}</think>"
     answer = f"<answer>{example.solution}</answer>"
     example.response = f"{thought}\n{answer}" if think else answer
@@ -185,8 +185,9 @@ def learning_rate(step: int, args: Args) -> float:
     """The learning rate of a step: a linear rise over `warmup_steps`, then constant, or half a
     cosine down to 0."""
     rate = args.learning_rate * min(1.0, step / args.warmup_steps)
-    if args.schedule == "cosine":
-        rate *= (1 + math.cos(math.pi * (step - 1) / args.steps)) / 2
+    if args.schedule == "cosine" and step > args.warmup_steps:
+        done = (step - args.warmup_steps) / (args.steps - args.warmup_steps + 1)
+        rate *= (1 + math.cos(math.pi * done)) / 2
     return rate
 
 
@@ -256,6 +257,9 @@ def main(args: Args) -> dict[str, float]:
     # A new toy for videos learns the lookup on images first.
     images_only = is_toy and task.frames is not None and args.model is None
     images_only = extra.get("images_only", images_only)
+    if args.stop_accuracy <= 1:
+        goal = f"the first evaluation with accuracy {args.stop_accuracy} (--stop-accuracy)"
+        ranks.print_on_rank_0(f"training stops at {goal}, or after {args.steps} steps")
     bar = tqdm(range(first, args.steps + 1), desc=Path(__file__).stem, disable=ranks.rank() != 0)
     for step in bar:
         clock = runs.Stopwatch()
@@ -286,9 +290,8 @@ def main(args: Args) -> dict[str, float]:
             return metrics
     bar.close()
     if args.stop_accuracy <= 1 and not done:
-        ranks.print_on_rank_0(
-            f"did not reach --stop-accuracy {args.stop_accuracy}; try more --steps or a --seed"
-        )
+        remedy = "try more --steps or another --seed"
+        ranks.print_on_rank_0(f"did not reach --stop-accuracy {args.stop_accuracy}; {remedy}")
     evaluations = {"before": before, "after": after}
     plotted = ("train/loss", "train/demo_prob", "eval/accuracy", "eval/target_attn")
     save = partial(common.save_model, model=model, processor=processor)

@@ -6,7 +6,6 @@ A benchmark is read from the hub, or from a folder that is laid out as its downl
 """
 
 import json
-import os
 import re
 from ast import literal_eval
 from collections import Counter, defaultdict
@@ -19,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from support.answers import MAX_ANSWER, option_accuracy, option_texts, plain_accuracy
-from support.datafiles import BOXES, COLUMNS, MAX_ROW, DataFile, Part, find_medium
-from support.media import BadBox, BadRow, first_line
+from support.datafiles import BOXES, COLUMNS, MAX_ROW, DataFile, Part, find_medium, open_medium
+from support.media import BadRow, first_line
 from support.prompts import Example
 from support.ranks import UsageError, require
 
@@ -223,7 +222,6 @@ def mme_points(records: Sequence[Row]) -> float:
 # 4. The benchmarks
 
 LETTER = "Answer with the option's letter from the given choices directly."
-LOCAL = "`hf download {hub} --repo-type dataset --local-dir DIR/{folder}`"
 
 
 @dataclass(frozen=True)
@@ -342,7 +340,7 @@ BENCHMARKS = {
     ),
     "mvbench": Benchmark(
         "MVBench", "OpenGVLab/MVBench", ("json",), 4000, mvbench,
-        ("video",), "unpack video/*.zip in DIR/{folder}/video",
+        ("video",), "unpack video/*.zip there, in video/",
         ("multiple choice", "Only give the best option."), total=mean_of_sources,
     ),
     "tempcompass": Benchmark(  # without captioning, which needs a language model as judge
@@ -388,7 +386,8 @@ class BenchmarkFile(DataFile):
         there = root is None or Path(root).is_dir()
         require(there, f"--benchmark-root {root}: no such directory")
         place, option = place_of(name, root), f"--benchmark {name}"
-        super().__init__([f"{place}:{x}" for x in benchmark.splits], (), frames, fps, option)
+        paths = [f"{place}:{split}" for split in benchmark.splits]
+        super().__init__(paths, (), frames, fps, option, text_only=True)  # `named_fields` checks it
         for part in self.parts:
             part.roots += [(part.roots[0] / folder).resolve() for folder in benchmark.videos]
             try:
@@ -400,34 +399,28 @@ class BenchmarkFile(DataFile):
         found = not benchmark.videos or any(map(self.has_video, some))
         if not found:
             video = f"{benchmark.videos[0]}/{self.named_fields(0)['video']}"
-            how = f"{LOCAL}, {benchmark.unpack}, and give --benchmark-root DIR"
-            how = how.format(hub=benchmark.hub, folder=benchmark.folder)
+            how = f"`hf download {benchmark.hub} --repo-type dataset --local-dir"
+            how += f" DIR/{benchmark.folder}`, {benchmark.unpack}, and give --benchmark-root DIR"
             raise UsageError(f"{option}: {place} has no videos, such as {video}; {how}")
 
-    def find_columns(self, part: Part, text_only: bool) -> str:
-        require(len(part.rows) > 0, "has no rows")
+    def find_columns(self, part: Part) -> str:
         return f"read as {self.benchmark.title}"
 
     def named_fields(self, row: int) -> Row:
-        """The fields of a row, by `Benchmark.row`. A folder in place of a video is its frames."""
+        """The fields of a row, by `Benchmark.row`."""
         part, _ = self.locate(row)
         try:
-            published = self.fields(row) | {"part": re.split("[:/]", part.name)[-1]}
+            published = self.fields(row) | {"part": re.split("[:/]", part.source)[-1]}
             if column := self.benchmark.beside:
                 published["beside"] = read_beside(published[column], part.roots)
             fields = dict.fromkeys(COLUMNS) | self.benchmark.row(published)
-        except KeyError as error:
-            raise BadRow(f"has no column {error}") from None
-        except (TypeError, ValueError, AttributeError, IndexError) as error:
-            raise BadRow(f"is not as published ({first_line(error)})") from None
-        except (SyntaxError, RecursionError, MemoryError):  # of `literal_eval`
-            raise BadRow("is not as published (its options are no list)") from None
+        except BadRow:
+            raise
+        except Exception as error:  # columns or values are not the published ones
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise BadRow(f"is not as published ({reason})") from None
         if not any(fields.get(name) for name in ("image", "images", "video")):
             raise BadRow("has no image or video")
-        if "video" in fields and not isinstance(fields["video"], str):
-            raise BadRow(f"has {str(fields['video'])[:40]!r} in place of a video's name")
-        if frames := "video" in fields and frames_in(fields["video"], part.roots):
-            fields["video"] = [frames]
         return fields
 
     def example(self, row: int) -> Example:
@@ -435,15 +428,15 @@ class BenchmarkFile(DataFile):
         fields = self.named_fields(row)
         try:
             return self.read(row, fields)
-        except BadBox:
+        except BadRow:
             return self.read(row, fields | dict.fromkeys(BOXES))
 
     def has_video(self, row: int) -> bool:
         try:
-            video = self.named_fields(row)["video"]
-            return isinstance(video, list) or find_medium(video, self.locate(row)[0].roots).exists()
+            open_medium(self.named_fields(row)["video"], self.locate(row)[0].roots, "video", 1)
         except BadRow:
             return False
+        return True
 
 
 def read_beside(medium: str, roots: Sequence[Path]) -> Row:
@@ -452,21 +445,9 @@ def read_beside(medium: str, roots: Sequence[Path]) -> Row:
     try:
         place = find_medium(str(Path(medium).with_suffix(".json")), roots)
         found = json.loads(place.read_bytes()) if place.stat().st_size <= MAX_ROW else None
-    except (BadRow, OSError, ValueError, RecursionError):
+    except (BadRow, OSError, ValueError, AttributeError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def frames_in(folder: str, roots: Sequence[Path]) -> list[str]:
-    """The files in a folder under one of the roots; none if there is no such folder."""
-    for root in roots:
-        try:
-            place = (root / folder).resolve()
-            if place.is_relative_to(root) and place.is_dir():
-                return [str(place / name) for name in sorted(os.listdir(place))]
-        except (OSError, ValueError, RuntimeError):  # as in `find_medium`
-            continue
-    return []
 
 
 def number(name: str, records: Sequence[Row]) -> str:

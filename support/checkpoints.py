@@ -6,8 +6,7 @@ of theirs runs.
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +27,7 @@ from transformers import (
     GenerationConfig,
 )
 
+from support.disk import loading
 from support.prompts import (
     Example,
     Media,
@@ -65,27 +65,6 @@ def hub_client() -> Any:
 
 
 set_client_factory(hub_client)
-
-
-@contextmanager
-def loading(named: str) -> Iterator[None]:
-    """Turn an exception raised while reading a checkpoint into a one-line `UsageError`.
-
-    The libraries raise errors of any kind for files that they cannot use, so it catches all.
-    """
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as error:
-        lines = [line.strip(" .") for line in str(error).splitlines()]
-        reason = " ".join(lines[: 2 if lines and lines[0][-1:] == ":" else 1])
-        if isinstance(error, KeyError):
-            reason = f"lacks {reason}"
-        elif not reason or not isinstance(error, (OSError, ValueError)):
-            reason = f"{type(error).__name__} {reason}".strip()
-        remedy = "repair it, or give another checkpoint"
-        raise UsageError(f"{named}: {reason}; {remedy}") from None
 
 
 def checkpoint_folder(path: str | Path, field: str, names: Sequence[str]) -> Path:
@@ -141,15 +120,8 @@ def read_config(content: Any, named: str) -> Any:
         UsageError: it is the config of another model, or of a quantised one.
     """
     family = f"{named}: is a {content['model_type']!r} model"
-    text = content.get("text_config") or content
-    layers = text.get("layer_types") or ()
-    note = "supported are " + ", ".join(FAMILIES)
-    if content["model_type"].endswith("_moe"):
-        note = "training its experts needs a loss that balances them, which is not written"
-    elif "linear_attention" in layers:
-        note = "its linear attention would carry a state from one packed response to the next"
-    require(content["model_type"] in FAMILIES, f"{family}; {note}")
-    for part in (content, text, content["vision_config"]):
+    require(content["model_type"] in FAMILIES, f"{family}; supported are {', '.join(FAMILIES)}")
+    for part in (content, content.get("text_config") or {}, content["vision_config"]):
         quantised = part.get("quantization_config") or part.get("compression_config")
         found = f"{named}: its weights are quantised, as its config.json says"
         require(not quantised, f"{found}; give the checkpoint that it was made from")

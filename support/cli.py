@@ -10,28 +10,18 @@ import sys
 import traceback
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Callable
-from copy import copy
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from inspect import get_annotations
 from itertools import pairwise
-from typing import Annotated, Any, Literal, TextIO, get_origin, get_type_hints
+from types import SimpleNamespace
+from typing import Any, Literal, TextIO, get_origin, get_type_hints
 
 import docstring_parser
 import torch.distributed as dist
 import tyro
 
-from support import startup
-from support.ranks import (
-    Finished,
-    UsageError,
-    fail,
-    leave,
-    leave_ranks,
-    print_on_rank_0,
-    require,
-    start_ranks,
-)
+from support import ranks, startup
+from support.ranks import UsageError, require
 
 
 @dataclass
@@ -83,6 +73,9 @@ class RunArgs:
     or 64 if training the weights does not fit into memory."""
     gradient_checkpointing: bool | None = None
     """Store one activation per layer and recompute the rest. Unset: only on a GPU."""
+    micro_batch_size: int = 1
+    """Prompts in a forward pass of training, with all their responses. It changes memory and speed,
+    not the update."""
     eval_every: int = 100
     """Steps between evaluations on held-out examples."""
     eval_examples: int = 128
@@ -109,8 +102,8 @@ class RunArgs:
         """Check the ranges of these arguments, and of those that most scripts declare."""
         check_values(self)
         positive = "rows frames fps max_prompt_tokens image_tokens min_image_tokens frame_tokens"
-        positive += " eval_every eval_examples keep steps learning_rate max_grad_norm"
-        positive += " micro_batch_size prompts_per_step num_iterations num_minibatches"
+        positive += " micro_batch_size eval_every eval_examples keep steps learning_rate"
+        positive += " max_grad_norm prompts_per_step num_iterations num_minibatches"
         positive += " max_new_tokens temperature clip_eps"
         not_negative = "save_every max_skipped seed workers lora_rank beta"
         require_positive(self, *(name for name in positive.split() if hasattr(self, name)))
@@ -159,31 +152,17 @@ def require_not_negative(args: Any, *names: str) -> None:
 
 
 LARGEST = 2**31 - 1  # of an integer argument
-# Bounds of floats, beyond which nothing can be computed. Every other float is finite.
-BOUNDS = {"learning_rate": (1e-12, 1e3), "temperature": (1e-3, 1e3), "fps": (1e-3, 1e3)}
-BOUNDS |= {"epochs": (1e-9, 1e6)}
 
 
 def check_values(args: Any) -> None:
-    """Refuse numbers that are not finite or too large to compute with, and names that no file can
-    have. An empty name, as from an unset shell variable, would otherwise mean "unset"."""
+    """Refuse numbers that are not finite or too large to compute with, and an empty name, as from
+    an unset shell variable, which would otherwise mean "unset"."""
     for name, value in ((name, value) for name, x in vars(args).items() for value in each(x)):
-        named = option(name)
-        if isinstance(value, str):
-            require(bool(value), f"{named} '': is empty; give a value or omit it")
-            try:
-                os.stat(value.encode())
-            except ValueError:
-                raise UsageError(f"{named} {value!r}: has a NUL or is not UTF-8") from None
-            except OSError as error:
-                fault = f"{named} {value[:40]}...: is too long for a file name"
-                require(error.errno != errno.ENAMETOOLONG, fault)
-        elif isinstance(value, int | float):
-            require(math.isfinite(value), f"{named} {value}: must be a finite number")
-            largest = LARGEST if isinstance(value, int) else sys.float_info.max
-            low, high = BOUNDS.get(name, (-largest, largest))
-            span = f"must be from {low:.10g} to {high:.10g}"
-            require(low <= value <= high, f"{named} {value}: {span}")
+        named = f"{option(name)} {value!r}"
+        require(value != "", f"{named}: is empty; give a value or omit it")
+        if isinstance(value, int | float):
+            require(math.isfinite(value), f"{named}: must be a finite number")
+            require(abs(value) <= LARGEST, f"{named}: must be at most {LARGEST}")
 
 
 def same_inputs(args: Any) -> str:
@@ -214,27 +193,27 @@ def run_script(
         if signal.getsignal(signal.SIGINT) is startup.stop:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         args = parse(args_class, description, defaults())  # --help ends here
-        start_ranks()
+        ranks.start_ranks()
         main(args)
     except KeyboardInterrupt:
-        fail(130, "\nstopped by Ctrl-C; what was saved before is intact")
+        ranks.fail(130, "\nstopped by Ctrl-C; what was saved before is intact")
     except UsageError as error:
-        fail(2, f"error: {error}")
-    except Finished as message:
-        print_on_rank_0(str(message))
+        ranks.fail(2, f"error: {error}")
+    except ranks.Finished as message:
+        ranks.print_on_rank_0(str(message))
     except Exception as error:
         if str(error).startswith("DataLoader worker (pid"):  # in PyTorch's words, and at any time
             remedy = "if it was killed because memory is full, give fewer --workers"
-            fail(2, f"error: --workers: a reader process has ended ({error}); {remedy}")
-        fail(1, traceback.format_exc())
+            ranks.fail(2, f"error: --workers: a reader process has ended ({error}); {remedy}")
+        ranks.fail(1, traceback.format_exc())
     sys.stdout.flush()
     if dist.is_initialized():
-        leave_ranks()
+        ranks.leave_ranks()
     if unprinted and unprinted[0].errno == errno.EPIPE:
-        leave(128 + signal.SIGPIPE)  # a program that ends by SIGPIPE is silent, too
+        ranks.leave(128 + signal.SIGPIPE)  # a program that ends by SIGPIPE is silent, too
     if unprinted:
         reason = unprinted[0].strerror
-        fail(1, f"error: the output cannot be printed ({reason}); the run is complete")
+        ranks.fail(1, f"error: the output cannot be printed ({reason}); the run is complete")
 
 
 def parse(args_class: type, description: str, defaults: dict[str, Any]) -> Any:
@@ -242,42 +221,31 @@ def parse(args_class: type, description: str, defaults: dict[str, Any]) -> Any:
     each help text and each paragraph of the description is one line, which tyro or the terminal
     wraps.
     """
-    hints, bases = get_type_hints(args_class), args_class.__mro__[:-1]
-    require_values(hints)
-    helps = {
-        param.arg_name: " ".join(param.description.split())
-        for base in reversed(bases)
-        for param in docstring_parser.parse_from_object(base).params
-    }
-    own = {
-        x.name: field(default=x.default, default_factory=x.default_factory)
-        for x in fields(args_class)
-    }
-    unknown = ", ".join(defaults.keys() - own.keys())
+    require_values(get_type_hints(args_class))
+    known, bases = args_class.__dataclass_fields__, args_class.__mro__[:-1]
+    unknown = ", ".join(defaults.keys() - known.keys())
     require(not unknown, f"the script's table of defaults names no argument of its own: {unknown}")
-    own |= {name: field(default_factory=partial(copy, x)) for name, x in defaults.items()}
-    names = dict.fromkeys(name for base in bases for name in get_annotations(base) if name in own)
-    form = [
-        (name, Annotated[hints[name], tyro.conf.arg(help=helps.get(name, ""))], own[name])
-        for name in names
-    ]
-    form = make_dataclass(args_class.__name__, form, kw_only=True)
+    for base in reversed(bases):
+        for param in docstring_parser.parse_from_object(base).params:
+            if param.arg_name in known:
+                known[param.arg_name].metadata = {"help": " ".join(param.description.split())}
+    # A class with the fields in another order, which leaves their check to `args_class`.
+    form = type(args_class.__name__, (args_class,), {"__post_init__": lambda self: None})
+    names = (name for base in bases for name in get_annotations(base) if name in known)
+    form.__dataclass_fields__ = {name: known[name] for name in names}
     paragraphs = re.sub(r"(?<=\S)\n(?=\S)", " ", description)
-    return args_class(**vars(tyro.cli(form, description=paragraphs)))
+    given = tyro.cli(form, description=paragraphs, default=SimpleNamespace(**defaults))
+    return args_class(**vars(given))
 
 
 def require_values(hints: dict[str, Any]) -> None:
     """Refuse an option of several values without any, which would count as unset (as from an unset
-    shell variable), and a switch with a value. `hints` are the types of the arguments by name."""
+    shell variable). `hints` are the types of the arguments by name."""
     several = {option(name) for name, hint in hints.items() if get_origin(hint) in (tuple, list)}
-    switches = {option(name) for name, hint in hints.items() if hint is bool}
     for word, following in pairwise([*sys.argv[1:], "--"]):
-        given = word not in several or not following.startswith("--")
+        # tyro takes `_` for `-`
+        given = word.replace("_", "-") not in several or not following.startswith("--")
         require(given, f"{word}: needs a value, or leave it out")
-        name, equals, value = word.replace("--no-", "--", 1).partition("=")
-        bare = name not in switches or (not equals and following.startswith("-"))
-        remedy = f"give {name} or --no-{name.removeprefix('--')}"
-        require(bare, f"{name} {value or following}: is a switch without a value; {remedy}")
 
 
 def given_options() -> Namespace:

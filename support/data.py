@@ -73,7 +73,7 @@ class BadRows:
         new = {name: reason for name, reason in bad.items() if name not in self.bad}
         self.bad |= new
         if self.file is not None:
-            self.write(new)
+            append(self.file, [{"row": name, "reason": reason} for name, reason in new.items()])
 
     def attach(self, file: FileIO) -> None:
         """Append the bad rows that `file` lacks, then each new one; drop an incomplete last
@@ -82,13 +82,9 @@ class BadRows:
         content = content[: content.rfind(b"\n") + 1]
         file.truncate(len(content))
         earlier = [json.loads(line) for line in content.splitlines()]
-        known = {row["row"]: row["reason"] for row in earlier}
-        new = {name: reason for name, reason in self.bad.items() if name not in known}
-        self.file, self.bad = file, known | self.bad
-        self.write(new)
-
-    def write(self, bad: dict[str, str]) -> None:
-        append(self.file, [{"row": name, "reason": reason} for name, reason in bad.items()])
+        found, self.file = self.bad, file
+        self.bad = {row["row"]: row["reason"] for row in earlier}
+        self.name(found)
 
 
 class Prompts(Dataset):
@@ -202,11 +198,15 @@ class Reader:
             worker_init_fn=guard_reader,
             prefetch_factor=4,
         )
+        # Signals wait until a new reader ignores them: PyTorch's own handler would end it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             items = iter(loader)
         except OSError as error:
             reason = f"the readers cannot be started ({error.strerror}); give fewer, or 0"
             raise UsageError(f"--workers {self.workers}: {reason}") from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:
             yield from items
         except BaseException:
@@ -226,6 +226,7 @@ def guard_reader(worker: int) -> None:
     ForkingPickler.register(Tensor, by_value)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
@@ -326,11 +327,12 @@ def check_data(
     require(world_size() == 1, "--check-data: runs in one process; start it without torchrun")
     given = ("--data", args.data), ("--eval-data", args.eval_data)
     files = [(flag, paths, open_file(args, flag)) for flag, paths in given if paths]
+    many = []
     for flag, paths, file in files:  # all are there before the first is read
         path = " ".join(each(paths))
         bad_rows, rows = BadRows(1.0, len(file)), np.arange(len(file))
         prompts = Prompts(file, encode, rows, max_tokens=args.max_prompt_tokens)
-        kinds, lengths, no_number = Counter(), [], []
+        kinds, lengths, no_number, boxed = Counter(), [], [], 0
         reader = Reader(prompts, rows, args.workers, bad_rows)
         for prompt in tqdm(reader, total=len(rows), desc=f"{flag} {path}"):
             example = prompt.example
@@ -338,6 +340,7 @@ def check_data(
             kind = "several" if len(media) > 1 else "".join(media) or "text"
             kinds[f"{kind}, {example.problem_type or 'no problem type'}"] += 1
             lengths.append(len(prompt.ids))
+            boxed += bool(example.boxes)
             numeric = example.problem_type in ("numerical", "regression")
             if numeric and accuracy_rule == "by-type" and read_number(example.solution) is None:
                 no_number.append(example.name)
@@ -346,10 +349,12 @@ def check_data(
         print(f"{flag} {path}: {len(rows):,} rows, {len(bad_rows.bad):,} bad")
         for kind, number in sorted(kinds.items()):
             print(f"  {kind:<28}{number:>10,}")
+        print(f"  {'with boxes':<28}{boxed:>10,}")
         if no_number:
             count, example = f"{len(no_number):,} solutions are not one number", no_number[0]
             print(f"  {count}: only identical text is correct (example: {example})")
         if lengths:
             print(f"  prompt tokens: median {np.median(lengths):,.0f}, maximum {max(lengths):,}")
-        few = len(bad_rows.bad) <= args.max_skipped * len(rows)
-        require(few, f"{flag} {path}: more than --max-skipped {args.max_skipped} are bad")
+        if len(bad_rows.bad) > args.max_skipped * len(rows):
+            many.append(f"{flag} {path}")
+    require(not many, f"{', '.join(many)}: more than --max-skipped {args.max_skipped} are bad")

@@ -33,6 +33,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,14 @@ import pyarrow
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HOME
-from huggingface_hub.errors import LocalEntryNotFoundError
-from pyarrow import ipc, parquet, types
+from pyarrow import ipc, parquet
 
 from support.answers import MAX_ANSWER, extract_answer, folded, option_letter, option_texts
 from support.cli import each
-from support.disk import data_files
+from support.disk import data_files, without_split
 from support.grounding import Box
 from support.media import (
     MAX_FRAME_BYTES,
-    BadBox,
     BadRow,
     MediaBytes,
     first_line,
@@ -90,23 +89,14 @@ CHANGES = ("crop", "resized_height", "resized_width", "min_pixels", "max_pixels"
 CHANGES += ("min_frames", "max_frames", "start_time", "end_time", "start_frame", "end_frame")
 CHANGES += ("frame_indices",)
 # Keys that say where a medium shows what the question is about; the first that has boxes is read.
-BOXES, BOX_FORMATS = ("bbox", "bboxes", "bboxs"), ("xyxy", "xywh")
+BOXES = ("bbox", "bboxes", "bboxs")
 BOX_KEYS = (*BOXES, "bbox_format")
 UNREAD = "rename the column to have it left out"
 ROW_KEYS = sum((*MEDIA_COLUMNS.values(), *CLIP.values(), CHANGES, BOX_KEYS), ())
-# A column that is not read but perhaps holds media, by its name or by a value.
-PERHAPS_MEDIA = re.compile("image|img|picture|photo|video|clip|frame", re.I)
 MEDIA_ENDS = "jpg jpeg png webp gif bmp tif tiff mp4 m4v mov mkv webm avi flv wmv mpg mpeg ogv"
-MEDIA_PATH = re.compile(rf".*\.({MEDIA_ENDS.replace(' ', '|')})", re.I)
 ROLES = (["user"], ["human"], ["user", "assistant"], ["human", "gpt"])  # of a chat's turns
 PROBLEM_TYPES = ("multiple choice", "numerical", "OCR", "free-form", "regression")
-EXPECTED = "expected a JSON array of objects, one JSON object a line, or Parquet or Arrow files"
-# First bytes of files that hold no rows, and what those files are.
-NOT_ROWS = {b"\xff\xfe": "is UTF-16 text", b"\xfe\xff": "is UTF-16 text", b"PK": "is compressed"}
-NOT_ROWS |= {b"\x1f\x8b": "is compressed"} | dict.fromkeys((b"\x80\4", b"\x80\5"), "is a pickle")
-# First bytes of files that hold rows.
-KINDS = {b"PAR1": "Parquet", b"ARROW1": "an Arrow file", b"\xff\xff\xff\xff": "an Arrow stream"}
-KINDS |= {b"{": "JSON lines", b"[": "a JSON array"}
+EXPECTED = "expected a JSON array of objects, one JSON object a line, Parquet or an Arrow stream"
 HUB_NAME = re.compile(r"(?!.*\.(?:jsonl?|parquet|arrow|csv)$)[\w-][\w.-]*/[\w-][\w.-]*")
 # What is downloaded from a hub's repository beside JSON files, which name media by their paths.
 LOOSE_MEDIA = [f"*.{end}" for both in MEDIA_ENDS.split() for end in (both, both.upper())]
@@ -128,20 +118,16 @@ def find_files(path: str) -> tuple[Path, dict[str, list[Path]]]:
     `path` is a file, a directory, or a data set's hub name, whose Parquet files, or else its JSON
     files, are downloaded. `:SPLIT` after a directory or a hub name chooses from several splits.
     """
-    place, split = Path(path), ""
-    if ":" in path and not place.exists():
-        place, split = Path(path.rpartition(":")[0]), path.rpartition(":")[2]
-    named = str(place)
+    place = without_split(path)
+    named, split = str(place), "" if place == Path(path) else path.rpartition(":")[2]
     if not place.exists() and HUB_NAME.fullmatch(named):
         place = download(named, split)
     require(place.exists(), "no such file or directory")
-    if place.is_file():
-        require(not split, f"is one file; leave out :{split}")
-        return place.parent, {"": [place]}
-    require(place.is_dir(), "is neither a file nor a directory")
-    files = {file.relative_to(place).as_posix(): file for file in data_files(str(place))}
-    splits = choose_splits(list(files), split, named)
-    return place, {label: [files[name] for name in names] for label, names in splits.items()}
+    require(place.is_file() or place.is_dir(), "is neither a file nor a directory")
+    folder = place.parent if place.is_file() else place
+    files = {file.relative_to(folder).as_posix(): file for file in data_files(str(place))}
+    splits = choose_splits([*files], split, named)
+    return folder, {label: [files[name] for name in names] for label, names in splits.items()}
 
 
 def download(name: str, split: str) -> Path:
@@ -160,12 +146,9 @@ def download(name: str, split: str) -> Path:
         pass  # offline: an earlier download is read
     try:
         return Path(fetch(allow_patterns=chosen, ignore_patterns=left_out))
-    except LocalEntryNotFoundError:
-        reason = f"cannot download {name}: no connection, and not in the cache"
-        remedy = "Check the network and HF_HUB_OFFLINE, or give a local directory"
-        raise UsageError(f"{reason}. {remedy}") from None
     except (OSError, ValueError) as error:
-        raise UsageError(f"is neither here nor on the hub ({first_line(error)})") from None
+        remedy = "check the name, the network and HF_HUB_OFFLINE, or give a local directory"
+        raise UsageError(f"cannot download {name} ({first_line(error)}); {remedy}") from None
 
 
 def choose_splits(names: list[str], split: str, place: str) -> dict[str, list[str]]:
@@ -187,209 +170,107 @@ def choose_splits(names: list[str], split: str, place: str) -> dict[str, list[st
 
 
 class JsonLines:
-    """The rows of JSON lines files. Only the place of each line is in memory: the number of its
-    file, its offset and its own number."""
+    """The rows of a JSON lines file. Only the offset and the number of each line are in memory."""
 
-    def __init__(self, files: list[Path]):
-        self.files, places = files, array("q")
-        for number, path in enumerate(files):
-            at, line, begins = 0, 1, True
-            with path.open("rb") as file:
-                for piece in iter(partial(file.readline, MAX_ROW), b""):  # a long line has several
-                    if begins and piece.strip():
-                        places.extend((number, at, line))
-                    at, begins = at + len(piece), piece.endswith(b"\n")
-                    line += begins
-        self.places = np.array(places).reshape(-1, 3)
+    def __init__(self, file: Path):
+        self.file, places = file, array("q")
+        at, line, begins = 0, 1, True
+        with file.open("rb") as opened:
+            for piece in iter(partial(opened.readline, MAX_ROW), b""):  # a long line has several
+                if begins and piece.strip():
+                    places.extend((at, line))
+                at, begins = at + len(piece), piece.endswith(b"\n")
+                line += begins
+        self.places = np.array(places).reshape(-1, 2)
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, row: int) -> Any:
-        number, at, _ = self.places[row]
-        with self.files[number].open("rb") as file:
-            file.seek(at)
-            content = file.readline(MAX_ROW + 1)
+        with self.file.open("rb") as opened:
+            opened.seek(self.places[row, 0])
+            content = opened.readline(MAX_ROW + 1)
         if len(content) > MAX_ROW:
             raise BadRow(f"is longer than {MAX_ROW:,} bytes")
         return json.loads(content.decode("utf-8-sig"))
 
-    def place(self, row: int) -> str:
-        number, _, line = self.places[row]
-        name = f"{self.files[number].name} " if len(self.files) > 1 else ""
-        return f" ({name}line {line})"
-
-
-def open_rows(files: list[Path]) -> tuple[Any, dict[str, pyarrow.DataType]]:
-    """The rows of data files, and the type of each column if the files state types."""
-    kinds = {}
-    for file in files:
-        try:
-            kinds.setdefault(file_kind(file), file)
-        except UsageError as error:
-            raise UsageError(f"{file.name} {error}" if len(files) > 1 else error) from None
-    different = " and ".join(f"{kind} ({file.name})" for kind, file in kinds.items())
-    require(len(kinds) == 1, f"has files of different kinds, {different}; keep one kind")
-    (kind,) = kinds
-    if kind == "JSON lines":
-        return JsonLines(files), {}
-    if kind == "a JSON array":
-        return [row for file in files for row in read_array(file)], {}
-    cache, copied = Path(os.environ.get("HF_DATASETS_CACHE") or f"{HF_HOME}/datasets"), ""
-    try:
-        if kind == "Parquet":
-            copied, schemas = f" or copied to {cache}", map(parquet.read_schema, files)
-            schema = next(filter(len, schemas), pyarrow.schema([]))
-            rows = ArrowRows([arrow_copy(files, cache)], kind)
-        else:
-            rows = ArrowRows(files, kind)
-            schema = rows.schema
-        require(len(schema) > 0, "has no columns")
-        return rows, {column.name: column.type for column in schema}
-    except UsageError:
-        raise
-    except Exception as error:  # hostile bytes raise any error of the library
-        raise UsageError(f"cannot be read{copied} ({first_line(error)})") from None
-
-
-def file_kind(file: Path) -> str:
-    """What a data file is, by its first bytes."""
-    with file.open("rb") as opened:
-        start = opened.read(2**12).removeprefix(b"\xef\xbb\xbf").lstrip()
-    require(start, "is empty")
-    for first, kind in KINDS.items():
-        if start.startswith(first):
-            return kind
-    kind = NOT_ROWS.get(start[:2], f"begins with {start[:40].decode(errors='replace')!r}")
-    raise UsageError(f"{kind}; {EXPECTED}")
-
-
-def read_array(file: Path) -> list[Any]:
-    content = file.read_bytes()
-    try:
-        return json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        before = content[: getattr(error, "start", 0)]  # of a byte that is not UTF-8
-        line = getattr(error, "lineno", before.count(b"\n") + 1)
-        reason = getattr(error, "msg", first_line(error))
-        raise UsageError(f"its array is not JSON, line {line}: {reason}") from None
-
 
 class ArrowRows:
-    """The rows of Arrow files, which stay on disk with their media undecoded."""
+    """The rows of an Arrow stream, which stay on disk with their media undecoded."""
 
-    def __init__(self, files: list[Path], kind: str):
-        self.batches, self.schema = [], pyarrow.schema([])
-        for file in files:
-            source = pyarrow.memory_map(str(file))
-            if kind == "an Arrow file":
-                reader = ipc.open_file(source)
-                batches = map(reader.get_batch, range(reader.num_record_batches))
-            else:
-                batches = reader = ipc.open_stream(source)
-            self.schema = self.schema if self.schema.names else reader.schema
-            kept = kept_columns(reader.schema)
-            self.batches += [batch.select(kept) for batch in batches if batch.num_rows]
-        self.ends = np.cumsum([batch.num_rows for batch in self.batches])
+    def __init__(self, file: Path):
+        self.table = ipc.open_stream(pyarrow.memory_map(str(file))).read_all()
+        self.names = self.table.column_names  # here, as they may be no text
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return len(self.table)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        number = int(np.searchsorted(self.ends, row, side="right"))
-        batch = self.batches[number]
-        batch = batch.slice(row - int(self.ends[number]) + batch.num_rows, 1)
-        batch.validate(full=True)  # a column with bad offsets would end the process
-        return batch.to_pylist()[0]
+        one = self.table.slice(row, 1)
+        one.validate(full=True)  # a column with bad offsets would end the process
+        return one.to_pylist()[0]
 
 
-def is_binary(kind: pyarrow.DataType) -> bool:
-    """Whether a column may hold media: the type of {bytes, path} names "binary", too."""
-    return "binary" in str(kind)
+def open_rows(file: Path) -> Any:
+    """The rows of a data file, whose first bytes say what it is."""
+    copies, copied = Path(os.environ.get("HF_DATASETS_CACHE") or f"{HF_HOME}/datasets", "rows"), ""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(2**12).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if start.startswith(b"{"):
+            return JsonLines(file)
+        if start.startswith(b"["):
+            return json.loads(file.read_bytes().decode("utf-8-sig"))
+        if start.startswith(b"\xff\xff\xff\xff"):
+            return ArrowRows(file)
+        if start.startswith(b"PAR1"):
+            copied = f" or copied to {copies}"
+            return ArrowRows(arrow_copy(file, copies))
+    except UsageError:
+        raise
+    except Exception as error:  # hostile bytes raise any error of the libraries
+        raise UsageError(f"{file.name} cannot be read{copied} ({first_line(error)})") from None
+    found = f"begins with {start[:40]!r}" if start else "is empty"
+    raise UsageError(f"{file.name} {found}; {EXPECTED}")
 
 
-def read_columns(names: Sequence[str]) -> list[str]:
-    """Those of the columns `names` that are read: of several names of a field, the first."""
-    fields = [next((x for x in known if x in names), None) for known in COLUMNS.values()]
-    return [x for x in names if x in fields or x in ROW_KEYS or NUMBERED.fullmatch(x)]
+def arrow_copy(file: Path, folder: Path) -> Path:
+    """Copy a Parquet file to an Arrow file in `folder`, whose rows can be read one by one.
 
-
-def kept_columns(schema: pyarrow.Schema) -> list[str]:
-    """The columns of Parquet or Arrow files that are used: all but media that nothing reads."""
-    read, nested = read_columns(schema.names), re.compile("(images|videos): ")
-    return [
-        column.name
-        for column in schema
-        if column.name in read or not is_binary(column.type) or nested.search(str(column.type))
-    ]
-
-
-def arrow_copy(files: list[Path], cache: Path) -> Path:
-    """Copy Parquet files to an Arrow file, whose rows can be read one by one.
-
-    The copy is named by a hash of each file's size, first and last MB, which has the statistics of
+    The copy is named by a hash of the file's size, first and last MB, which has the statistics of
     each column. So the copy is made once, and again after a change.
 
     Raises:
-        UsageError: a column differs between files, or the copy is far larger than the files.
+        UsageError: the copy would be far larger than the file.
     """
-    digest, total = hashlib.sha256(repr((COLUMNS, ROW_KEYS, "all")).encode()), 0
-    for file in files:
-        size = file.stat().st_size
-        total += size
-        with file.open("rb") as opened:
-            digest.update(b"%d" % size + opened.read(2**20))
-            opened.seek(max(0, size - 2**20))
-            digest.update(opened.read())
-    limit = max(MAX_GROWTH * total, LEAST_GROWTH)
-    large = f"its {total:,} bytes hold more than {limit:,} bytes of rows"
-    target = cache / "rows" / f"{digest.hexdigest()[:32]}.arrow"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    size = file.stat().st_size
+    digest = hashlib.sha256(b"%d" % size)
+    with file.open("rb") as opened:
+        digest.update(opened.read(2**20))
+        opened.seek(max(0, size - 2**20))
+        digest.update(opened.read())
+    limit = max(MAX_GROWTH * size, LEAST_GROWTH)
+    large = f"{file.name}: its {size:,} bytes hold more than {limit:,} bytes of rows"
+    target = folder / f"{digest.hexdigest()[:32]}.arrow"
+    folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if target.exists():
             return target
-        schema, part = shared_schema(files), target.with_suffix(".part")
+        part = target.with_suffix(".part")
         try:
-            with pyarrow.OSFile(str(part), "wb") as sink, ipc.new_stream(sink, schema) as stream:
-                for file in files:
-                    with parquet.ParquetFile(file) as rows:  # a row may hold many pictures
-                        for batch in rows.iter_batches(16, columns=schema.names, use_threads=False):
-                            table = pyarrow.Table.from_batches([batch])
-                            stream.write_table(table.select(schema.names).cast(schema))
-                            require(sink.tell() <= limit, large)
+            with (
+                parquet.ParquetFile(file) as rows,
+                pyarrow.OSFile(str(part), "wb") as sink,
+                ipc.new_stream(sink, rows.schema_arrow) as stream,
+            ):
+                # Few at a time, as a row may hold many pictures.
+                for batch in rows.iter_batches(16, use_threads=False):
+                    stream.write_batch(batch)
+                    require(sink.tell() <= limit, large)
             part.rename(target)
         finally:
             part.unlink(missing_ok=True)
     return target
-
-
-def shared_schema(files: list[Path]) -> pyarrow.Schema:
-    """The columns of Parquet files that are kept, with types that suit all files with rows. Columns
-    that nothing reads are left out if they differ between the files."""
-    schemas, columns = {}, defaultdict(dict)
-    for file in files:
-        with parquet.ParquetFile(file) as rows:
-            if rows.metadata.num_rows:
-                schemas[file.name] = kept_columns(rows.schema_arrow)
-                for name in schemas[file.name]:
-                    kind = rows.schema_arrow.field(name).type  # pandas' categories: a dictionary
-                    kind = kind.value_type if types.is_dictionary(kind) else kind
-                    columns[name][file.name] = pyarrow.schema({name: kind})
-    require(schemas, "has no rows")
-    read, shared = {x for names in schemas.values() for x in read_columns(names)}, []
-    for name, found in columns.items():
-        has, lacks = [*found], [file for file in schemas if file not in found]
-        fault = f"{has[0]} has the column {name}, but {lacks[0]} does not" if lacks else ""
-        kind = found[has[0]]
-        for file in has if not fault else ():
-            try:
-                kind = pyarrow.unify_schemas([kind, found[file]])
-            except pyarrow.ArrowException as error:
-                fault = f"{file} differs from {has[0]}: {first_line(error)}"
-                break
-        require(not fault or name not in read, fault)
-        shared += [] if fault else [kind.field(0)]
-    return pyarrow.schema(shared)
 
 
 # 3. Examples
@@ -397,13 +278,12 @@ def shared_schema(files: list[Path]) -> pyarrow.Schema:
 
 @dataclass
 class Part:
-    """The rows of one split, from row `start` of the whole on. `source` is the data source of rows
+    """The rows of one file, from row `start` of the whole on. `source` is the data source of rows
     that name none."""
 
     name: str
     source: str
     rows: Any
-    types: dict[str, pyarrow.DataType]
     roots: list[Path]
     start: int
     columns: dict[str, str] = field(default_factory=dict)  # the name of each field of `COLUMNS`
@@ -418,8 +298,8 @@ class DataFile:
     prints which columns are read.
 
     Raises:
-        UsageError: a file or a root does not exist, or a file holds no questions or, unless
-            `text_only` is set, no media in its first rows.
+        UsageError: a file or a root does not exist, a file holds no questions or, unless
+            `text_only` is set, a split has no media in its first rows.
     """
 
     def __init__(
@@ -434,31 +314,40 @@ class DataFile:
         self.frames, self.fps = frames, 1.0 if frames is None and fps is None else fps
         for root in roots:
             require(Path(root).is_dir(), f"--media-root {root}: no such directory")
-        paths, self.parts, self.ends = each(paths), [], []
+        paths, self.parts = each(paths), []
         names = [Path(path).name for path in paths]
         for path, name in zip(paths, names, strict=True):
             name, notes = path if names.count(name) > 1 else name, Counter()
             try:
                 folder, splits = find_files(path)
+                own = [Path(root).resolve() for root in roots or [folder]]
                 for label, files in splits.items():
+                    first = len(self)
                     source = label if len(splits) > 1 else name if len(paths) > 1 else ""
-                    named = f"{name.partition(':')[0]}:{label}" if len(splits) > 1 else name
-                    own = [Path(root).resolve() for root in roots or [folder]]
-                    part = Part(named, source, *open_rows(files), own, len(self))
-                    self.parts.append(part)
-                    self.ends.append(part.start + len(part.rows))
-                    notes[self.find_columns(part, text_only)] += len(part.rows)
+                    for file in files:
+                        named = name if file == Path(path) else f"{name}/{file.relative_to(folder)}"
+                        if len(rows := open_rows(file)):
+                            self.parts.append(Part(named, source, rows, own, len(self)))
+                            note = self.find_columns(self.parts[-1])
+                            notes[note] += len(rows)
+                    rows = range(first, len(self))[:INSPECTED]
+                    require(rows, "has no rows")
+                    seen = text_only or any(map(self.has_media, rows))
+                    blind = f"none of the first {len(rows)} rows has an image or a video; {note}"
+                    named = ", ".join(x for y in MEDIA_COLUMNS.values() for x in y)
+                    remedy = f"rename a column that has them to one of {named}"
+                    require(seen, f"{blind}; {remedy}, or give --text-only for data without")
             except UsageError as error:
                 raise UsageError(f"{option} {path}: {error}") from None
             for note, count in notes.items():
                 print_once(f"{option} {path}: {count:,} rows, {note}")
 
     def __len__(self) -> int:
-        return self.ends[-1] if self.ends else 0
+        return self.parts[-1].start + len(self.parts[-1].rows) if self.parts else 0
 
     def locate(self, row: int) -> tuple[Part, int]:
         """The part that holds row number `row`, and the number of the row there."""
-        part = self.parts[bisect_right(self.ends, row)]
+        part = self.parts[bisect_right(self.parts, row, key=lambda part: part.start) - 1]
         return part, row - part.start
 
     def name(self, row: int) -> str:
@@ -469,77 +358,45 @@ class DataFile:
         """The name of a row and, in JSON lines, the number of its line, both counted from 1."""
         part, number = self.locate(row)
         is_lines = isinstance(part.rows, JsonLines)
-        return self.name(row) + (part.rows.place(number) if is_lines else "")
+        return self.name(row) + (f" (line {part.rows.places[number, 1]})" if is_lines else "")
 
-    def find_columns(self, part: Part, text_only: bool) -> str:
+    def find_columns(self, part: Part) -> str:
         """Find the part's name for each of `COLUMNS`; returns a note that says which columns are
         read. JSON rows may differ, so the first rows are inspected."""
-        require(len(part.rows) > 0, "has no rows")
-        first = range(part.start, part.start + min(INSPECTED, len(part.rows)))
-        present, looks = self.inspect(part, first)
-        found = {field: [x for x in names if x in present] for field, names in COLUMNS.items()}
-        part.columns = {field: names[0] if names else field for field, names in found.items()}
-        question, answer = part.columns["problem"], part.columns["solution"]
-        answer = answer if found["solution"] else question if question in CHATS else None
-        wanted = [" or ".join(COLUMNS[field]) for field in ("problem", "solution")]
-        expected = f"expected a question in {wanted[0]}, and an answer in {wanted[1]}"
-        columns = f"has the columns {', '.join(sorted(present))[:300]}"
-        if len(part.rows) == 1 and looks["like rows"]:
-            expected += f"; if the rows are in {min(looks['like rows'])}, give that list alone"
-        require(found["problem"] and answer, f"{columns}; {expected}")
-        read = read_columns(present)
-        read += sorted(looks["like a group of media"].difference(read))
-        unread = [name for name in present if name not in read]
-        shown = text_only or any(self.has_media(row) for row in first)
-        blind = f"none of the first {len(first)} rows has an image or a video"
-        columns = f"columns read: {', '.join(read)}, not read: {', '.join(unread)[:300] or 'none'}"
-        require(shown, f"{blind}; {columns}; give --text-only if that is meant")
-        clip = [x for x in read if x in sum(CLIP.values(), ())]
-        others = (*part.columns.values(), *clip, *CHANGES, *BOX_KEYS)
-        media = [x for x in read if x not in others]
-        note = f"question in {question}, answer in {answer}, "
-        note += f"media in {', '.join(media) or 'no column'}"
-        for words, names in (
-            ("the part of a video in", clip),
-            ("boxes in", [x for x in read if x in BOX_KEYS]),
-            ("not read, but perhaps media:", [x for x in unread if x in looks["like media"]]),
-            ("not read, but perhaps options:", [x for x in unread if x in looks["like options"]]),
-        ):
-            note += f"; {words} {', '.join(names)[:300]}" if names else ""
-        if not found["problem_type"]:
-            how = "rows with options are multiple choice, others need an equal answer"
-            note += f"; no problem_type: {how}"
-        return note
-
-    def inspect(self, part: Part, first: range) -> tuple[list[str], dict[str, set[str]]]:
-        """All columns, and those that look like media by their name, type or values, like options
-        (lists of short texts), like rows (lists of objects), or like a group of media (`images` or
-        `videos` inside)."""
-        present, looks, reason = dict.fromkeys(part.types), defaultdict(set), ""
-        looks["like media"] = {name for name, kind in part.types.items() if is_binary(kind)}
-        for row in first[: 10 if present else INSPECTED]:  # rows of Arrow may hold large media
+        present, groups, reason, inspected = {}, set(), "", INSPECTED
+        if isinstance(part.rows, ArrowRows):  # rows with the same columns, perhaps large ones
+            present, inspected = dict.fromkeys(part.rows.names), 1
+        for row in range(part.start, len(self))[:inspected]:
             try:
                 fields = self.fields(row)
             except BadRow as error:
                 reason = reason or f"{self.place(row)} {error}"
-                if row == part.start + 1 and not present:  # perhaps a dictionary around the rows
-                    break
                 continue
             present |= dict.fromkeys(fields)
-            for name, value in fields.items():
-                items = value if isinstance(value, list) else [value]
-                short = [x for x in items if isinstance(x, str) and len(x) < 1000]
-                if any(map(MEDIA_PATH.fullmatch, short[:10])):
-                    looks["like media"].add(name)
-                if len(short) == len(items) > 1:
-                    looks["like options"].add(name)
-                if items is value and items and isinstance(items[0], dict):
-                    looks["like rows"].add(name)
-                if isinstance(value, dict) and (value.get("images") or value.get("videos")):
-                    looks["like a group of media"].add(name)
-        looks["like media"] |= {name for name in present if PERHAPS_MEDIA.search(name)}
-        require(present, f"{reason or 'its rows are empty'}; {EXPECTED}")
-        return [*present], looks
+            nested = (x for x, y in fields.items() if isinstance(y, dict))
+            groups.update(x for x in nested if fields[x].get("images") or fields[x].get("videos"))
+        require(present, f"{reason or f'the rows of {part.name} are empty'}; {EXPECTED}")
+        found = {
+            field: next((x for x in names if x in present), "") for field, names in COLUMNS.items()
+        }
+        part.columns = {field: name or field for field, name in found.items()}
+        question = found["problem"]
+        answer = found["solution"] or (question if question in CHATS else "")
+        wanted = [" or ".join(COLUMNS[field]) for field in ("problem", "solution")]
+        expected = f"expected a question in {wanted[0]}, and an answer in {wanted[1]}"
+        columns = f"{part.name} has the columns {', '.join(sorted(present))[:300]}"
+        require(question and answer, f"{columns}; {expected}")
+        known = {*part.columns.values(), *ROW_KEYS, *groups}
+        read = [x for x in present if x in known or NUMBERED.fullmatch(x)]
+        others = ", ".join(sorted({*read} - {question, answer})) or "nothing"
+        unread = ", ".join(sorted(present.keys() - read))[:300] or "nothing"
+        note = (
+            f"question in {question}, answer in {answer}, also read: {others}, not read: {unread}"
+        )
+        if not found["problem_type"]:
+            how = "rows with options are multiple choice, others need an equal answer"
+            note += f"; no problem_type: {how}"
+        return note
 
     def has_media(self, row: int) -> bool:
         """Whether a row lists an image or a video, readable or not."""
@@ -553,8 +410,6 @@ class DataFile:
         part, number = self.locate(row)
         try:
             fields = part.rows[number]
-        except json.JSONDecodeError as error:
-            raise BadRow(f"is not JSON: {error.msg} at column {error.colno}") from None
         except BadRow:
             raise
         except Exception as error:  # hostile bytes make pyarrow raise any error
@@ -614,27 +469,28 @@ class DataFile:
         self, fields: dict[str, Any], example: Example, roots: list[Path]
     ) -> list[tuple[str, Any, dict[str, float], list[Any]]]:
         """For each medium of a row: "image" or "video", its file or content (a list, if a video is
-        given as frames), the result of `read_clip`, and its listed boxes. The order is that of the
-        markers in the text; without markers, images come first."""
-        found, data_type = [], fields["data_type"] or None
+        given by its frames), the result of `read_clip`, and its listed boxes. The order is that of
+        the markers in the text; without markers, images come first."""
+        data_type = fields["data_type"] if fields["data_type"] in ("image", "video") else None
+        found = []
         for column_kind, name, items in listed_media(fields):
-            if name == "path" and data_type not in ("image", "video", None):
-                raise BadRow(f"data_type is {str(data_type)[:40]!r}; known are image and video")
             kind = column_kind or data_type
             open_item = partial(open_medium, roots=roots, name=name)
-            if kind == "video" and len(items) > 1 and not isinstance(items[0], list):
-                is_frames = not is_video(open_item(items[0], number=1))
-                items = [items] if is_frames else items
+            if kind == "video" and len(items) > 1 and not isinstance(medium_source(items[0]), list):
+                first = open_item(items[0], number=1)
+                items = items if isinstance(first, list) or is_video(first) else [items]
             if len(items) > MAX_MEDIA:
                 raise BadRow(f"{name!r} has {len(items):,} files; at most {MAX_MEDIA} are allowed")
             for number, item in enumerate(items, 1):
                 listed = medium_source(item)
-                if kind == "video" and isinstance(listed, list) and listed:
-                    if len(listed) > MAX_LISTED:
-                        raise BadRow(f"{name!r} has {len(listed):,} frames; at most {MAX_LISTED:,}")
-                    source = [open_item(frame, number=number) for frame in listed]
-                else:
-                    source = open_item(item, number=number)
+                source = listed if isinstance(listed, list) else open_item(item, number=number)
+                if isinstance(source, list):
+                    if kind != "video" or not 0 < len(source) <= MAX_LISTED:
+                        frames = f"only a video has a list of frames, at most {MAX_LISTED:,}"
+                        raise BadRow(f"{name!r} has a list of {len(source):,} files; {frames}")
+                    source = [open_item(frame, number=number) for frame in source]
+                    if list in map(type, source):
+                        raise BadRow(f"{name!r} has a folder among its frames")
                 medium = kind or ("video" if is_video(source) else "image")
                 found.append((medium, source, read_clip(item if isinstance(item, dict) else {})))
         of_row = read_clip(fields) if found else {}
@@ -643,20 +499,13 @@ class DataFile:
             raise BadRow(f"has a start or an end for {len(videos)} videos; give each its own")
         for clip in videos:
             clip.update(of_row | clip)
-        if not found and data_type in ("image", "video"):
+        if not found and data_type:
             raise BadRow(f"has no {data_type} in 'path' or another column")
         boxes = listed_boxes(fields, len(found))
         found = [(*medium, listed) for medium, listed in zip(found, boxes, strict=True)]
         markers = re.findall("<(image|video)>", "\n".join([example.problem, *example.options]))
-        if not markers:
-            return found
-        kinds = [kind for kind, *_ in found]
-        if Counter(markers) != Counter(kinds):
-            marked = (
-                f"{markers.count('image')} <image> and {markers.count('video')} <video> markers"
-            )
-            has = f"{kinds.count('image')} images and {kinds.count('video')} videos"
-            raise BadRow(f"the text has {marked}, but the row has {has}")
+        if Counter(markers) != Counter(kind for kind, *_ in found):
+            return found  # there are no markers, or `split_turn` refuses the row
         return [found.pop([kind for kind, *_ in found].index(marker)) for marker in markers]
 
 
@@ -667,13 +516,14 @@ def listed_media(fields: dict[str, Any]) -> list[tuple[str | None, str, list]]:
     for kind, names in MEDIA_COLUMNS.items():
         name = next(filter(fields.get, names), None)
         if name is not None and not (name == "path" and found):
-            items = fields[name] if isinstance(fields[name], list) else [fields[name]]
-            found.append((kind, name, items))
+            found.append((kind, name, [*each(fields[name])]))
     return found
 
 
-def open_medium(item: Any, roots: list[Path], name: str, number: int) -> Path | MediaBytes:
-    """The file or content of an item of the column `name`."""
+def open_medium(
+    item: Any, roots: list[Path], name: str, number: int
+) -> Path | MediaBytes | list[str]:
+    """The file or content of an item of the column `name`, or the files in a folder."""
     content = medium_source(item)
     if isinstance(content, bytes):
         return MediaBytes(f"{name} {number}", content)
@@ -689,12 +539,9 @@ def medium_source(item: Any) -> Any:
     return item.get("bytes") or item.get("path") or item.get("url") or item.get("base64")
 
 
-def find_medium(path: str, roots: list[Path]) -> Path:
-    """The file that `path` names under one of the roots; targets of links are checked too."""
-    outside = folder = False
-    wanted = "give a path under --media-root, or the bytes in Parquet"
-    if scheme := re.match(r"(data:|[a-z][a-z0-9+]+://)", path):
-        raise BadRow(f"path {path[:40]!r} is an address ({scheme[0]}); {wanted}")
+def find_medium(path: str, roots: Sequence[Path]) -> Path | list[str]:
+    """The file that `path` names under one of the roots, or the files in a folder, in the order of
+    their numbers (2.jpg, 10.jpg). Targets of links are checked, too."""
     # The files of a data set in the hub's cache are links to its blobs.
     blobs = [root.parent.parent / "blobs" for root in roots if root.parent.name == "snapshots"]
     for root in roots:
@@ -703,17 +550,13 @@ def find_medium(path: str, roots: list[Path]) -> Path:
             if any(target.is_relative_to(allowed) for allowed in [*roots, *blobs]):
                 if target.is_file():
                     return target
-                folder = folder or target.is_dir()
-            else:
-                outside = True
+                if target.is_dir():
+                    files = map(str, islice(target.iterdir(), MAX_LISTED + 1))
+                    return sorted(files, key=lambda file: (len(file), file))
         except (OSError, ValueError, RuntimeError):  # too long, has a NUL, or a loop of links
             continue
-    if folder:
-        raise BadRow(f"path {path[:200]!r} is a folder; list its frames in order")
-    if re.fullmatch(r"[\w+/\s-]{99,}=*\s*", path):
-        raise BadRow(f"path {path[:40]!r}... is base64; {wanted}")
-    where = f"--media-root {' '.join(map(str, roots))[:200]}"
-    raise BadRow(f"path {path[:200]!r} {'leaves' if outside else 'is not under'} {where}")
+    where = f"under --media-root {' '.join(map(str, roots))[:200]}"
+    raise BadRow(f"path {path[:80]!r} is no file {where}; addresses and base64 are not read")
 
 
 def read_clip(fields: dict[str, Any]) -> dict[str, float]:
@@ -724,15 +567,12 @@ def read_clip(fields: dict[str, Any]) -> dict[str, float]:
             raise BadRow(f"{name} asks for other pixels or frames, which is not supported")
     for key, names in CLIP.items():
         name = next((name for name in names if fields.get(name) is not None), None)
-        if name is None:
-            continue
-        value = fields[name]
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not (0 if key == "start" else 1e-6) <= value < 1e9:
-            raise BadRow(f"{name} is {str(value)[:40]!r}, not a number of seconds or frames")
-        if key == "frames" and value != int(value):
-            raise BadRow(f"{name} is {value}, not a whole number")
-        clip[key] = int(value) if key == "frames" else float(value)
+        if name is not None:
+            value, least = fields[name], 0 if key == "start" else 1e-6
+            kind = int if key == "frames" else float
+            if type(value) not in (int, float) or not least <= value < 1e9 or kind(value) != value:
+                raise BadRow(f"{name} is {str(value)[:40]!r}, not a number of seconds or frames")
+            clip[key] = kind(value)
     return clip
 
 
@@ -753,9 +593,9 @@ def listed_boxes(fields: dict[str, Any], media: int) -> list[list[Any]]:
     boxes = listed if all(map(is_list, listed)) else [listed]
     if len(boxes) != media:
         has = f"the row has {media} images and videos; give a list of boxes for each"
-        raise BadBox(f"{name} lists the boxes of {len(boxes):,} media, but {has}")
+        raise BadRow(f"{name} lists the boxes of {len(boxes):,} media, but {has}")
     if (count := sum(map(len, boxes))) > MAX_BOXES:
-        raise BadBox(f"{name} has {count:,} boxes; at most {MAX_BOXES:,} are allowed")
+        raise BadRow(f"{name} has {count:,} boxes; at most {MAX_BOXES:,} are allowed")
     return boxes
 
 
@@ -767,31 +607,27 @@ def read_box(item: Any, box_format: Any, medium: Media, number: int) -> Box:
     if isinstance(item, dict):
         values, box_format = item.get("bbox"), item.get("bbox_format") or box_format
         span = read_clip({x: item.get(x) for x in ("start", "end", *CHANGES)})
-    if span and not medium.is_video:
-        raise BadBox(f"{box} of an image has a start or an end")
-    if span.get("start", 0) > span.get("end", math.inf):
-        raise BadBox(f"{box} ends before it starts")
     four = isinstance(values, list) and len(values) == 4
     if not four or not all(type(x) in (int, float) and abs(x) < 1e9 for x in values):
-        raise BadBox(f"{box} is not four numbers; {UNREAD}")
-    if box_format not in (None, *BOX_FORMATS):
-        known = " and ".join(BOX_FORMATS)
-        raise BadBox(f"bbox_format is {reprlib.repr(box_format)[:60]}; known are {known}")
+        raise BadRow(f"{box} is not four numbers; {UNREAD}")
+    if box_format not in (None, "xyxy", "xywh"):
+        raise BadRow(f"bbox_format is {reprlib.repr(box_format)[:60]}; known are xyxy and xywh")
     orientation, *others = {frame.info["orientation"] for frame in medium.frames}
     if others or orientation is None:
-        raise BadBox(f"{box}: its video is not turned by quarters, or its frames differ in that")
+        raise BadRow(f"{box}: its video is not turned by quarters, or its frames differ in that")
     width, height = medium.size if orientation < 5 else medium.size[::-1]
     if max(map(abs, values)) <= 1 < max(width, height):
-        raise BadBox(f"{box} has fractions of the picture; pixels are expected, or {UNREAD}")
+        raise BadRow(f"{box} has fractions of the picture; pixels are expected, or {UNREAD}")
     left, top, right, bottom = values
     if box_format == "xywh":
         right, bottom = left + right, top + bottom
     if min(left, top) < -1 or right > width + 1 or bottom > height + 1:  # 1 for rounding
-        raise BadBox(f"{box} leaves its picture of {width} x {height} pixels; {UNREAD}")
+        raise BadRow(f"{box} leaves its picture of {width} x {height} pixels; {UNREAD}")
     left, right = (min(max(x, 0), width) for x in (left, right))
     top, bottom = (min(max(x, 0), height) for x in (top, bottom))
-    if left >= right or top >= bottom:
-        raise BadBox(f"{box} has no area; [x1, y1, x2, y2], or bbox_format xywh, is expected")
+    if left >= right or top >= bottom or span.get("start", 0) > span.get("end", math.inf):
+        expected = "[x1, y1, x2, y2], or bbox_format xywh, is expected"
+        raise BadRow(f"{box} has no area, or ends before it starts; {expected}")
     return Box(*upright_box((left, top, right, bottom), medium.size, orientation), number, **span)
 
 
@@ -822,18 +658,12 @@ def read_chat(turns: list[Any]) -> dict[str, Any]:
 
 def other_columns(fields: dict[str, Any], read: set[str]) -> dict[str, Any]:
     """The columns of a row that nothing reads, as JSON has them: numbers, texts, lists and objects.
-    A date or a decimal is its text. Media, and what exceeds `MAX_EXTRA` characters, are left out.
-    """
-
-    def text_of(value: Any) -> str:
-        if isinstance(value, bytes):
-            raise TypeError("media")
-        return str(value)
-
+    A date or a decimal is its text, and bytes are None. What exceeds `MAX_EXTRA` characters is left
+    out."""
     extra, size = {}, 0
     for name in (x for x in fields if x not in read):
         try:
-            text = json.dumps(fields[name], default=text_of)
+            text = json.dumps(fields[name], default=lambda x: None if type(x) is bytes else str(x))
         except (TypeError, ValueError, RecursionError):
             continue
         if size + len(text) <= MAX_EXTRA:
@@ -875,12 +705,13 @@ def read_example(fields: dict[str, Any]) -> Example:
             raise BadRow(f"{name}: has half a character (a lone surrogate)")
     problem_type = fields["problem_type"] or ("multiple choice" if options else "")
     if problem_type not in (*PROBLEM_TYPES, ""):
-        known = ", ".join(PROBLEM_TYPES)
-        raise BadRow(f"problem_type is {str(problem_type)[:40]!r}; known are {known}")
+        raise BadRow(f"problem_type {str(problem_type)[:40]!r} is not one of {PROBLEM_TYPES}")
     if problem_type == "multiple choice":
         pairs = zip(answers, solutions, strict=True)
-        letters = [letter_of(text, options, type(answer) is int) for answer, text in pairs]
-        options, solutions = with_letters(options), letters
+        solutions = [letter_of(text, options, type(answer) is int) for answer, text in pairs]
+        texts = option_texts(options)
+        if [*texts.values()] == options:  # they have no letters, but the prompt asks for one
+            options = [f"{letter}. {text}" for letter, text in texts.items()]
     return Example(
         problem=problem,
         solution=solutions[0],
@@ -895,22 +726,11 @@ def read_example(fields: dict[str, Any]) -> Example:
 
 def as_text(value: Any, name: str) -> str:
     """The text of a question or an answer, which may be a number."""
-    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+    if isinstance(value, int | Decimal) or (isinstance(value, float) and math.isfinite(value)):
         value = str(value)
-    elif isinstance(value, Decimal):
-        value = re.sub(r"\.0*$|(\.\d*[1-9])0+$", r"\1", f"{value:f}")
     if not isinstance(value, str) or not value.strip():
         raise BadRow(f"has no text for its {name}")
     return value
-
-
-def with_letters(options: list[str]) -> list[str]:
-    """The options with their letters, which the prompt asks for: their own, or those of their
-    positions."""
-    texts = option_texts(options)
-    if list(texts.values()) == options:
-        return [f"{name}. {text}" for name, text in texts.items()]
-    return options
 
 
 def letter_of(solution: str, options: list[str], is_integer: bool) -> str:

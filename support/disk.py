@@ -152,24 +152,26 @@ def write_aside(path: Path, text: str) -> None:
 
 
 @contextmanager
-def written_aside(folder: Path, name: str) -> Iterator[Path]:
-    """Yield a new directory. When the block ends, it becomes `folder / name`, and what the block
-    created beside it moves to `folder`, too. Until then, what has these names is unchanged. A
-    process that is killed at any point leaves no directory incomplete.
+def written_aside(out: Path, name: str) -> Iterator[Path]:
+    """Yield a new directory. When the block ends, it becomes `out / name`, and what the block
+    created beside it moves there with it. Until then, what has these names is unchanged. A process
+    that is killed at any point leaves no directory incomplete. A failure is that of `writing`.
     """
-    aside = folder / PART
-    install(folder)
-    (aside / name).mkdir(parents=True)
-    try:
-        yield aside / name
-        for path in (*aside.rglob("*"), aside):
-            flush(path)
-    except Exception:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    aside.rename(folder / DONE)
-    install(folder)
-    flush(folder)
+    place = out / name
+    folder, aside = place.parent, place.with_name(PART)
+    with writing(out, name):
+        install(folder)
+        (aside / place.name).mkdir(parents=True)
+        try:
+            yield aside / place.name
+            for path in (*aside.rglob("*"), aside):
+                flush(path)
+        except Exception:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        aside.rename(folder / DONE)
+        install(folder)
+        flush(folder)
 
 
 def install(folder: Path) -> None:
@@ -201,12 +203,30 @@ def append(file: FileIO, rows: Iterable[dict[str, Any]]) -> None:
     path = Path(file.name)
     with writing(path.parent, path.name):
         for row in rows:
-            data = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+            data = (json.dumps(row, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
             while data:
                 data = data[file.write(data) :]
 
 
-# 3. Data files
+# 3. Reading
+
+
+@contextmanager
+def loading(named: str, remedy: str = "repair it, or give another checkpoint") -> Iterator[None]:
+    """Turn an exception raised while reading a checkpoint or a state into a one-line `UsageError`.
+
+    The libraries raise errors of any kind for files that they cannot use, so it catches all.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        lines = [line.strip(" .") for line in str(error).splitlines()] or [""]
+        reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+        if not reason or not isinstance(error, (OSError, ValueError)):
+            reason = f"{type(error).__name__} {reason}".strip()
+        raise UsageError(f"{named}: {reason}; {remedy}") from None
 
 
 def without_split(name: str) -> Path:

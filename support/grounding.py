@@ -88,7 +88,8 @@ def look(
       target_attn       mass on the target in the row that predicts the answer's first token
       target_attn_own   mass on the target in that token's own row, as a fraction of the mass on all
                         positions but the token itself (eq. 2)
-      target_attn_mean  the same, averaged over the own rows of all tokens: what RAL acts on
+      target_attn_mean  the same, averaged over the own rows of all tokens: what RAL acts on by
+                        default
       target_lift       (target_attn / vision_attn) / (target tokens / visual tokens): 1 is chance
       target_lift_mean  the same in the rows of `target_attn_mean`
       vision_attn       mass on all visual tokens in the row of `target_attn`

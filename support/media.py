@@ -14,12 +14,10 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from support.prompts import Media
-from support.ranks import UsageError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no format that runs a program
 # The EXIF orientation that stands for a video's rotation in degrees.
 ORIENTATIONS = {0: 1, 90: 8, -90: 6, 180: 3, -180: 3}
-MAX_RATIO = 200  # of an image's sides; the image processor's limit
 MAX_FRAMES, MAX_FRAME_BYTES = 128, 2**32  # of a video without --frames (paper); of a row's frames
 # FFmpeg's names of containers with unusable time stamps: AVI stamps the decoding order, and MPEG-PS
 # leaves frames unstamped.
@@ -35,10 +33,6 @@ VIDEO = re.compile(VIDEO, re.DOTALL)
 
 class BadRow(Exception):
     """A row that cannot be used; the message says why."""
-
-
-class BadBox(BadRow):
-    """A row of which only the boxes cannot be used."""
 
 
 @dataclass
@@ -66,12 +60,10 @@ def read_image(path: Path | MediaBytes) -> Image.Image:
     how it is stored, as in EXIF: 1 (upright) to 8.
 
     Raises:
-        BadRow: the image cannot be read, or is too large or too narrow.
+        BadRow: the image cannot be read, or is too large.
     """
     try:
         with path.open("rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
-            if max(image.size) > MAX_RATIO * min(image.size):
-                raise BadRow(f"{path.name}: sides of {image.size} are too unequal")
             if image.mode in ("I", "F"):  # their value range is unknown
                 raise BadRow(f"{path.name}: pixels of mode {image.mode} are not supported")
             turned = image.getexif().get(ExifTags.Base.Orientation)
@@ -127,13 +119,7 @@ def read_video(
     Raises:
         BadRow: the video is cut off or too large, shows no frame from `start` to `end`, or a frame
             cannot be decoded.
-        UsageError: PyAV is not installed.
     """
-    try:
-        import av  # noqa: F401
-    except ImportError:
-        why = "videos need PyAV, which is not installed"
-        raise UsageError(f"{path.name}: {why}; pip install av, or use images only") from None
     try:
         if not is_video(path):
             raise BadRow(f"{path.name}: not a video, by its first bytes")
@@ -145,8 +131,6 @@ def read_video(
             rate = (len(clip) - 1) / (times[clip[-1]] - times[clip[0]])
         chosen = frame_indices(len(clip), rate, frames, fps, None if times is None else times[clip])
         indices = clip[chosen].tolist()
-        if max(height, width) > MAX_RATIO * min(height, width):
-            raise BadRow(f"{path.name}: sides of {(width, height)} are too unequal")
         if len(indices) * width * height * 3 > MAX_FRAME_BYTES:
             raise BadRow(f"{path.name}: {len(indices)} of its frames take more than 4 GB")
         with open_video(path) as container:

@@ -1,19 +1,15 @@
 """Estimate how much GPU memory a run needs, before any weights are loaded."""
 
-import math
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import Linear, Module
 from transformers import AutoModelForImageTextToText
 
-from support.cli import option
 from support.media import MAX_FRAMES
 from support.prompts import ENCODER_CHUNK, FRAME_LEAST
 from support.ranks import UsageError, compute_dtype, gather, print_on_rank_0, require, world_size
@@ -198,28 +194,8 @@ def available_gb() -> float:
     the machine's."""
     if torch.cuda.is_available():
         return (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / GIB
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(machine, container_limit()) / 2**30 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def container_limit(
-    groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
-) -> float:
-    """Bytes of memory that the container or scheduler allows this process: the smallest limit of
-    its control groups (versions 1 and 2); infinity without one.
-
-    A line of `groups` is NUMBER:CONTROLLERS:PATH. In a container, the path may be the host's, whose
-    folders are not there; the container's own group is then at `root`.
-    """
-    limits = [math.inf]
-    for line in groups.read_text().splitlines() if groups.exists() else ():
-        _, controller, path = line.split(":", 2)  # version 2 has no controller here
-        names = {"": "memory.max", "memory": "memory.limit_in_bytes"}
-        for group in (Path(path), *Path(path).parents) if controller in names else ():
-            file = root / controller / group.relative_to("/") / names[controller]
-            text = file.read_text() if file.is_file() else "max"
-            limits += [int(text)] if text.strip().isdecimal() else []
-    return min(limits)
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    return machine / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def fit_memory(
@@ -237,64 +213,37 @@ def fit_memory(
     forward passes whose graphs an update holds at once: 2 for a loss that also sees a masked image.
 
     Raises:
-        UsageError: nothing fits; the message names two remedies.
+        UsageError: nothing fits; the message names what to lower.
     """
     if args.gradient_checkpointing is None:
         args = replace(args, gradient_checkpointing=torch.cuda.is_available())
     if args.lora_rank is None and (state := read_state(args)):  # resuming keeps the choice
         args = replace(args, lora_rank=state.args.get("lora_rank"))
     have = min(gather([available_gb()]))  # ranks on other hosts must not choose differently
-    teachers = [teacher] if teacher is not None else []
-    evaluated = teacher if evaluate_teacher else None
+    frozen = [teacher] if teacher is not None else []
+    rest = {"evaluated": teacher if evaluate_teacher else None, "distils": bool(frozen)}
+    rest |= {"processes": world_size(), "passes": passes}
 
-    def need(**changed: int) -> float:
-        """GB at the peak of a step, with these arguments or another number of `processes`."""
-        processes, now = changed.pop("processes", world_size()), replace(args, **changed)
-        frozen = teachers + [config] * (needs_reference and not now.lora_rank)
-        rest = {"evaluated": evaluated, "processes": processes, "distils": bool(teachers)}
-        rest["passes"] = passes
-        phases = memory_gb(config, now, now.lora_rank, group_size, frozen, **rest)
+    def need(lora_rank: int) -> float:
+        """GB at the peak of a step with adapters of this rank, or with all weights (0)."""
+        reference = [config] * (needs_reference and not lora_rank)
+        phases = memory_gb(config, args, lora_rank, group_size, frozen + reference, **rest)
         return max(sum(parts.values()) for parts in phases.values())
-
-    def fits(**changed: int) -> bool:
-        return need(**changed) < 0.95 * have
 
     both = f"--train-vision, --lora-rank {args.lora_rank}: adapters cover only the language model"
     require(not (args.train_vision and args.lora_rank), f"{both}; omit one of them")
     choices = [0, 64] if args.lora_rank is None else [args.lora_rank]
     choices = choices[:1] if args.train_vision else choices
     for lora_rank in choices:
-        if fits(lora_rank=lora_rank):
+        if need(lora_rank) < 0.95 * have:
             if lora_rank != choices[0]:
-                why = f"all weights need about {need(lora_rank=0):.0f} of {have:.0f} GB per process"
+                why = f"all weights need about {need(0):.0f} of {have:.0f} GB per process"
                 print_on_rank_0(f"{why}: training adapters, --lora-rank {lora_rank}")
             return replace(args, lora_rank=lora_rank)
-    asked = {"lora_rank": choices[-1]}
-    remedies = [  # of each kind, the first that fits is named
-        [] if asked["lora_rank"] or args.train_vision else [{"lora_rank": 64}],
-        [{"processes": n} for n in (2, 4, 8, 16, 32) if n > world_size()],
-        [x for tokens in (4096, 2048, 1024) if (x := shorter(args, tokens))],
-    ]
-    ways = []
-    for kind in remedies:
-        for changed in islice((x for x in kind if fits(**asked | x)), 1):
-            flags = " ".join(f"{option(name)} {value}" for name, value in changed.items())
-            ways.append(f"{changed['processes']} processes" if "processes" in changed else flags)
-    others = ["a smaller --max-new-tokens or --prompts-per-step", "a smaller model"]
-    *ways, last = (ways + others)[: max(2, len(ways))]
     longest = prompt_tokens(args, config.model_type)
-    short = f"needs about {need(**asked):.0f} GB per process for prompts of {longest:,} tokens"
-    short += f"; {have:.0f} GB are available"
-    short += f", 5% of them reserved; {', '.join(ways)} or {last} would make it fit"
-    raise UsageError(f"--model {args.model}: {short}")
-
-
-def shorter(args: Any, tokens: int) -> dict[str, int]:
-    """The arguments that would limit an image to `tokens` visual tokens, and a video to about as
-    many: `visual_tokens` may count a fifth more."""
-    now = {"frames": longest_video(args)}
-    now |= {"image_tokens": (args.image_tokens or sys.maxsize) if args.data else 0}
-    limits = {"frames": 2 * tokens // (args.frame_tokens or tokens), "image_tokens": tokens}
-    lower = {name: value for name, value in limits.items() if value < now[name]}
-    alone = "frames" in lower and args.frames is None and args.fps is None
-    return {"fps": 1} | lower if alone else lower  # --frames alone would replace a frame a second
+    short = f"needs about {need(choices[-1]):.0f} GB per process for prompts of {longest:,} tokens"
+    short += f"; {have:.0f} GB are available, 5% of them reserved"
+    remedy = "start more processes, lower --frames, --image-tokens, --max-prompt-tokens, "
+    remedy += "--max-new-tokens or --prompts-per-step"
+    remedy += "" if choices[-1] or args.train_vision else ", pass --lora-rank 64"
+    raise UsageError(f"--model {args.model}: {short}; {remedy}, or give a smaller model")

@@ -7,7 +7,6 @@ import resource
 import shlex
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,41 +23,12 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from support import disk, ranks, states
 from support.cli import options, same_inputs
 from support.data import BadRows
-from support.disk import (
-    LOCK,
-    RUN_FILES,
-    TRAINING_RUN,
-    append,
-    clear,
-    content_of,
-    good_states,
-    install,
-    lock_directory,
-    open_lines,
-    require_kind,
-    require_outside,
-    step_of,
-    write_record,
-    writing,
-    written_aside,
-)
 from support.pictures import draw_run
-from support.ranks import (
-    STOP_SIGNALS,
-    UsageError,
-    from_rank_0,
-    gather,
-    on_rank_0,
-    over_ranks,
-    rank,
-    require,
-    require_same_on_ranks,
-    together,
-    world_size,
-)
-from support.states import State, fingerprint_inputs, load_state, state_tensors, write_state
+from support.ranks import UsageError, require
+from support.states import State
 
 EQUAL_STEPS = 10  # in a row with equal rewards in every group, before a note says so
 
@@ -93,37 +63,35 @@ class Stopwatch:
 # 1. Before a run
 
 
-def check_run(args: Any, *models: str, kind: str = TRAINING_RUN) -> None:
+def check_run(args: Any, *models: str, kind: str = disk.TRAINING_RUN) -> None:
     """Refuse, before any work is done, arguments that differ between ranks, a default checkpoint
     that is not there (`models` names the arguments with checkpoints that the run reads), and an
     `--out` that cannot become the directory of this `kind` of program."""
-    require_same_on_ranks(options(args))
-    on_rank_0(partial(check_out, args, kind))
+    ranks.require_same_on_ranks(options(args))
+    ranks.on_rank_0(partial(check_out, args, kind))
     for name in models:
         path = getattr(args, name)
-        if path is None:
-            continue
-        made = path != getattr(type(args), name) or Path(path).is_dir()
+        made = path is None or path != getattr(type(args), name) or Path(path).is_dir()
         command = "python sft.py"
         if name == "teacher":
             command += " --toy-size large --stop-accuracy 0.99 --eval-above 0.8 --out runs/teacher"
         require(made, f"--{name}: there is no checkpoint at {path}; make it with `{command}`")
     if args.track:
-        on_rank_0(lambda: with_wandb(lambda wandb: wandb.login(verify=True)))
+        ranks.on_rank_0(lambda: with_wandb(lambda wandb: wandb.login(verify=True)))
 
 
 def check_out(args: Any, kind: str) -> None:
     """Refuse an `--out` that cannot become the directory of this `kind` of program. `Run` locks it
     and checks again."""
     out = Path(args.out)
-    require_kind(out, kind)
-    require_outside(out, args)
-    if (out / LOCK).exists() and not args.check_data:
-        with writing(out, LOCK):
-            lock_directory(out).close()
-    parent = next(parent for parent in out.resolve().parents if parent.exists())
-    writable = parent.is_dir() and os.access(parent, os.W_OK)
-    require(writable, f"--out {out}: {parent} cannot be written to; choose another")
+    disk.require_kind(out, kind)
+    disk.require_outside(out, args)
+    if (out / disk.LOCK).exists() and not args.check_data:
+        with disk.writing(out, disk.LOCK):
+            disk.lock_directory(out).close()
+    place = next(x for x in (out.resolve(), *out.resolve().parents) if x.exists())
+    writable = place.is_dir() and os.access(place, os.W_OK)
+    require(writable, f"--out {out}: {place} cannot be written to; choose another")
 
 
 def with_wandb(call: Callable[[Any], Any]) -> Any:
@@ -160,59 +128,60 @@ class Run:
         self.out, self.args, self.wandb, self.bad_rows = Path(args.out), args, None, bad_rows
         self.state, self.signal, self.files, self.tensorboard = state, None, {}, None
         self.equal = []  # see `note_equal_rewards`
-        self.inputs = on_rank_0(partial(fingerprint_inputs, args))  # at the start of the run
-        self.handlers = {s: signal.getsignal(s) for s in STOP_SIGNALS}
+        # At the start of the run, as they may change while it trains.
+        self.inputs = ranks.on_rank_0(partial(states.fingerprint_inputs, args))
+        self.handlers = {s: signal.getsignal(s) for s in ranks.STOP_SIGNALS}
         if self.handlers[signal.SIGHUP] == signal.SIG_IGN:  # as nohup wants it
             del self.handlers[signal.SIGHUP]
         for number in self.handlers:
             signal.signal(number, self.interrupt)
-        self.lock = on_rank_0(self.claim)
+        self.lock = ranks.on_rank_0(self.claim)
         if state is None:
-            on_rank_0(self.begin)
+            ranks.on_rank_0(self.begin)
 
     def claim(self) -> TextIO:
         """Lock the directory, and make room in it for a new run; returns the lock."""
-        with writing(self.out, "the run directory"):
+        with disk.writing(self.out, "the run directory"):
             self.out.mkdir(parents=True, exist_ok=True)
-            lock = lock_directory(self.out)
-        require_kind(self.out, TRAINING_RUN)
+            lock = disk.lock_directory(self.out)
+        disk.require_kind(self.out, disk.TRAINING_RUN)
         if self.args.track:  # before anything is moved, as it may fail
             options = {"project": "ral", "name": self.out.name, "config": asdict(self.args)}
             if self.state and self.state.wandb:  # which ignores the steps that it already has
                 options |= {"id": self.state.wandb, "resume": "allow"}
             self.wandb = with_wandb(lambda wandb: wandb.init(**options))
-        with writing(self.out, "the run directory"):
+        with disk.writing(self.out, "the run directory"):
             return lock if self.state else self.make_room(lock)
 
     def make_room(self, lock: TextIO) -> TextIO:
         """Move or delete an earlier run; returns the lock of the directory, or of the one that
         takes its place."""
         if self.args.overwrite:
-            clear(self.out, RUN_FILES)
-        elif content_of(self.out):
+            disk.clear(self.out, disk.RUN_FILES)
+        elif disk.content_of(self.out):
             numbers = range(1, sys.maxsize)
             aside = next(p for n in numbers if not (p := Path(f"{self.out}.{n}")).exists())
             self.out.rename(aside)
             print(f"moved the run at {self.out} to {aside}")
             self.out.mkdir(exist_ok=True)
             with lock:  # the lock moved along; hold it until the new one is taken
-                return lock_directory(self.out)
+                return disk.lock_directory(self.out)
         return lock
 
     def begin(self) -> None:
         """Open the files of the run, cut back to the state."""
         names = ["metrics.jsonl", "samples.jsonl"] + ["skipped.jsonl"] * bool(self.args.data)
         lengths = {name: self.state.lengths.get(name, 0) if self.state else 0 for name in names}
-        with writing(self.out, "the run directory"):
+        with disk.writing(self.out, "the run directory"):
             for name, length in lengths.items():
                 self.require_length(name, length)
             for folder in (self.out, self.out / "state"):
-                install(folder)  # what a killed process has not finished
+                disk.install(folder)  # what a killed process has not finished
             self.move_later_states()
             record = asdict(self.args) | {"inputs": self.inputs}
-            write_record(self.out, TRAINING_RUN, record)
+            disk.write_record(self.out, disk.TRAINING_RUN, record)
             for name, length in lengths.items():
-                self.files[name] = open_lines(self.out / name)
+                self.files[name] = disk.open_lines(self.out / name)
                 self.files[name].seek(self.files[name].truncate(length))
             if self.args.data:
                 self.bad_rows.attach(self.files["skipped.jsonl"])
@@ -220,29 +189,28 @@ class Run:
             # the disk is full. A resumed run writes its events again.
             shutil.rmtree(self.out / "tensorboard", ignore_errors=True)
             (self.out / "tensorboard").mkdir()
-            name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
-            self.tensorboard = RecordWriter((self.out / "tensorboard" / name).open("wb"))
+            name = f"tensorboard/events.out.tfevents.{time.time():.0f}"
+            self.tensorboard = RecordWriter((self.out / name).open("wb"))
             self.add_event(file_version="brain.Event:2")
-        for line in (self.out / "metrics.jsonl").read_text().splitlines():
-            self.add_metrics(json.loads(line))
+        for line in map(json.loads, (self.out / "metrics.jsonl").read_text().splitlines()):
+            self.add_metrics(line.pop("step"), line)
 
     def require_length(self, name: str, length: int) -> None:
         """Refuse a file that is shorter than at the state, or in which no line ends there."""
         path, last = self.out / name, b""
-        size = path.stat().st_size if path.exists() else 0
-        if size >= length > 0:
+        if path.exists() and length > 0:
             with path.open("rb") as file:
                 file.seek(length - 1)
-                last = file.read(1)
-        short = f"--resume {self.args.resume}: {path} is shorter than at the state, or another file"
+                last = file.read(1)  # nothing, beyond the end
+        short = f"--resume {self.args.resume}: {path} is shorter than at the state ({length} bytes)"
         intact = length == 0 or last == b"\n"
-        require(intact, f"{short} ({size} of {length} bytes); give an earlier one")
+        require(intact, f"{short}, or another file; give an earlier one")
 
     def move_later_states(self) -> None:
         """Rename the states after the resumed one, so that `auto` does not find them. `write_state`
         deletes them once it has written a new state."""
-        for later in good_states(self.out):
-            if self.state is not None and step_of(later) > self.state.step:
+        for later in disk.good_states(self.out):
+            if self.state is not None and disk.step_of(later) > self.state.step:
                 aside = later.with_suffix(".later")
                 shutil.rmtree(aside, ignore_errors=True)
                 later.rename(aside)
@@ -256,49 +224,47 @@ class Run:
         if self.state is None:
             self.log(0, before)
             return 1, {}
-        path = self.out / "state" / self.state.name
-        load_state(f"--resume {self.args.resume}", path, model, optimizer)
-        on_rank_0(self.begin)
-        self.bad_rows.read = self.state.read // world_size()
+        named = f"--resume {self.args.resume}"
+        states.load_state(named, self.out, self.state, model, optimizer)
+        ranks.on_rank_0(self.begin)
+        self.bad_rows.read = self.state.read // ranks.world_size()
         return self.state.step + 1, self.state.extra
 
     def log(self, step: int, metrics: dict[str, float], learns_from_reward: bool = True) -> None:
         """Write one line of metrics to every sink: means over ranks, but maxima for `perf/*`. A run
         that `learns_from_reward` prints a note if the rewards can teach it nothing."""
-        metrics = over_ranks(metrics)
-        for bad in gather([dict(self.bad_rows.bad)]):
+        metrics = ranks.over_ranks(metrics)
+        for bad in ranks.gather([dict(self.bad_rows.bad)]):
             self.bad_rows.name(bad)
-        if rank() != 0:
+        if ranks.rank() != 0:
             return
         if self.args.data:
             metrics = metrics | {"data/skipped": len(self.bad_rows.bad)}
-        append(self.files["metrics.jsonl"], [{"step": step, **metrics}])
-        self.add_metrics({"step": step, **metrics})
+        disk.append(self.files["metrics.jsonl"], [{"step": step, **metrics}])
+        self.add_metrics(step, metrics)
         if self.wandb:
             self.wandb.log(metrics, step=step)
         if learns_from_reward:
             self.note_equal_rewards(step, metrics)
 
-    def add_metrics(self, line: dict[str, float]) -> None:
+    def add_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Write one line of metrics to TensorBoard."""
-        values = [{"tag": name, "simple_value": x} for name, x in line.items() if name != "step"]
-        summary = Summary(value=[Summary.Value(**value) for value in values])
-        self.add_event(step=line["step"], summary=summary)
+        values = [Summary.Value(tag=name, simple_value=x) for name, x in metrics.items()]
+        self.add_event(step=step, summary=Summary(value=values))
 
     def add_event(self, **fields: Any) -> None:
         """Write an event to TensorBoard."""
-        with writing(self.out, "tensorboard"):
-            event = Event(wall_time=time.time(), **fields)
-            self.tensorboard.write(event.SerializeToString())
+        with disk.writing(self.out, "tensorboard"):
+            self.tensorboard.write(Event(wall_time=time.time(), **fields).SerializeToString())
             self.tensorboard.flush()
 
     def sample(
         self, step: int, prompts: Sequence[Any], texts: list[list[str]], rewards: Tensor
     ) -> None:
         """Write the sampled responses of all ranks, see `sample_rows`."""
-        rows = gather(sample_rows(prompts, texts, rewards))
-        if rank() == 0:
-            append(self.files["samples.jsonl"], [{"step": step, **row} for row in rows])
+        rows = ranks.gather(sample_rows(prompts, texts, rewards))
+        if ranks.rank() == 0:
+            disk.append(self.files["samples.jsonl"], [{"step": step, **row} for row in rows])
 
     def note_equal_rewards(self, step: int, metrics: dict[str, float]) -> None:
         """Print one line, once, if the rewards in every group were equal for `EQUAL_STEPS` steps in
@@ -320,7 +286,7 @@ class Run:
             return
         names = [prompt.example.name for prompt in prompts[:8]]
         rows = ", ".join(filter(None, names)) or "of the toy"
-        saved = from_rank_0(partial(good_states, self.out))
+        saved = ranks.from_rank_0(partial(disk.good_states, self.out))
         last = f"the last good state is {saved[-1]}" if saved else "no state is saved yet"
         raise UsageError(f"step {step}: the gradient is not finite; prompts: {rows}; {last}")
 
@@ -329,17 +295,17 @@ class Run:
         process at once. With several processes it is ignored, because the scheduler and torchrun
         may each send one."""
         self.signal = number
-        if world_size() == 1:
+        if ranks.world_size() == 1:
             signal.signal(number, self.handlers[number])
 
     def save_checkpoint(self, save: Callable[[Path | None], None]) -> None:
         """Write `checkpoint/` with `save(directory)`, and the `adapter/` that it may create beside
         it. All ranks must call it; ranks other than 0 call `save(None)`. If it cannot be written,
         an earlier checkpoint is unchanged."""
-        if rank() != 0:
+        if ranks.rank() != 0:
             save(None)
             return
-        with writing(self.out, "checkpoint"), written_aside(self.out, "checkpoint") as new:
+        with disk.written_aside(self.out, "checkpoint") as new:
             save(new)
             for path in new.parent.rglob("*.safetensors"):  # safetensors makes them owner-only
                 path.chmod(new.stat().st_mode & 0o666)
@@ -355,42 +321,40 @@ class Run:
         """Save what `--resume` needs every `save_every` steps, after the last step (`done`), and
         after a signal. Returns whether the run must stop now. `extra` holds anything else that the
         script needs to resume."""
-        stop = max(gather([self.signal or 0])) > 0 and not done
+        stop = max(ranks.gather([self.signal or 0])) > 0 and not done
         due = self.args.save_every > 0 and (done or step % self.args.save_every == 0)
         if not due and not stop:
             return False
-        tensors = state_tensors(model, optimizer)
+        state = State(
+            step=step,
+            done=done,
+            lengths={name: file.tell() for name, file in self.files.items()},
+            prompts=self.args.prompts_per_step * ranks.world_size(),
+            read=self.bad_rows.read * ranks.world_size(),
+            extra=extra or {},
+            args=asdict(self.args),
+            inputs=self.inputs,
+            random=states.random_state(),
+            wandb=self.wandb and self.wandb.id,
+        )
+        tensors = states.state_tensors(model, optimizer)
 
         def write() -> None:
-            for name, file in self.files.items():
-                with writing(self.out, name):
-                    os.fsync(file.fileno())
-            state = State(
-                step=step,
-                done=done,
-                lengths={name: file.tell() for name, file in self.files.items()},
-                prompts=self.args.prompts_per_step * world_size(),
-                read=self.bad_rows.read * world_size(),
-                extra=extra or {},
-                args=asdict(self.args),
-                inputs=self.inputs,
-                wandb=self.wandb and self.wandb.id,
-            )
-            write_state(self.out, state, tensors, self.args.keep)
-
-        def take_part() -> None:
             try:
-                if rank() == 0:
-                    write()
+                for name, file in self.files.items():
+                    with disk.writing(self.out, name):
+                        os.fsync(file.fileno())
+                if ranks.rank() == 0:
+                    states.write_state(self.out, state, tensors, self.args.keep)
             finally:
                 for _ in tensors:  # every rank gathers to the end, even if rank 0 cannot write
                     pass
 
-        together(take_part)
-        if stop and rank() == 0:
-            here = os.environ.get("LOCAL_WORLD_SIZE", world_size())  # on this host
+        ranks.together(write)
+        if stop and ranks.rank() == 0:
+            here = os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size())  # on this host
             several = f"torchrun --shutdown-timeout 1800 --nproc_per_node={here}"
-            launch = "python" if world_size() == 1 else several
+            launch = "python" if ranks.world_size() == 1 else several
             # Of two --resume the last counts, and a state that was named is not the newest now.
             resume = [] if self.args.resume == "auto" else ["--resume", "auto"]
             words = shlex.join([*sys.argv, *resume])
@@ -429,8 +393,7 @@ class Run:
         for file in self.files.values():
             file.close()
         if self.tensorboard:
-            with writing(self.out, "tensorboard"):
-                self.tensorboard.close()
+            self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
 
@@ -473,7 +436,7 @@ def why_equal(steps: Sequence[dict[str, float]]) -> str:
 def print_summary(run: Run, before: dict, after: dict, steps: int, script: str, args: Any) -> None:
     """Print a short table at the end of a run: changes in held-out metrics, duration, files, and
     the next command, which runs `script` on the inputs of `args`."""
-    if rank() != 0:
+    if ranks.rank() != 0:
         return
     print(f"\n{'held-out':<24}{'before':>8}{'after':>8}")
     for name in after:

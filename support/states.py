@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -15,28 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from support import ranks
 from support.cli import each, option
-from support.disk import data_files, good_states, step_of, writing, written_aside
-from support.ranks import (
-    Finished,
-    UsageError,
-    from_rank_0,
-    full_tensor,
-    gather,
-    on_rank_0,
-    require,
-    require_same_on_ranks,
-    shard_like,
-    world_size,
-)
+from support.disk import data_files, good_states, loading, step_of, written_aside
+from support.ranks import UsageError, require
 
-DEFINITIONS = 4  # raise it when the same arguments compute something else
+DEFINITIONS = 5  # raise it when the same arguments compute something else
 
 # 1. Fingerprints of inputs
 
@@ -57,7 +45,7 @@ def fingerprint(path: Path, blocks: int) -> str:
 
 def fingerprint_inputs(args: Any) -> dict[str, str]:
     """The fingerprint of every file of `--model`, `--teacher`, `--data` and `--eval-data`, by
-    argument and name; for a hub name, the commit.
+    argument and path; for a hub name, the commit.
 
     At most 256 MB are read for one argument, but always both ends of each file. So a changed label
     in a JSON file is noticed up to that size, and a changed Parquet footer at any size.
@@ -65,8 +53,6 @@ def fingerprint_inputs(args: Any) -> dict[str, str]:
     prints = {}
     names = ("model", "teacher", "data", "eval_data")
     for name, path in ((x, path) for x in names for path in each(getattr(args, x, None) or ())):
-        several = len(each(getattr(args, name))) > 1
-        argument = f"{option(name)} {path}" if several else option(name)
         if name.endswith("data"):
             kind, files = "dataset", data_files(path)
         else:
@@ -75,16 +61,13 @@ def fingerprint_inputs(args: Any) -> dict[str, str]:
         if not files:
             folder = f"{kind}s--{path.partition(':')[0].replace('/', '--')}"
             commit = Path(HF_HUB_CACHE, folder, "refs", "main")
-            prints[argument] = commit.read_text() if commit.is_file() else "none"
-            continue
-        root, blocks = os.path.commonpath([x.parent for x in files]), BLOCKS // len(files)
+            prints[f"{option(name)} {path}"] = commit.read_text() if commit.is_file() else "none"
         for file in files:
-            label = f"{argument} {file.relative_to(root)}"
+            label = f"{option(name)} {file}"
             try:
-                prints[label] = fingerprint(file, max(2, blocks))
+                prints[label] = fingerprint(file, max(2, BLOCKS // len(files)))
             except OSError as error:
-                cannot = f"{argument}: {file} cannot be read ({error.strerror})"
-                raise UsageError(cannot) from None
+                raise UsageError(f"{label}: cannot be read ({error.strerror})") from None
     return prints
 
 
@@ -95,8 +78,8 @@ def fingerprint_inputs(args: Any) -> dict[str, str]:
 class State:
     """The content of a state's `state.json`: the number of steps done, and whether the run ended
     there; the length of each file of the run; the prompts per step and the rows read, by all ranks
-    together; what else the script saved; arguments and fingerprints of the inputs; the id of the
-    run at Weights & Biases."""
+    together; what else the script saved; arguments and fingerprints of the inputs; the random
+    number generators, see `random_state`; the id of the run at Weights & Biases."""
 
     step: int
     done: bool
@@ -106,6 +89,7 @@ class State:
     extra: dict[str, Any]
     args: dict[str, Any]
     inputs: dict[str, str]
+    random: dict[str, Any]
     wandb: str | None = None
     definitions: int = DEFINITIONS
 
@@ -115,21 +99,9 @@ class State:
         return f"step-{self.step:06}"
 
 
-# What the content of a damaged state raises; the files are as untrusted as any other.
-BROKEN = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
-BROKEN += (ArithmeticError, SafetensorError)
-
-
-@contextmanager
-def readable(named: str, path: Path) -> Iterator[None]:
+def readable(named: str, path: Path) -> AbstractContextManager:
     """Turn an exception raised while reading a state into a one-line `UsageError`."""
-    try:
-        yield
-    except BROKEN as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        reason = f"lacks {reason}" if isinstance(error, KeyError) else reason
-        remedy = "give an earlier one"
-        raise UsageError(f"{named}: {path} is not readable ({reason}); {remedy}") from None
+    return loading(f"{named}: {path} is not readable", "give an earlier one")
 
 
 def own_file(path: Path) -> Path:
@@ -158,7 +130,7 @@ def read_state(args: Any) -> State | None:
             state = State(**{x.name: content[x.name] for x in fields(State)})
             counts = (state.step, state.read, *state.lengths.values())
             intact = all(type(n) is int and n >= 0 for n in counts) and step_of(path) == state.step
-            tables = (state.extra, state.args, state.inputs)
+            tables = (state.extra, state.args, state.inputs, state.random)
             if not intact or any(type(x) is not dict for x in tables):
                 raise ValueError("state.json is damaged")
         other = f"{path} was written by a version that computes something else"
@@ -168,29 +140,25 @@ def read_state(args: Any) -> State | None:
         require(same, f"{named}: {other}; {remedy}")
         return state
 
-    return None if args.resume is None else from_rank_0(read)
+    return None if args.resume is None else ranks.from_rank_0(read)
 
 
 def find_state(args: Any) -> State | None:
     """The state to resume from, see `read_state`. Refuses one that was made with other arguments or
     input files, and input files that differ between ranks; raises `Finished` if no step is left."""
     inputs = fingerprint_inputs(args)
-    require_same_on_ranks(inputs)
+    ranks.require_same_on_ranks(inputs)
     state, named = read_state(args), f"--resume {args.resume}"
     if state is None:
         return None
-    of_all = "prompts_per_step times processes"
+    of_all, step = "prompts_per_step times processes", args.prompts_per_step * ranks.world_size()
     before = state.args | {of_all: state.prompts}
-    now = json.loads(json.dumps(asdict(args))) | {of_all: args.prompts_per_step * world_size()}
-    same = args.may_change()
-    only = [option(x) for x in now | before if x not in now.keys() & before.keys() | same]
-    another = f"only one of the runs has {', '.join(only)}, so it is of another script or version"
-    differ = [another] if only else []
-    differ += [
-        f"{option(x)} {before[x]} -> {now[x]}"
-        for x in now
-        if x in before and before[x] != now[x] and x not in same
-    ]
+    now = json.loads(json.dumps(asdict(args))) | {of_all: step}
+    differ = []
+    for name in before | now:
+        old, new = (values.get(name, "unknown") for values in (before, now))
+        if old != new and name not in args.may_change():
+            differ.append(f"{option(name)} {old} -> {new}")
     changed = [x for x in inputs | state.inputs if inputs.get(x) != state.inputs.get(x)]
     differ += [f"other content: {', '.join(changed[:3])}"] if changed else []
     other = f"was made with other arguments or inputs ({'; '.join(differ)})"
@@ -200,9 +168,9 @@ def find_state(args: Any) -> State | None:
     if stopped or state.step >= args.steps:
         over = f"the run at {args.out} has finished (step {state.step})"
         again = "--resume one of its earlier states makes it again"
-        kept = from_rank_0(Path(args.out, "checkpoint").is_dir)
+        kept = ranks.from_rank_0(Path(args.out, "checkpoint").is_dir)
         require(kept, f"{named}: {over}, but its checkpoint is gone; {again}")
-        raise Finished(over)
+        raise ranks.Finished(over)
     return state
 
 
@@ -215,7 +183,7 @@ def state_tensors(model: Module, optimizer: Optimizer) -> Iterator[tuple[str, di
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             tensors = {"weight": parameter.detach(), **optimizer.state[parameter]}
-            yield name, {key: full_tensor(x).contiguous() for key, x in tensors.items()}
+            yield name, {key: ranks.full_tensor(x).contiguous() for key, x in tensors.items()}
 
 
 def write_state(
@@ -224,11 +192,10 @@ def write_state(
     """Write a state, and then delete all but the newest `keep` states, and those that
     `Run.move_later_states` has renamed. Each trained parameter has its own file, so that rank 0
     holds only one at a time."""
-    with writing(out, f"state/{state.name}"), written_aside(out / "state", state.name) as folder:
+    with written_aside(out, f"state/{state.name}") as folder:
         for name, content in tensors:
             save_file(content, folder / f"{name}.safetensors")
-        (folder / "random.json").write_text(json.dumps(random_state()))
-        (folder / "state.json").write_text(json.dumps(asdict(state), indent=1))
+        (folder / "state.json").write_text(json.dumps(asdict(state)))
     for old in (*good_states(out)[:-keep], *(out / "state").glob("step-*.later")):
         shutil.rmtree(old)
 
@@ -242,9 +209,10 @@ def random_state() -> dict[str, Any]:
     return {"python": random.getstate(), "numpy": numpy_state, "torch": torch_state}
 
 
-def load_state(named: str, path: Path, model: Module, optimizer: Optimizer) -> None:
+def load_state(named: str, out: Path, state: State, model: Module, optimizer: Optimizer) -> None:
     """Load weights, moments and random number generators from a state. Rank 0 reads one parameter
     at a time and sends the other ranks their shards. `named` begins an error message."""
+    path = out / "state" / state.name
 
     def read(name: str, shape: torch.Size) -> dict[str, Tensor]:
         with readable(named, path):
@@ -254,28 +222,24 @@ def load_state(named: str, path: Path, model: Module, optimizer: Optimizer) -> N
                 raise ValueError(f"{name} has another size")
             return tensors
 
-    def read_random() -> dict[str, Any]:
-        with readable(named, path):
-            return json.loads(own_file(path / "random.json").read_bytes())
-
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            tensors = on_rank_0(partial(read, name, parameter.shape)) or {}
+            tensors = ranks.on_rank_0(partial(read, name, parameter.shape)) or {}
             # The other ranks learn shapes and dtypes here, and get the numbers in `shard_like`.
-            sent = gather([{key: x.to("meta") if x.ndim else x for key, x in tensors.items()}])[0]
+            facts = {key: x.to("meta") if x.ndim else x for key, x in tensors.items()}
+            sent = ranks.gather([facts])[0]
             empty = {key: torch.empty_like(x, device="cpu") for key, x in sent.items() if x.ndim}
             tensors = tensors or sent | empty
             with torch.no_grad():
-                parameter.copy_(shard_like(tensors.pop("weight"), parameter))
+                parameter.copy_(ranks.shard_like(tensors.pop("weight"), parameter))
             # A fused optimizer counts its steps on the parameter's device.
             device = parameter.device if optimizer.defaults.get("fused") else "cpu"
             optimizer.state[parameter] = {
-                key: shard_like(value, parameter) if value.ndim else value.to(device)
+                key: ranks.shard_like(value, parameter) if value.ndim else value.to(device)
                 for key, value in tensors.items()
             }
-    random_numbers = from_rank_0(read_random)
     with readable(named, path):
-        version, keys, gauss = random_numbers["python"]
+        version, keys, gauss = state.random["python"]
         random.setstate((version, tuple(keys), gauss))
-        np.random.set_state(random_numbers["numpy"])
-        torch.set_rng_state(torch.tensor(random_numbers["torch"], dtype=torch.uint8))
+        np.random.set_state(state.random["numpy"])
+        torch.set_rng_state(torch.tensor(state.random["torch"], dtype=torch.uint8))

@@ -20,11 +20,13 @@ ROW = {"problem": "p", "answer": "a"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A video of 60 frames, ten a second, and images of its first eight."""
+    """A video of 60 frames, ten a second, images of its first eight, and a folder of more."""
     folder = tmp_path_factory.mktemp("clips")
     write(folder / "v.mp4", "libx264")
-    for i in range(8):
-        Image.new("L", (64, 48), level(i)).save(folder / f"{i}.png")
+    (folder / "frames").mkdir()
+    for i in range(12):
+        path = folder / f"{i}.png" if i < 8 else folder / "frames" / f"{i}.png"
+        Image.new("L", (64, 48), level(i)).save(path)
     return folder
 
 
@@ -53,6 +55,8 @@ ROWS = [
     ({"videos": [FRAMES[:2]]}, [0, 1]),
     ({"video": {"path": FRAMES, "sample_fps": 2.0, "start": 1, "end": 2}}, [2, 3, 4]),
     ({"video": FRAMES, "fps": 4, "end": 0.5}, [0, 1, 2]),
+    ({"video": "frames", "fps": 4, "end": 0.5}, [8, 9, 10]),
+    ({"video": {"path": "frames"}}, [8, 10, 11]),
 ]
 
 
@@ -69,28 +73,26 @@ def test_a_number_of_frames_takes_the_place_of_a_frame_a_second(folder, row):
 def test_each_video_has_its_own_clip(folder):
     two = [{"path": "v.mp4", "start": 0, "end": 1}, {"path": "v.mp4", "start": 5, "end": 5.5}]
     assert videos(folder, {"videos": two}, frames=2) == [[0, 10], [50, 55]]
+    two = [{"path": FRAMES[:2]}, {"path": FRAMES[4:6]}]
+    assert videos(folder, {"videos": two}) == [[0, 1], [4, 5]]
+    assert videos(folder, {"videos": ["frames", "v.mp4"]}, frames=2) == [[8, 11], [0, 59]]
 
 
 def test_the_note_says_what_chooses_frames(folder, capsys):
     print_once.cache_clear()
     videos(folder, CLIP)
-    assert "; the part of a video in video_start, video_end" in capsys.readouterr().out
+    assert "also read: video, video_end, video_start, not read: nothing" in capsys.readouterr().out
 
 
-def test_the_note_names_media_and_options_that_are_not_read(folder, tmp_path, capsys):
-    row = ROW | {"where": ["a/0.PNG"], "video_path": "v.mp4", "topic": "a.b"}
-    row |= {"answer_options": ["red", "blue"]}
-    unread = "perhaps media: where; not read, but perhaps options: answer_options;"
-    for name in ("rows.jsonl", "rows.parquet"):
-        if name == "rows.jsonl":
-            (tmp_path / name).write_text(json.dumps(row))
-        else:
-            image = {"seen": [{"bytes": b"", "path": "x"}]}
-            table = pyarrow.table({key: [value] for key, value in row.items()} | image)
-            pyarrow.parquet.write_table(table, tmp_path / name)
-            unread = unread.replace("where", "where, seen")
+def test_the_note_names_columns_that_are_not_read(tmp_path, capsys):
+    row = ROW | {"where": "a/0.PNG", "video_path": "v.mp4", "answer_options": ["red", "blue"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    table = pyarrow.table({key: [value] for key, value in row.items()} | {"thumb": [b"x"]})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    for name, thumb in (("rows.jsonl", ""), ("rows.parquet", "thumb, ")):
         DataFile(str(tmp_path / name))
-        assert f"media in video_path; not read, but {unread}" in capsys.readouterr().out
+        noted = f"also read: video_path, not read: answer_options, {thumb}where; no problem_type"
+        assert noted in capsys.readouterr().out
 
 
 IN_STRUCT = {"media": {"images": [{"path": "0.png"}], "videos": None}}
@@ -114,7 +116,7 @@ def test_more_names_of_columns(folder, fields, expected, capsys):
         print_once.cache_clear()
         example = DataFile(str(folder / name)).example(0)
         noted = capsys.readouterr().out
-        assert "media in no column" not in noted and "perhaps media" not in noted
+        assert "not read: nothing" in noted
         assert (example.problem, example.solution) == ("p", "B")
         assert [medium.kind for medium in example.media] == [expected]
 
@@ -123,15 +125,19 @@ BAD = [
     (CLIP | {"video_start": "00:02"}, "video_start is '00:02', not a number"),
     (CLIP | {"video_end": float("inf")}, "video_end is 'inf', not a number"),
     (CLIP | {"video_start": -1}, "video_start is '-1', not a number"),
-    (CLIP | {"nframes": 2.5}, "nframes is 2.5, not a whole number"),
+    (CLIP | {"nframes": 2.5}, "nframes is '2.5', not a number of seconds or frames"),
     (CLIP | {"fps": 0}, "fps is '0', not a number"),
     (CLIP | {"video_end": 1}, "has no frame from 2 to 1 seconds"),
     ({"videos": ["v.mp4", "v.mp4"], "start": 1}, "has a start or an end for 2 videos"),
     ({"video": "v.mp4", "crop": [0, 0, 1, 1]}, "crop asks for other pixels or frames"),
     ({"video": {"path": "v.mp4", "max_pixels": 9}}, "max_pixels asks for other pixels"),
-    ({"video": ["0.png"] * 10_001}, "'video' has 10,001 frames; at most 10,000"),
-    ({"videos": [["0.png", "../x.png"]]}, "leaves --media-root"),
-    ({"images": [["0.png"]]}, "not the path or bytes of a file"),
+    (
+        {"video": ["0.png"] * 10_001},
+        "'video' has a list of 10,001 files; only a video has a list of frames, at most 10,000",
+    ),
+    ({"videos": [["0.png", "frames"]]}, "'videos' has a folder among its frames"),
+    ({"videos": [["0.png", "../x.png"]]}, "is no file under --media-root"),
+    ({"images": [["0.png"]]}, "'images' has a list of 1 files; only a video"),
 ]
 
 
@@ -154,7 +160,7 @@ def test_parts_of_a_chat_in_other_notations(folder, key, path):
     if path == "0.png":
         assert file.example(0).media[0].frames[0].size == (64, 48)
     else:
-        with pytest.raises(BadRow, match=r"is an address \(data:\)"):
+        with pytest.raises(BadRow, match="addresses and base64 are not read"):
             file.example(0)
 
 
@@ -170,7 +176,7 @@ FAILS = "{% if messages[0].content | length > 6 %}{{ messages[0].content + 'text
 )
 def test_a_row_that_cannot_be_asked_is_bad(checkpoints, template, request_text, words):
     """The template fails on the sixth image alone; the request names an image that is not there."""
-    from conftest import load
+    from shared import load
 
     processor = load(checkpoints["qwen2_vl"])[1]
     processor.tokenizer.chat_template = template + processor.tokenizer.chat_template

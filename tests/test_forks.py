@@ -1,6 +1,7 @@
 """The forks in benchmarks/forks: each is its parent but for a few lines, and each does what its
 header says."""
 
+import copy
 import difflib
 import importlib
 import json
@@ -216,6 +217,20 @@ def test_directions_are_those_of_descent(cold_start, monkeypatch):
     assert found["SFT"]["with the oracle"] == pytest.approx(found["oracle"]["with SFT"])
     assert abs(found["RAL, own row"]["with the oracle"]) < 0.5 < found["oracle"]["halves"]
     assert 0 < found["layer 1, own row"]["left_row"] <= 1
+
+
+def test_only_rounding_parts_the_two_precisions(cold_start, monkeypatch):
+    """A small step is lost in it for the attention term, and not for the token term."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    rounding = importlib.import_module("rounding")
+    small, large = (rounding.measure(cold_start, 1, rate, 16) for rate in (1e-5, 6e-4))
+    assert small["JSD, bfloat16"] > 2 * small["JSD, float32"] > 0
+    assert large["JSD, bfloat16"] == pytest.approx(large["JSD, float32"], rel=0.2)
+    assert small["cosine, attention"] < 0.9 < small["cosine, token"]
+    monkeypatch.setattr(rounding, "in_bfloat16", copy.deepcopy)
+    same = rounding.measure(cold_start, 1, 1e-5, 16)
+    assert same["JSD, bfloat16"] == same["JSD, float32"] == small["JSD, float32"]
+    assert same["cosine, attention"] == pytest.approx(same["cosine, token"]) == pytest.approx(1)
 
 
 def test_papo_and_vppo_share_the_blackened_pass_to_the_letter():

@@ -196,12 +196,13 @@ def test_a_fused_optimizer_resumes_with_its_steps_on_the_gpu(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    state = states.State(1, True, {}, prompts=1, read=0, extra={}, args={}, inputs={})
+    fields = {"prompts": 1, "read": 0, "extra": {}, "args": {}, "inputs": {}}
+    state = states.State(1, True, {}, **fields, random=states.random_state())
     states.write_state(tmp_path, state, states.state_tensors(model, optimizer), keep=1)
     resumed = torch.nn.Linear(2, 2, device="meta")
     optimizer = torch.optim.AdamW(resumed.parameters(), lr=1e-3)
     optimizer.defaults["fused"] = True  # it refuses parameters on that device
-    states.load_state("--resume", tmp_path / "state" / "step-000001", resumed, optimizer)
+    states.load_state("--resume", tmp_path, state, resumed, optimizer)
     on_gpu = dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), "meta")
     for state in optimizer.state.values():
         assert {name: value.device.type for name, value in state.items()} == on_gpu

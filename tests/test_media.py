@@ -4,6 +4,7 @@ a small frame gets the tokens that the family gives it."""
 import math
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -15,7 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import common
 import ral_grpo
-from support import media, toy
+from support import data, media, toy
 from support.grounding import Box
 from support.prompts import Example, Media, Processor, PromptConfig, encode_prompt, process_media
 
@@ -340,6 +341,14 @@ def test_a_minimum_of_its_own_and_images_stay():
     assert process_media(small, Media(frames, True))[1] == (1, 4, 4)
     family = Processor(None, None, Qwen2VLImageProcessorPil(), PromptConfig({}))
     assert process_media(family, Media(frames[:1]))[1] == (1, 4, 4)
+
+
+def test_a_picture_too_thin_for_the_processor_is_a_bad_row():
+    processor = Processor(None, None, Qwen2VLImageProcessorPil(), PromptConfig({}))
+    thin = Example("", "", [Media([Image.new("RGB", (4, 1000))])])
+    source = SimpleNamespace(example=lambda row: thin, place=str)
+    prompts = data.Prompts(source, lambda example: process_media(processor, example.media[0]))
+    assert "aspect ratio must be smaller than 200" in prompts[0][1]["0"]
 
 
 @pytest.mark.parametrize(("kind", "tokens"), [("image", 1), ("video", 2 * 9)])

@@ -176,16 +176,9 @@ def test_the_tag_that_the_template_opens_counts_as_the_responses(tmp_path):
     assert text == "<think>\na </think> <answer>A</answer>" and common.has_format(text, think=True)
 
 
-REFUSED = [
-    ("qwen3_vl_moe", "experts needs a loss that balances them"),
-    ("qwen3_5", "linear attention would carry a state"),
-    ("qwen2_audio", "supported are qwen2_vl, qwen2_5_vl, qwen3_vl"),
-]
-
-
-@pytest.mark.parametrize(("kind", "reason"), REFUSED)
-def test_another_kind_of_model_is_refused_with_the_reason(tmp_path, kind, reason):
+@pytest.mark.parametrize("kind", ["qwen3_vl_moe", "qwen3_5", "qwen2_audio"])
+def test_another_kind_of_model_is_refused(tmp_path, kind):
     AutoConfig.for_model(kind).save_pretrained(tmp_path)
-    with pytest.raises(ranks.UsageError, match=f"is a '{kind}' model; .*{reason}") as error:
+    words = f"is a '{kind}' model; supported are qwen2_vl, qwen2_5_vl, qwen3_vl$"
+    with pytest.raises(ranks.UsageError, match=words):
         common.load_processor(tmp_path)
-    assert len(str(error.value).splitlines()) == 1

@@ -6,11 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from real import write_video
 from shared import toy_args
-from test_gpu import config_of
 from test_real import run
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -165,21 +163,3 @@ def test_no_prompt_is_longer_than_the_memory_estimate_assumes(real, monkeypatch,
 def test_positions_of_the_longest_prompt(fields, positions):
     args = ral_grpo.Args(**{"data": "rows.json"} | fields)
     assert memory.prompt_tokens(args, "qwen2_5_vl") == positions
-
-
-@pytest.mark.parametrize(
-    ("gb", "fields", "remedy"),
-    [
-        (40, {}, "--fps 1 --frames 64 --image-tokens 4096 or a smaller --max-new-tokens"),
-        (30, {"frames": 32}, "--image-tokens 2048"),
-        (26, {"image_tokens": 512}, "--fps 1 --frames 16 or a smaller"),
-        (80, {"lora_rank": 0}, "--lora-rank 64 or 4 processes would"),
-    ],
-)
-def test_what_does_not_fit_says_what_to_lower(monkeypatch, gb, fields, remedy):
-    config = config_of("7B", layers=28)
-    monkeypatch.setattr(memory, "available_gb", lambda: gb)
-    monkeypatch.setattr(memory, "compute_dtype", lambda: torch.bfloat16)
-    args = {"model": "m", "data": "rows.json", "lora_rank": 64, "gradient_checkpointing": True}
-    with pytest.raises(ranks.UsageError, match=f"; (16 processes or )?{remedy}"):
-        memory.fit_memory(ral_grpo.Args(**args | fields), config, 8, True)

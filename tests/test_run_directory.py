@@ -37,7 +37,7 @@ FIELDS = SMALL | {"steps": 4, "save_every": 2, "eval_every": 4, "learning_rate":
 @pytest.fixture(autouse=True)
 def restored():
     """A run that fails leaves its signal handlers."""
-    handlers = {number: signal.getsignal(number) for number in runs.STOP_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in ranks.STOP_SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -127,11 +127,23 @@ def test_a_run_killed_after_it_took_the_lock_is_not_in_the_way(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize(("writable", "out"), [("run", "run"), (".", "other/run")])
+def test_what_out_will_be_written_to_is_writable(tmp_path, monkeypatch, writable, out):
+    """A container may have the directory itself mounted in a folder that is not."""
+    (tmp_path / "run").mkdir()
+    args = toy_args(grpo_baseline, out=str(tmp_path / out))
+    monkeypatch.setattr(os, "access", lambda path, mode: path == tmp_path / writable)
+    runs.check_run(args)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / writable)
+    with pytest.raises(ranks.UsageError, match=f"^--out .*: {tmp_path / writable} cannot be wr"):
+        runs.check_run(args)
+
+
 def test_checking_data_needs_no_lock(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").touch()
     disk.write_record(tmp_path / "run", disk.TRAINING_RUN, {})
-    monkeypatch.setattr(runs, "lock_directory", lambda out: pytest.fail("locked"))
+    monkeypatch.setattr(disk, "lock_directory", lambda out: pytest.fail("locked"))
     runs.check_run(toy_args(grpo_baseline, out=str(tmp_path / "run"), check_data=True))
 
 
@@ -209,7 +221,7 @@ def test_a_full_disk_is_one_line(run, cold_start, tmp_path, mode):
     disk, fields = tmp_path / "disk", FIELDS | {"model": cold_start} | changed
     disk.mkdir()
     argv = [f"--{k.replace('_', '-')}={v}" for k, v in fields.items()] + ["--out", disk / "run"]
-    plants = [("support.cli.start_ranks", "mount_disk"), *plants]
+    plants = [("support.ranks.start_ranks", "mount_disk"), *plants]
     status, output = run("grpo_baseline", argv, plants, folders=[disk])
     if output == "error: no mounts here\n":
         pytest.skip("no mounts here")
@@ -322,16 +334,16 @@ def test_a_state_that_lacks_arguments_or_parts_is_one_line(cold_start, tmp_path)
     args = json.loads(kept)["args"]
     older = {k: v for k, v in args.items() if k not in ("lora_rank", "attn_row", "steps")}
     edit(file, args=older | {"an_old_one": 3})
-    words = "only one of the runs has .*--attn-row, --an-old-one, so"
+    words = "--an-old-one 3 -> unknown; .*--attn-row unknown -> own"
     with pytest.raises(ranks.UsageError, match=words):
         ral_grpo.main(toy_args(ral_grpo, **fields))
-    with pytest.raises(ranks.UsageError, match="only one of the runs has --lambda-attn, "):
+    with pytest.raises(ranks.UsageError, match=r"--lambda-attn 1.0 -> unknown; "):
         file.write_text(kept)
         grpo_baseline.main(toy_args(grpo_baseline, **fields))
     for part in ("args", "extra", "lengths", "prompts"):
         file.write_text(kept)
         edit(file, **{part: None})
-        words = rf"^--resume auto: .*not readable \(lacks '{part}'\)"
+        words = rf"^--resume auto: .*not readable: KeyError '{part}'"
         with pytest.raises(ranks.UsageError, match=words):
             ral_grpo.main(toy_args(ral_grpo, **fields))
     file.write_text("[]")

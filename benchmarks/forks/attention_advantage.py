@@ -53,10 +53,7 @@ class Args(cli.RunArgs):
     learning_rate: float | None = None
     """Learning rate of AdamW, constant [ours]. Unset: 1e-5 (paper), or 2e-5 for adapters [ours]."""
     max_grad_norm: float = 1.0
-    """Gradients with a larger norm are scaled down to this norm."""
-    micro_batch_size: int = 1
-    """Prompts per forward pass, with all their responses. It changes memory and speed, not the
-    update."""
+    """Gradients with a larger norm are scaled down to this norm. [ours]"""
     prompts_per_step: int = 8
     """Prompts per rollout on each rank. [ours] The paper's "rollout batch size" of 8 may also count
     the prompts of all ranks (then 1 on each of 8) or the responses to one."""
@@ -228,8 +225,9 @@ def clipped_loss(
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """The unbiased k3 estimate of KL(policy || reference) for each token:
-    exp(ref - logp) - (ref - logp) - 1."""
+    """The k3 estimate of KL(policy || reference) for each token, exp(ref - logp) - (ref - logp) -
+    1: unbiased for tokens that the policy has sampled. Its gradient is then, on average, that of
+    KL(reference || policy)."""
     difference = ref_logps - logps
     return torch.exp(difference) - difference - 1
 
@@ -312,7 +310,7 @@ def main(args: Args) -> dict[str, float]:
         cuts = common.cut_prompts(len(prompts), args.num_minibatches, args.micro_batch_size)
         batches = [Batch(rollout[cut], advantages[cut]) for cut in cuts]
         if reference is not None:
-            with common.without_adapters(reference):
+            with common.without_adapters(reference):  # it may be the trained model
                 score_reference(reference, batches, args)
         clock.lap("reference")
         if args.num_minibatches > 1:  # with one, the first pass gives the same scores

@@ -9,7 +9,8 @@ values of PAPO-G at 7B (gamma 0.02, eta 0.05, patches of 14 x 14 that are black 
 Where the authors' code (github.com/mikewangwzhl/PAPO) differs from this, the fork follows the code:
   1. pi_black is the policy at rollout time, scored once per rollout. No gradient flows through it,
      so H(pi_black) is a constant and left out here. TRL's KL has a gradient in both passes.
-  2. H(pi) is estimated by -log pi(y_t) of the sampled token.
+  2. H(pi) is estimated by -log pi(y_t) of the sampled token, whose gradient is 0 on average before
+     the first step of a rollout.
   3. The KL is estimated with k3, at most 10 for a token, with log-ratios within 20 of 0.
 [ours] The rest is the baseline's: the clip range, the KL to the starting model (0.04; authors:
 0.01), and the mean over a response's tokens (as in eq. 2; the code averages over all tokens). A
@@ -58,10 +59,7 @@ class Args(cli.RunArgs):
     learning_rate: float | None = None
     """Learning rate of AdamW, constant [ours]. Unset: 1e-5 (paper), or 2e-5 for adapters [ours]."""
     max_grad_norm: float = 1.0
-    """Gradients with a larger norm are scaled down to this norm."""
-    micro_batch_size: int = 1
-    """Prompts per forward pass, with all their responses. It changes memory and speed, not the
-    update."""
+    """Gradients with a larger norm are scaled down to this norm. [ours]"""
     prompts_per_step: int = 8
     """Prompts per rollout on each rank. [ours] The paper's "rollout batch size" of 8 may also count
     the prompts of all ranks (then 1 on each of 8) or the responses to one."""
@@ -88,7 +86,7 @@ class Args(cli.RunArgs):
     gamma_perception: float = 0.02
     """Weight of the KL to the policy with the picture blackened. Paper: 0.02."""
     eta_entropy: float = 0.05
-    """Weight of the entropy. Paper: 0.05 at 7B."""
+    """Weight of the estimated entropy. Paper: 0.05 at 7B."""
     black_prob: float = 0.6
     """Probability that a patch of the picture is black. Paper: 0.6."""
 
@@ -227,8 +225,9 @@ def clipped_loss(
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """The unbiased k3 estimate of KL(policy || reference) for each token:
-    exp(ref - logp) - (ref - logp) - 1."""
+    """The k3 estimate of KL(policy || reference) for each token, exp(ref - logp) - (ref - logp) -
+    1: unbiased for tokens that the policy has sampled. Its gradient is then, on average, that of
+    KL(reference || policy)."""
     difference = ref_logps - logps
     return torch.exp(difference) - difference - 1
 
@@ -324,7 +323,7 @@ def main(args: Args) -> dict[str, float]:
         cuts = common.cut_prompts(len(prompts), args.num_minibatches, args.micro_batch_size)
         batches = [Batch(rollout[cut], advantages[cut]) for cut in cuts]
         if reference is not None:
-            with common.without_adapters(reference):
+            with common.without_adapters(reference):  # it may be the trained model
                 score_reference(reference, batches, args)
         black = blacken(prompts, processor.image_processor, args.black_prob, args.seed)
         masked = collate(model, black, processor.tokenizer.pad_token_id)

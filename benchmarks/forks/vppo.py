@@ -61,10 +61,7 @@ class Args(cli.RunArgs):
     learning_rate: float | None = None
     """Learning rate of AdamW, constant [ours]. Unset: 1e-5 (paper), or 2e-5 for adapters [ours]."""
     max_grad_norm: float = 1.0
-    """Gradients with a larger norm are scaled down to this norm."""
-    micro_batch_size: int = 1
-    """Prompts per forward pass, with all their responses. It changes memory and speed, not the
-    update."""
+    """Gradients with a larger norm are scaled down to this norm. [ours]"""
     prompts_per_step: int = 8
     """Prompts per rollout on each rank. [ours] The paper's "rollout batch size" of 8 may also count
     the prompts of all ranks (then 1 on each of 8) or the responses to one."""
@@ -89,11 +86,11 @@ class Args(cli.RunArgs):
     beta: float = 0.04
     """Weight of the KL to the starting model; 0: no reference. Paper: 0.04."""
     top_share: float = 0.4
-    """Share of a response's tokens that get a gradient. Paper: 0.4."""
+    """Share of a response's tokens with a policy gradient. Paper: 0.4."""
     shaping_min: float = 0.9
     """The least weight of a response. Paper: 0.9."""
     eta_entropy: float = 0.06
-    """Weight of the entropy. Authors: 0.06 at 7B."""
+    """Weight of the estimated entropy. Authors: 0.06 at 7B."""
     black_prob: float = 0.5
     """Probability that a patch of the picture is black. Authors: 0.5."""
 
@@ -235,8 +232,9 @@ def clipped_loss(
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """The unbiased k3 estimate of KL(policy || reference) for each token:
-    exp(ref - logp) - (ref - logp) - 1."""
+    """The k3 estimate of KL(policy || reference) for each token, exp(ref - logp) - (ref - logp) -
+    1: unbiased for tokens that the policy has sampled. Its gradient is then, on average, that of
+    KL(reference || policy)."""
     difference = ref_logps - logps
     return torch.exp(difference) - difference - 1
 
@@ -371,7 +369,7 @@ def main(args: Args) -> dict[str, float]:
         cuts = common.cut_prompts(len(prompts), args.num_minibatches, args.micro_batch_size)
         batches = [Batch(rollout[cut], advantages[cut]) for cut in cuts]
         if reference is not None:
-            with common.without_adapters(reference):
+            with common.without_adapters(reference):  # it may be the trained model
                 score_reference(reference, batches, args)
         black = blacken(prompts, processor.image_processor, args.black_prob, args.seed)
         masked = collate(model, black, processor.tokenizer.pad_token_id)

@@ -57,8 +57,6 @@ def fields_of(script, model: Path, teacher: Path, **changed) -> dict:
         fields["stop_accuracy"] = 2.0
     if script is attn_distill:
         fields |= {"teacher": str(teacher)}
-    if script is ral_grpo:  # the others go on with their reference
-        fields |= {"beta": 0.0}
     return fields | changed
 
 

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import terms_of
+from shared import terms_of
 from torch import Tensor
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -264,7 +264,7 @@ def fake_gpu(device: str, processes: int, answers: dict[str, Any], length: int) 
         patch(common, "require_finite", lambda logits: None)  # there are no values to check
         patch(common, "on_rank_0", lambda action: action())
         patch(common, "ATTENTION_CHUNK", 2**26)
-        patch(common, "LOGIT_CHUNK", 2**26)
+        stack.enter_context(mock.patch.dict(common.in_chunks.__kwdefaults__, elements=2**26))
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
         stack.callback(dist.destroy_process_group)
         mesh = init_device_mesh(device, (processes,))  # on real tensors, before there are none

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import pkgutil
+import runpy
 import signal
 import socket
 import sys
@@ -136,7 +137,11 @@ def launch(case: dict) -> None:
     for what in case["plants"]:
         plant(*what)
     script = importlib.import_module(case["script"])
+    if script.__name__ == "ranks":
+        return script.run_two(*case["argv"])
     sys.argv = [script.__file__, *case["argv"]]
+    if not case["plants"]:
+        return runpy.run_path(script.__file__, run_name="__main__")
     cli.run_script(script.Args, script.main, script.__doc__, defaults_of(script))
 
 
@@ -168,7 +173,7 @@ def fork(case: dict) -> int:
 
 if __name__ == "__main__":
     names = ("sft", "grpo_baseline", "ral_grpo", "kd_baseline", "attn_distill", "eval")
-    for name in (*names, "matplotlib.pyplot", "torch.utils.tensorboard"):
+    for name in (*names, "ranks", "matplotlib.pyplot", "torch.utils.tensorboard"):
         importlib.import_module(name)
     undraw()
     # A shell may have started the tests in the background, where Ctrl-C is ignored.

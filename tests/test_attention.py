@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import load, make_prompts, make_rollout, terms_of, toy_args, unpacked
+from shared import load, make_prompts, make_rollout, terms_of, toy_args, unpacked
 from transformers import AutoModelForImageTextToText
 
 import attn_distill
@@ -21,8 +21,7 @@ def eager_policy(attention, p, row):
 
 
 @pytest.mark.parametrize("kinds", [("image", "image"), ("video", "video"), ("mixed", "text")])
-@pytest.mark.parametrize("row", ["predicting", "own"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("row", "checkpointing"), [("predicting", True), ("own", False)])
 def test_captured_attention_is_eager_attention(
     loaded, checkpoints, family, kinds, row, checkpointing, monkeypatch
 ):

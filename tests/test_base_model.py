@@ -2,16 +2,14 @@
 saved checkpoint is to the programs that load it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import load
 from peft import PeftModel
 from PIL import Image
 from real import BASE_TEMPLATES, TEMPLATE, write_base_model
+from shared import load
 from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
 import attn_distill
@@ -186,16 +184,14 @@ def test_a_base_model_trains_and_its_checkpoint_is_whole(
     assert "chat template" not in capsys.readouterr().out  # there is nothing left to repair
 
 
-def test_the_command_of_the_readme(bases, tmp_path):
+def test_the_command_of_the_readme(run, bases, tmp_path):
     """`python ral_grpo.py --model Qwen/Qwen2-VL-7B --frames 32`, in small."""
-    script = Path(ral_grpo.__file__)
-    command = [sys.executable, str(script), "--model", str(bases / "empty"), "--frames", "8"]
-    small = SMALL | {"group_size": 2, "out": tmp_path / "run"}
-    for name, value in small.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("its chat template cannot be used") == 1
+    words = ["--model", bases / "empty", "--frames", 8]
+    for name, value in (SMALL | {"group_size": 2, "out": tmp_path / "run"}).items():
+        words += [f"--{name.replace('_', '-')}", value]
+    status, output = run("ral_grpo", [str(word) for word in words])
+    assert status == 0, output
+    assert output.count("its chat template cannot be used") == 1
     assert (tmp_path / "run" / "checkpoint" / "model.safetensors").is_file()
 
 

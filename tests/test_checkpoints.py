@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load
 from huggingface_hub import constants
 from real import TEMPLATE
 from safetensors.torch import load_file, save_file
+from shared import load
 from transformers import AutoModelForImageTextToText
 
 import common

@@ -176,7 +176,7 @@ FAILS = "{% if messages[0].content | length > 6 %}{{ messages[0].content + 'text
 )
 def test_a_row_that_cannot_be_asked_is_bad(checkpoints, template, request_text, words):
     """The template fails on the sixth image alone; the request names an image that is not there."""
-    from conftest import load
+    from shared import load
 
     processor = load(checkpoints["qwen2_vl"])[1]
     processor.tokenizer.chat_template = template + processor.tokenizer.chat_template

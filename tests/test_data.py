@@ -86,7 +86,7 @@ values = st.one_of(values, st.dictionaries(texts, values, max_size=2))
 rows = st.lists(st.dictionaries(texts, values, max_size=5), min_size=1, max_size=8)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(rows, st.sampled_from([None, 0, 2]), st.booleans(), st.booleans())
 def test_every_row_is_found_in_every_layout(tmp_path_factory, rows, indent, ascii, mark):
     folder = tmp_path_factory.mktemp("layout")

@@ -9,10 +9,10 @@ from itertools import islice
 
 import pytest
 import torch
-from conftest import load, make_prompts, same, toy_args, unpacked
 from PIL import Image
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import ttest_1samp
+from shared import load, make_prompts, same, toy_args, unpacked
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText
 

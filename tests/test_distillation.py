@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import load, make_prompts, make_rollout, same, terms_of, toy_args
 from scipy.stats import entropy
+from shared import load, make_prompts, make_rollout, same, terms_of, toy_args
 from test_siblings import ROOT
 
 import attn_distill
@@ -58,7 +58,7 @@ def test_generalised_jsd_vanishes_toward_both_ends():
 def test_chunks_change_neither_value_nor_gradient(beta, monkeypatch):
     results = []
     for chunk in (2**24, 40):
-        monkeypatch.setattr(common, "LOGIT_CHUNK", chunk)
+        monkeypatch.setitem(common.in_chunks.__kwdefaults__, "elements", chunk)
         student = logits(0).requires_grad_(True)
         distance = kd_baseline.gkd(student, logits(1), beta, 0.8, torch.tensor([3]))
         (distance * torch.arange(24).view(2, 3, 4)).sum().backward()
@@ -137,11 +137,11 @@ def test_the_gradient_of_long_responses_is_finite_and_logged(checkpoints):
 
 
 def test_gamma_0_is_kd_to_the_bit(train, teacher):
-    _, kd = train(kd_baseline, steps=3, teacher=str(teacher), num_iterations=2)
+    _, kd = train(kd_baseline, teacher=str(teacher), num_iterations=2)
     fields = {"teacher": str(teacher), "num_iterations": 2}
-    lines, both = train(attn_distill, steps=3, gamma_attn=0, **fields)
+    lines, both = train(attn_distill, gamma_attn=0, **fields)
     assert same(kd, both) and lines[1]["train/attn_distill"] > 0.01
-    lines, _ = train(attn_distill, steps=3, gamma_attn=2.0, rl_coef=0.0, **fields)
+    lines, _ = train(attn_distill, gamma_attn=2.0, rl_coef=0.0, **fields)
     loss = lines[1]["train/gkd"] + 2 * lines[1]["train/attn_loss"]
     assert lines[1]["train/loss"] == pytest.approx(loss, rel=1e-4)
 

@@ -11,9 +11,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import load, make_prompts, toy_args
 from matplotlib.axes import Axes
 from PIL import Image
+from shared import load, make_prompts, toy_args
 
 import common
 import eval

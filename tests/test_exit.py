@@ -34,7 +34,8 @@ def argv(real: Path, folder: Path, script: str, workers: int = 2) -> list:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_finished_run_ends(run, real, tmp_path, script):
     """Whatever keeps its variables alive, as here the frame of `main`."""
-    status, output = run(script, argv(real, tmp_path, script), [(LOOP, "keep")])
+    words = [*argv(real, tmp_path, script), "--steps", "1"]
+    status, output = run(script, words, [(LOOP, "keep")])
     assert status == 0 and "\nnext: python" in output, output[-3000:]
 
 

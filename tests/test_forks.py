@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, load, make_rollout, terms_of, toy_args, unpacked
 from PIL import Image
+from shared import FAMILIES, load, make_rollout, terms_of, toy_args, unpacked
 from test_siblings import ROOT, code_lines, top_level
 
 import common

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import load, unpacked
 from PIL import Image
+from shared import load, unpacked
 from transformers import AutoModelForImageTextToText
 
 import common

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import load, make_prompts, make_rollout, same, terms_of, toy_args
+from shared import load, make_prompts, make_rollout, same, terms_of, toy_args
 
 import attn_distill
 import common
@@ -80,7 +80,7 @@ def test_the_reference_stays_the_anchor(train):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_update_does_not_depend_on_the_size_of_microbatches(script, train, teacher):
-    fields = FOUR | {"learning_rate": 1e-4}
+    fields = FOUR | {"learning_rate": 1e-4, "steps": 1}
     fields |= {"teacher": str(teacher)} if script in SCRIPTS[2:] else {}
     lines, weights = train(script, micro_batch_size=1, **fields)
     others, same_weights = train(script, micro_batch_size=2, **fields)

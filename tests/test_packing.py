@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_prompts, make_rollout, unpacked
+from shared import make_prompts, make_rollout, unpacked
 
 import common
 from support.prompts import encode_prompt
@@ -11,10 +11,9 @@ KINDS = [("image", "image"), ("video", "image"), ("text", "mixed"), ("text", "te
 
 
 @pytest.mark.parametrize("kinds", KINDS)
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_packed_logps_are_unpacked_logps(loaded, kinds, temperature, monkeypatch):
-    monkeypatch.setattr(common, "LOGIT_CHUNK", 200)  # several chunks of rows
-    model, processor = loaded
+def test_packed_logps_are_unpacked_logps(loaded, kinds, monkeypatch):
+    monkeypatch.setitem(common.in_chunks.__kwdefaults__, "elements", 200)  # several chunks of rows
+    (model, processor), temperature = loaded, 0.7
     suppressed = common.vision_token_ids(model.config)
     prompts = make_prompts(model, processor, kinds)
     rollout = make_rollout(model, processor, prompts)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import same
 from launch import defaults_of
 from real import write_checkpoint, write_rows
 from safetensors.torch import load_file
+from shared import same
 from standins import STANDINS, write_standin
 
 import common

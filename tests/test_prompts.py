@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_prompts
 from PIL import Image
 from processor_fixture import CASES, FILE, digest, pictures
 from real import THINKING, write_checkpoint
+from shared import make_prompts
 from transformers import AutoConfig
 
 import common

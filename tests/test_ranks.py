@@ -1,16 +1,14 @@
 """Two processes compute what one does on the same prompts."""
 
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_prompts, make_rollout
 from ranks import run_all
 from safetensors.torch import load_file
+from shared import make_prompts, make_rollout
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
@@ -21,8 +19,9 @@ from support import checkpoints
 
 RL = {"group_size": 4, "micro_batch_size": 2, "max_new_tokens": 6, "eval_examples": 5}
 RL |= {"learning_rate": 3e-4, "steps": 2, "eval_every": 2}
-NAMES = ("sft", "grpo_baseline", "ral_grpo", "kd_baseline", "attn_distill", "LoRA", "idle rank")
-NAMES += ("tied embeddings", "uneven lengths", "minibatches", "vppo")
+NAMES = ("sft", "grpo_baseline", "kd_baseline", "attn_distill", "ral_grpo, LoRA", "idle rank")
+NAMES += ("ral_grpo, tied embeddings", "uneven lengths in minibatches", "vppo")
+LORA, IDLE = NAMES.index("ral_grpo, LoRA"), NAMES.index("idle rank")
 
 
 def jobs(real: Path, cold_start: Path, processes: int) -> list:
@@ -43,14 +42,12 @@ def jobs(real: Path, cold_start: Path, processes: int) -> list:
     return [
         ("sft", demonstrations | data, ""),
         ("grpo_baseline", fields | data, ""),
-        ("ral_grpo", fields | data | strong, ""),
         ("kd_baseline", fields | data | taught, ""),
         ("attn_distill", fields | data | third | one_prompt | {"train_vision": True}, ""),
-        ("ral_grpo", fields | data | {"lora_rank": 4, "save_every": 1, "steps": 3}, ""),
+        ("ral_grpo", fields | data | strong | {"lora_rank": 4, "save_every": 1, "steps": 3}, ""),
         ("ral_grpo", fields | strong | on_toy, "idle"),
         ("ral_grpo", fields | data | strong | one_prompt | {"model": str(real / "tied")}, ""),
-        ("ral_grpo", fields | strong | on_toy, "uneven"),
-        ("ral_grpo", fields | strong | on_toy | {"num_minibatches": 2}, ""),
+        ("ral_grpo", fields | strong | on_toy | {"num_minibatches": 2}, "uneven"),
         ("benchmarks.forks.vppo", fields | on_toy, ""),
         ("eval", data | evaluation, ""),
     ]
@@ -62,17 +59,13 @@ def read(path: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def both(real, cold_start, tmp_path_factory) -> tuple[Path, Path]:
+def both(run, real, cold_start, tmp_path_factory) -> tuple[Path, Path]:
     """The runs of one process and of two."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "jobs.json").write_text(json.dumps(jobs(real, cold_start, 2)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node=2", str(Path(__file__).with_name("ranks.py"))]
-    command += [str(folder / "jobs.json"), str(folder / "two")]
-    with (folder / "log").open("w") as log:
-        two = subprocess.Popen(command, stdout=log, stderr=log)
-        run_all(jobs(real, cold_start, 1), folder / "one")
-        assert two.wait(600) == 0, (folder / "log").read_text()[-5000:]
+    status, output = run("ranks", [folder / "jobs.json", folder / "two"])
+    assert status == 0, output[-5000:]
+    run_all(jobs(real, cold_start, 1), folder / "one")
     return folder / "one", folder / "two"
 
 
@@ -97,7 +90,7 @@ def test_two_processes_are_one(both, number):
 
 
 def test_adapters_are_saved_whole(both):
-    one, two = (load_file(x / "5" / "adapter" / "adapter_model.safetensors") for x in both)
+    one, two = (load_file(x / str(LORA) / "adapter" / "adapter_model.safetensors") for x in both)
     assert one.keys() == two.keys() and len(one) == 2 * 7 * 2  # A and B of each linear layer
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0, msg=name)
@@ -106,12 +99,12 @@ def test_adapters_are_saved_whole(both):
 
 def test_one_process_goes_on_where_two_stopped(both, real, cold_start):
     """From step 2, whose state has the moments and adapters of both."""
-    _, fields, _ = jobs(real, cold_start, 1)[5]
-    out = both[1] / "5"
+    _, fields, _ = jobs(real, cold_start, 1)[LORA]
+    out = both[1] / str(LORA)
     state = str(out / "state" / "step-000002")
     run_all([("ral_grpo", fields | {"resume": state}, "")], out, names=["."])
     weights, others = (
-        load_file(folder / "5" / "checkpoint" / "model.safetensors") for folder in both
+        load_file(folder / str(LORA) / "checkpoint" / "model.safetensors") for folder in both
     )
     for name in weights:
         torch.testing.assert_close(others[name], weights[name], atol=1e-5, rtol=0, msg=name)
@@ -119,7 +112,7 @@ def test_one_process_goes_on_where_two_stopped(both, real, cold_start):
 
 
 def test_an_idle_rank_was_idle(both):
-    lines = read(both[1] / "6" / "metrics.jsonl")
+    lines = read(both[1] / str(IDLE) / "metrics.jsonl")
     assert min(line["rollout/frac_zero_std"] for line in lines[1:]) >= 0.5
 
 

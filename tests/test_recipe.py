@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import toy_args
 from PIL import Image
 from real import write_video
+from shared import toy_args
 from test_real import run
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import load, make_prompts, plain_media
 from PIL import Image
+from shared import load, make_prompts, plain_media
 
 import common
 from support.prompts import Example, Media, collate, load_blocks, mrope_positions, process_media

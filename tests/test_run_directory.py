@@ -16,9 +16,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import SMALL, load, toy_args
 from launch import defaults_of
 from safetensors import SafetensorError
+from shared import SMALL, load, toy_args
 from torch.utils.data import DataLoader
 
 import attn_distill

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import toy_args
 from safetensors.torch import load_file, save_file
+from shared import toy_args
 
 import eval
 import grpo_baseline

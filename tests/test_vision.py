@@ -4,7 +4,7 @@ few calls."""
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_prompts
+from shared import make_prompts
 from torch.testing import assert_close
 
 from support import prompts as prompts_module

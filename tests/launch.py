@@ -66,6 +66,12 @@ def kill(*_) -> None:
     time.sleep(1)
 
 
+def terminate(*_) -> None:
+    """Send the signal that a scheduler sends to every process of a job."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+
+
 def fill_output(*_) -> None:
     """Standard output is from here on a full disk."""
     os.dup2(os.open("/dev/full", os.O_WRONLY), 1)

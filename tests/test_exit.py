@@ -33,9 +33,11 @@ def argv(real: Path, folder: Path, script: str, workers: int = 2) -> list:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_finished_run_ends(run, real, tmp_path, script):
-    """Whatever keeps its variables alive, as here the frame of `main`."""
+    """Whatever keeps its variables alive, as here the frame of `main`. A signal to all processes of
+    a job does not end the readers that are just starting."""
     words = [*argv(real, tmp_path, script), "--steps", "1"]
-    status, output = run(script, words, [(LOOP, "keep")])
+    plants = [(LOOP, "keep"), ("support.data.guard_reader", "terminate")]
+    status, output = run(script, words, plants)
     assert status == 0 and "\nnext: python" in output, output[-3000:]
 
 

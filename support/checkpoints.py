@@ -186,11 +186,11 @@ def load_processor(
             inside = f"{path}/checkpoint"
             require(not Path(inside).is_dir(), f"{named}: is a run directory; give {inside}")
             raise ValueError("has no config.json")
+        config = read_config(json.loads(files["config.json"]), named)
         images = ("preprocessor_config.json", "processor_config.json")
         for names in (("tokenizer.json", "vocab.json"), images):
             if not files.keys() & {*names}:
                 raise ValueError(f"has no {' or '.join(names)}")
-        config = read_config(json.loads(files["config.json"]), named)
         if folder == Path(path):
             for name in weight_files(folder):
                 require((folder / name).is_file(), f"{named}: has no {name}; download it again")

@@ -128,8 +128,9 @@ def memory_gb(
         checkpoints = width * tokens * (4 * wide + 10 * hidden) * len(layers)
     head = width * text.vocab_size * hidden if trained_root else 0
     attention = 4 * responses * (prompt + new)  # per prompt, in float32
-    # Logits of student and teacher, and their gradients while those of two terms are summed.
-    logits = 5 * width * size * responses * text.vocab_size * distils
+    # Logits of student and teacher, the student's gradients, and a chunk of their divergence.
+    words = size * responses * text.vocab_size
+    logits = (3 * width * words + 50 * min(LOGIT_CHUNK, words)) * distils
     # A trained encoder's activations stay until the language model's are gone.
     seen = width * size * patches * dim * args.train_vision
     kept = (1 if args.gradient_checkpointing else 24) * vision.depth + 18 + 23 * levels

@@ -114,9 +114,9 @@ def test_a_step_runs_in_the_memory_it_was_expected_to_need(size, layers, process
         assert peaks["rollout"]["gathered"] < 0.1 * peaks["rollout"]["weights"]
 
 
-@pytest.mark.parametrize("script", [kd_baseline, attn_distill])
-def test_distillation_counts_the_logits_of_both_models(script):
-    config, args = config_of("7B"), make_args(script, lora_rank=64)
+@pytest.mark.parametrize(("script", "tokens"), [(kd_baseline, 128), (attn_distill, 768)])
+def test_distillation_counts_the_logits_of_both_models(script, tokens):
+    config, args = config_of("7B"), make_args(script, lora_rank=64, tokens=tokens)
     traced = fake_gpu.step(script, config, args, 1)["update"]["activations"] / fake_gpu.GIB
     with mock.patch.multiple(
         memory, compute_dtype=lambda: torch.bfloat16, LOGIT_CHUNK=2**26, ATTENTION_CHUNK=2**26

@@ -26,7 +26,7 @@ Shapes: B prompts of P positions, padded on the left; G responses to each, of T 
     python attn_distill.py --teacher runs/teacher/checkpoint --rl-coef 0 # pure distillation
 """
 
-import support.startup
+import support.startup  # first: it sets Ctrl-C and the allocator of PyTorch
 
 import math
 from collections import defaultdict

@@ -12,7 +12,7 @@ number of them gives the same result. The first section is the evaluation that t
 call.
 """
 
-import support.startup
+import support.startup  # first: it sets Ctrl-C and the allocator of PyTorch
 
 from bisect import bisect_left
 from collections import defaultdict

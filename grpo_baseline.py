@@ -25,7 +25,7 @@ Shapes: B prompts of P positions, padded on the left; G responses to each, of T 
     python grpo_baseline.py --model DIR_OR_HUB_NAME --data FILE # your own model and data
 """
 
-import support.startup
+import support.startup  # first: it sets Ctrl-C and the allocator of PyTorch
 
 from collections import defaultdict
 from dataclasses import dataclass

@@ -25,7 +25,7 @@ Shapes: B prompts of P positions, padded on the left; G responses to each, of T 
     python kd_baseline.py --teacher runs/teacher/checkpoint              # from runs/sft
 """
 
-import support.startup
+import support.startup  # first: it sets Ctrl-C and the allocator of PyTorch
 
 import math
 from collections import defaultdict

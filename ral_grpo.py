@@ -14,9 +14,10 @@ was; a negative one pushes it away. The method is the lines marked `# RAL` and t
 `attention_policy` and `divergence`: `diff grpo_baseline.py ral_grpo.py`.
 
 At p_theta = p_old the divergence *and its gradient* are zero. With exactly one optimiser step per
-rollout, RAL is therefore GRPO, whatever lambda_attn. It acts from the second step on: in a second
-pass (`num_iterations`), or from the second minibatch of the first pass (`num_minibatches`).
-`train/attn_jsd_<k>` is logged for each step. See `loss_terms` for three more limits [ours].
+rollout, RAL is therefore GRPO, whatever lambda_attn (but see 3 below). It acts from the second step
+on: in a second pass (`num_iterations`), or from the second minibatch of the first pass
+(`num_minibatches`). `train/attn_jsd_<k>` is logged for each step. See `loss_terms` for three more
+limits [ours].
 
 Shapes: B prompts of P positions, padded on the left; G responses to each, of T tokens.
 
@@ -26,8 +27,7 @@ Shapes: B prompts of P positions, padded on the left; G responses to each, of T 
   2. E_t is the mean over a response's tokens. The paper's total update is a sum over them, which
      `--attn-reduction sum` takes.
   3. p_old is "old" where the paper defines the loss and "reference" in its introduction: the model
-     at rollout time, or with `--attn-anchor reference` the frozen starting model, from which the
-     attention differs at the first step already.
+     at rollout time, or with `--attn-anchor reference` the frozen starting model.
   4. `--attn-row predicting`, the row before the token's own, whose output predicts the token, and
      other layers. The paper has the own row and the last layer alone.
 
@@ -35,7 +35,7 @@ Shapes: B prompts of P positions, padded on the left; G responses to each, of T 
     python ral_grpo.py --model DIR_OR_HUB_NAME --data FILE    # your own model and data
 """
 
-import support.startup
+import support.startup  # first: it sets Ctrl-C and the allocator of PyTorch
 
 from collections import defaultdict
 from dataclasses import dataclass

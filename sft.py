@@ -24,7 +24,7 @@ With --think, rows of data files need a thought (docs/data.md). `--epochs` says 
 read.
 """
 
-import support.startup
+import support.startup  # first: it sets Ctrl-C and the allocator of PyTorch
 
 import math
 import tempfile

@@ -114,7 +114,8 @@ def print_memory() -> None:
             group = args.group_size
             need = memory.memory_gb(config, args, lora_rank, group, frozen, processes=processes)
         traced = fake_gpu.step(ral_grpo, config, args, processes)
-        line = [f"{size}, {f'LoRA, rank {lora_rank}' if lora_rank else 'all weights'}"]
+        trained = f"LoRA, rank {lora_rank}" if lora_rank else "all weights"
+        line = [f"{size.replace('8B', 'Qwen3-VL-8B')}, {trained}"]
         line += [str(processes), f"{inputs}: {memory.prompt_tokens(args, config.model_type):,}"]
         line += [*(f"{need['rollout'][part]:.1f}" for part in standing)]
         expected = {phase: sum(parts.values()) for phase, parts in need.items()}

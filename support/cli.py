@@ -164,7 +164,8 @@ def check_values(args: Any) -> None:
         require(not str(value).startswith("~"), home)
         if isinstance(value, int | float):
             require(math.isfinite(value), f"{named}: must be a finite number")
-            require(abs(value) <= LARGEST, f"{named}: must be at most {LARGEST}")
+            largest = LARGEST if isinstance(value, int) else 1e15
+            require(abs(value) <= largest, f"{named}: must be at most {largest}")
 
 
 def same_inputs(args: Any) -> str:

@@ -108,6 +108,7 @@ MAX_MEDIA, MAX_LISTED, MAX_EXTRA, MAX_BOXES = 64, 10_000, 100_000, 1000
 # Parquet files may grow to so many times their size, or to so many bytes.
 MAX_GROWTH, LEAST_GROWTH = 100, 2**30
 INSPECTED = 100  # rows in which columns and media are looked for
+MOST_NOTES = 5  # about the columns of one data set
 
 # 1. Files
 
@@ -327,7 +328,7 @@ class DataFile:
                     for file in files:
                         named = name if file == Path(path) else f"{name}/{file.relative_to(folder)}"
                         if len(rows := open_rows(file)):
-                            self.parts.append(Part(named, source, rows, own, len(self)))
+                            self.parts.append(Part(named, source, rows, [*own], len(self)))
                             note = self.find_columns(self.parts[-1])
                             notes[note] += len(rows)
                     rows = range(first, len(self))[:INSPECTED]
@@ -339,8 +340,10 @@ class DataFile:
                     require(seen, f"{blind}; {remedy}, or give --text-only for data without")
             except UsageError as error:
                 raise UsageError(f"{option} {path}: {error}") from None
-            for note, count in notes.items():
+            for note, count in [*notes.items()][:MOST_NOTES]:
                 print_once(f"{option} {path}: {count:,} rows, {note}")
+            if len(notes) > MOST_NOTES:
+                print_once(f"{option} {path}: {len(notes) - MOST_NOTES} more files differ in that")
 
     def __len__(self) -> int:
         return self.parts[-1].start + len(self.parts[-1].rows) if self.parts else 0
@@ -365,7 +368,7 @@ class DataFile:
         read. JSON rows may differ, so the first rows are inspected."""
         present, groups, reason, inspected = {}, set(), "", INSPECTED
         if isinstance(part.rows, ArrowRows):  # rows with the same columns, perhaps large ones
-            present, inspected = dict.fromkeys(part.rows.names), 1
+            present, inspected = dict.fromkeys(part.rows.names), 10
         for row in range(part.start, len(self))[:inspected]:
             try:
                 fields = self.fields(row)
@@ -544,17 +547,19 @@ def find_medium(path: str, roots: Sequence[Path]) -> Path | list[str]:
     their numbers (2.jpg, 10.jpg). Targets of links are checked, too."""
     # The files of a data set in the hub's cache are links to its blobs.
     blobs = [root.parent.parent / "blobs" for root in roots if root.parent.name == "snapshots"]
+    folders = []
     for root in roots:
         try:
             target = (root / path).resolve()
             if any(target.is_relative_to(allowed) for allowed in [*roots, *blobs]):
                 if target.is_file():
                     return target
-                if target.is_dir():
-                    files = map(str, islice(target.iterdir(), MAX_LISTED + 1))
-                    return sorted(files, key=lambda file: (len(file), file))
+                folders += [target] if target.is_dir() else []
         except (OSError, ValueError, RuntimeError):  # too long, has a NUL, or a loop of links
             continue
+    for folder in folders[:1]:
+        files = (str(x) for x in folder.iterdir() if not x.name.startswith("."))
+        return sorted(islice(files, MAX_LISTED + 1), key=lambda file: (len(file), file))
     where = f"under --media-root {' '.join(map(str, roots))[:200]}"
     raise BadRow(f"path {path[:80]!r} is no file {where}; addresses and base64 are not read")
 

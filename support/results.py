@@ -77,9 +77,11 @@ def check_out(args: Any) -> dict[str, Any]:
     settings = json.loads(json.dumps(settings))  # JSON turns tuples into lists
     before = {} if args.overwrite else disk.read_record(out)
     changed = [name for name in settings if before and settings[name] != before.get(name)]
-    differ = [f"{option(x)} {before.get(x)} -> {settings[x]}" for x in changed if x != "inputs"]
+    version = "definitions, of another version of this program"
+    differ = [f"{option(x)} {before.get(x)} -> {settings[x]}" if x in vars(args) else version
+              for x in changed if x != "inputs"]  # fmt: skip
     if changed == ["inputs"]:
-        old = before["inputs"]
+        old = before.get("inputs") or {}
         differ = [name for name in old | inputs if old.get(name) != inputs.get(name)]
     remedy = "give another --out, or --overwrite"
     require(not differ, f"--out {out}: was made with different {', '.join(differ[:4])}; {remedy}")

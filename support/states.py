@@ -130,6 +130,9 @@ def read_state(args: Any) -> State | None:
         with readable(named, path):
             content = json.loads(own_file(path / "state.json").read_bytes())
             same = content["definitions"] == DEFINITIONS or args.allow_changed_args
+            lacking = {x.name for x in fields(State)} - content.keys()
+        earlier = f"{path} was written by another version; finish the run with that, or train again"
+        require(not lacking, f"{named}: {earlier}")
         other = f"{path} was written by a version that computes something else"
         remedy = "finish the run with that version, or train again; if your script and flags do not"
         remedy += " depend on the difference, pass --allow-changed-args"

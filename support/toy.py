@@ -145,7 +145,8 @@ def resolve_task(args: Any, model: str | None, may_differ: bool = False) -> tupl
     for name, value in asked.items() if known and not may_differ else ():
         wanted, own = as_option(name, value), as_option(name, getattr(known, name))
         remedy = f"Omit it, or train such a toy: python sft.py {wanted} --out runs/other"
-        require(wanted == own, f"{wanted}: {model} was trained with {own}. {remedy}")
+        trained = "on images" if own == "--frames None" else f"with {own}"
+        require(wanted == own, f"{wanted}: {model} was trained {trained}. {remedy}")
     # Chat prompts put the image first, so a model that is not a toy gets this order.
     task = replace(known or Task(order="image-first" if model else "question-first"), **asked)
     return model is None or known is not None, task
@@ -275,6 +276,8 @@ class HeldOut(list):
 
     def name(self, row: int) -> str:
         return self[row].name
+
+    place = name
 
 
 @dataclass

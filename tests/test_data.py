@@ -1251,3 +1251,16 @@ def test_a_choice_without_options_is_asked_by_its_letter(tmp_path, options):
     (tmp_path / "rows.json").write_text(json.dumps([row]))
     example = DataFile(str(tmp_path / "rows.json")).example(0)
     assert (example.options, example.solution) == ((), "B")
+
+
+def test_a_file_under_a_later_root_is_found_behind_a_folder_of_its_name(tmp_path):
+    """A folder is a video's frames, in the order of their numbers and without hidden files."""
+    roots = [tmp_path.resolve() / name for name in ("first", "second")]
+    (roots[0] / "a").mkdir(parents=True)
+    for name in ("10.png", "2.png", ".DS_Store"):
+        (roots[0] / "a" / name).touch()
+    roots[1].mkdir()
+    (roots[1] / "a").touch()
+    assert datafiles.find_medium("a", roots) == roots[1] / "a"
+    frames = datafiles.find_medium("a", roots[:1])
+    assert frames == [str(roots[0] / "a" / name) for name in ("2.png", "10.png")]

@@ -79,6 +79,12 @@ def test_long_prompts_are_decoded_in_smaller_batches(cold_start, monkeypatch):
     assert [problem for problem, _ in found[0]] == [x.example.problem for x in prompts]
 
 
+def test_a_prompt_of_the_toy_that_is_too_long_is_a_bad_row(cold_start, tmp_path):
+    fields = {"model": str(cold_start), "out": str(tmp_path / "out"), "max_prompt_tokens": 5}
+    with pytest.raises(ranks.UsageError, match=r"--max-skipped .* above --max-prompt-tokens 5"):
+        eval.main(toy_args(eval, **fields, examples=4))
+
+
 def test_another_evaluation_is_not_mixed_in(cold_start, tmp_path, monkeypatch):
     out = tmp_path / "out"
     args = toy_args(eval, model=str(cold_start), examples=4, out=str(out))
@@ -88,7 +94,7 @@ def test_another_evaluation_is_not_mixed_in(cold_start, tmp_path, monkeypatch):
     eval.main(replace(args, examples=5, overwrite=True))
     assert len(predictions(out)) == 5
     monkeypatch.setattr(states, "DEFINITIONS", 0)  # answers were judged by other rules
-    with pytest.raises(ranks.UsageError, match="different --definitions"):
+    with pytest.raises(ranks.UsageError, match="different definitions, of another version"):
         eval.main(replace(args, examples=5))
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "main.tex").touch()

@@ -5,7 +5,9 @@ import io
 import math
 import multiprocessing
 import os
+import queue
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -80,15 +82,15 @@ def test_a_rank_ends_with_its_torchrun(monkeypatch):
         os._exit(0)
     os.close(writer)
     os.waitpid(torchrun, 0)
-    assert os.read(reader, 1) == b""  # at its end when the rank has ended
-    watched = []
-    monkeypatch.setattr(ranks, "end_with_parent", watched.append)
+    assert select.select([reader], [], [], 60)[0] and os.read(reader, 1) == b""  # none writes more
+    watched = queue.Queue()
+    monkeypatch.setattr(ranks, "end_with_parent", watched.put)
     monkeypatch.setattr(ranks.dist, "init_process_group", lambda *_, **__: None)
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     for name in (*names, "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "0")
     ranks.start_ranks()
-    assert watched == [os.getppid()]
+    assert watched.get(timeout=60) == os.getppid()
 
 
 @pytest.mark.parametrize("script", ["sft", "ral_grpo", "eval"])

@@ -44,7 +44,7 @@ def test_the_target_is_where_the_shape_is_and_nowhere_else(task):
 def test_another_task_than_that_of_the_checkpoint_says_how_to_train_it(tmp_path):
     (tmp_path / "toy_task.json").write_bytes(toy.Task().files()["toy_task.json"])
     for fields, words in (
-        ({"frames": 8}, "--frames 8: .* with --frames None. .* python sft.py --frames 8 --out"),
+        ({"frames": 8}, "--frames 8: .* on images. .* python sft.py --frames 8 --out"),
         ({"think": True}, "--think: .* was trained with --no-think. Omit it, or train such a toy"),
         ({"toy_order": "image-first"}, "--toy-order image-first: .* with --toy-order question"),
     ):

@@ -554,12 +554,13 @@ def find_medium(path: str, roots: Sequence[Path]) -> Path | list[str]:
             if any(target.is_relative_to(allowed) for allowed in [*roots, *blobs]):
                 if target.is_file():
                     return target
-                folders += [target] if target.is_dir() else []
+                if target.is_dir():
+                    files = (str(x) for x in target.iterdir() if not x.name.startswith("."))
+                    folders.append([*islice(files, MAX_LISTED + 1)])
         except (OSError, ValueError, RuntimeError):  # too long, has a NUL, or a loop of links
             continue
-    for folder in folders[:1]:
-        files = (str(x) for x in folder.iterdir() if not x.name.startswith("."))
-        return sorted(islice(files, MAX_LISTED + 1), key=lambda file: (len(file), file))
+    for files in folders[:1]:
+        return sorted(files, key=lambda file: (len(file), file))
     where = f"under --media-root {' '.join(map(str, roots))[:200]}"
     raise BadRow(f"path {path[:80]!r} is no file {where}; addresses and base64 are not read")
 

@@ -225,9 +225,9 @@ def clipped_loss(
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """The k3 estimate of KL(policy || reference) for each token, exp(ref - logp) - (ref - logp) -
-    1: unbiased for tokens that the policy has sampled. Its gradient is then, on average, that of
-    KL(reference || policy)."""
+    """The k3 estimate of KL(policy || reference) for each token: exp(d) - d - 1, d = ref - logp. It
+    is unbiased for tokens that the policy has sampled, and its gradient is then, on average, that
+    of KL(reference || policy)."""
     difference = ref_logps - logps
     return torch.exp(difference) - difference - 1
 

@@ -19,9 +19,9 @@ import numpy as np
 
 from support.answers import MAX_ANSWER, option_accuracy, option_texts, plain_accuracy
 from support.datafiles import BOXES, COLUMNS, MAX_ROW, DataFile, Part, find_medium, open_medium
-from support.media import BadRow, first_line
+from support.media import BadRow
 from support.prompts import Example
-from support.ranks import UsageError, require
+from support.ranks import UsageError, first_line, require
 
 Row = dict[str, Any]
 
@@ -417,8 +417,7 @@ class BenchmarkFile(DataFile):
         except BadRow:
             raise
         except Exception as error:  # columns or values are not the published ones
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise BadRow(f"is not as published ({reason})") from None
+            raise BadRow(f"is not as published ({first_line(error)})") from None
         if not any(fields.get(name) for name in ("image", "images", "video")):
             raise BadRow("has no image or video")
         return fields

@@ -25,13 +25,14 @@ from support.answers import read_number
 from support.cli import each, option
 from support.datafiles import DataFile
 from support.disk import append
-from support.media import BadRow, first_line
+from support.media import BadRow
 from support.prompts import Example, Prompt
 from support.ranks import (
     STOP_SIGNALS,
     UsageError,
     end_readers,
     end_with_parent,
+    first_line,
     print_on_rank_0,
     rank,
     require,

@@ -20,7 +20,6 @@ of them.
 """
 
 import glob
-import hashlib
 import json
 import math
 import os
@@ -46,13 +45,12 @@ from pyarrow import ipc, parquet
 
 from support.answers import MAX_ANSWER, extract_answer, folded, option_letter, option_texts
 from support.cli import each
-from support.disk import data_files, without_split
+from support.disk import data_files, fingerprint, loading, without_split
 from support.grounding import Box
 from support.media import (
     MAX_FRAME_BYTES,
     BadRow,
     MediaBytes,
-    first_line,
     is_video,
     read_frames,
     read_image,
@@ -60,7 +58,7 @@ from support.media import (
     upright_box,
 )
 from support.prompts import Example, Media
-from support.ranks import UsageError, print_once, require
+from support.ranks import UsageError, first_line, print_once, require
 
 # Accepted column names of each field. If a file has several of them, the first is read.
 COLUMNS = {
@@ -214,8 +212,8 @@ class ArrowRows:
 
 def open_rows(file: Path) -> Any:
     """The rows of a data file, whose first bytes say what it is."""
-    copies, copied = Path(os.environ.get("HF_DATASETS_CACHE") or f"{HF_HOME}/datasets", "rows"), ""
-    try:
+    copies = Path(os.environ.get("HF_DATASETS_CACHE") or f"{HF_HOME}/datasets", "rows")
+    with loading(file.name, "repair it"):
         with file.open("rb") as opened:
             start = opened.read(2**12).removeprefix(b"\xef\xbb\xbf").lstrip()
         if start.startswith(b"{"):
@@ -225,12 +223,8 @@ def open_rows(file: Path) -> Any:
         if start.startswith(b"\xff\xff\xff\xff"):
             return ArrowRows(file)
         if start.startswith(b"PAR1"):
-            copied = f" or copied to {copies}"
-            return ArrowRows(arrow_copy(file, copies))
-    except UsageError:
-        raise
-    except Exception as error:  # hostile bytes raise any error of the libraries
-        raise UsageError(f"{file.name} cannot be read{copied} ({first_line(error)})") from None
+            with loading(file.name, f"repair it, or free space in {copies}"):
+                return ArrowRows(arrow_copy(file, copies))
     found = f"begins with {start[:40]!r}" if start else "is empty"
     raise UsageError(f"{file.name} {found}; {EXPECTED}")
 
@@ -238,21 +232,16 @@ def open_rows(file: Path) -> Any:
 def arrow_copy(file: Path, folder: Path) -> Path:
     """Copy a Parquet file to an Arrow file in `folder`, whose rows can be read one by one.
 
-    The copy is named by a hash of the file's size, first and last MB, which has the statistics of
-    each column. So the copy is made once, and again after a change.
+    It is named by the file's `fingerprint`: a Parquet file ends with the statistics of each column.
+    So the copy is made once, and again after a change.
 
     Raises:
         UsageError: the copy would be far larger than the file.
     """
     size = file.stat().st_size
-    digest = hashlib.sha256(b"%d" % size)
-    with file.open("rb") as opened:
-        digest.update(opened.read(2**20))
-        opened.seek(max(0, size - 2**20))
-        digest.update(opened.read())
     limit = max(MAX_GROWTH * size, LEAST_GROWTH)
     large = f"{file.name}: its {size:,} bytes hold more than {limit:,} bytes of rows"
-    target = folder / f"{digest.hexdigest()[:32]}.arrow"
+    target = folder / f"{fingerprint(file, 8)}.arrow"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if target.exists():

@@ -3,6 +3,7 @@ incomplete."""
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -14,14 +15,16 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from safetensors import SafetensorError
 
 from support.cli import each, option
-from support.ranks import UsageError, require
+from support.ranks import UsageError, first_line, require
 
 LOCK = ".lock"  # in a run directory: names and is locked by the process that uses it
 PART = ".part"  # ends the name of a file or directory that is still being written
 DONE = ".done"  # a directory of complete ones that are not in their place yet
+BLOCK = 2**18  # bytes of a file that go into its fingerprint together
 MOST_FILES = 500_000  # in a directory of a data set, its media included
 TRAINING_RUN, EVALUATION, DIAGNOSIS = "training run", "evaluation", "diagnosis"
 RUN_FILES = "args.json metrics.jsonl samples.jsonl skipped.jsonl tensorboard gaze.html"
@@ -222,11 +225,19 @@ def loading(named: str, remedy: str = "repair it, or give another checkpoint") -
     except UsageError:
         raise
     except Exception as error:
-        lines = [line.strip(" .") for line in str(error).splitlines()] or [""]
-        reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
-        if not reason or not isinstance(error, (OSError, ValueError)):
-            reason = f"{type(error).__name__} {reason}".strip()
-        raise UsageError(f"{named}: {reason}; {remedy}") from None
+        raise UsageError(f"{named}: {first_line(error)}; {remedy}") from None
+
+
+def fingerprint(path: Path, blocks: int) -> str:
+    """A hash of a file's size and content. Of a file with more than `blocks` blocks of 256 KB, only
+    so many are read, evenly spaced from its first byte to its last."""
+    size = path.stat().st_size
+    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
+    with path.open("rb") as file:
+        for place in np.linspace(0, max(0, size - BLOCK), min(blocks, size // BLOCK + 1)):
+            file.seek(int(place))
+            digest.update(file.read(BLOCK))
+    return digest.hexdigest()
 
 
 def without_split(name: str) -> Path:

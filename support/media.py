@@ -14,6 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from support.prompts import Media
+from support.ranks import first_line
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # no format that runs a program
 # The EXIF orientation that stands for a video's rotation in degrees.
@@ -287,7 +288,3 @@ def upright_box(
     if orientation in (3, 4, 7, 8):
         top, bottom = size[1] - bottom, size[1] - top
     return left, top, right, bottom
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

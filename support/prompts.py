@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from support.grounding import Box, target_tokens
-from support.ranks import gather, require
+from support.ranks import first_line, gather, require
 from support.templates import SLOTS, TEMPLATE_ERRORS, render_turn
 
 # The minimum tokens of a video frame, as in qwen-vl-utils. Checkpoints do not state it.
@@ -255,7 +255,7 @@ def encode_prompt(processor: Processor, example: Example) -> Prompt:
     try:
         turn = render_turn(processor.tokenizer, kinds)
     except TEMPLATE_ERRORS as error:
-        raise ValueError(f"its chat template raises {type(error).__name__}: {error}") from None
+        raise ValueError(f"its chat template raises {first_line(error)}") from None
     for around, part in zip(turn, [*parts, ""], strict=True):
         if around:
             ids += encode(text, split_special_tokens=True) + encode(around)

@@ -32,6 +32,14 @@ def require(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
+def first_line(error: Exception) -> str:
+    """The message of a library's error in one line, behind its type if it needs that."""
+    lines = [line.strip(" .") for line in str(error).strip().splitlines()] or [""]
+    text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:200]
+    known = text and isinstance(error, OSError | ValueError)
+    return text if known else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
 # A scheduler sends one of them some time before it kills a job.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 

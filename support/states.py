@@ -1,6 +1,5 @@
 """States to resume a run from, and the fingerprints of what a run reads."""
 
-import hashlib
 import json
 import random
 import shutil
@@ -19,28 +18,15 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from support import ranks
+from support import disk, ranks
 from support.cli import each, option
-from support.disk import data_files, good_states, loading, read_record, step_of, written_aside
 from support.ranks import UsageError, require
 
 DEFINITIONS = 5  # raise it when the same arguments compute something else
 
 # 1. Fingerprints of inputs
 
-BLOCK, BLOCKS = 2**18, 2**10  # bytes in a block, and blocks that are read for one argument
-
-
-def fingerprint(path: Path, blocks: int) -> str:
-    """A hash of a file's size and content. Of a file with more than `blocks` blocks of 256 KB, only
-    so many are read, evenly spaced from its first byte to its last."""
-    size = path.stat().st_size
-    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
-    with path.open("rb") as file:
-        for place in np.linspace(0, max(0, size - BLOCK), min(blocks, size // BLOCK + 1)):
-            file.seek(int(place))
-            digest.update(file.read(BLOCK))
-    return digest.hexdigest()
+BLOCKS = 2**10  # of a fingerprint, for all files of one argument
 
 
 def fingerprint_inputs(args: Any) -> dict[str, str]:
@@ -54,7 +40,7 @@ def fingerprint_inputs(args: Any) -> dict[str, str]:
     names = ("model", "teacher", "data", "eval_data")
     for name, path in ((x, path) for x in names for path in each(getattr(args, x, None) or ())):
         if name.endswith("data"):
-            kind, files = "dataset", data_files(path)
+            kind, files = "dataset", disk.data_files(path)
         else:
             patterns = ("*.json", "*.txt", "*.jinja", "*.safetensors")
             kind, files = "model", sorted(x for p in patterns for x in Path(path).glob(p))
@@ -65,7 +51,7 @@ def fingerprint_inputs(args: Any) -> dict[str, str]:
         for file in files:
             label = f"{option(name)} {file}"
             try:
-                prints[label] = fingerprint(file, max(2, BLOCKS // len(files)))
+                prints[label] = disk.fingerprint(file, max(2, BLOCKS // len(files)))
             except OSError as error:
                 raise UsageError(f"{label}: cannot be read ({error.strerror})") from None
     return prints
@@ -101,7 +87,7 @@ class State:
 
 def readable(named: str, path: Path) -> AbstractContextManager:
     """Turn an exception raised while reading a state into a one-line `UsageError`."""
-    return loading(f"{named}: {path} is not readable", "give an earlier one")
+    return disk.loading(f"{named}: {path} is not readable", "give an earlier one")
 
 
 def own_file(path: Path) -> Path:
@@ -117,9 +103,9 @@ def read_state(args: Any) -> State | None:
     is not of this run, is unreadable, or was written by a version that computes something else."""
 
     def read() -> State | None:
-        saved = good_states(Path(args.out))
+        saved = disk.good_states(Path(args.out))
         if args.resume == "auto" and not saved:
-            if read_record(Path(args.out)):
+            if disk.read_record(Path(args.out)):
                 print(f"--resume auto: the run at {args.out} has no state, so it begins again")
             return None
         path = saved[-1] if args.resume == "auto" else Path(args.resume)
@@ -140,9 +126,10 @@ def read_state(args: Any) -> State | None:
         with readable(named, path):
             state = State(**{x.name: content[x.name] for x in fields(State)})
             counts = (state.step, state.read, *state.lengths.values())
-            intact = all(type(n) is int and n >= 0 for n in counts) and step_of(path) == state.step
+            intact = all(type(n) is int and n >= 0 for n in counts)
             tables = (state.extra, state.args, state.inputs, state.random)
-            if not intact or any(type(x) is not dict for x in tables):
+            intact = intact and all(type(x) is dict for x in tables)
+            if not intact or disk.step_of(path) != state.step:
                 raise ValueError("state.json is damaged")
         return state
 
@@ -198,11 +185,11 @@ def write_state(
     """Write a state, and then delete all but the newest `keep` states, and those that
     `Run.move_later_states` has renamed. Each trained parameter has its own file, so that rank 0
     holds only one at a time."""
-    with written_aside(out, f"state/{state.name}") as folder:
+    with disk.written_aside(out, f"state/{state.name}") as folder:
         for name, content in tensors:
             save_file(content, folder / f"{name}.safetensors")
         (folder / "state.json").write_text(json.dumps(asdict(state)))
-    for old in (*good_states(out)[:-keep], *(out / "state").glob("step-*.later")):
+    for old in (*disk.good_states(out)[:-keep], *(out / "state").glob("step-*.later")):
         shutil.rmtree(old)
 
 

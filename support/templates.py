@@ -15,6 +15,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from support.ranks import first_line
+
 END_OF_TURN = "<|im_end|>"
 # What a template renders for each kind of part. The text is a stand-in for the user's.
 SLOTS = {kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video")}
@@ -81,7 +83,7 @@ def template_fault(tokenizer: Any, template: str) -> str:
         opens = pieces != render_turn(tokenizer, kinds, template, open_response=False)
         return "" if opens or "assistant" in pieces[-1] else "ignores add_generation_prompt"
     except TEMPLATE_ERRORS as error:
-        return next(iter(str(error).splitlines()), type(error).__name__)
+        return first_line(error)
 
 
 # Renders chat templates as transformers does, in 3 seconds and 1 GB; ends with 3 if it needs more.

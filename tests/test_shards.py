@@ -100,8 +100,7 @@ def test_a_directory_of_json_files_is_one_set(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
-    [(b"", "x-1.jsonl is empty"), (b"PAR1", "x-1.jsonl cannot be read or copied")],
+    ("content", "words"), [(b"", "x-1.jsonl is empty"), (b"PAR1", "x-1.jsonl: .*free space in")]
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, content, words):
     (tmp_path / "x-0.jsonl").write_text('{"problem": "p", "answer": "a"}')
@@ -146,7 +145,7 @@ def test_a_damaged_row_of_arrow_is_bad_and_no_crash(tmp_path):
 def test_a_column_whose_name_is_no_text_is_one_line(tmp_path):
     path = write(tmp_path, ["a"], end="arrow") / "train-00000.arrow"
     path.write_bytes(path.read_bytes().replace(b"answer", b"\xffnswer"))
-    with pytest.raises(UsageError, match=r"train-00000.arrow cannot be read \('utf-8' codec"):
+    with pytest.raises(UsageError, match=r"train-00000.arrow: 'utf-8' codec"):
         answers(path)
 
 

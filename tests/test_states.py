@@ -126,7 +126,7 @@ def test_later_states_stay_until_a_new_one_is_written(args):
 
 
 def write_weights(path: Path, place: int) -> None:
-    content = bytearray(3 * states.BLOCK)
+    content = bytearray(3 * disk.BLOCK)
     content[place] = 1
     path.write_bytes(content)
 
@@ -157,9 +157,9 @@ def test_other_inputs_are_refused(args, tmp_path, monkeypatch):
 
 def test_a_fingerprint_covers_a_small_file_and_both_ends_of_a_large_one(tmp_path):
     prints = {}
-    for place in (0, 300_000, 3 * states.BLOCK - 1):
+    for place in (0, 300_000, 3 * disk.BLOCK - 1):
         write_weights(tmp_path / "file", place)
-        prints[place] = [states.fingerprint(tmp_path / "file", blocks) for blocks in (2, 3)]
+        prints[place] = [disk.fingerprint(tmp_path / "file", blocks) for blocks in (2, 3)]
     few, all_of_it = zip(*prints.values(), strict=True)
     assert len(set(all_of_it)) == 3 and few[0] != few[2] and few[1] not in (few[0], few[2])
 

@@ -199,7 +199,6 @@ class ArrowRows:
 
     def __init__(self, file: Path):
         self.table = ipc.open_stream(pyarrow.memory_map(str(file))).read_all()
-        self.names = self.table.column_names  # here, as they may be no text
 
     def __len__(self) -> int:
         return len(self.table)
@@ -355,37 +354,34 @@ class DataFile:
     def find_columns(self, part: Part) -> str:
         """Find the part's name for each of `COLUMNS`; returns a note that says which columns are
         read. JSON rows may differ, so the first rows are inspected."""
-        present, groups, reason, inspected = {}, set(), "", INSPECTED
-        if isinstance(part.rows, ArrowRows):  # rows with the same columns, perhaps large ones
-            present, inspected = dict.fromkeys(part.rows.names), 10
+        present, groups, reason = set(), set(), ""
+        inspected = 10 if isinstance(part.rows, ArrowRows) else INSPECTED  # 10 with equal columns
         for row in range(part.start, len(self))[:inspected]:
             try:
                 fields = self.fields(row)
             except BadRow as error:
                 reason = reason or f"{self.place(row)} {error}"
                 continue
-            present |= dict.fromkeys(fields)
+            present.update(fields)
             nested = (x for x, y in fields.items() if isinstance(y, dict))
             groups.update(x for x in nested if fields[x].get("images") or fields[x].get("videos"))
         require(present, f"{reason or f'the rows of {part.name} are empty'}; {EXPECTED}")
-        found = {
-            field: next((x for x in names if x in present), "") for field, names in COLUMNS.items()
-        }
-        part.columns = {field: name or field for field, name in found.items()}
-        question = found["problem"]
-        answer = found["solution"] or (question if question in CHATS else "")
+        for name, names in COLUMNS.items():
+            part.columns[name] = next((x for x in names if x in present), name)
+        question, answer = part.columns["problem"], part.columns["solution"]
+        if answer not in present and question in CHATS:
+            answer = question
         wanted = [" or ".join(COLUMNS[field]) for field in ("problem", "solution")]
         expected = f"expected a question in {wanted[0]}, and an answer in {wanted[1]}"
         columns = f"{part.name} has the columns {', '.join(sorted(present))[:300]}"
-        require(question and answer, f"{columns}; {expected}")
+        require({question, answer} <= present, f"{columns}; {expected}")
         known = {*part.columns.values(), *ROW_KEYS, *groups}
-        read = [x for x in present if x in known or NUMBERED.fullmatch(x)]
-        others = ", ".join(sorted({*read} - {question, answer})) or "nothing"
-        unread = ", ".join(sorted(present.keys() - read))[:300] or "nothing"
-        note = (
-            f"question in {question}, answer in {answer}, also read: {others}, not read: {unread}"
-        )
-        if not found["problem_type"]:
+        read = {x for x in present if x in known or NUMBERED.fullmatch(x)}
+        others = ", ".join(sorted(read - {question, answer})) or "nothing"
+        unread = ", ".join(sorted(present - read))[:300] or "nothing"
+        note = f"question in {question}, answer in {answer}"
+        note += f", also read: {others}, not read: {unread}"
+        if "problem_type" not in present:
             how = "rows with options are multiple choice, others need an equal answer"
             note += f"; no problem_type: {how}"
         return note
@@ -468,14 +464,13 @@ class DataFile:
         for column_kind, name, items in listed_media(fields):
             kind = column_kind or data_type
             open_item = partial(open_medium, roots=roots, name=name)
-            if kind == "video" and len(items) > 1 and not isinstance(medium_source(items[0]), list):
+            if kind == "video" and len(items) > 1:
                 first = open_item(items[0], number=1)
                 items = items if isinstance(first, list) or is_video(first) else [items]
             if len(items) > MAX_MEDIA:
                 raise BadRow(f"{name!r} has {len(items):,} files; at most {MAX_MEDIA} are allowed")
             for number, item in enumerate(items, 1):
-                listed = medium_source(item)
-                source = listed if isinstance(listed, list) else open_item(item, number=number)
+                source = open_item(item, number=number)
                 if isinstance(source, list):
                     if kind != "video" or not 0 < len(source) <= MAX_LISTED:
                         frames = f"only a video has a list of frames, at most {MAX_LISTED:,}"
@@ -514,9 +509,11 @@ def listed_media(fields: dict[str, Any]) -> list[tuple[str | None, str, list]]:
 
 def open_medium(
     item: Any, roots: list[Path], name: str, number: int
-) -> Path | MediaBytes | list[str]:
-    """The file or content of an item of the column `name`, or the files in a folder."""
+) -> Path | MediaBytes | list[Any]:
+    """The file or content of an item of the column `name`; a list, or the files in a folder."""
     content = medium_source(item)
+    if isinstance(content, list):
+        return content
     if isinstance(content, bytes):
         return MediaBytes(f"{name} {number}", content)
     if isinstance(content, str) and content:

@@ -134,11 +134,8 @@ def read_video(
         indices = clip[chosen].tolist()
         if len(indices) * width * height * 3 > MAX_FRAME_BYTES:
             raise BadRow(f"{path.name}: {len(indices)} of its frames take more than 4 GB")
-        with open_video(path) as container:
-            pictures = seek_frames(container, [stamps[i] for i in indices], keys)
-        if not pictures:
-            with open_video(path) as container:
-                pictures = count_frames(container, indices)
+        pictures = seek_frames(path, [stamps[i] for i in indices], keys)
+        pictures = pictures or count_frames(path, indices)
     except BadRow:
         raise
     except Exception as error:  # hostile bytes make decoders raise any error
@@ -234,29 +231,32 @@ def index_video(
     return stamps, keys, (len(times) - 1) / times[-1], times, size
 
 
-def seek_frames(container: Any, wanted: list[int], keys: list[int]) -> list[Image.Image]:
+def seek_frames(path: Path | MediaBytes, wanted: list[int], keys: list[int]) -> list[Image.Image]:
     """Decode the frames with the time stamps `wanted` (ascending), each from the keyframe before
     it. Returns no frames if any of them is not found."""
-    video, pictures, key = first_video(container), [], None
-    for stamp in wanted if keys else ():
-        before = keys[max(0, bisect_right(keys, stamp) - 1)]
-        if before != key:
-            key = before
-            container.seek(key, stream=video)
-            decoded = container.decode(video)
-        frame = next((f for f in decoded if f.pts is not None and f.pts >= stamp), None)
-        if frame is None or frame.pts != stamp:
-            return []
-        pictures.append(upright(frame, video))
+    pictures, key = [], None
+    with open_video(path) as container:
+        video = first_video(container)
+        for stamp in wanted if keys else ():
+            before = keys[max(0, bisect_right(keys, stamp) - 1)]
+            if before != key:
+                key = before
+                container.seek(key, stream=video)
+                decoded = container.decode(video)
+            frame = next((f for f in decoded if f.pts is not None and f.pts >= stamp), None)
+            if frame is None or frame.pts != stamp:
+                return []
+            pictures.append(upright(frame, video))
     return pictures
 
 
-def count_frames(container: Any, indices: list[int]) -> list[Image.Image]:
+def count_frames(path: Path | MediaBytes, indices: list[int]) -> list[Image.Image]:
     """Decode the frames with these numbers, counted from the beginning: slower, but correct even if
     time stamps or seeking are not."""
-    video, chosen = first_video(container), set(indices)
-    decoded = enumerate(islice(container.decode(video), indices[-1] + 1))
-    return [upright(frame, video) for number, frame in decoded if number in chosen]
+    with open_video(path) as container:
+        video, chosen = first_video(container), set(indices)
+        decoded = enumerate(islice(container.decode(video), indices[-1] + 1))
+        return [upright(frame, video) for number, frame in decoded if number in chosen]
 
 
 def first_video(container: Any) -> Any:

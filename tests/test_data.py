@@ -1082,7 +1082,7 @@ def test_fps_alone_takes_frames_at_that_rate(tmp_path):
 
 def test_without_pyav_a_video_is_a_bad_row(media_dir, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "av", None)
-    with pytest.raises(media.BadRow, match=r"not a readable video .ModuleNotFoundError: import of av halted"):
+    with pytest.raises(media.BadRow, match=r"ModuleNotFoundError: import of av halted"):
         media.read_video(media_dir / "whole.mp4", 2, None)
 
 

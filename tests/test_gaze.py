@@ -22,7 +22,7 @@ from support.toy import Task, sample_example
 HOSTILE = [
     "<script>window.hacked = 1</script>",
     "</script><img src=x onerror='window.hacked = 1'>",
-    "<!-- <b>&amp; \"double\" 'single' `back` ${1} \\u003c {{data}} {{policy}}",
+    "<!-- <b>&amp; \"double\" 'single' `back` ${1} \\u003c {{data}} {{nonce}}",
     "lines\u2028and\u2029paragraphs, a lone \ud800 surrogate, \x00 and \x1b",
 ]
 

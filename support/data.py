@@ -281,17 +281,18 @@ def open_data(
     train = held_out = open_file(args, "--data")
     many = f"--rows {args.rows}: --data {' '.join(each(args.data))} has {len(train):,}"
     require((args.rows or 0) <= len(train), f"{many} rows; lower or omit --rows")
-    rows, behind = np.split(np.arange(len(train)), [args.rows or len(train)])
     if args.eval_data:
         held_out = open_file(args, "--eval-data")
-        apart = np.random.default_rng(0).permutation(len(held_out))[: args.eval_examples]
-    elif len(behind):
-        apart = np.random.default_rng(0).permutation(behind)[: args.eval_examples]
     require_same_on_ranks({"--data": f"{len(train)} rows", "--eval-data": f"{len(held_out)} rows"})
-    if not args.eval_data and not len(behind):
+    rows, behind = np.split(np.arange(len(train)), [args.rows or len(train)])
+    shuffled = np.random.default_rng(0).permutation
+    if args.eval_data:
+        apart = shuffled(len(held_out))[: args.eval_examples]
+    elif len(behind):
+        apart = shuffled(behind)[: args.eval_examples]
+    else:
         require(len(rows) > 1, f"--data {' '.join(each(args.data))}: has one row; give --eval-data")
-        rows = np.random.default_rng(0).permutation(rows)
-        apart, rows = np.split(rows, [min(args.eval_examples, max(1, len(rows) // 10))])
+        apart, rows = np.split(shuffled(rows), [min(args.eval_examples, max(1, len(rows) // 10))])
     apart, rows, max_tokens = np.sort(apart), np.sort(rows), args.max_prompt_tokens
     bad_rows = BadRows(args.max_skipped, len(train))
     keep = sys.maxsize if keep_media else 0

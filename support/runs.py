@@ -223,7 +223,7 @@ class Run:
         self, before: dict[str, float], model: Module, optimizer: Optimizer
     ) -> tuple[int, dict[str, Any]]:
         """Log the metrics before the first step or, with a state, continue from it: load it into
-        model and optimizer, restore the random number generators, and only then cut the files back
+        model and optimizer, restore the random numbers, and only then cut the files back
         to the state. Returns the number of the first step, and the state's `extra`."""
         if self.state is None:
             self.log(0, before)
@@ -338,7 +338,7 @@ class Run:
             extra=extra or {},
             args=asdict(self.args),
             inputs=self.inputs,
-            random=states.random_state(),
+            random=torch.get_rng_state().tolist(),
             wandb=self.wandb and self.wandb.id,
         )
         tensors = states.state_tensors(model, optimizer)

@@ -1,7 +1,6 @@
 """States to resume a run from, and the fingerprints of what a run reads."""
 
 import json
-import random
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -10,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors.torch import load_file, save_file
@@ -22,7 +20,7 @@ from support import disk, ranks
 from support.cli import each, option
 from support.ranks import UsageError, require
 
-DEFINITIONS = 5  # raise it when the same arguments compute something else
+DEFINITIONS = 6  # raise it when the same arguments compute, or a state holds, something else
 
 # 1. Fingerprints of inputs
 
@@ -64,8 +62,9 @@ def fingerprint_inputs(args: Any) -> dict[str, str]:
 class State:
     """The content of a state's `state.json`: the number of steps done, and whether the run ended
     there; the length of each file of the run; the prompts per step and the rows read, by all ranks
-    together; what else the script saved; arguments and fingerprints of the inputs; the random
-    number generators, see `random_state`; the id of the run at Weights & Biases."""
+    together; what else the script saved; arguments and fingerprints of the inputs; the state of
+    torch's random numbers on the CPU, which a fork may draw; the id of the run at Weights & Biases.
+    """
 
     step: int
     done: bool
@@ -75,7 +74,7 @@ class State:
     extra: dict[str, Any]
     args: dict[str, Any]
     inputs: dict[str, str]
-    random: dict[str, Any]
+    random: list[int]
     wandb: str | None = None
     definitions: int = DEFINITIONS
 
@@ -127,7 +126,7 @@ def read_state(args: Any) -> State | None:
             state = State(**{x.name: content[x.name] for x in fields(State)})
             counts = (state.step, state.read, *state.lengths.values())
             intact = all(type(n) is int and n >= 0 for n in counts)
-            tables = (state.extra, state.args, state.inputs, state.random)
+            tables = (state.extra, state.args, state.inputs)
             intact = intact and all(type(x) is dict for x in tables)
             if not intact or disk.step_of(path) != state.step:
                 raise ValueError("state.json is damaged")
@@ -193,17 +192,8 @@ def write_state(
         shutil.rmtree(old)
 
 
-def random_state() -> dict[str, Any]:
-    """The states of the random number generators on the CPU: Python's, NumPy's and torch's. The
-    scripts draw nothing from them after the start, but a fork may."""
-    kind, keys, *rest = np.random.get_state()
-    numpy_state = [kind, keys.tolist(), *rest]
-    torch_state = torch.get_rng_state().tolist()
-    return {"python": random.getstate(), "numpy": numpy_state, "torch": torch_state}
-
-
 def load_state(named: str, out: Path, state: State, model: Module, optimizer: Optimizer) -> None:
-    """Load weights, moments and random number generators from a state. Rank 0 reads one parameter
+    """Load weights, moments and random numbers from a state. Rank 0 reads one parameter
     at a time and sends the other ranks their shards. `named` begins an error message."""
     path = out / "state" / state.name
 
@@ -232,7 +222,4 @@ def load_state(named: str, out: Path, state: State, model: Module, optimizer: Op
                 for key, value in tensors.items()
             }
     with readable(named, path):
-        version, keys, gauss = state.random["python"]
-        random.setstate((version, tuple(keys), gauss))
-        np.random.set_state(state.random["numpy"])
-        torch.set_rng_state(torch.tensor(state.random["torch"], dtype=torch.uint8))
+        torch.set_rng_state(torch.tensor(state.random, dtype=torch.uint8))

@@ -197,7 +197,7 @@ def test_a_fused_optimizer_resumes_with_its_steps_on_the_gpu(tmp_path):
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     fields = {"prompts": 1, "read": 0, "extra": {}, "args": {}, "inputs": {}}
-    state = states.State(1, True, {}, **fields, random=states.random_state())
+    state = states.State(1, True, {}, **fields, random=torch.get_rng_state().tolist())
     states.write_state(tmp_path, state, states.state_tensors(model, optimizer), keep=1)
     resumed = torch.nn.Linear(2, 2, device="meta")
     optimizer = torch.optim.AdamW(resumed.parameters(), lr=1e-3)

@@ -105,7 +105,6 @@ STAGES = [  # owner, function, call, when
     ("states", "state_tensors", 1, "after"),
     ("states", "save_file", 1, "halfway"),
     ("states", "save_file", TRAINED + 2, "halfway"),
-    ("states", "random_state", 2, "before"),
     ("disk", "flush", 1, "before"),
     ("disk", "flush", TRAINED + 4, "after"),  # all but the name is on the disk
     ("disk", "install", 2, "before"),  # complete, but not in its place

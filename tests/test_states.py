@@ -84,7 +84,7 @@ def damage(state: Path, how: str) -> None:
 DAMAGE = ["cut", "missing", "link", "size", '{"step": 3}', '{"step": "2"}']
 DAMAGE += ['{"lengths": {"metrics.jsonl": -1}}', '{"lengths": {"metrics.jsonl": 3}}']
 DAMAGE += ['{"lengths": {"metrics.jsonl": 999999}}', '{"lengths": 3}', '{"args": [1]}']
-DAMAGE += ['{"extra": 3}', '{"random": {"python": [3, 5, null]}}']
+DAMAGE += ['{"extra": 3}', '{"random": [3, 5, null]}']
 
 
 @pytest.mark.parametrize("how", DAMAGE)
@@ -98,6 +98,17 @@ def test_a_damaged_state_costs_nothing(args, how):
     with pytest.raises(ranks.UsageError, match=r"^--resume [^\n]*give an earlier one$"):
         train(replace(args, resume=str(state)), [])
     assert tree(out) == before
+
+
+def test_the_random_numbers_go_on(args):
+    train(args, [1])
+    record = Path(args.out, "state", "step-000001", "state.json")
+    drawn = torch.Generator().manual_seed(9)
+    record.write_text(
+        json.dumps(json.loads(record.read_text()) | {"random": drawn.get_state().tolist()})
+    )
+    train(replace(args, resume="auto"), [])
+    assert torch.rand(3).equal(torch.rand(3, generator=drawn))
 
 
 def test_a_run_without_a_state_begins_again_and_says_so(args, capsys):

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,18 +112,14 @@ def read_state(args: Any) -> State | None:
         known = path.resolve() in [p.resolve() for p in saved]
         choices = f"is not a saved state of --out {args.out}; give one of its state/step-*, or auto"
         require(known, f"{named}: {choices}")
-        with readable(named, path):
-            content = json.loads(own_file(path / "state.json").read_bytes())
-            same = content["definitions"] == DEFINITIONS or args.allow_changed_args
-            lacking = {x.name for x in fields(State)} - content.keys()
-        earlier = f"{path} was written by another version; finish the run with that, or train again"
-        require(not lacking, f"{named}: {earlier}")
         other = f"{path} was written by a version that computes something else"
         remedy = "finish the run with that version, or train again; if your script and flags do not"
         remedy += " depend on the difference, pass --allow-changed-args"
-        require(same, f"{named}: {other}; {remedy}")
         with readable(named, path):
-            state = State(**{x.name: content[x.name] for x in fields(State)})
+            content = json.loads(own_file(path / "state.json").read_bytes())
+            same = content["definitions"] == DEFINITIONS or args.allow_changed_args
+            require(same, f"{named}: {other}; {remedy}")
+            state = State(**content)
             counts = (state.step, state.read, *state.lengths.values())
             intact = all(type(n) is int and n >= 0 for n in counts)
             tables = (state.extra, state.args, state.inputs)

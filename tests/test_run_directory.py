@@ -343,8 +343,7 @@ def test_a_state_that_lacks_arguments_or_parts_is_one_line(cold_start, tmp_path)
     for part in ("args", "extra", "lengths", "prompts"):
         file.write_text(kept)
         edit(file, **{part: None})
-        words = "^--resume auto: .*step-000002 was written by another version; finish"
-        with pytest.raises(ranks.UsageError, match=words):
+        with pytest.raises(ranks.UsageError, match=r"^--resume auto: .*not readable"):
             ral_grpo.main(toy_args(ral_grpo, **fields))
     file.write_text("[]")
     with pytest.raises(ranks.UsageError, match=r"^--resume auto: .*not readable"):

@@ -71,7 +71,7 @@ COLUMNS = {
     "data_source": ("data_source",),
 }
 CHATS = ("conversations", "messages")  # they hold the answer, too
-# `images` and `videos` may also stand inside a column, and image_1, image_2, ... are one list.
+# And image_1, image_2, ... are one list.
 MEDIA_COLUMNS = {
     "image": ("images", "image", "image_list"),
     "video": ("videos", "video", "video_path"),
@@ -354,7 +354,7 @@ class DataFile:
     def find_columns(self, part: Part) -> str:
         """Find the part's name for each of `COLUMNS`; returns a note that says which columns are
         read. JSON rows may differ, so the first rows are inspected."""
-        present, groups, reason = set(), set(), ""
+        present, reason = set(), ""
         inspected = 10 if isinstance(part.rows, ArrowRows) else INSPECTED  # 10 with equal columns
         for row in range(part.start, len(self))[:inspected]:
             try:
@@ -363,8 +363,6 @@ class DataFile:
                 reason = reason or f"{self.place(row)} {error}"
                 continue
             present.update(fields)
-            nested = (x for x, y in fields.items() if isinstance(y, dict))
-            groups.update(x for x in nested if fields[x].get("images") or fields[x].get("videos"))
         require(present, f"{reason or f'the rows of {part.name} are empty'}; {EXPECTED}")
         for name, names in COLUMNS.items():
             part.columns[name] = next((x for x in names if x in present), name)
@@ -375,7 +373,7 @@ class DataFile:
         expected = f"expected a question in {wanted[0]}, and an answer in {wanted[1]}"
         columns = f"{part.name} has the columns {', '.join(sorted(present))[:300]}"
         require({question, answer} <= present, f"{columns}; {expected}")
-        known = {*part.columns.values(), *ROW_KEYS, *groups}
+        known = {*part.columns.values(), *ROW_KEYS}
         read = {x for x in present if x in known or NUMBERED.fullmatch(x)}
         others = ", ".join(sorted(read - {question, answer})) or "nothing"
         unread = ", ".join(sorted(present - read))[:300] or "nothing"
@@ -410,9 +408,6 @@ class DataFile:
         """The columns of a row, with those of `COLUMNS` and its media under the project's names."""
         own, columns = self.fields(row), self.locate(row)[0].columns
         fields = own | {field: own.get(column) for field, column in columns.items()}
-        for column in own.values():
-            for name in ("images", "videos") if isinstance(column, dict) else ():
-                fields[name] = fields.get(name) or column.get(name)
         if isinstance(fields["problem"], list):
             chat = read_chat(fields["problem"])
             fields |= {x: y for x, y in chat.items() if x == "problem" or not fields.get(x)}

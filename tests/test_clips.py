@@ -95,16 +95,12 @@ def test_the_note_names_columns_that_are_not_read(tmp_path, capsys):
         assert noted in capsys.readouterr().out
 
 
-IN_STRUCT = {"media": {"images": [{"path": "0.png"}], "videos": None}}
-
-
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
         ({"image_list": ["0.png"]}, "image"),
         ({"video_path": "v.mp4"}, "video"),
         ({"image_1": None, "image_2": {"path": "0.png"}, "image": None}, "image"),
-        (IN_STRUCT, "image"),
     ],
 )
 def test_more_names_of_columns(folder, fields, expected, capsys):

@@ -174,7 +174,10 @@ class Run:
         lengths = {name: self.state.lengths.get(name, 0) if self.state else 0 for name in names}
         with disk.writing(self.out, "the run directory"):
             for name, length in lengths.items():
-                self.require_length(name, length)
+                path = self.out / name
+                whole = length == 0 or (path.exists() and path.stat().st_size >= length)
+                short = f"{path} is shorter than at the state ({length} bytes); give an earlier one"
+                require(whole, f"--resume {self.args.resume}: {short}")
             for folder in (self.out, self.out / "state"):
                 disk.install(folder)  # what a killed process has not finished
             self.move_later_states()
@@ -194,17 +197,6 @@ class Run:
             self.add_event(file_version="brain.Event:2")
         for line in map(json.loads, (self.out / "metrics.jsonl").read_text().splitlines()):
             self.add_metrics(line.pop("step"), line)
-
-    def require_length(self, name: str, length: int) -> None:
-        """Refuse a file that is shorter than at the state, or in which no line ends there."""
-        path, last = self.out / name, b""
-        if path.exists() and length > 0:
-            with path.open("rb") as file:
-                file.seek(length - 1)
-                last = file.read(1)  # nothing, beyond the end
-        short = f"--resume {self.args.resume}: {path} is shorter than at the state ({length} bytes)"
-        intact = length == 0 or last == b"\n"
-        require(intact, f"{short}, or another file; give an earlier one")
 
     def move_later_states(self) -> None:
         """Rename the states after the resumed one, so that `auto` does not find them. `write_state`

@@ -82,7 +82,7 @@ def damage(state: Path, how: str) -> None:
 
 
 DAMAGE = ["cut", "missing", "link", "size", '{"step": 3}', '{"step": "2"}']
-DAMAGE += ['{"lengths": {"metrics.jsonl": -1}}', '{"lengths": {"metrics.jsonl": 3}}']
+DAMAGE += ['{"lengths": {"metrics.jsonl": -1}}']
 DAMAGE += ['{"lengths": {"metrics.jsonl": 999999}}', '{"lengths": 3}', '{"args": [1]}']
 DAMAGE += ['{"extra": 3}', '{"random": [3, 5, null]}']
 

@@ -106,7 +106,6 @@ MAX_MEDIA, MAX_LISTED, MAX_EXTRA, MAX_BOXES = 64, 10_000, 100_000, 1000
 # Parquet files may grow to so many times their size, or to so many bytes.
 MAX_GROWTH, LEAST_GROWTH = 100, 2**30
 INSPECTED = 100  # rows in which columns and media are looked for
-MOST_NOTES = 5  # about the columns of one data set
 
 # 1. Files
 
@@ -328,10 +327,8 @@ class DataFile:
                     require(seen, f"{blind}; {remedy}, or give --text-only for data without")
             except UsageError as error:
                 raise UsageError(f"{option} {path}: {error}") from None
-            for note, count in [*notes.items()][:MOST_NOTES]:
+            for note, count in notes.items():
                 print_once(f"{option} {path}: {count:,} rows, {note}")
-            if len(notes) > MOST_NOTES:
-                print_once(f"{option} {path}: {len(notes) - MOST_NOTES} more files differ in that")
 
     def __len__(self) -> int:
         return self.parts[-1].start + len(self.parts[-1].rows) if self.parts else 0

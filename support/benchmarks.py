@@ -383,8 +383,8 @@ class BenchmarkFile(DataFile):
 
     def __init__(self, name: str, root: str | None, frames: int | None, fps: float | None):
         self.benchmark = benchmark = BENCHMARKS[name]
-        there = root is None or Path(root).is_dir()
-        require(there, f"--benchmark-root {root}: no such directory")
+        missing = root is not None and not Path(root).is_dir()
+        require(not missing, f"--benchmark-root {root}: no such directory")
         place, option = place_of(name, root), f"--benchmark {name}"
         paths = [f"{place}:{split}" for split in benchmark.splits]
         super().__init__(paths, (), frames, fps, option, text_only=True)  # `named_fields` checks it
@@ -396,8 +396,7 @@ class BenchmarkFile(DataFile):
                 other = f"{place} is not laid out as {benchmark.hub} was"
                 raise UsageError(f"{option}: {other}: {part.name} row 1 {error}") from None
         some = range(0, len(self), 1 + len(self) // 20)
-        found = not benchmark.videos or any(map(self.has_video, some))
-        if not found:
+        if benchmark.videos and not any(map(self.has_video, some)):
             video = f"{benchmark.videos[0]}/{self.named_fields(0)['video']}"
             how = f"`hf download {benchmark.hub} --repo-type dataset --local-dir"
             how += f" DIR/{benchmark.folder}`, {benchmark.unpack}, and give --benchmark-root DIR"

@@ -105,7 +105,8 @@ def read_state(args: Any) -> State | None:
         saved = disk.good_states(Path(args.out))
         if args.resume == "auto" and not saved:
             if disk.read_record(Path(args.out)):
-                print(f"--resume auto: the run at {args.out} has no state, so it begins again")
+                begins = f"the run at {args.out} has no state, so it begins again"
+                ranks.print_once(f"--resume auto: {begins}")
             return None
         path = saved[-1] if args.resume == "auto" else Path(args.resume)
         named = f"--resume {args.resume}"

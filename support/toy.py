@@ -366,7 +366,6 @@ def write_base(directory: Path, seed: int, size: str = "small") -> None:
             "embed_dim": 64,
             "hidden_size": hidden,
             "num_heads": 4,
-            "mlp_ratio": 4,
             "initializer_range": 0.05,
         },
         image_token_id=ids["<|image_pad|>"],

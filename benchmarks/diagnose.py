@@ -187,7 +187,7 @@ def diagnose(
     rates = [[accuracy(x, p.example, args.accuracy_rule) for x in group] for p, group in groups]
     right = torch.tensor(rates) >= 0.5
     if not (learns := bool(advantages.any())):
-        why = f"the rewards of every group are equal ({runs.why_equal([metrics])})"
+        why = f"the rewards of every group are equal ({runs.WHY_EQUAL})"
         report["notes"].append(f"movement, remainders, gradients: {why}")
 
     @torch.no_grad()

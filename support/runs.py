@@ -31,6 +31,8 @@ from support.ranks import UsageError, require
 from support.states import State
 
 EQUAL_STEPS = 10  # in a row with equal rewards in every group, before a note says so
+WHY_EQUAL = "if all are wrong or without the format, train with sft.py first or on easier data"
+WHY_EQUAL += "; if all are right, on harder data; if all are cut off, raise --max-new-tokens"
 
 
 class Stopwatch:
@@ -127,7 +129,7 @@ class Run:
         self.began = start or time.time()
         self.out, self.args, self.wandb, self.bad_rows = Path(args.out), args, None, bad_rows
         self.state, self.signal, self.files, self.tensorboard = state, None, {}, None
-        self.equal = []  # see `note_equal_rewards`
+        self.equal = 0  # steps with equal rewards in a row, see `note_equal_rewards`
         # At the start of the run, as they may change while it trains.
         self.inputs = ranks.on_rank_0(partial(states.fingerprint_inputs, args))
         self.handlers = {s: signal.getsignal(s) for s in ranks.STOP_SIGNALS}
@@ -263,13 +265,11 @@ class Run:
         a row. The advantages are then 0, and GRPO learns nothing from them."""
         if self.equal is None:
             return
-        self.equal.append(metrics)
-        if metrics.get("rollout/frac_zero_std") != 1.0:
-            self.equal = []
-        if len(self.equal) == EQUAL_STEPS:
+        self.equal = self.equal + 1 if metrics.get("rollout/frac_zero_std") == 1.0 else 0
+        if self.equal == EQUAL_STEPS:
             steps = f"steps {step - EQUAL_STEPS + 1} to {step}"
             what = "all responses to a prompt got the same reward, so all advantages are zero"
-            print(f"\nnote: {steps}: {what}; {why_equal(self.equal)}")
+            print(f"\nnote: {steps}: {what}; {WHY_EQUAL}")
             self.equal = None
 
     def require_finite(self, step: int, metrics: dict[str, float], prompts: Sequence[Any]) -> None:
@@ -403,26 +403,6 @@ def sample_rows(
         for x, group, values in groups
         for t, r in zip(group, values, strict=True)
     ]
-
-
-def why_equal(steps: Sequence[dict[str, float]]) -> str:
-    """The likely cause of equal rewards in every group, inferred from the metrics of some steps,
-    and its remedy. A fork's reward may lack some of them: a comparison with NaN is false."""
-    names = ("format", "accuracy", "truncated_frac")
-    formats, accuracies, truncated = (
-        sum(x.get(f"rollout/{n}", math.nan) for x in steps) / len(steps) for n in names
-    )
-    if formats < 0.01 and truncated > 0.5:
-        cut = f"{truncated:.0%} of the responses are cut off before their end"
-        return f"{cut}: raise --max-new-tokens"
-    if formats < 0.01:
-        return "no response has the requested format: teach it with sft.py first"
-    if accuracies > 0.99:
-        return "all are correct: train on harder data"
-    if accuracies < 0.01:
-        check = "see in samples.jsonl whether responses and solutions can match"
-        return f"all are wrong: {check}, train with sft.py first, or on easier data"
-    return "responses to one prompt are all alike: raise --temperature or --group-size"
 
 
 def print_summary(run: Run, before: dict, after: dict, steps: int, script: str, args: Any) -> None:

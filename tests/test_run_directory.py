@@ -425,18 +425,8 @@ def test_what_to_run_next_is_there(tmp_path, monkeypatch, capsys):
 # Rewards that teach nothing
 
 
-CAUSES = [
-    ({"format": 0.0, "accuracy": 0.0, "truncated_frac": 0.9}, "raise --max-new-tokens"),
-    ({"format": 0.0, "accuracy": 0.0, "truncated_frac": 0.1}, "requested format"),
-    ({"format": 1.0, "accuracy": 1.0, "truncated_frac": 0.0}, "all are correct"),
-    ({"format": 1.0, "accuracy": 0.0, "truncated_frac": 0.0}, "all are wrong"),
-    ({"format": 1.0, "accuracy": 0.5, "truncated_frac": 0.0}, "raise --temperature"),
-]
-
-
-@pytest.mark.parametrize(("cause", "words"), CAUSES)
-def test_equal_rewards_are_said_once(tmp_path, capsys, cause, words):
-    metrics = {f"rollout/{name}": value for name, value in cause.items()}
+def test_equal_rewards_are_said_once(tmp_path, capsys):
+    metrics = {"rollout/accuracy": 0.0}
     run = runs.Run(toy_args(grpo_baseline, out=str(tmp_path / "run")), data.BadRows())
     run.log(0, {"eval/accuracy": 0.5})
     for step in range(1, 40):
@@ -447,7 +437,7 @@ def test_equal_rewards_are_said_once(tmp_path, capsys, cause, words):
     for step in range(5, 15):
         run.log(step, metrics | {"rollout/frac_zero_std": 1.0})
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("note: ")]
-    assert "steps 5 to 14: all responses to a prompt got the same reward" in line and words in line
+    assert "steps 5 to 14: all responses to a prompt got the same reward" in line
     run.close()
 
 

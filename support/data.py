@@ -21,24 +21,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from support import ranks
 from support.answers import read_number
 from support.cli import each, option
 from support.datafiles import DataFile
 from support.disk import append
 from support.media import BadRow
 from support.prompts import Example, Prompt
-from support.ranks import (
-    STOP_SIGNALS,
-    UsageError,
-    end_readers,
-    end_with_parent,
-    first_line,
-    print_on_rank_0,
-    rank,
-    require,
-    require_same_on_ranks,
-    world_size,
-)
+from support.ranks import UsageError, first_line, require
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes run in parallel instead
 # PyTorch's iterators that have lost a reader, kept so that they are not deleted: that could block
@@ -61,7 +51,7 @@ class BadRows:
         """Count the bad rows and the number of good ones that were read with them."""
         self.read += good + len(bad)
         self.name(bad)
-        read = self.read * world_size()  # `bad` counts all ranks
+        read = self.read * ranks.world_size()  # `bad` counts all ranks
         if len(self.bad) > self.max_fraction * max(read, min(self.rows, 1000)):
             last = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.items())[-2:])
             count = f"{len(self.bad)} of the first {read} rows cannot be used"
@@ -167,12 +157,12 @@ class Reader:
         task has no end: 800."""
         if self.prompts.rows is None:
             return 800
-        return math.ceil(epochs * len(self.prompts.rows) / (prompts_per_step * world_size()))
+        return math.ceil(epochs * len(self.prompts.rows) / (prompts_per_step * ranks.world_size()))
 
     def begin(self, step: int, prompts_per_step: int) -> Iterator[Prompt]:
         """This rank's prompts from `step` on, counted from 1, without end. Ranks take turns."""
-        number = (step - 1) * prompts_per_step * world_size() + rank()
-        return iter(replace(self, numbers=range(number, 2**62, world_size())))
+        number = (step - 1) * prompts_per_step * ranks.world_size() + ranks.rank()
+        return iter(replace(self, numbers=range(number, 2**62, ranks.world_size())))
 
     def __iter__(self) -> Iterator[Prompt]:
         items = self.read_ahead() if self.workers else map(self.prompts.__getitem__, self.numbers)
@@ -199,7 +189,7 @@ class Reader:
             prefetch_factor=4,
         )
         # Signals wait until a new reader ignores them: PyTorch's own handler would end it.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ranks.STOP_SIGNALS)
         try:
             items = iter(loader)
         except OSError as error:
@@ -224,10 +214,10 @@ def guard_reader(worker: int) -> None:
     little, and open a file for it.
     """
     ForkingPickler.register(Tensor, by_value)
-    for number in STOP_SIGNALS:
+    for number in ranks.STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ranks.STOP_SIGNALS)
+    Thread(target=ranks.end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
 def by_value(tensor: Tensor) -> tuple[Callable, tuple[np.ndarray]]:
@@ -235,7 +225,7 @@ def by_value(tensor: Tensor) -> tuple[Callable, tuple[np.ndarray]]:
     return torch.from_numpy, (tensor.numpy(),)
 
 
-atexit.register(end_readers)  # for programs that do not end with `leave`, such as a notebook
+atexit.register(ranks.end_readers)  # for programs that do not end with `leave`, such as a notebook
 
 
 def check_files(args: Any, is_toy: bool) -> None:
@@ -251,7 +241,7 @@ def check_files(args: Any, is_toy: bool) -> None:
         for name in ("eval_data", "media_root", "rows", "check_data", "fps", "text_only"):
             require(not getattr(args, name), f"{option(name)}: needs --data")
         if not is_toy:
-            print_on_rank_0("no --data: the built-in task is used, as a smoke test")
+            ranks.print_on_rank_0("no --data: the built-in task is used, as a smoke test")
         return
     learned = "the toy knows only the words of its task"
     data = " ".join(each(args.data))
@@ -283,7 +273,8 @@ def open_data(
     require((args.rows or 0) <= len(train), f"{many} rows; lower or omit --rows")
     if args.eval_data:
         held_out = open_file(args, "--eval-data")
-    require_same_on_ranks({"--data": f"{len(train)} rows", "--eval-data": f"{len(held_out)} rows"})
+    found = {"--data": f"{len(train)} rows", "--eval-data": f"{len(held_out)} rows"}
+    ranks.require_same_on_ranks(found)
     rows, behind = np.split(np.arange(len(train)), [args.rows or len(train)])
     shuffled = np.random.default_rng(0).permutation
     if args.eval_data:
@@ -294,14 +285,15 @@ def open_data(
         require(len(rows) > 1, f"--data {' '.join(each(args.data))}: has one row; give --eval-data")
         apart, rows = np.split(shuffled(rows), [min(args.eval_examples, max(1, len(rows) // 10))])
     apart, rows, max_tokens = np.sort(apart), np.sort(rows), args.max_prompt_tokens
+    mine = range(ranks.rank(), len(apart), ranks.world_size())
     bad_rows = BadRows(args.max_skipped, len(train))
     keep = sys.maxsize if keep_media else 0
     training = Prompts(train, encode, rows, args.seed, max_tokens, keep)
     # Six pictures are drawn; some of the first rows may be bad.
-    evaluation = Prompts(held_out, encode, apart, None, max_tokens, keep_media=8 * world_size())
+    evaluation = Prompts(held_out, encode, apart, None, max_tokens, keep_media=8 * mine.step)
     return (
         Reader(training, range(0), args.workers, bad_rows),
-        Reader(evaluation, range(rank(), len(apart), world_size()), args.workers, bad_rows),
+        Reader(evaluation, mine, args.workers, bad_rows),
     )
 
 
@@ -314,7 +306,7 @@ def check_data(
         UsageError: the fraction of bad rows exceeds `--max-skipped`, or several processes were
             started.
     """
-    require(world_size() == 1, "--check-data: runs in one process; start it without torchrun")
+    require(ranks.world_size() == 1, "--check-data: runs in one process; start it without torchrun")
     given = ("--data", args.data), ("--eval-data", args.eval_data)
     files = [(flag, paths, open_file(args, flag)) for flag, paths in given if paths]
     many = []

@@ -160,13 +160,16 @@ def test_parts_of_a_chat_in_other_notations(folder, key, path):
             file.example(0)
 
 
-FAILS = "{% if messages[0].content | length > 6 %}{{ messages[0].content + 'text' }}{% endif %}"
+SIX = "{% if messages[0].content | length > 6 %}"
+FAILS = SIX + "{{ messages[0].content + 'text' }}{% endif %}"
+RECURS = "{% macro f() %}{{ f() }}{% endmacro %}" + SIX + "{{ f() }}{% endif %}"
 
 
 @pytest.mark.parametrize(
     ("template", "request_text", "words"),
     [
         (FAILS, "", "its chat template raises TypeError"),
+        (RECURS, "", "its chat template raises RecursionError"),
         ("", "See <image>.", "text has the markers <image>"),
     ],
 )

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from support.answers import MAX_ANSWER, option_accuracy, option_texts, plain_accuracy
-from support.datafiles import BOXES, COLUMNS, MAX_ROW, DataFile, Part, find_medium, open_medium
+from support.datafiles import BOXES, COLUMNS, MAX_ROW, DataFile, Part, find_medium
 from support.media import BadRow
 from support.prompts import Example
 from support.ranks import UsageError, first_line, require
@@ -431,7 +431,7 @@ class BenchmarkFile(DataFile):
 
     def has_video(self, row: int) -> bool:
         try:
-            open_medium(self.named_fields(row)["video"], self.locate(row)[0].roots, "video", 1)
+            find_medium(self.named_fields(row)["video"], self.locate(row)[0].roots)
         except BadRow:
             return False
         return True

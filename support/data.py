@@ -314,7 +314,7 @@ def check_data(
         path = " ".join(each(paths))
         bad_rows, rows = BadRows(1.0, len(file)), np.arange(len(file))
         prompts = Prompts(file, encode, rows, max_tokens=args.max_prompt_tokens)
-        kinds, lengths, no_number, boxed = Counter(), [], [], 0
+        kinds, lengths, no_number = Counter({"with boxes": 0}), [], []
         reader = Reader(prompts, rows, args.workers, bad_rows)
         for prompt in tqdm(reader, total=len(rows), desc=f"{flag} {path}"):
             example = prompt.example
@@ -322,7 +322,7 @@ def check_data(
             kind = "several" if len(media) > 1 else "".join(media) or "text"
             kinds[f"{kind}, {example.problem_type or 'no problem type'}"] += 1
             lengths.append(len(prompt.ids))
-            boxed += bool(example.boxes)
+            kinds["with boxes"] += bool(example.boxes)
             numeric = example.problem_type in ("numerical", "regression")
             if numeric and accuracy_rule == "by-type" and read_number(example.solution) is None:
                 no_number.append(example.name)
@@ -331,7 +331,6 @@ def check_data(
         print(f"{flag} {path}: {len(rows):,} rows, {len(bad_rows.bad):,} bad")
         for kind, number in sorted(kinds.items()):
             print(f"  {kind:<28}{number:>10,}")
-        print(f"  {'with boxes':<28}{boxed:>10,}")
         if no_number:
             count, example = f"{len(no_number):,} solutions are not one number", no_number[0]
             print(f"  {count}: only identical text is correct (example: {example})")

@@ -198,6 +198,7 @@ class ArrowRows:
 
     def __init__(self, file: Path):
         self.table = ipc.open_stream(pyarrow.memory_map(str(file))).read_all()
+        self.names = self.table.column_names  # here, as they may be no text
 
     def __len__(self) -> int:
         return len(self.table)
@@ -351,8 +352,9 @@ class DataFile:
     def find_columns(self, part: Part) -> str:
         """Find the part's name for each of `COLUMNS`; returns a note that says which columns are
         read. JSON rows may differ, so the first rows are inspected."""
-        present, reason = set(), ""
-        inspected = 10 if isinstance(part.rows, ArrowRows) else INSPECTED  # 10 with equal columns
+        present, reason, inspected = set(), "", INSPECTED
+        if isinstance(part.rows, ArrowRows):  # rows with the same columns, perhaps large ones
+            present, inspected = {*part.rows.names}, 10
         for row in range(part.start, len(self))[:inspected]:
             try:
                 fields = self.fields(row)

@@ -267,11 +267,11 @@ def test_any_error_of_a_decoder_is_a_bad_row(tmp_path, monkeypatch):
     exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"
     exif += b"\x0e\x01\x0c\0\x01\0\0\0\x06" + b"\0" * 7
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=exif)
-    with pytest.raises(media.BadRow, match=r"a.jpg: not a readable image \('float' object"):
+    with pytest.raises(media.BadRow, match=r"a.jpg: not .* image \(AttributeError: 'float'"):
         media.read_image(tmp_path / "a.jpg")
     write(tmp_path / "v.mp4", "libx264")
     monkeypatch.setattr(media, "index_video", lambda *_: [][0])
-    with pytest.raises(media.BadRow, match=r"v.mp4: not a readable video \(list index out of"):
+    with pytest.raises(media.BadRow, match=r"v.mp4: not .* video \(IndexError: list index"):
         media.read_video(tmp_path / "v.mp4", 4, None)
 
 

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -36,7 +36,6 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
-from torch.nn import Module
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, set_seed
@@ -102,7 +101,7 @@ def load_model(
     gradient_checkpointing: bool = False,
     frozen: bool = False,
     field: str = "--model",
-) -> Module:
+) -> nn.Module:
     """Load a checkpoint of `FAMILIES` whose text layers run `grouped_attention`.
 
     The vision encoder and its projector are frozen unless `train_vision` is set (paper: frozen).
@@ -129,7 +128,7 @@ def load_model(
     remedy = "add eos_token_id to its generation config"
     require(bool(processor.end_ids), f"{field} {path}: names no end-of-turn token; {remedy}")
 
-    def read() -> Module:
+    def read() -> nn.Module:
         with loading(f"{field} {path}"):
             model = read_model(path, field, processor, options)
             if not frozen:  # what could fail at the end fails now
@@ -167,7 +166,7 @@ def load_model(
     return model
 
 
-def add_adapters(model: Module, rank: int, base: str) -> None:
+def add_adapters(model: nn.Module, rank: int, base: str) -> None:
     """Add LoRA adapters to every linear layer of the language model.
 
     The adapters are float32, are scaled by 2 and have no effect at first. Their config names `base`
@@ -187,7 +186,7 @@ def add_adapters(model: Module, rank: int, base: str) -> None:
             parameter.data = parameter.data.float()
 
 
-def adapted_linear(self: Module, x: Tensor) -> Tensor:
+def adapted_linear(self: nn.Module, x: Tensor) -> Tensor:
     """Compute what peft's own forward does for one adapter without dropout. Peft's bookkeeping
     takes longer than the matrix products of one decoded token."""
     out = self.base_layer(x)
@@ -199,7 +198,7 @@ def adapted_linear(self: Module, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def without_adapters(model: Module) -> Iterator[None]:
+def without_adapters(model: nn.Module) -> Iterator[None]:
     """Disable the adapters. Where only adapters are trained, this restores the reference model."""
     adapted = [module for module in model.modules() if hasattr(module, "lora_A")]
     for module in adapted:
@@ -211,7 +210,7 @@ def without_adapters(model: Module) -> Iterator[None]:
             module.enable_adapters(True)
 
 
-def shard(model: Module) -> None:
+def shard(model: nn.Module) -> None:
     """Shard a model's parameters over the process group with FSDP2.
 
     Only rank 0 holds the weights at first, so the host holds one copy, whatever the number of
@@ -250,7 +249,7 @@ def reshard_root(model: FSDPModule) -> None:
     model.set_reshard_after_forward(frozen, recurse=False)
 
 
-def fill(model: Module, weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
+def fill(model: nn.Module, weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
     """Send each rank its shard of the weights and a copy of the buffers that rank 0 holds."""
     with torch.no_grad():  # what is not sharded, one at a time, so that it is never held twice
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -266,7 +265,7 @@ def fill(model: Module, weights: dict[str, Tensor], buffers: dict[str, Tensor]) 
 
 
 @contextmanager
-def gathered(model: Module) -> Iterator[None]:
+def gathered(model: nn.Module) -> Iterator[None]:
     """Keep a sharded model's weights gathered while many forward passes run, as in a rollout.
 
     The weights are gathered once, not once per token, and no rank waits for another in between.
@@ -299,7 +298,7 @@ def gathered(model: Module) -> Iterator[None]:
             module.reshard()
 
 
-def save_model(directory: Path | None, model: Module, processor: Processor) -> None:
+def save_model(directory: Path | None, model: nn.Module, processor: Processor) -> None:
     """Write the weights and processor files to a directory that plain `from_pretrained` loads.
 
     Adapters are merged into the weights. The weights are saved in `compute_dtype`, so the saved
@@ -337,7 +336,7 @@ def save_model(directory: Path | None, model: Module, processor: Processor) -> N
         (folder / "config.json").unlink(missing_ok=True)  # it would load as a full model
 
 
-def load_teacher(path: str, processor: Processor, other: Processor) -> Module:
+def load_teacher(path: str, processor: Processor, other: Processor) -> nn.Module:
     """Load a frozen teacher that takes the same token ids, positions and pixels as the student.
     `processor` is the student's and `other` the teacher's.
 
@@ -409,7 +408,7 @@ class Layout:
 
 
 def grouped_attention(
-    module: Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -447,7 +446,7 @@ def grouped_attention(
 
 
 def attention_by_length(
-    module: Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -719,7 +718,7 @@ def require_finite(logits: Tensor) -> None:
 
 @torch.no_grad()
 def generate_group(
-    model: Module,
+    model: nn.Module,
     prompts: PromptBatch,
     group_size: int,
     max_new_tokens: int,
@@ -795,7 +794,7 @@ class Scores:
 
 
 def score(
-    model: Module,
+    model: nn.Module,
     rollout: Rollout,
     temperature: float = 1.0,
     attn_layers: Sequence[int] = (),
@@ -882,7 +881,7 @@ def in_chunks(
 
 
 def token_scores(
-    model: Module,
+    model: nn.Module,
     inputs: dict[str, Any],
     rows: Tensor,
     targets: Tensor,
@@ -1013,9 +1012,9 @@ class Prepared:
 
     args: Any
     processor: Processor
-    model: Module
-    reference: Module | None
-    teacher: Module | None
+    model: nn.Module
+    reference: nn.Module | None
+    teacher: nn.Module | None
     train: Reader
     held_out: Iterable[Prompt]
     state: State | None

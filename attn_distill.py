@@ -2,8 +2,8 @@
 
 The student samples the responses, and teacher and student score the same tokens. The loss moves the
 student toward the teacher's next-token distributions (kd_baseline.py) *and* toward its attention.
-For response token t, this is the attention alpha_{t,i} to position i of the prompt or the earlier
-response (one layer of each model, averaged over heads), without t itself and renormalised (eq. 2):
+For the response token at position t this is its attention alpha_{t,i} to the positions i before it
+(one layer of each model, mean over heads), renormalised (eq. 2):
 
     L_AttnDistill = E[ sum_t JSD(p_student^t, p_teacher^t) ]                       (eq. 5)
     loss = rl_coef * L_RL + mu_gkd * L_GKD + gamma_attn * L_AttnDistill            (eq. 6)
@@ -14,12 +14,12 @@ width, since the loss compares only distributions over the same tokens. The meth
 marked `# Attention` and the functions `attention_policy` and `divergence`:
 `diff kd_baseline.py attn_distill.py`.
 
-Shapes: B prompts of P positions, padded on the left; G responses to each, of T tokens; V words.
+Shapes: B prompts of P positions, padded on the left; G responses of T tokens to each; vocabulary V.
 
 [ours] marks what the paper does not say, or says in two ways: the choices of kd_baseline.py, and
   1. gamma_attn is 1. The paper tried 0.05, 0.5 and 1, and does not say which made its tables.
-  2. The predicting row, the mean over tokens and other layers: the paper has the own row (eq. 2),
-     the sum, and the last layer of both models.
+  2. Other rows, reductions and layers than the paper's own row (eq. 2), sum (eq. 5) and last layer
+     of each model, which are the defaults.
 
     python sft.py --toy-size large --stop-accuracy 0.99 --eval-above 0.8 --out runs/teacher
     python attn_distill.py --teacher runs/teacher/checkpoint             # from runs/sft
@@ -86,7 +86,7 @@ class Args(cli.RunArgs):
     clip_eps: float = 0.2
     """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]. [ours]"""
     beta: float = 0.04
-    """Weight of the KL to the starting model; 0: no reference. Paper: 0.04."""
+    """Weight of the KL to the starting model; 0: none. Paper: 0.04."""
 
     teacher: str = "runs/teacher/checkpoint"
     """Checkpoint directory or hub name of the teacher. It must have the student's tokenizer. Paper:
@@ -107,8 +107,8 @@ class Args(cli.RunArgs):
     teacher_attn_layer: int = -1  # Attention
     """The teacher's layer, -1 the last (paper)."""
     attn_row: Literal["own", "predicting"] = "own"  # Attention (eq. 2)
-    """Attention row of token y_t. `own`: that of its own position, without its own column and
-    renormalised (paper). `predicting`: that of the position before, which predicts y_t [ours]."""
+    """Attention row of token y_t. `own`: that of its position, which reads it, renormalised without
+    its column (paper). `predicting`: that of the position before, which predicts y_t. [ours]"""
     attn_reduction: Literal["sum", "mean"] = "sum"  # Attention (eq. 5)
     """A response's divergence is the sum over its tokens (paper), or their mean [ours], as in L_RL
     and L_GKD. With 300 tokens, the sum is 300 times as large."""
@@ -170,10 +170,10 @@ class Batch:
     """A microbatch of a rollout with the tensors that its loss needs."""
 
     rollout: common.Rollout
-    advantages: Tensor  # (B, G, 1), or (B, G, T) in a fork that gives each token its own
+    advantages: Tensor  # (B, G, 1); `score_policy` of a fork may make them (B, G, T)
     teacher_rollout: common.Rollout  # the same, with the teacher's visual features
-    ref_logps: Tensor | None = None
-    old_logps: Tensor | None = None  # (B, G, T), like ref_logps
+    ref_logps: Tensor | None = None  # (B, G, T)
+    old_logps: Tensor | None = None  # (B, G, T)
 
 
 def roll_out(
@@ -327,10 +327,7 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 def loss_terms(
     scores: common.Scores, teacher_scores: common.Scores, batch: Batch, args: Args
 ) -> dict[str, Tensor]:
-    """The terms of the loss for each response, (B, G): means over its tokens, in nats per token.
-
-    `attn_loss` is what gamma_attn multiplies: by default the sum over the tokens, in nats.
-    """
+    """The loss terms, (B, G): means over each response's tokens; `attn_loss` can be a sum."""
     logits = scores.logits, teacher_scores.logits
     distance = gkd(*logits, args.gkd_beta, args.temperature, scores.suppressed)
     rows = scores.attentions[args.attn_layer]  # Attention: (B, G, T + 1, P + T)
@@ -426,6 +423,7 @@ def main(args: Args) -> dict[str, float]:
         advantages = group_advantages(rewards)
         taught = collate(teacher, prompts, processor.tokenizer.pad_token_id)
         teacher_rollout = replace(rollout, prompts=taught)
+        clock.lap("teacher_vision")
         cuts = common.cut_prompts(len(prompts), args.num_minibatches, args.micro_batch_size)
         batches = [Batch(rollout[cut], advantages[cut], teacher_rollout[cut]) for cut in cuts]
         if reference is not None:

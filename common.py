@@ -1,8 +1,9 @@
 """What does not depend on the method: models, attention, rollout, scoring and reward.
 
 Shapes use the same letters everywhere: B prompts, G responses per prompt (the group), P prompt
-positions (left-padded), T response positions, V vocabulary, L layers, H heads. The packed layout of
-section 2 places a prompt and its G responses one after another on the sequence axis,
+positions (left-padded), T response positions, V vocabulary, H heads, K key-value heads, D their
+width, L positions of a pass. The packed layout of section 2 places a prompt and its G responses one
+after another on the sequence axis,
 
     [ prompt (P) | response 1 (T) | response 2 (T) | ... | response G (T) ]
 
@@ -102,7 +103,7 @@ def load_model(
     frozen: bool = False,
     field: str = "--model",
 ) -> nn.Module:
-    """Load a checkpoint of `FAMILIES` whose text layers run `grouped_attention`.
+    """Load a checkpoint of a known family whose text layers run `grouped_attention`.
 
     The vision encoder and its projector are frozen unless `train_vision` is set (paper: frozen).
     Trained weights are float32, whatever the compute dtype: in pure bfloat16, an update at learning
@@ -124,7 +125,6 @@ def load_model(
         torch.backends.cuda.enable_cudnn_sdp(False)
     # A frozen model on a single rank needs neither sharding nor a second dtype.
     sharded = dist.is_initialized() and not (frozen and world_size() == 1)
-    # SFT teaches the tokenizer's end-of-turn token, but some base models generate another one.
     remedy = "add eos_token_id to its generation config"
     require(bool(processor.end_ids), f"{field} {path}: names no end-of-turn token; {remedy}")
 
@@ -166,7 +166,7 @@ def load_model(
     return model
 
 
-def add_adapters(model: nn.Module, rank: int, base: str) -> None:
+def add_adapters(model: nn.Module, lora_rank: int, base: str) -> None:
     """Add LoRA adapters to every linear layer of the language model.
 
     The adapters are float32, are scaled by 2 and have no effect at first. Their config names `base`
@@ -175,7 +175,9 @@ def add_adapters(model: nn.Module, rank: int, base: str) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     layers = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=layers)
+    config = LoraConfig(
+        r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0, target_modules=layers
+    )
     config.base_model_name_or_path = base
     inject_adapter_in_model(config, model)
     for module in model.modules():
@@ -658,8 +660,8 @@ class Rollout:
 
 
 def cut_prompts(count: int, num_minibatches: int, micro_batch_size: int) -> list[slice]:
-    """Slices of `count` prompts, one for each microbatch. All minibatches have the same number of
-    slices, one minibatch after another.
+    """Slices of `count` prompts, one for each microbatch, those of the first minibatch first. Every
+    minibatch has as many prompts and slices as the others; `num_minibatches` must divide `count`.
 
     The ranks take turns in drawing prompts, so the minibatches of a step are the same on any number
     of ranks.
@@ -706,14 +708,14 @@ def pick_tokens(logits: Tensor, noise: Tensor | None, temperature: float, top_p:
         total = cumulative.gather(1, (cumulative < top_p * total).sum(dim=-1, keepdim=True))
     # With noise below the total, a token of probability 0 is never picked.
     below = torch.nextafter(total, torch.zeros_like(total))
-    rank = torch.searchsorted(cumulative, (noise[:, None] * total).minimum(below), right=True)
-    return (rank if order is None else order.gather(1, rank))[:, 0]
+    index = torch.searchsorted(cumulative, (noise[:, None] * total).minimum(below), right=True)
+    return (index if order is None else order.gather(1, index))[:, 0]
 
 
 def require_finite(logits: Tensor) -> None:
-    """Refuse a model whose first logits are not finite."""
-    broken = "the model's first logits are not finite: its weights are damaged"
-    require(bool(logits.isfinite().all()), f"{broken}; give another checkpoint")
+    """Refuse a model whose logits for the first tokens are not finite."""
+    broken = "the model's logits are not finite: its weights are damaged, or training diverged"
+    require(bool(logits.isfinite().all()), f"{broken}; try another checkpoint or learning rate")
 
 
 @torch.no_grad()
@@ -777,12 +779,13 @@ def generate_group(
 
 @dataclass
 class Scores:
-    """Result of one packed pass over the responses: `logps` and `entropy` (nats, no gradient), both
-    (B, G, T).
+    """Result of one packed pass over the responses, (B, G, T) each: `logps`, the log-probabilities
+    of the tokens, and `entropy`, without a gradient, both in nats; `mask`, the response mask
+    without special vision tokens. Where it is False, `logps` are 0, but `entropy` is not.
 
     `logits` (B, G, T, V), if requested, are the model's, before temperature and suppression.
     `attentions` maps each requested layer to its rows, (B, G, T + 1, P + T); see `attention_rows`.
-    Where the mask is False, `logps` are 0. `suppressed` are the ids whose probability is 0.
+    `suppressed` are the ids whose probability is 0.
     """
 
     logps: Tensor
@@ -808,6 +811,8 @@ def score(
     replaced by padding and masked.
     """
     prompts, config = rollout.prompts, model.config
+    for layer in attn_layers:
+        require_layer("attn_layers", layer, config)
     b, g, t = rollout.response_ids.shape
     p = prompts.ids.shape[1]
     suppressed = torch.tensor(vision_token_ids(config), device=model.device)

@@ -7,7 +7,7 @@ policy-gradient steps on the same responses (eq. 1, with its sign turned: a loss
 KL penalty toward the model that the run started from. `ral_grpo.py` is this file plus the attention
 policy: `diff grpo_baseline.py ral_grpo.py` shows the paper's idea.
 
-Shapes: B prompts of P positions, padded on the left; G responses to each, of T tokens.
+Shapes: B prompts of P positions, padded on the left; G responses of T tokens to each.
 
 [ours] marks what the paper does not say, or says in two ways. Here it is:
   1. The clip range is 0.2. The KL is estimated with k3. The standard deviation has ddof 1, and
@@ -84,7 +84,7 @@ class Args(cli.RunArgs):
     clip_eps: float = 0.2
     """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]. [ours]"""
     beta: float = 0.04
-    """Weight of the KL to the starting model; 0: no reference. Paper: 0.04."""
+    """Weight of the KL to the starting model; 0: none. Paper: 0.04."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,9 +138,9 @@ class Batch:
     """A microbatch of a rollout with the tensors that its loss needs."""
 
     rollout: common.Rollout
-    advantages: Tensor  # (B, G, 1), or (B, G, T) in a fork that gives each token its own
-    ref_logps: Tensor | None = None
-    old_logps: Tensor | None = None  # (B, G, T), like ref_logps
+    advantages: Tensor  # (B, G, 1); `score_policy` of a fork may make them (B, G, T)
+    ref_logps: Tensor | None = None  # (B, G, T)
+    old_logps: Tensor | None = None  # (B, G, T)
 
 
 def roll_out(
@@ -211,7 +211,7 @@ def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
 
 
 def loss_terms(scores: common.Scores, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """The terms of the loss for each response, (B, G): means over its tokens, in nats per token."""
+    """The loss terms, (B, G): means over each response's tokens."""
     pg, clipped = clipped_loss(scores.logps, batch.old_logps, batch.advantages, args.clip_eps)
     kl = torch.zeros_like(pg) if batch.ref_logps is None else k3(scores.logps, batch.ref_logps)
     terms = {"pg_loss": pg, "kl": kl, "entropy": scores.entropy, "clip_frac": clipped}

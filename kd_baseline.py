@@ -11,15 +11,13 @@ L_GKD is the reverse KL, KL(student || teacher), and L_RL stays in, as in the pa
 `--rl-coef 0` is pure distillation: it needs no reference, and the reward is only logged.
 `attn_distill.py` is this file plus the teacher's attention: `diff kd_baseline.py attn_distill.py`.
 
-Shapes: B prompts of P positions, padded on the left; G responses to each, of T tokens; V words.
+Shapes: B prompts of P positions, padded on the left; G responses of T tokens to each; vocabulary V.
 
 [ours] marks what the paper does not say, or says in two ways: the choices of grpo_baseline.py, and
   1. mu_gkd is 1. One optimiser step per rollout keeps distillation on policy.
   2. `--temperature` divides the logits of both models, in the loss as in sampling.
   3. L_GKD is the mean over a response's tokens, then over responses, as L_RL is.
-  4. Other divergences: KL(teacher || student) with `--gkd-beta 0`, and between 0 and 1 the
-     generalised Jensen-Shannon divergence, which vanishes toward both ends: the ends are special
-     cases, not its limits.
+  4. Other divergences than KL(student || teacher), by `--gkd-beta`; `gkd` has their formula.
 
     python sft.py --toy-size large --stop-accuracy 0.99 --eval-above 0.8 --out runs/teacher
     python kd_baseline.py --teacher runs/teacher/checkpoint              # from runs/sft
@@ -85,7 +83,7 @@ class Args(cli.RunArgs):
     clip_eps: float = 0.2
     """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]. [ours]"""
     beta: float = 0.04
-    """Weight of the KL to the starting model; 0: no reference. Paper: 0.04."""
+    """Weight of the KL to the starting model; 0: none. Paper: 0.04."""
 
     teacher: str = "runs/teacher/checkpoint"
     """Checkpoint directory or hub name of the teacher. It must have the student's tokenizer. Paper:
@@ -157,10 +155,10 @@ class Batch:
     """A microbatch of a rollout with the tensors that its loss needs."""
 
     rollout: common.Rollout
-    advantages: Tensor  # (B, G, 1), or (B, G, T) in a fork that gives each token its own
+    advantages: Tensor  # (B, G, 1); `score_policy` of a fork may make them (B, G, T)
     teacher_rollout: common.Rollout  # the same, with the teacher's visual features
-    ref_logps: Tensor | None = None
-    old_logps: Tensor | None = None  # (B, G, T), like ref_logps
+    ref_logps: Tensor | None = None  # (B, G, T)
+    old_logps: Tensor | None = None  # (B, G, T)
 
 
 def roll_out(
@@ -270,7 +268,7 @@ def gkd(
 def loss_terms(
     scores: common.Scores, teacher_scores: common.Scores, batch: Batch, args: Args
 ) -> dict[str, Tensor]:
-    """The terms of the loss for each response, (B, G): means over its tokens, in nats per token."""
+    """The loss terms, (B, G): means over each response's tokens."""
     logits = scores.logits, teacher_scores.logits
     distance = gkd(*logits, args.gkd_beta, args.temperature, scores.suppressed)
     pg, clipped = clipped_loss(scores.logps, batch.old_logps, batch.advantages, args.clip_eps)
@@ -355,6 +353,7 @@ def main(args: Args) -> dict[str, float]:
         advantages = group_advantages(rewards)
         taught = collate(teacher, prompts, processor.tokenizer.pad_token_id)
         teacher_rollout = replace(rollout, prompts=taught)
+        clock.lap("teacher_vision")
         cuts = common.cut_prompts(len(prompts), args.num_minibatches, args.micro_batch_size)
         batches = [Batch(rollout[cut], advantages[cut], teacher_rollout[cut]) for cut in cuts]
         if reference is not None:

@@ -1,9 +1,9 @@
 """Reinforced Attention Learning (arXiv 2602.04884): GRPO, plus the attention of each generated
 token as a policy.
 
-The advantage A_t that reinforces a response's tokens reinforces its attention too. With alpha_{t,i}
-the attention of response token t to position i of the prompt or the response (last layer, averaged
-over heads), its attention policy leaves out its own position and is renormalised:
+The advantage A_t that reinforces a response's tokens reinforces its attention too. Positions t and
+i count from the start of the prompt. With alpha_{t,i} the attention of the response token at t to
+position i (last layer, mean over heads), its attention policy leaves out t and is renormalised:
 
     p^t(i) = alpha_{t,i} / sum_{j <= t-1} alpha_{t,j},  i <= t - 1      (eq. 2)
     L_AttnRL = E_t[ A_t * JSD(p_theta^t, p_old^t) ]                     (eq. 3)
@@ -14,14 +14,13 @@ was; a negative one pushes it away. The method is the lines marked `# RAL` and t
 `attention_policy` and `divergence`: `diff grpo_baseline.py ral_grpo.py`.
 
 At p_theta = p_old the divergence *and its gradient* are zero: with one optimiser step per rollout,
-RAL is GRPO (unless `attn_anchor` is the reference). It acts from the second step on, in a second
-pass (`num_iterations`) or minibatch (`num_minibatches`). `loss_terms` names three more limits.
+RAL is GRPO (unless `attn_anchor` is the reference). It acts from a rollout's second step on, in a
+second pass (`num_iterations`) or minibatch (`num_minibatches`). `loss_terms` has three more limits.
 
-Shapes: B prompts of P positions, padded on the left; G responses to each, of T tokens.
+Shapes: B prompts of P positions, padded on the left; G responses of T tokens to each.
 
-[ours] marks what the paper does not say, or says in two ways. grpo_baseline.py lists what both
-scripts share. Here it is also the sign: eq. 1 is to be raised and eq. 3 lowered, but eq. 4 adds
-them. By the text, a positive advantage draws the attention toward p_old: L_RL changes its sign.
+[ours] marks what the paper does not say, or says in two ways: what grpo_baseline.py lists, and the
+sign: eq. 1 is raised and eq. 3 lowered, but eq. 4 adds them. So L_RL is eq. 1 with its sign turned.
 
     python sft.py && python ral_grpo.py            # the toy, on a CPU, in minutes
     python ral_grpo.py --model DIR_OR_HUB_NAME --data FILE    # your own model and data
@@ -86,15 +85,15 @@ class Args(cli.RunArgs):
     clip_eps: float = 0.2
     """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]. [ours]"""
     beta: float = 0.04
-    """Weight of the KL to the starting model; 0: no reference. Paper: 0.04."""
+    """Weight of the KL to the starting model; 0: none. Paper: 0.04."""
 
     lambda_attn: float = 1.0  # RAL (eq. 4)
-    """Weight of the attention term; 0: plain GRPO. [ours] The paper tried 0.5, 1 and 5."""
+    """Weight of the attention term; 0: GRPO that logs it. [ours] The paper tried 0.5, 1 and 5."""
     attn_layer: int = -1  # RAL
     """Decoder layer of the attention policy, -1 the last (paper)."""
     attn_row: Literal["own", "predicting"] = "own"  # RAL (eq. 2)
-    """Attention row of token y_t. `own`: that of its own position, without its own column and
-    renormalised (paper). `predicting`: that of the position before, which predicts y_t [ours]."""
+    """Attention row of token y_t. `own`: that of its position, which reads it, renormalised without
+    its column (paper). `predicting`: that of the position before, which predicts y_t. [ours]"""
     attn_reduction: Literal["mean", "sum"] = "mean"  # RAL (eq. 3)
     """A response's attention term is the mean over its tokens (eq. 3 is an expectation over t) or
     their sum (the paper's total update), which is 300 times as large for 300 tokens. [ours]"""
@@ -155,9 +154,9 @@ class Batch:
     """A microbatch of a rollout with the tensors that its loss needs."""
 
     rollout: common.Rollout
-    advantages: Tensor  # (B, G, 1), or (B, G, T) in a fork that gives each token its own
-    ref_logps: Tensor | None = None
-    old_logps: Tensor | None = None  # (B, G, T), like ref_logps
+    advantages: Tensor  # (B, G, 1); `score_policy` of a fork may make them (B, G, T)
+    ref_logps: Tensor | None = None  # (B, G, T)
+    old_logps: Tensor | None = None  # (B, G, T)
     old_attn: Tensor | None = None  # RAL (eq. 3): p_old, (B, G, T, P + T)
 
 
@@ -182,7 +181,8 @@ def score_reference(reference: nn.Module, batches: list[Batch], args: Args) -> N
         layers = [args.attn_layer] if args.attn_anchor == "reference" else []  # RAL
         scores = common.score(reference, batch.rollout, args.temperature, layers)  # RAL
         batch.ref_logps = scores.logps
-        for rows in scores.attentions.values():  # RAL: one layer, or none
+        if layers:  # RAL
+            rows = scores.attentions[args.attn_layer]  # RAL
             batch.old_attn = attention_policy(rows, args.attn_row)  # RAL
 
 
@@ -277,14 +277,15 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 def loss_terms(scores: common.Scores, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """The terms of the loss for each response, (B, G): means over its tokens, in nats per token.
+    """The loss terms, (B, G): means over each response's tokens; `attn_loss` can be a sum.
 
     Three limits of the attention term [ours; tested, and measured in docs/results.md]:
       - Near p_old its gradient with respect to p_theta is A (p_theta - p_old) / (4 p_old). It damps
         (A > 0) or amplifies the change since the rollout, and knows no other direction.
       - If that change is small, as at a low learning rate, rounding in bfloat16 hides it.
-      - Responses that begin with the same tokens share these rows and their divergence D_t. The
-        loss has it as D_t * sum_i A_i / T_i, T_i the lengths: 0 for a whole group of one length.
+      - Responses that begin with the same tokens share the rows of these tokens, and so their
+        divergence D_t. The loss has it as D_t * sum_i A_i / T_i, T_i the lengths: 0 for a whole
+        group of one length, and for any whole group with the sum over tokens, which has no T_i.
     """
     attn = attention_policy(scores.attentions[args.attn_layer], args.attn_row)  # RAL
     pg, clipped = clipped_loss(scores.logps, batch.old_logps, batch.advantages, args.clip_eps)
@@ -313,7 +314,7 @@ def update(
     size = len(batches) // args.num_minibatches
     minibatches = [batches[i : i + size] for i in range(0, len(batches), size)]
     schedule = args.num_iterations * minibatches
-    for k, minibatch in enumerate(schedule, 1):  # RAL
+    for k, minibatch in enumerate(schedule, 1):  # RAL: k counts the optimiser steps
         responses = sum(batch.rollout.num_responses for batch in minibatch)
         for batch in minibatch:
             terms = loss_terms(score_policy(model, batch, args), batch, args)

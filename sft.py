@@ -269,6 +269,7 @@ def main(args: Args) -> dict[str, float]:
         clock.lap("data_wait")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
+        # The same on all ranks, since `learned` decides below when they evaluate.
         metrics = ranks.over_ranks(update(model, processor, optimizer, prompts, args))
         run.require_finite(step, metrics, prompts)
         clock.lap("update")

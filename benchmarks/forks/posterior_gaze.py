@@ -79,15 +79,15 @@ class Args(cli.RunArgs):
     clip_eps: float = 0.2
     """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]. [ours]"""
     beta: float = 0.04
-    """Weight of the KL to the starting model; 0: no reference. Paper: 0.04."""
+    """Weight of the KL to the starting model; 0: none. Paper: 0.04."""
 
     lambda_attn: float = 1.0  # RAL (eq. 4)
-    """Weight of the attention term; 0: plain GRPO. [ours] The paper tried 0.5, 1 and 5."""
+    """Weight of the attention term; 0: GRPO that logs it. [ours] The paper tried 0.5, 1 and 5."""
     attn_layer: int = -1  # RAL
     """Decoder layer of the attention policy, -1 the last (paper)."""
     attn_row: Literal["own", "predicting"] = "own"  # RAL (eq. 2)
-    """Attention row of token y_t. `own`: that of its own position, without its own column and
-    renormalised (paper). `predicting`: that of the position before, which predicts y_t [ours]."""
+    """Attention row of token y_t. `own`: that of its position, which reads it, renormalised without
+    its column (paper). `predicting`: that of the position before, which predicts y_t. [ours]"""
     attn_reduction: Literal["mean", "sum"] = "mean"  # RAL (eq. 3)
     """A response's attention term is the mean over its tokens (eq. 3 is an expectation over t) or
     their sum (the paper's total update), which is 300 times as large for 300 tokens. [ours]"""
@@ -153,9 +153,9 @@ class Batch:
     """A microbatch of a rollout with the tensors that its loss needs."""
 
     rollout: common.Rollout
-    advantages: Tensor  # (B, G, 1), or (B, G, T) in a fork that gives each token its own
-    ref_logps: Tensor | None = None
-    old_logps: Tensor | None = None  # (B, G, T), like ref_logps
+    advantages: Tensor  # (B, G, 1); `score_policy` of a fork may make them (B, G, T)
+    ref_logps: Tensor | None = None  # (B, G, T)
+    old_logps: Tensor | None = None  # (B, G, T)
     old_attn: Tensor | None = None  # RAL (eq. 3): p_old, (B, G, T, P + T)
 
 
@@ -180,7 +180,8 @@ def score_reference(reference: nn.Module, batches: list[Batch], args: Args) -> N
         layers = [args.attn_layer] if args.attn_anchor == "reference" else []  # RAL
         scores = common.score(reference, batch.rollout, args.temperature, layers)  # RAL
         batch.ref_logps = scores.logps
-        for rows in scores.attentions.values():  # RAL: one layer, or none
+        if layers:  # RAL
+            rows = scores.attentions[args.attn_layer]  # RAL
             batch.old_attn = attention_policy(rows, args.attn_row)  # RAL
 
 
@@ -370,7 +371,7 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 def loss_terms(scores: common.Scores, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """The terms of the loss for each response, (B, G): means over its tokens, in nats per token.
+    """The loss terms, (B, G): means over each response's tokens; `attn_loss` can be a sum.
 
     `attn_jsd` is KL(q || p) of each token here, and `attn_loss` weighs it as the header says.
     """
@@ -402,7 +403,7 @@ def update(
     size = len(batches) // args.num_minibatches
     minibatches = [batches[i : i + size] for i in range(0, len(batches), size)]
     schedule = args.num_iterations * minibatches
-    for k, minibatch in enumerate(schedule, 1):  # RAL
+    for k, minibatch in enumerate(schedule, 1):  # RAL: k counts the optimiser steps
         responses = sum(batch.rollout.num_responses for batch in minibatch)
         for batch in minibatch:
             terms = loss_terms(score_policy(model, batch, args), batch, args)

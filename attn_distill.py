@@ -2,8 +2,8 @@
 
 The student samples the responses, and teacher and student score the same tokens. The loss moves the
 student toward the teacher's next-token distributions (kd_baseline.py) *and* toward its attention.
-For response token t, this is the attention alpha_{t,i} to position i of the prompt or the earlier
-response (one layer of each model, averaged over heads), without t itself and renormalised (eq. 2):
+For the response token at position t this is its attention alpha_{t,i} to the positions i before it
+(one layer of each model, mean over heads), renormalised (eq. 2):
 
     L_AttnDistill = E[ sum_t JSD(p_student^t, p_teacher^t) ]                       (eq. 5)
     loss = rl_coef * L_RL + mu_gkd * L_GKD + gamma_attn * L_AttnDistill            (eq. 6)
@@ -14,12 +14,12 @@ width, since the loss compares only distributions over the same tokens. The meth
 marked `# Attention` and the functions `attention_policy` and `divergence`:
 `diff kd_baseline.py attn_distill.py`.
 
-Shapes: B prompts of P positions, padded on the left; G responses to each, of T tokens; V words.
+Shapes: B prompts of P positions, padded on the left; G responses of T tokens to each; vocabulary V.
 
 [ours] marks what the paper does not say, or says in two ways: the choices of kd_baseline.py, and
   1. gamma_attn is 1. The paper tried 0.05, 0.5 and 1, and does not say which made its tables.
-  2. The predicting row, the mean over tokens and other layers: the paper has the own row (eq. 2),
-     the sum, and the last layer of both models.
+  2. Other rows, reductions and layers than the paper's own row (eq. 2), sum (eq. 5) and last layer
+     of each model, which are the defaults.
 
     python sft.py --toy-size large --stop-accuracy 0.99 --eval-above 0.8 --out runs/teacher
     python attn_distill.py --teacher runs/teacher/checkpoint             # from runs/sft
@@ -37,9 +37,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
-from torch.nn import Module
-from torch.nn.utils import clip_grad_norm_
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -61,8 +59,8 @@ class Args(cli.RunArgs):
     """Respond with a thought, then the answer, or with the answer alone. Paper: the first, and in
     both stages the second for RAL-zero, with a format reward for the answer alone."""
     steps: int | None = None
-    """Training steps. Unset: one pass over the rows of --data (paper); 800 without. 51,200 rows are
-    6,400 steps on one rank and 800 on 8, at 8 prompts on each."""
+    """Training steps. Unset: one pass over the rows of --data (paper; 51,200 rows are 800 steps of
+    8 prompts on each of 8 ranks), or 800 without."""
     learning_rate: float | None = None
     """Learning rate of AdamW, constant [ours]. Unset: 1e-5 (paper), or 2e-5 for adapters [ours]."""
     max_grad_norm: float = 1.0
@@ -79,8 +77,7 @@ class Args(cli.RunArgs):
     max_new_tokens: int = 768
     """Longest response in tokens. [ours]"""
     temperature: float = 1.0
-    """Temperature of the policy, in sampling and in every loss. The paper has 1 in table 1 and 0.9
-    in its text."""
+    """Temperature in sampling and in every loss. The paper has 1 in table 1 and 0.9 in its text."""
     top_p: float = 1.0
     """Probability mass for nucleus sampling, in (0, 1]. The losses use the full distribution."""
     accuracy_rule: Literal["by-type", "exact"] = "by-type"
@@ -89,7 +86,7 @@ class Args(cli.RunArgs):
     clip_eps: float = 0.2
     """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]. [ours]"""
     beta: float = 0.04
-    """Weight of the KL to the starting model; 0: no reference. Paper: 0.04."""
+    """Weight of the KL to the starting model; 0: none. Paper: 0.04."""
 
     teacher: str = "runs/teacher/checkpoint"
     """Checkpoint directory or hub name of the teacher. It must have the student's tokenizer. Paper:
@@ -104,19 +101,17 @@ class Args(cli.RunArgs):
     rl_coef: float = 1.0
     """Weight of the GRPO loss, including its KL penalty. Paper: 1. 0: pure distillation."""
     gamma_attn: float = 1.0  # Attention (eq. 6)
-    """Weight of the attention term; 0: kd_baseline.py. [ours] The paper tried 0.05, 0.5 and 1, and
-    does not say which of them made its tables."""
+    """Weight of the attention term; 0: kd_baseline.py. [ours] The paper tried 0.05, 0.5 and 1."""
     attn_layer: int = -1  # Attention
-    """The student's layer, counted from 0, or from the end if negative. Paper: the last."""
+    """The student's layer, -1 the last (paper)."""
     teacher_attn_layer: int = -1  # Attention
-    """The teacher's layer, counted in the same way. Paper: the last."""
+    """The teacher's layer, -1 the last (paper)."""
     attn_row: Literal["own", "predicting"] = "own"  # Attention (eq. 2)
-    """Attention row of token y_t. `own`: the row of its own position, without its own column and
-    renormalised (paper). `predicting`: the row of the position before, whose output predicts y_t
-    [ours]."""
+    """Attention row of token y_t. `own`: that of its position, which reads it, renormalised without
+    its column (paper). `predicting`: that of the position before, which predicts y_t. [ours]"""
     attn_reduction: Literal["sum", "mean"] = "sum"  # Attention (eq. 5)
     """A response's divergence is the sum over its tokens (paper), or their mean [ours], as in L_RL
-    and L_GKD. For a response of 300 tokens, the sum makes gamma_attn weigh 300 times as much."""
+    and L_GKD. With 300 tokens, the sum is 300 times as large."""
 
     def may_change(self) -> set[str]:
         return super().may_change() | {"evaluate_teacher"}
@@ -172,21 +167,17 @@ def reward(prompt: Prompt, text: str, truncated: bool, args: Args) -> dict[str, 
 
 @dataclass
 class Batch:
-    """A microbatch of a rollout with the tensors that its loss needs. `advantages` are (B, G, 1),
-    or (B, G, T) in a fork that gives each token its own; log-probabilities are (B, G, T).
-
-    `teacher_rollout` is the same rollout with the teacher's visual features.
-    """
+    """A microbatch of a rollout with the tensors that its loss needs."""
 
     rollout: common.Rollout
-    advantages: Tensor
-    teacher_rollout: common.Rollout
-    ref_logps: Tensor | None = None
-    old_logps: Tensor | None = None
+    advantages: Tensor  # (B, G, 1); `score_policy` of a fork may make them (B, G, T)
+    teacher_rollout: common.Rollout  # the same, with the teacher's visual features
+    ref_logps: Tensor | None = None  # (B, G, T)
+    old_logps: Tensor | None = None  # (B, G, T)
 
 
 def roll_out(
-    model: Module, processor: Processor, prompts: list[Prompt], batch: PromptBatch, args: Args
+    model: nn.Module, processor: Processor, prompts: list[Prompt], batch: PromptBatch, args: Args
 ) -> tuple[common.Rollout, list[list[str]], Tensor, dict[str, float]]:
     """Sample G responses to each prompt and reward them. Returns the rollout, its texts (B lists of
     G), the rewards (B, G) and the metrics."""
@@ -200,14 +191,14 @@ def roll_out(
 
 
 @torch.no_grad()
-def score_reference(reference: Module, batches: list[Batch], args: Args) -> None:
+def score_reference(reference: nn.Module, batches: list[Batch], args: Args) -> None:
     """Add the frozen starting model's scores of the responses to each batch."""
     for batch in batches:
         scores = common.score(reference, batch.rollout, args.temperature)
         batch.ref_logps = scores.logps
 
 
-def score_policy(model: Module, batch: Batch, args: Args) -> common.Scores:
+def score_policy(model: nn.Module, batch: Batch, args: Args) -> common.Scores:
     """The policy's scores of the responses. A batch's first are from before any step, when the
     policy is still that of the rollout: they are kept as the old ones."""
     layers = [args.attn_layer]  # Attention
@@ -218,7 +209,7 @@ def score_policy(model: Module, batch: Batch, args: Args) -> common.Scores:
 
 
 @torch.no_grad()
-def score_teacher(teacher: Module, batch: Batch, args: Args) -> common.Scores:
+def score_teacher(teacher: nn.Module, batch: Batch, args: Args) -> common.Scores:
     """The teacher's scores of the responses, anew in every pass: a step's logits are too large to
     keep."""
     layers, rollout = [args.teacher_attn_layer], batch.teacher_rollout  # Attention
@@ -230,10 +221,8 @@ def score_teacher(teacher: Module, batch: Batch, args: Args) -> common.Scores:
 
 def group_advantages(rewards: Tensor) -> Tensor:
     """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group (eq. 8), (B, G, 1): one
-    for all tokens of a response; std with ddof 1, and the 1e-4, are [ours].
-
-    They are exactly 0 where all rewards of a group are equal. The rewards themselves decide this:
-    eight float32 rewards of 0.9 have a std of 6e-8 and would otherwise get an advantage.
+    for all tokens of a response. The std's ddof of 1 and the 1e-4 are [ours]. Exactly 0 if all
+    rewards of a group are equal, though in float32 eight of 0.9 have a std of 6e-8.
 
     >>> rewards = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.9, 0.9, 0.9, 0.9]])
     >>> group_advantages(rewards)[..., 0]
@@ -257,9 +246,8 @@ def clipped_loss(
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """The k3 estimate of KL(policy || reference) for each token: exp(d) - d - 1, d = ref - logp. It
-    is unbiased for tokens that the policy has sampled, and its gradient is then, on average, that
-    of KL(reference || policy)."""
+    """The k3 estimate of KL(policy || reference) for each token: exp(d) - d - 1, d = ref - logp. On
+    sampled tokens it is unbiased, but its mean gradient is that of KL(reference || policy)."""
     difference = ref_logps - logps
     return torch.exp(difference) - difference - 1
 
@@ -298,10 +286,9 @@ def attention_policy(rows: Tensor, row: str) -> Tensor:
     """The attention policy of each response token, (B, G, T, P + T).
 
     `rows` (B, G, T + 1, P + T) are the attention of the prompt's last position (row 0) and of each
-    response token y_t (row t, from 1 to T); each sums to 1. "own" is the policy of eq. 2, row t
-    without its own column: p^t(i) = alpha_{t,i} / sum_{j <= t - 1} alpha_{t,j} for i <= t - 1. It
-    is all zeros where y_t attends only to itself. "predicting" [ours] is row t - 1, whose output
-    predicts y_t: it sees the same positions and needs no denominator.
+    response token y_t (row t, from 1 to T); each sums to 1. "own" is row t without its own column,
+    renormalised (eq. 2), and all zeros where y_t attends only to itself. "predicting" [ours] is row
+    t - 1, which sees the same positions and needs no denominator.
 
     >>> rows = torch.tensor([[[[0.7, 0.3, 0.0], [0.2, 0.3, 0.5]]]])  # P = 2, T = 1
     >>> attention_policy(rows, "own"), attention_policy(rows, "predicting")
@@ -317,9 +304,8 @@ def attention_policy(rows: Tensor, row: str) -> Tensor:
 def divergence(p: Tensor, q: Tensor) -> Tensor:
     """Jensen-Shannon divergence of distributions along the last axis, in nats: between 0 and ln 2.
 
-    `p` is the current distribution and `q` the anchor. Zeros are safe, in value and in gradient. In
-    float32, values below 1e-7 are rounding; the gradient is accurate far below that.
-    The rows are computed in chunks, see `in_chunks`.
+    Zeros are safe, in value and in gradient. In float32, values below 1e-7 are rounding; the
+    gradient is accurate far below that. The rows are computed in chunks, see `in_chunks`.
 
     >>> p, q = torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[0.0, 1.0], [0.5, 0.5]])
     >>> divergence(p, q)
@@ -341,10 +327,7 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 def loss_terms(
     scores: common.Scores, teacher_scores: common.Scores, batch: Batch, args: Args
 ) -> dict[str, Tensor]:
-    """The terms of the loss for each response, (B, G): means over its tokens, in nats per token.
-
-    `attn_loss` is what gamma_attn multiplies: by default the sum over the tokens, in nats.
-    """
+    """The loss terms, (B, G): means over each response's tokens; `attn_loss` can be a sum."""
     logits = scores.logits, teacher_scores.logits
     distance = gkd(*logits, args.gkd_beta, args.temperature, scores.suppressed)
     rows = scores.attentions[args.attn_layer]  # Attention: (B, G, T + 1, P + T)
@@ -368,7 +351,7 @@ def loss_terms(
 
 
 def update(
-    model: Module, teacher: Module, optimizer: Optimizer, batches: list[Batch], args: Args
+    model: nn.Module, teacher: nn.Module, optimizer: Optimizer, batches: list[Batch], args: Args
 ) -> dict[str, float]:
     """Pass over a rollout `num_iterations` times, with an optimiser step for each minibatch.
     Returns the metrics, averaged over these steps."""
@@ -385,9 +368,8 @@ def update(
             )
             (terms["loss"].sum() / responses).backward()
             for name, term in terms.items():
-                value = term.detach().sum().item() / responses
-                metrics[f"train/{name}"] += value / len(schedule)
-        norm = ranks.full_tensor(clip_grad_norm_(model.parameters(), args.max_grad_norm))
+                metrics[f"train/{name}"] += term.detach().sum().item() / responses / len(schedule)
+        norm = ranks.full_tensor(nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
         metrics["train/grad_norm"] += norm.item() / len(schedule)
         if not torch.isfinite(norm):
             break  # the training loop then stops the run
@@ -400,8 +382,7 @@ def update(
 
 
 def main(args: Args) -> dict[str, float]:
-    """Train, evaluate and write the run directory. Returns the metrics of the last step and its
-    evaluation in one dictionary."""
+    """Train, evaluate and write the run directory. Returns the metrics of the last step."""
     prepared = common.prepare(
         args,
         PROMPTS,
@@ -442,6 +423,7 @@ def main(args: Args) -> dict[str, float]:
         advantages = group_advantages(rewards)
         taught = collate(teacher, prompts, processor.tokenizer.pad_token_id)
         teacher_rollout = replace(rollout, prompts=taught)
+        clock.lap("teacher_vision")
         cuts = common.cut_prompts(len(prompts), args.num_minibatches, args.micro_batch_size)
         batches = [Batch(rollout[cut], advantages[cut], teacher_rollout[cut]) for cut in cuts]
         if reference is not None:

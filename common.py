@@ -1,8 +1,9 @@
 """What does not depend on the method: models, attention, rollout, scoring and reward.
 
 Shapes use the same letters everywhere: B prompts, G responses per prompt (the group), P prompt
-positions (left-padded), T response positions, V vocabulary, L layers, H heads. The packed layout of
-section 2 places a prompt and its G responses one after another on the sequence axis,
+positions (left-padded), T response positions, V vocabulary, H heads, K key-value heads, D their
+width, L positions of a pass. The packed layout of section 2 places a prompt and its G responses one
+after another on the sequence axis,
 
     [ prompt (P) | response 1 (T) | response 2 (T) | ... | response G (T) ]
 
@@ -27,7 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -36,7 +37,6 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
-from torch.nn import Module
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, set_seed
@@ -102,8 +102,8 @@ def load_model(
     gradient_checkpointing: bool = False,
     frozen: bool = False,
     field: str = "--model",
-) -> Module:
-    """Load a checkpoint of `FAMILIES` whose text layers run `grouped_attention`.
+) -> nn.Module:
+    """Load a checkpoint of a known family whose text layers run `grouped_attention`.
 
     The vision encoder and its projector are frozen unless `train_vision` is set (paper: frozen).
     Trained weights are float32, whatever the compute dtype: in pure bfloat16, an update at learning
@@ -125,11 +125,10 @@ def load_model(
         torch.backends.cuda.enable_cudnn_sdp(False)
     # A frozen model on a single rank needs neither sharding nor a second dtype.
     sharded = dist.is_initialized() and not (frozen and world_size() == 1)
-    # SFT teaches the tokenizer's end-of-turn token, but some base models generate another one.
     remedy = "add eos_token_id to its generation config"
     require(bool(processor.end_ids), f"{field} {path}: names no end-of-turn token; {remedy}")
 
-    def read() -> Module:
+    def read() -> nn.Module:
         with loading(f"{field} {path}"):
             model = read_model(path, field, processor, options)
             if not frozen:  # what could fail at the end fails now
@@ -167,7 +166,7 @@ def load_model(
     return model
 
 
-def add_adapters(model: Module, rank: int, base: str) -> None:
+def add_adapters(model: nn.Module, lora_rank: int, base: str) -> None:
     """Add LoRA adapters to every linear layer of the language model.
 
     The adapters are float32, are scaled by 2 and have no effect at first. Their config names `base`
@@ -176,7 +175,9 @@ def add_adapters(model: Module, rank: int, base: str) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     layers = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=layers)
+    config = LoraConfig(
+        r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0, target_modules=layers
+    )
     config.base_model_name_or_path = base
     inject_adapter_in_model(config, model)
     for module in model.modules():
@@ -187,7 +188,7 @@ def add_adapters(model: Module, rank: int, base: str) -> None:
             parameter.data = parameter.data.float()
 
 
-def adapted_linear(self: Module, x: Tensor) -> Tensor:
+def adapted_linear(self: nn.Module, x: Tensor) -> Tensor:
     """Compute what peft's own forward does for one adapter without dropout. Peft's bookkeeping
     takes longer than the matrix products of one decoded token."""
     out = self.base_layer(x)
@@ -199,7 +200,7 @@ def adapted_linear(self: Module, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def without_adapters(model: Module) -> Iterator[None]:
+def without_adapters(model: nn.Module) -> Iterator[None]:
     """Disable the adapters. Where only adapters are trained, this restores the reference model."""
     adapted = [module for module in model.modules() if hasattr(module, "lora_A")]
     for module in adapted:
@@ -211,7 +212,7 @@ def without_adapters(model: Module) -> Iterator[None]:
             module.enable_adapters(True)
 
 
-def shard(model: Module) -> None:
+def shard(model: nn.Module) -> None:
     """Shard a model's parameters over the process group with FSDP2.
 
     Only rank 0 holds the weights at first, so the host holds one copy, whatever the number of
@@ -250,7 +251,7 @@ def reshard_root(model: FSDPModule) -> None:
     model.set_reshard_after_forward(frozen, recurse=False)
 
 
-def fill(model: Module, weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
+def fill(model: nn.Module, weights: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
     """Send each rank its shard of the weights and a copy of the buffers that rank 0 holds."""
     with torch.no_grad():  # what is not sharded, one at a time, so that it is never held twice
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -266,7 +267,7 @@ def fill(model: Module, weights: dict[str, Tensor], buffers: dict[str, Tensor]) 
 
 
 @contextmanager
-def gathered(model: Module) -> Iterator[None]:
+def gathered(model: nn.Module) -> Iterator[None]:
     """Keep a sharded model's weights gathered while many forward passes run, as in a rollout.
 
     The weights are gathered once, not once per token, and no rank waits for another in between.
@@ -299,7 +300,7 @@ def gathered(model: Module) -> Iterator[None]:
             module.reshard()
 
 
-def save_model(directory: Path | None, model: Module, processor: Processor) -> None:
+def save_model(directory: Path | None, model: nn.Module, processor: Processor) -> None:
     """Write the weights and processor files to a directory that plain `from_pretrained` loads.
 
     Adapters are merged into the weights. The weights are saved in `compute_dtype`, so the saved
@@ -337,7 +338,7 @@ def save_model(directory: Path | None, model: Module, processor: Processor) -> N
         (folder / "config.json").unlink(missing_ok=True)  # it would load as a full model
 
 
-def load_teacher(path: str, processor: Processor, other: Processor) -> Module:
+def load_teacher(path: str, processor: Processor, other: Processor) -> nn.Module:
     """Load a frozen teacher that takes the same token ids, positions and pixels as the student.
     `processor` is the student's and `other` the teacher's.
 
@@ -409,7 +410,7 @@ class Layout:
 
 
 def grouped_attention(
-    module: Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -447,7 +448,7 @@ def grouped_attention(
 
 
 def attention_by_length(
-    module: Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -659,8 +660,8 @@ class Rollout:
 
 
 def cut_prompts(count: int, num_minibatches: int, micro_batch_size: int) -> list[slice]:
-    """Slices of `count` prompts, one for each microbatch. All minibatches have the same number of
-    slices, one minibatch after another.
+    """Slices of `count` prompts, one for each microbatch, those of the first minibatch first. Every
+    minibatch has as many prompts and slices as the others; `num_minibatches` must divide `count`.
 
     The ranks take turns in drawing prompts, so the minibatches of a step are the same on any number
     of ranks.
@@ -707,19 +708,19 @@ def pick_tokens(logits: Tensor, noise: Tensor | None, temperature: float, top_p:
         total = cumulative.gather(1, (cumulative < top_p * total).sum(dim=-1, keepdim=True))
     # With noise below the total, a token of probability 0 is never picked.
     below = torch.nextafter(total, torch.zeros_like(total))
-    rank = torch.searchsorted(cumulative, (noise[:, None] * total).minimum(below), right=True)
-    return (rank if order is None else order.gather(1, rank))[:, 0]
+    index = torch.searchsorted(cumulative, (noise[:, None] * total).minimum(below), right=True)
+    return (index if order is None else order.gather(1, index))[:, 0]
 
 
 def require_finite(logits: Tensor) -> None:
-    """Refuse a model whose first logits are not finite."""
-    broken = "the model's first logits are not finite: its weights are damaged"
-    require(bool(logits.isfinite().all()), f"{broken}; give another checkpoint")
+    """Refuse a model whose logits for the first tokens are not finite."""
+    broken = "the model's logits are not finite: its weights are damaged, or training diverged"
+    require(bool(logits.isfinite().all()), f"{broken}; try another checkpoint or learning rate")
 
 
 @torch.no_grad()
 def generate_group(
-    model: Module,
+    model: nn.Module,
     prompts: PromptBatch,
     group_size: int,
     max_new_tokens: int,
@@ -778,12 +779,13 @@ def generate_group(
 
 @dataclass
 class Scores:
-    """Result of one packed pass over the responses: `logps` and `entropy` (nats, no gradient), both
-    (B, G, T).
+    """Result of one packed pass over the responses, (B, G, T) each: `logps`, the log-probabilities
+    of the tokens, and `entropy`, without a gradient, both in nats; `mask`, the response mask
+    without special vision tokens. Where it is False, `logps` are 0, but `entropy` is not.
 
     `logits` (B, G, T, V), if requested, are the model's, before temperature and suppression.
     `attentions` maps each requested layer to its rows, (B, G, T + 1, P + T); see `attention_rows`.
-    Where the mask is False, `logps` are 0. `suppressed` are the ids whose probability is 0.
+    `suppressed` are the ids whose probability is 0.
     """
 
     logps: Tensor
@@ -795,7 +797,7 @@ class Scores:
 
 
 def score(
-    model: Module,
+    model: nn.Module,
     rollout: Rollout,
     temperature: float = 1.0,
     attn_layers: Sequence[int] = (),
@@ -809,6 +811,8 @@ def score(
     replaced by padding and masked.
     """
     prompts, config = rollout.prompts, model.config
+    for layer in attn_layers:
+        require_layer("attn_layers", layer, config)
     b, g, t = rollout.response_ids.shape
     p = prompts.ids.shape[1]
     suppressed = torch.tensor(vision_token_ids(config), device=model.device)
@@ -882,7 +886,7 @@ def in_chunks(
 
 
 def token_scores(
-    model: Module,
+    model: nn.Module,
     inputs: dict[str, Any],
     rows: Tensor,
     targets: Tensor,
@@ -1013,9 +1017,9 @@ class Prepared:
 
     args: Any
     processor: Processor
-    model: Module
-    reference: Module | None
-    teacher: Module | None
+    model: nn.Module
+    reference: nn.Module | None
+    teacher: nn.Module | None
     train: Reader
     held_out: Iterable[Prompt]
     state: State | None

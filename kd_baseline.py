@@ -11,15 +11,13 @@ L_GKD is the reverse KL, KL(student || teacher), and L_RL stays in, as in the pa
 `--rl-coef 0` is pure distillation: it needs no reference, and the reward is only logged.
 `attn_distill.py` is this file plus the teacher's attention: `diff kd_baseline.py attn_distill.py`.
 
-Shapes: B prompts of P positions, padded on the left; G responses to each, of T tokens; V words.
+Shapes: B prompts of P positions, padded on the left; G responses of T tokens to each; vocabulary V.
 
 [ours] marks what the paper does not say, or says in two ways: the choices of grpo_baseline.py, and
   1. mu_gkd is 1. One optimiser step per rollout keeps distillation on policy.
   2. `--temperature` divides the logits of both models, in the loss as in sampling.
   3. L_GKD is the mean over a response's tokens, then over responses, as L_RL is.
-  4. Other divergences: KL(teacher || student) with `--gkd-beta 0`, and between 0 and 1 the
-     generalised Jensen-Shannon divergence, which vanishes toward both ends: the ends are special
-     cases, not its limits.
+  4. Other divergences than KL(student || teacher), by `--gkd-beta`; `gkd` has their formula.
 
     python sft.py --toy-size large --stop-accuracy 0.99 --eval-above 0.8 --out runs/teacher
     python kd_baseline.py --teacher runs/teacher/checkpoint              # from runs/sft
@@ -36,9 +34,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
-from torch.nn import Module
-from torch.nn.utils import clip_grad_norm_
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -60,8 +56,8 @@ class Args(cli.RunArgs):
     """Respond with a thought, then the answer, or with the answer alone. Paper: the first, and in
     both stages the second for RAL-zero, with a format reward for the answer alone."""
     steps: int | None = None
-    """Training steps. Unset: one pass over the rows of --data (paper); 800 without. 51,200 rows are
-    6,400 steps on one rank and 800 on 8, at 8 prompts on each."""
+    """Training steps. Unset: one pass over the rows of --data (paper; 51,200 rows are 800 steps of
+    8 prompts on each of 8 ranks), or 800 without."""
     learning_rate: float | None = None
     """Learning rate of AdamW, constant [ours]. Unset: 1e-5 (paper), or 2e-5 for adapters [ours]."""
     max_grad_norm: float = 1.0
@@ -78,8 +74,7 @@ class Args(cli.RunArgs):
     max_new_tokens: int = 768
     """Longest response in tokens. [ours]"""
     temperature: float = 1.0
-    """Temperature of the policy, in sampling and in every loss. The paper has 1 in table 1 and 0.9
-    in its text."""
+    """Temperature in sampling and in every loss. The paper has 1 in table 1 and 0.9 in its text."""
     top_p: float = 1.0
     """Probability mass for nucleus sampling, in (0, 1]. The losses use the full distribution."""
     accuracy_rule: Literal["by-type", "exact"] = "by-type"
@@ -88,7 +83,7 @@ class Args(cli.RunArgs):
     clip_eps: float = 0.2
     """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]. [ours]"""
     beta: float = 0.04
-    """Weight of the KL to the starting model; 0: no reference. Paper: 0.04."""
+    """Weight of the KL to the starting model; 0: none. Paper: 0.04."""
 
     teacher: str = "runs/teacher/checkpoint"
     """Checkpoint directory or hub name of the teacher. It must have the student's tokenizer. Paper:
@@ -157,21 +152,17 @@ def reward(prompt: Prompt, text: str, truncated: bool, args: Args) -> dict[str, 
 
 @dataclass
 class Batch:
-    """A microbatch of a rollout with the tensors that its loss needs. `advantages` are (B, G, 1),
-    or (B, G, T) in a fork that gives each token its own; log-probabilities are (B, G, T).
-
-    `teacher_rollout` is the same rollout with the teacher's visual features.
-    """
+    """A microbatch of a rollout with the tensors that its loss needs."""
 
     rollout: common.Rollout
-    advantages: Tensor
-    teacher_rollout: common.Rollout
-    ref_logps: Tensor | None = None
-    old_logps: Tensor | None = None
+    advantages: Tensor  # (B, G, 1); `score_policy` of a fork may make them (B, G, T)
+    teacher_rollout: common.Rollout  # the same, with the teacher's visual features
+    ref_logps: Tensor | None = None  # (B, G, T)
+    old_logps: Tensor | None = None  # (B, G, T)
 
 
 def roll_out(
-    model: Module, processor: Processor, prompts: list[Prompt], batch: PromptBatch, args: Args
+    model: nn.Module, processor: Processor, prompts: list[Prompt], batch: PromptBatch, args: Args
 ) -> tuple[common.Rollout, list[list[str]], Tensor, dict[str, float]]:
     """Sample G responses to each prompt and reward them. Returns the rollout, its texts (B lists of
     G), the rewards (B, G) and the metrics."""
@@ -185,14 +176,14 @@ def roll_out(
 
 
 @torch.no_grad()
-def score_reference(reference: Module, batches: list[Batch], args: Args) -> None:
+def score_reference(reference: nn.Module, batches: list[Batch], args: Args) -> None:
     """Add the frozen starting model's scores of the responses to each batch."""
     for batch in batches:
         scores = common.score(reference, batch.rollout, args.temperature)
         batch.ref_logps = scores.logps
 
 
-def score_policy(model: Module, batch: Batch, args: Args) -> common.Scores:
+def score_policy(model: nn.Module, batch: Batch, args: Args) -> common.Scores:
     """The policy's scores of the responses. A batch's first are from before any step, when the
     policy is still that of the rollout: they are kept as the old ones."""
     scores = common.score(model, batch.rollout, args.temperature, keep_logits=True)
@@ -202,7 +193,7 @@ def score_policy(model: Module, batch: Batch, args: Args) -> common.Scores:
 
 
 @torch.no_grad()
-def score_teacher(teacher: Module, batch: Batch, args: Args) -> common.Scores:
+def score_teacher(teacher: nn.Module, batch: Batch, args: Args) -> common.Scores:
     """The teacher's scores of the responses, anew in every pass: a step's logits are too large to
     keep."""
     return common.score(teacher, batch.teacher_rollout, args.temperature, keep_logits=True)
@@ -213,10 +204,8 @@ def score_teacher(teacher: Module, batch: Batch, args: Args) -> common.Scores:
 
 def group_advantages(rewards: Tensor) -> Tensor:
     """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group (eq. 8), (B, G, 1): one
-    for all tokens of a response; std with ddof 1, and the 1e-4, are [ours].
-
-    They are exactly 0 where all rewards of a group are equal. The rewards themselves decide this:
-    eight float32 rewards of 0.9 have a std of 6e-8 and would otherwise get an advantage.
+    for all tokens of a response. The std's ddof of 1 and the 1e-4 are [ours]. Exactly 0 if all
+    rewards of a group are equal, though in float32 eight of 0.9 have a std of 6e-8.
 
     >>> rewards = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.9, 0.9, 0.9, 0.9]])
     >>> group_advantages(rewards)[..., 0]
@@ -240,9 +229,8 @@ def clipped_loss(
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """The k3 estimate of KL(policy || reference) for each token: exp(d) - d - 1, d = ref - logp. It
-    is unbiased for tokens that the policy has sampled, and its gradient is then, on average, that
-    of KL(reference || policy)."""
+    """The k3 estimate of KL(policy || reference) for each token: exp(d) - d - 1, d = ref - logp. On
+    sampled tokens it is unbiased, but its mean gradient is that of KL(reference || policy)."""
     difference = ref_logps - logps
     return torch.exp(difference) - difference - 1
 
@@ -280,7 +268,7 @@ def gkd(
 def loss_terms(
     scores: common.Scores, teacher_scores: common.Scores, batch: Batch, args: Args
 ) -> dict[str, Tensor]:
-    """The terms of the loss for each response, (B, G): means over its tokens, in nats per token."""
+    """The loss terms, (B, G): means over each response's tokens."""
     logits = scores.logits, teacher_scores.logits
     distance = gkd(*logits, args.gkd_beta, args.temperature, scores.suppressed)
     pg, clipped = clipped_loss(scores.logps, batch.old_logps, batch.advantages, args.clip_eps)
@@ -297,7 +285,7 @@ def loss_terms(
 
 
 def update(
-    model: Module, teacher: Module, optimizer: Optimizer, batches: list[Batch], args: Args
+    model: nn.Module, teacher: nn.Module, optimizer: Optimizer, batches: list[Batch], args: Args
 ) -> dict[str, float]:
     """Pass over a rollout `num_iterations` times, with an optimiser step for each minibatch.
     Returns the metrics, averaged over these steps."""
@@ -314,9 +302,8 @@ def update(
             )
             (terms["loss"].sum() / responses).backward()
             for name, term in terms.items():
-                value = term.detach().sum().item() / responses
-                metrics[f"train/{name}"] += value / len(schedule)
-        norm = ranks.full_tensor(clip_grad_norm_(model.parameters(), args.max_grad_norm))
+                metrics[f"train/{name}"] += term.detach().sum().item() / responses / len(schedule)
+        norm = ranks.full_tensor(nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
         metrics["train/grad_norm"] += norm.item() / len(schedule)
         if not torch.isfinite(norm):
             break  # the training loop then stops the run
@@ -329,8 +316,7 @@ def update(
 
 
 def main(args: Args) -> dict[str, float]:
-    """Train, evaluate and write the run directory. Returns the metrics of the last step and its
-    evaluation in one dictionary."""
+    """Train, evaluate and write the run directory. Returns the metrics of the last step."""
     prepared = common.prepare(
         args,
         PROMPTS,
@@ -367,6 +353,7 @@ def main(args: Args) -> dict[str, float]:
         advantages = group_advantages(rewards)
         taught = collate(teacher, prompts, processor.tokenizer.pad_token_id)
         teacher_rollout = replace(rollout, prompts=taught)
+        clock.lap("teacher_vision")
         cuts = common.cut_prompts(len(prompts), args.num_minibatches, args.micro_batch_size)
         batches = [Batch(rollout[cut], advantages[cut], teacher_rollout[cut]) for cut in cuts]
         if reference is not None:

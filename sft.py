@@ -36,9 +36,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from torch.nn import Module
-from torch.nn.utils import clip_grad_norm_
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -144,13 +142,13 @@ def encode_demonstration(processor: Processor, example: Example) -> Prompt:
 # SFT has no rollout: demonstrations take the place of sampled responses.
 
 
-def demonstrations(model: Module, processor: Processor, prompts: list[Prompt]) -> common.Rollout:
+def demonstrations(model: nn.Module, processor: Processor, prompts: list[Prompt]) -> common.Rollout:
     """A rollout of group size 1: the prompts, with their demonstrations and an EOS as responses."""
     tokenizer = processor.tokenizer
     encode = partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True)
     ids = [encode(processor.written(prompt.example.response)) for prompt in prompts]
     rows = [torch.tensor([*row, tokenizer.eos_token_id], device=model.device) for row in ids]
-    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[:, None]
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)[:, None]
     lengths = torch.tensor([len(row) for row in rows], device=model.device)
     mask = torch.arange(padded.shape[-1], device=model.device) < lengths[:, None, None]
     batch = collate(model, prompts, tokenizer.pad_token_id)
@@ -160,7 +158,7 @@ def demonstrations(model: Module, processor: Processor, prompts: list[Prompt]) -
 # 4. Loss
 
 
-def loss_terms(model: Module, rollout: common.Rollout) -> dict[str, Tensor]:
+def loss_terms(model: nn.Module, rollout: common.Rollout) -> dict[str, Tensor]:
     """For each response, (B, 1): the loss -log p in nats per token, the probability of the whole
     response, and its length in tokens."""
     scores = common.score(model, rollout)
@@ -192,7 +190,7 @@ def learning_rate(step: int, args: Args) -> float:
 
 
 def update(
-    model: Module, processor: Processor, optimizer: Optimizer, prompts: list[Prompt], args: Args
+    model: nn.Module, processor: Processor, optimizer: Optimizer, prompts: list[Prompt], args: Args
 ) -> dict[str, float]:
     """Take one optimiser step over all demonstrations and return its metrics.
 
@@ -213,7 +211,7 @@ def update(
         (terms["loss"].sum() / len(prompts)).backward()
         for name, term in terms.items():
             metrics[f"train/{name}"] += term.detach().sum().item() / len(prompts)
-    norm = ranks.full_tensor(clip_grad_norm_(model.parameters(), args.max_grad_norm))
+    norm = ranks.full_tensor(nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
     metrics |= {"train/grad_norm": norm.item(), "train/padding_frac": 1 - used / positions}
     if torch.isfinite(norm):  # otherwise the training loop stops the run
         optimizer.step()
@@ -271,6 +269,7 @@ def main(args: Args) -> dict[str, float]:
         clock.lap("data_wait")
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
+        # The same on all ranks, since `learned` decides below when they evaluate.
         metrics = ranks.over_ranks(update(model, processor, optimizer, prompts, args))
         run.require_finite(step, metrics, prompts)
         clock.lap("update")

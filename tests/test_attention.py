@@ -8,6 +8,7 @@ from transformers import AutoModelForImageTextToText
 import attn_distill
 import common
 import ral_grpo
+from support import ranks
 
 
 def eager_policy(attention, p, row):
@@ -71,6 +72,16 @@ def test_captured_attention_is_eager_attention(
             assert error < 1e-3, (name, error)
             compared += 1
     assert compared > 20
+
+
+def test_a_layer_that_the_model_lacks_is_refused(loaded):
+    """Or a fork whose `prepare` does not check it would train on another layer."""
+    model, processor = loaded
+    rollout = make_rollout(model, processor, make_prompts(model, processor, ("text",)))
+    depth = model.config.text_config.num_hidden_layers
+    for layer in (depth, -depth - 1):
+        with pytest.raises(ranks.UsageError, match=f"attn_layers {layer}: the model has {depth}"):
+            common.score(model, rollout, attn_layers=[0, layer])
 
 
 def test_rows_sum_to_one_and_see_no_future(loaded):

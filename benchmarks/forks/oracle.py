@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
-from torch.nn import Module
-from torch.nn.utils import clip_grad_norm_
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -44,8 +42,8 @@ class Args(cli.RunArgs):
     """Respond with a thought, then the answer, or with the answer alone. Paper: the first, and in
     both stages the second for RAL-zero, with a format reward for the answer alone."""
     steps: int | None = None
-    """Training steps. Unset: one pass over the rows of --data (paper); 800 without. 51,200 rows are
-    6,400 steps on one rank and 800 on 8, at 8 prompts on each."""
+    """Training steps. Unset: one pass over the rows of --data (paper; 51,200 rows are 800 steps of
+    8 prompts on each of 8 ranks), or 800 without."""
     learning_rate: float | None = None
     """Learning rate of AdamW, constant [ours]. Unset: 1e-5 (paper), or 2e-5 for adapters [ours]."""
     max_grad_norm: float = 1.0
@@ -62,8 +60,7 @@ class Args(cli.RunArgs):
     max_new_tokens: int = 768
     """Longest response in tokens. [ours]"""
     temperature: float = 1.0
-    """Temperature of the policy, in sampling and in every loss. The paper has 1 in table 1 and 0.9
-    in its text."""
+    """Temperature in sampling and in every loss. The paper has 1 in table 1 and 0.9 in its text."""
     top_p: float = 1.0
     """Probability mass for nucleus sampling, in (0, 1]. The losses use the full distribution."""
     accuracy_rule: Literal["by-type", "exact"] = "by-type"
@@ -72,22 +69,18 @@ class Args(cli.RunArgs):
     clip_eps: float = 0.2
     """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]. [ours]"""
     beta: float = 0.04
-    """Weight of the KL to the starting model; 0: no reference. Paper: 0.04."""
+    """Weight of the KL to the starting model; 0: none. Paper: 0.04."""
 
     lambda_attn: float = 1.0  # RAL (eq. 4)
-    """Weight of the attention term; 0: plain GRPO. [ours] The paper tried 0.5, 1 and 5, and does
-    not say which of them made its tables."""
+    """Weight of the attention term; 0: GRPO that logs it. [ours] The paper tried 0.5, 1 and 5."""
     attn_layer: int = -1  # RAL
-    """Decoder layer whose attention is the policy, counted from 0, or from the end if negative.
-    Paper: the last."""
+    """Decoder layer of the attention policy, -1 the last (paper)."""
     attn_row: Literal["own", "predicting"] = "own"  # RAL (eq. 2)
-    """Attention row of token y_t. `own`: the row of its own position, without its own column and
-    renormalised (paper). `predicting`: the row of the position before, whose output predicts y_t
-    [ours]."""
+    """Attention row of token y_t. `own`: that of its position, which reads it, renormalised without
+    its column (paper). `predicting`: that of the position before, which predicts y_t. [ours]"""
     attn_reduction: Literal["mean", "sum"] = "mean"  # RAL (eq. 3)
     """A response's attention term is the mean over its tokens (eq. 3 is an expectation over t) or
-    their sum, as in the paper's total update. [ours] At 300 tokens, the sum makes lambda_attn weigh
-    300 times as much."""
+    their sum (the paper's total update), which is 300 times as large for 300 tokens. [ours]"""
     attn_anchor: Literal["rollout", "reference"] = "rollout"  # RAL (eq. 3)
     """Anchor p_old: the attention at rollout time ("old" in the paper), or that of the frozen
     reference ("reference" in its introduction). [ours]"""
@@ -144,23 +137,18 @@ def reward(prompt: Prompt, text: str, truncated: bool, args: Args) -> dict[str, 
 
 @dataclass
 class Batch:
-    """A microbatch of a rollout with the tensors that its loss needs. `advantages` are (B, G, 1),
-    or (B, G, T) in a fork that gives each token its own; log-probabilities are (B, G, T).
-
-    `old_attn` (B, G, T, P + T) is the attention policy to compare with: that of the model at
-    rollout time, or that of the reference.
-    """
+    """A microbatch of a rollout with the tensors that its loss needs."""
 
     rollout: common.Rollout
-    advantages: Tensor
-    ref_logps: Tensor | None = None
-    old_logps: Tensor | None = None
-    old_attn: Tensor | None = None  # RAL (eq. 3)
+    advantages: Tensor  # (B, G, 1); `score_policy` of a fork may make them (B, G, T)
+    ref_logps: Tensor | None = None  # (B, G, T)
+    old_logps: Tensor | None = None  # (B, G, T)
+    old_attn: Tensor | None = None  # RAL (eq. 3): p_old, (B, G, T, P + T)
     target: Tensor | None = None  # (B, P), True at the visual tokens of the target
 
 
 def roll_out(
-    model: Module, processor: Processor, prompts: list[Prompt], batch: PromptBatch, args: Args
+    model: nn.Module, processor: Processor, prompts: list[Prompt], batch: PromptBatch, args: Args
 ) -> tuple[common.Rollout, list[list[str]], Tensor, dict[str, float]]:
     """Sample G responses to each prompt and reward them. Returns the rollout, its texts (B lists of
     G), the rewards (B, G) and the metrics."""
@@ -174,17 +162,18 @@ def roll_out(
 
 
 @torch.no_grad()
-def score_reference(reference: Module, batches: list[Batch], args: Args) -> None:
+def score_reference(reference: nn.Module, batches: list[Batch], args: Args) -> None:
     """Add the frozen starting model's scores of the responses to each batch."""
     for batch in batches:
         layers = [args.attn_layer] if args.attn_anchor == "reference" else []  # RAL
         scores = common.score(reference, batch.rollout, args.temperature, layers)  # RAL
         batch.ref_logps = scores.logps
-        for rows in scores.attentions.values():  # RAL: one layer, or none
+        if layers:  # RAL
+            rows = scores.attentions[args.attn_layer]  # RAL
             batch.old_attn = attention_policy(rows, args.attn_row)  # RAL
 
 
-def score_policy(model: Module, batch: Batch, args: Args) -> common.Scores:
+def score_policy(model: nn.Module, batch: Batch, args: Args) -> common.Scores:
     """The policy's scores of the responses. A batch's first are from before any step, when the
     policy is still that of the rollout: they are kept as the old ones."""
     scores = common.score(model, batch.rollout, args.temperature, [args.attn_layer])  # RAL
@@ -201,10 +190,8 @@ def score_policy(model: Module, batch: Batch, args: Args) -> common.Scores:
 
 def group_advantages(rewards: Tensor) -> Tensor:
     """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group (eq. 8), (B, G, 1): one
-    for all tokens of a response; std with ddof 1, and the 1e-4, are [ours].
-
-    They are exactly 0 where all rewards of a group are equal. The rewards themselves decide this:
-    eight float32 rewards of 0.9 have a std of 6e-8 and would otherwise get an advantage.
+    for all tokens of a response. The std's ddof of 1 and the 1e-4 are [ours]. Exactly 0 if all
+    rewards of a group are equal, though in float32 eight of 0.9 have a std of 6e-8.
 
     >>> rewards = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.9, 0.9, 0.9, 0.9]])
     >>> group_advantages(rewards)[..., 0]
@@ -228,9 +215,8 @@ def clipped_loss(
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """The k3 estimate of KL(policy || reference) for each token: exp(d) - d - 1, d = ref - logp. It
-    is unbiased for tokens that the policy has sampled, and its gradient is then, on average, that
-    of KL(reference || policy)."""
+    """The k3 estimate of KL(policy || reference) for each token: exp(d) - d - 1, d = ref - logp. On
+    sampled tokens it is unbiased, but its mean gradient is that of KL(reference || policy)."""
     difference = ref_logps - logps
     return torch.exp(difference) - difference - 1
 
@@ -239,10 +225,9 @@ def attention_policy(rows: Tensor, row: str) -> Tensor:
     """The attention policy of each response token, (B, G, T, P + T).
 
     `rows` (B, G, T + 1, P + T) are the attention of the prompt's last position (row 0) and of each
-    response token y_t (row t, from 1 to T); each sums to 1. "own" is the policy of eq. 2, row t
-    without its own column: p^t(i) = alpha_{t,i} / sum_{j <= t - 1} alpha_{t,j} for i <= t - 1. It
-    is all zeros where y_t attends only to itself. "predicting" [ours] is row t - 1, whose output
-    predicts y_t: it sees the same positions and needs no denominator.
+    response token y_t (row t, from 1 to T); each sums to 1. "own" is row t without its own column,
+    renormalised (eq. 2), and all zeros where y_t attends only to itself. "predicting" [ours] is row
+    t - 1, which sees the same positions and needs no denominator.
 
     >>> rows = torch.tensor([[[[0.7, 0.3, 0.0], [0.2, 0.3, 0.5]]]])  # P = 2, T = 1
     >>> attention_policy(rows, "own"), attention_policy(rows, "predicting")
@@ -258,9 +243,8 @@ def attention_policy(rows: Tensor, row: str) -> Tensor:
 def divergence(p: Tensor, q: Tensor) -> Tensor:
     """Jensen-Shannon divergence of distributions along the last axis, in nats: between 0 and ln 2.
 
-    `p` is the current distribution and `q` the anchor. Zeros are safe, in value and in gradient. In
-    float32, values below 1e-7 are rounding; the gradient is accurate far below that.
-    The rows are computed in chunks, see `in_chunks`.
+    Zeros are safe, in value and in gradient. In float32, values below 1e-7 are rounding; the
+    gradient is accurate far below that. The rows are computed in chunks, see `in_chunks`.
 
     >>> p, q = torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[0.0, 1.0], [0.5, 0.5]])
     >>> divergence(p, q)
@@ -289,7 +273,7 @@ def target_mask(prompts: list[Prompt], batch: PromptBatch) -> Tensor:
 
 
 def loss_terms(scores: common.Scores, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """The terms of the loss for each response, (B, G): means over its tokens, in nats per token."""
+    """The loss terms, (B, G): means over each response's tokens."""
     attn = attention_policy(scores.attentions[args.attn_layer], args.attn_row)  # RAL
     pg, clipped = clipped_loss(scores.logps, batch.old_logps, batch.advantages, args.clip_eps)
     kl = torch.zeros_like(pg) if batch.ref_logps is None else k3(scores.logps, batch.ref_logps)
@@ -315,29 +299,24 @@ def loss_terms(scores: common.Scores, batch: Batch, args: Args) -> dict[str, Ten
 
 
 def update(
-    model: Module, optimizer: Optimizer, batches: list[Batch], args: Args
+    model: nn.Module, optimizer: Optimizer, batches: list[Batch], args: Args
 ) -> dict[str, float]:
     """Pass over a rollout `num_iterations` times, with an optimiser step for each minibatch.
-    Returns the metrics, averaged over these steps.
-
-    `train/attn_jsd_<k>` is the divergence before the k-th optimiser step.
-    """
+    Returns the metrics, averaged over these steps."""
     model.train()
     metrics = defaultdict(float)
     size = len(batches) // args.num_minibatches
     minibatches = [batches[i : i + size] for i in range(0, len(batches), size)]
     schedule = args.num_iterations * minibatches
-    for k, minibatch in enumerate(schedule, 1):  # RAL
+    for k, minibatch in enumerate(schedule, 1):  # RAL: k counts the optimiser steps
         responses = sum(batch.rollout.num_responses for batch in minibatch)
         for batch in minibatch:
             terms = loss_terms(score_policy(model, batch, args), batch, args)
             (terms["loss"].sum() / responses).backward()
             for name, term in terms.items():
-                value = term.detach().sum().item() / responses
-                metrics[f"train/{name}"] += value / len(schedule)
-            # RAL: also log the divergence before this step alone.
-            metrics[f"train/attn_jsd_{k}"] += terms["attn_jsd"].sum().item() / responses
-        norm = ranks.full_tensor(clip_grad_norm_(model.parameters(), args.max_grad_norm))
+                metrics[f"train/{name}"] += term.detach().sum().item() / responses / len(schedule)
+            metrics[f"train/attn_jsd_{k}"] += terms["attn_jsd"].sum().item() / responses  # RAL
+        norm = ranks.full_tensor(nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
         metrics["train/grad_norm"] += norm.item() / len(schedule)
         if not torch.isfinite(norm):
             break  # the training loop then stops the run
@@ -350,8 +329,7 @@ def update(
 
 
 def main(args: Args) -> dict[str, float]:
-    """Train, evaluate and write the run directory. Returns the metrics of the last step and its
-    evaluation in one dictionary."""
+    """Train, evaluate and write the run directory. Returns the metrics of the last step."""
     ranks.require(toy.Task.load(Path(args.model)) is not None, "--model: this fork is for the toy")
     prepared = common.prepare(
         args,

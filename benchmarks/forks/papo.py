@@ -28,9 +28,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
-from torch.nn import Module
-from torch.nn.utils import clip_grad_norm_
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -54,8 +52,8 @@ class Args(cli.RunArgs):
     """Respond with a thought, then the answer, or with the answer alone. Paper: the first, and in
     both stages the second for RAL-zero, with a format reward for the answer alone."""
     steps: int | None = None
-    """Training steps. Unset: one pass over the rows of --data (paper); 800 without. 51,200 rows are
-    6,400 steps on one rank and 800 on 8, at 8 prompts on each."""
+    """Training steps. Unset: one pass over the rows of --data (paper; 51,200 rows are 800 steps of
+    8 prompts on each of 8 ranks), or 800 without."""
     learning_rate: float | None = None
     """Learning rate of AdamW, constant [ours]. Unset: 1e-5 (paper), or 2e-5 for adapters [ours]."""
     max_grad_norm: float = 1.0
@@ -72,8 +70,7 @@ class Args(cli.RunArgs):
     max_new_tokens: int = 768
     """Longest response in tokens. [ours]"""
     temperature: float = 1.0
-    """Temperature of the policy, in sampling and in every loss. The paper has 1 in table 1 and 0.9
-    in its text."""
+    """Temperature in sampling and in every loss. The paper has 1 in table 1 and 0.9 in its text."""
     top_p: float = 1.0
     """Probability mass for nucleus sampling, in (0, 1]. The losses use the full distribution."""
     accuracy_rule: Literal["by-type", "exact"] = "by-type"
@@ -82,7 +79,7 @@ class Args(cli.RunArgs):
     clip_eps: float = 0.2
     """The probability ratio is clipped to [1 - clip_eps, 1 + clip_eps]. [ours]"""
     beta: float = 0.04
-    """Weight of the KL to the starting model; 0: no reference. Paper: 0.04."""
+    """Weight of the KL to the starting model; 0: none. Paper: 0.04."""
     gamma_perception: float = 0.02
     """Weight of the KL to the policy with the picture blackened. Paper: 0.02."""
     eta_entropy: float = 0.05
@@ -142,18 +139,17 @@ def reward(prompt: Prompt, text: str, truncated: bool, args: Args) -> dict[str, 
 
 @dataclass
 class Batch:
-    """A microbatch of a rollout with the tensors that its loss needs. `advantages` are (B, G, 1),
-    or (B, G, T) in a fork that gives each token its own; log-probabilities are (B, G, T)."""
+    """A microbatch of a rollout with the tensors that its loss needs."""
 
     rollout: common.Rollout
-    advantages: Tensor
-    ref_logps: Tensor | None = None
-    old_logps: Tensor | None = None
+    advantages: Tensor  # (B, G, 1); `score_policy` of a fork may make them (B, G, T)
+    ref_logps: Tensor | None = None  # (B, G, T)
+    old_logps: Tensor | None = None  # (B, G, T)
     masked_logps: Tensor | None = None  # with the picture blackened
 
 
 def roll_out(
-    model: Module, processor: Processor, prompts: list[Prompt], batch: PromptBatch, args: Args
+    model: nn.Module, processor: Processor, prompts: list[Prompt], batch: PromptBatch, args: Args
 ) -> tuple[common.Rollout, list[list[str]], Tensor, dict[str, float]]:
     """Sample G responses to each prompt and reward them. Returns the rollout, its texts (B lists of
     G), the rewards (B, G) and the metrics."""
@@ -167,7 +163,7 @@ def roll_out(
 
 
 @torch.no_grad()
-def score_reference(reference: Module, batches: list[Batch], args: Args) -> None:
+def score_reference(reference: nn.Module, batches: list[Batch], args: Args) -> None:
     """Add the frozen starting model's scores of the responses to each batch."""
     for batch in batches:
         scores = common.score(reference, batch.rollout, args.temperature)
@@ -176,7 +172,7 @@ def score_reference(reference: Module, batches: list[Batch], args: Args) -> None
 
 @torch.no_grad()
 def score_masked(
-    model: Module, batches: list[Batch], masked: PromptBatch, cuts: list[slice], args: Args
+    model: nn.Module, batches: list[Batch], masked: PromptBatch, cuts: list[slice], args: Args
 ) -> None:
     """Add the policy's scores of the responses, with the picture blackened, to each batch."""
     for batch, cut in zip(batches, cuts, strict=True):
@@ -184,7 +180,7 @@ def score_masked(
         batch.masked_logps = common.score(model, rollout, args.temperature).logps
 
 
-def score_policy(model: Module, batch: Batch, args: Args) -> common.Scores:
+def score_policy(model: nn.Module, batch: Batch, args: Args) -> common.Scores:
     """The policy's scores of the responses. A batch's first are from before any step, when the
     policy is still that of the rollout: they are kept as the old ones."""
     scores = common.score(model, batch.rollout, args.temperature)
@@ -198,10 +194,8 @@ def score_policy(model: Module, batch: Batch, args: Args) -> common.Scores:
 
 def group_advantages(rewards: Tensor) -> Tensor:
     """GRPO's advantages A_i = (r_i - mean) / (std + 1e-4) within each group (eq. 8), (B, G, 1): one
-    for all tokens of a response; std with ddof 1, and the 1e-4, are [ours].
-
-    They are exactly 0 where all rewards of a group are equal. The rewards themselves decide this:
-    eight float32 rewards of 0.9 have a std of 6e-8 and would otherwise get an advantage.
+    for all tokens of a response. The std's ddof of 1 and the 1e-4 are [ours]. Exactly 0 if all
+    rewards of a group are equal, though in float32 eight of 0.9 have a std of 6e-8.
 
     >>> rewards = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.9, 0.9, 0.9, 0.9]])
     >>> group_advantages(rewards)[..., 0]
@@ -225,9 +219,8 @@ def clipped_loss(
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """The k3 estimate of KL(policy || reference) for each token: exp(d) - d - 1, d = ref - logp. It
-    is unbiased for tokens that the policy has sampled, and its gradient is then, on average, that
-    of KL(reference || policy)."""
+    """The k3 estimate of KL(policy || reference) for each token: exp(d) - d - 1, d = ref - logp. On
+    sampled tokens it is unbiased, but its mean gradient is that of KL(reference || policy)."""
     difference = ref_logps - logps
     return torch.exp(difference) - difference - 1
 
@@ -244,7 +237,7 @@ def visual_dependence(logps: Tensor, masked_logps: Tensor) -> Tensor:
 
 
 def loss_terms(scores: common.Scores, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """The terms of the loss for each response, (B, G): means over its tokens, in nats per token."""
+    """The loss terms, (B, G): means over each response's tokens."""
     pg, clipped = clipped_loss(scores.logps, batch.old_logps, batch.advantages, args.clip_eps)
     kl = torch.zeros_like(pg) if batch.ref_logps is None else k3(scores.logps, batch.ref_logps)
     terms = {"pg_loss": pg, "kl": kl, "entropy": scores.entropy, "clip_frac": clipped}
@@ -261,7 +254,7 @@ def loss_terms(scores: common.Scores, batch: Batch, args: Args) -> dict[str, Ten
 
 
 def update(
-    model: Module, optimizer: Optimizer, batches: list[Batch], args: Args
+    model: nn.Module, optimizer: Optimizer, batches: list[Batch], args: Args
 ) -> dict[str, float]:
     """Pass over a rollout `num_iterations` times, with an optimiser step for each minibatch.
     Returns the metrics, averaged over these steps."""
@@ -276,9 +269,8 @@ def update(
             terms = loss_terms(score_policy(model, batch, args), batch, args)
             (terms["loss"].sum() / responses).backward()
             for name, term in terms.items():
-                value = term.detach().sum().item() / responses
-                metrics[f"train/{name}"] += value / len(schedule)
-        norm = ranks.full_tensor(clip_grad_norm_(model.parameters(), args.max_grad_norm))
+                metrics[f"train/{name}"] += term.detach().sum().item() / responses / len(schedule)
+        norm = ranks.full_tensor(nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
         metrics["train/grad_norm"] += norm.item() / len(schedule)
         if not torch.isfinite(norm):
             break  # the training loop then stops the run
@@ -291,8 +283,7 @@ def update(
 
 
 def main(args: Args) -> dict[str, float]:
-    """Train, evaluate and write the run directory. Returns the metrics of the last step and its
-    evaluation in one dictionary."""
+    """Train, evaluate and write the run directory. Returns the metrics of the last step."""
     prepared = common.prepare(
         args,
         PROMPTS,

@@ -10,6 +10,7 @@ import re
 from ast import literal_eval
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
@@ -19,9 +20,9 @@ import numpy as np
 
 from support.answers import MAX_ANSWER, option_accuracy, option_texts, plain_accuracy
 from support.datafiles import BOXES, COLUMNS, MAX_ROW, DataFile, Part, find_medium
-from support.media import BadRow
+from support.media import BadRow, reading
 from support.prompts import Example
-from support.ranks import UsageError, first_line, require
+from support.ranks import UsageError, require
 
 Row = dict[str, Any]
 
@@ -408,15 +409,11 @@ class BenchmarkFile(DataFile):
     def named_fields(self, row: int) -> Row:
         """The fields of a row, by `Benchmark.row`."""
         part, _ = self.locate(row)
-        try:
+        with reading("is not as published"):  # other columns or values
             published = self.fields(row) | {"part": re.split("[:/]", part.source)[-1]}
             if column := self.benchmark.beside:
                 published["beside"] = read_beside(published[column], part.roots)
             fields = dict.fromkeys(COLUMNS) | self.benchmark.row(published)
-        except BadRow:
-            raise
-        except Exception as error:  # columns or values are not the published ones
-            raise BadRow(f"is not as published ({first_line(error)})") from None
         if not any(fields.get(name) for name in ("image", "images", "video")):
             raise BadRow("has no image or video")
         return fields
@@ -430,11 +427,9 @@ class BenchmarkFile(DataFile):
             return self.read(row, fields | dict.fromkeys(BOXES))
 
     def has_video(self, row: int) -> bool:
-        try:
-            find_medium(self.named_fields(row)["video"], self.locate(row)[0].roots)
-        except BadRow:
-            return False
-        return True
+        with suppress(BadRow):
+            return bool(find_medium(self.named_fields(row)["video"], self.locate(row)[0].roots))
+        return False
 
 
 def read_beside(medium: str, roots: Sequence[Path]) -> Row:

@@ -25,7 +25,7 @@ from support import ranks
 from support.answers import read_number
 from support.cli import each, option
 from support.datafiles import DataFile
-from support.disk import append
+from support.disk import append, loading
 from support.media import BadRow
 from support.prompts import Example, Prompt
 from support.ranks import UsageError, first_line, require
@@ -191,10 +191,8 @@ class Reader:
         # Signals wait until a new reader ignores them: PyTorch's own handler would end it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, ranks.STOP_SIGNALS)
         try:
-            items = iter(loader)
-        except OSError as error:
-            reason = f"the readers cannot be started ({error.strerror}); give fewer, or 0"
-            raise UsageError(f"--workers {self.workers}: {reason}") from None
+            with loading(f"--workers {self.workers}: the readers cannot start", "give fewer, or 0"):
+                items = iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:

@@ -29,6 +29,7 @@ from array import array
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import partial
@@ -55,10 +56,11 @@ from support.media import (
     read_frames,
     read_image,
     read_video,
+    reading,
     upright_box,
 )
 from support.prompts import Example, Media
-from support.ranks import UsageError, first_line, print_once, require
+from support.ranks import UsageError, print_once, require
 
 # Accepted column names of each field. If a file has several of them, the first is read.
 COLUMNS = {
@@ -71,7 +73,7 @@ COLUMNS = {
     "data_source": ("data_source",),
 }
 CHATS = ("conversations", "messages")  # they hold the answer, too
-# And image_1, image_2, ... are one list.
+# The columns image_1, image_2, ... are one list of images, too.
 MEDIA_COLUMNS = {
     "image": ("images", "image", "image_list"),
     "video": ("videos", "video", "video_path"),
@@ -132,7 +134,7 @@ def download(name: str, split: str) -> Path:
     """Download the chosen splits of a data set of the hub; returns their directory in the cache."""
     fetch = partial(snapshot_download, name, repo_type="dataset")
     chosen, left_out = ["*.parquet", "*.json", "*.jsonl"], []
-    try:  # choose before anything is downloaded
+    with suppress(OSError, ValueError):  # choose first; offline, an earlier download is read
         files = {x.filename: x.file_size or 0 for x in fetch(allow_patterns=chosen, dry_run=True)}
         tables = [x for x in files if x.endswith(".parquet")]
         splits = choose_splits(tables or [*files], split, name).values()
@@ -140,13 +142,9 @@ def download(name: str, split: str) -> Path:
         if not tables:  # a small JSON file may say more about the medium beside it
             large = {glob.escape(x) for x, size in files.items() if size > MAX_ROW}
             left_out, chosen = sorted(large.difference(chosen)), [*chosen, *LOOSE_MEDIA, "*.json"]
-    except (OSError, ValueError):
-        pass  # offline: an earlier download is read
-    try:
+    remedy = "check the name, the network and HF_HUB_OFFLINE, or give a local directory"
+    with loading(f"cannot download {name}", remedy):
         return Path(fetch(allow_patterns=chosen, ignore_patterns=left_out))
-    except (OSError, ValueError) as error:
-        remedy = "check the name, the network and HF_HUB_OFFLINE, or give a local directory"
-        raise UsageError(f"cannot download {name} ({first_line(error)}); {remedy}") from None
 
 
 def choose_splits(names: list[str], split: str, place: str) -> dict[str, list[str]]:
@@ -385,20 +383,15 @@ class DataFile:
 
     def has_media(self, row: int) -> bool:
         """Whether a row lists an image or a video, readable or not."""
-        try:
+        with suppress(BadRow):
             return bool(listed_media(self.named_fields(row)))
-        except BadRow:
-            return False
+        return False
 
     def fields(self, row: int) -> dict[str, Any]:
         """The columns of a row, as the file has them."""
         part, number = self.locate(row)
-        try:
+        with reading("cannot be read"):
             fields = part.rows[number]
-        except BadRow:
-            raise
-        except Exception as error:  # hostile bytes make pyarrow raise any error
-            raise BadRow(f"cannot be read: {first_line(error)}") from None
         if not isinstance(fields, dict):
             raise BadRow("is not a JSON object")
         return fields

@@ -3,7 +3,8 @@
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
@@ -36,6 +37,18 @@ class BadRow(Exception):
     """A row that cannot be used; the message says why."""
 
 
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turn any exception raised while reading `what` into a `BadRow`: hostile bytes make decoders
+    raise any."""
+    try:
+        yield
+    except BadRow:
+        raise
+    except Exception as error:
+        raise BadRow(f"{what} ({first_line(error)})") from None
+
+
 @dataclass
 class MediaBytes:
     """The content of a media file, opened like a `Path`."""
@@ -63,27 +76,26 @@ def read_image(path: Path | MediaBytes) -> Image.Image:
     Raises:
         BadRow: the image cannot be read, or is too large.
     """
-    try:
-        with path.open("rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
-            if image.mode in ("I", "F"):  # their value range is unknown
-                raise BadRow(f"{path.name}: pixels of mode {image.mode} are not supported")
-            turned = image.getexif().get(ExifTags.Base.Orientation)
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # Pillow would clip at 255, not scale
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            image = image.convert("RGB")
-            image.info["orientation"] = turned if turned in range(1, 9) else 1
-            return image
-    except UnidentifiedImageError:
-        raise BadRow(f"{path.name}: not a readable image ({', '.join(IMAGE_FORMATS)})") from None
-    except BadRow:
-        raise
-    except Exception as error:  # hostile bytes make decoders raise any error
-        raise BadRow(f"{path.name}: not a readable image ({first_line(error)})") from None
+    unreadable = f"{path.name}: not a readable image"
+    with reading(unreadable), path.open("rb") as file:
+        try:
+            image = Image.open(file, formats=IMAGE_FORMATS)
+        except UnidentifiedImageError:
+            raise BadRow(f"{unreadable} ({', '.join(IMAGE_FORMATS)})") from None
+        if image.mode in ("I", "F"):  # their value range is unknown
+            raise BadRow(f"{path.name}: pixels of mode {image.mode} are not supported")
+        turned = image.getexif().get(ExifTags.Base.Orientation)
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # Pillow would clip at 255, not scale
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        image = image.convert("RGB")
+        image.info["orientation"] = turned if turned in range(1, 9) else 1
+        return image
+        return image
 
 
 def frame_indices(
@@ -121,7 +133,7 @@ def read_video(
         BadRow: the video is cut off or too large, shows no frame from `start` to `end`, or a frame
             cannot be decoded.
     """
-    try:
+    with reading(f"{path.name}: not a readable video"):
         if not is_video(path):
             raise BadRow(f"{path.name}: not a video, by its first bytes")
         with open_video(path) as container:
@@ -136,10 +148,6 @@ def read_video(
             raise BadRow(f"{path.name}: {len(indices)} of its frames take more than 4 GB")
         pictures = seek_frames(path, [stamps[i] for i in indices], keys)
         pictures = pictures or count_frames(path, indices)
-    except BadRow:
-        raise
-    except Exception as error:  # hostile bytes make decoders raise any error
-        raise BadRow(f"{path.name}: not a readable video ({first_line(error)})") from None
     if len(pictures) < len(indices):
         raise BadRow(f"{path.name}: some of its {len(stamps):,} frames cannot be decoded")
     return Media(pictures, is_video=True, times=shown[indices].tolist())

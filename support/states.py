@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from support import disk, ranks
 from support.cli import each, option
-from support.ranks import UsageError, require
+from support.ranks import require
 
 DEFINITIONS = 6  # raise it when the same arguments compute, or a state holds, something else
 
@@ -48,10 +48,8 @@ def fingerprint_inputs(args: Any) -> dict[str, str]:
             prints[f"{option(name)} {path}"] = commit.read_text() if commit.is_file() else "none"
         for file in files:
             label = f"{option(name)} {file}"
-            try:
+            with disk.loading(label, "make it readable"):
                 prints[label] = disk.fingerprint(file, max(2, BLOCKS // len(files)))
-            except OSError as error:
-                raise UsageError(f"{label}: cannot be read ({error.strerror})") from None
     return prints
 
 

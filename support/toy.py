@@ -33,9 +33,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from support.cli import given_options
 from support.data import BadRows, Prompts, Reader
+from support.disk import loading
 from support.grounding import Box
 from support.prompts import Example, Media, Prompt, PromptConfig
-from support.ranks import UsageError, rank, require, world_size
+from support.ranks import rank, require, world_size
 
 CELL = 28  # pixels; one visual token of Qwen2-VL
 STAR = (14, 2, 17, 10, 25, 10, 19, 15, 21, 24, 14, 19, 6, 24, 8, 15, 2, 10, 10, 10)
@@ -93,7 +94,7 @@ class Task:
         path = directory / "toy_task.json"
         if not path.is_file():
             return None
-        try:
+        with loading(f"{path}: not a toy's task", "train it again"):
             if path.stat().st_size > 2**12:
                 raise ValueError("it is larger than 4 kB")
             task = Task(**json.loads(path.read_text()))
@@ -101,8 +102,6 @@ class Task:
             if not sizes or type(task.think) is not bool or task.order not in ORDERS:
                 raise ValueError(f"{task} is out of range")
             return task
-        except (ValueError, TypeError, RecursionError) as error:
-            raise UsageError(f"{path}: not a toy's task ({error}); train it again") from None
 
     def open_data(
         self, args: Any, encode: Callable[[Example], Prompt], *, keep_media: bool = False

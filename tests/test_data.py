@@ -115,7 +115,7 @@ def test_a_broken_line_is_a_row_with_its_line(tmp_path):
         words in reason
         for words, reason in zip(
             (
-                "cannot be read: Expecting value: line 1 column 7",
+                "cannot be read (Expecting value: line 1 column 7",
                 "is not a JSON object",
                 "is longer than 1,048,576 bytes",
             ),
@@ -147,7 +147,7 @@ ANYTHING_ELSE = [  # what a file is; what its one line says
     (b"\x80\x04\x95rows", "begins with b'\\x80"),
     (b'{"data": [{"problem": "p", "solution": "s"}]}', "has the columns data; expected a question"),
     (b'{\n"data": [\n{"problem": "p"},\n{"problem": "q"}\n]\n}', "has the columns problem; "),
-    (b'{\n"data": [\n]\n}', "row 1 (line 1) cannot be read: Expecting"),
+    (b'{\n"data": [\n]\n}', "row 1 (line 1) cannot be read (Expecting"),
     (b'[{"problem": "p", "answer": 1},\n{"problem": "q",\n}]', "line 3 column 1"),
     (b'[{"problem": "p", "answer": 1}', "line 1 column 31"),
     (b'[{"problem": "p", "answer": 1}]\n\n{"problem": "p"}', "rows.json: Extra data: line 3"),
@@ -304,8 +304,7 @@ def test_a_hub_name_reads_the_downloaded_files(tmp_path, monkeypatch):
     assert len(file) == 2 and file.name(1).startswith("geometry3k:test/data/test-00000")
     assert sizes(file.example(1)) == [(41, 30)]
     with pytest.raises(
-        UsageError,
-        match=r"cannot download hiyouga/missing \(Cannot find .*check the name, the netw",
+        UsageError, match=r"cannot download hiyouga/missing: Cannot find .*check the name, the netw"
     ):
         DataFile("hiyouga/missing")
 

@@ -148,10 +148,9 @@ def relaxed(answer: str, example: Example) -> float:
     """ChartQA's relaxed accuracy: a number within 5%, or the same text."""
 
     def number(text: str) -> float | None:
-        try:
+        with suppress(ValueError):
             return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        except ValueError:
-            return None
+        return None
 
     p, g = number(answer), number(example.solution)
     if p is not None and g:
@@ -421,10 +420,9 @@ class BenchmarkFile(DataFile):
     def example(self, row: int) -> Example:
         """Row number `row` with its media. A question counts even if its boxes cannot be used."""
         fields = self.named_fields(row)
-        try:
+        with suppress(BadRow):
             return self.read(row, fields)
-        except BadRow:
-            return self.read(row, fields | dict.fromkeys(BOXES))
+        return self.read(row, fields | dict.fromkeys(BOXES))
 
     def has_video(self, row: int) -> bool:
         with suppress(BadRow):
@@ -435,12 +433,12 @@ class BenchmarkFile(DataFile):
 def read_beside(medium: str, roots: Sequence[Path]) -> Row:
     """The object in the JSON file that lies beside a medium; empty if there is no such file, or if
     it is not an object of at most `MAX_ROW` bytes."""
-    try:
+    with suppress(BadRow, OSError, ValueError, AttributeError, RecursionError):
         place = find_medium(str(Path(medium).with_suffix(".json")), roots)
         found = json.loads(place.read_bytes()) if place.stat().st_size <= MAX_ROW else None
-    except (BadRow, OSError, ValueError, AttributeError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        if isinstance(found, dict):
+            return found
+    return {}
 
 
 def number(name: str, records: Sequence[Row]) -> str:

@@ -522,7 +522,8 @@ def find_medium(path: str, roots: Sequence[Path]) -> Path | list[str]:
     blobs = [root.parent.parent / "blobs" for root in roots if root.parent.name == "snapshots"]
     folders = []
     for root in roots:
-        try:
+        # The path may be too long, have a NUL, or lead through a loop of links.
+        with suppress(OSError, ValueError, RuntimeError):
             target = (root / path).resolve()
             if any(target.is_relative_to(allowed) for allowed in [*roots, *blobs]):
                 if target.is_file():
@@ -530,8 +531,6 @@ def find_medium(path: str, roots: Sequence[Path]) -> Path | list[str]:
                 if target.is_dir():
                     files = (str(x) for x in target.iterdir() if not x.name.startswith("."))
                     folders.append([*islice(files, MAX_LISTED + 1)])
-        except (OSError, ValueError, RuntimeError):  # too long, has a NUL, or a loop of links
-            continue
     for files in folders[:1]:
         return sorted(files, key=lambda file: (len(file), file))
     where = f"under --media-root {' '.join(map(str, roots))[:200]}"
@@ -613,7 +612,7 @@ def read_box(item: Any, box_format: Any, medium: Media, number: int) -> Box:
 def read_chat(turns: list[Any]) -> dict[str, Any]:
     """The fields of a row whose question, and perhaps its answer, are the turns of a chat."""
     fields = {"images": [], "videos": []}
-    try:
+    with reading("has a turn without a role or a text"):
         roles = [turn.get("from") or turn.get("role") for turn in turns]
         if roles not in ROLES:
             found = f"has the turns {str(roles)[:100]}"
@@ -630,8 +629,6 @@ def read_chat(turns: list[Any]) -> dict[str, Any]:
                 else:
                     text += part["text"]
             fields[field] = text
-    except (AttributeError, TypeError, KeyError):
-        raise BadRow("has a turn without a role or a text") from None
     return fields
 
 
@@ -641,12 +638,10 @@ def other_columns(fields: dict[str, Any], read: set[str]) -> dict[str, Any]:
     out."""
     extra, size = {}, 0
     for name in (x for x in fields if x not in read):
-        try:
+        with suppress(TypeError, ValueError, RecursionError):
             text = json.dumps(fields[name], default=lambda x: None if type(x) is bytes else str(x))
-        except (TypeError, ValueError, RecursionError):
-            continue
-        if size + len(text) <= MAX_EXTRA:
-            extra[name], size = json.loads(text), size + len(text)
+            if size + len(text) <= MAX_EXTRA:
+                extra[name], size = json.loads(text), size + len(text)
     return extra
 
 

@@ -149,9 +149,8 @@ def write_aside(path: Path, text: str) -> None:
     try:
         aside.write_text(text, encoding="utf-8")
         aside.rename(path)
-    except OSError:
+    finally:
         aside.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

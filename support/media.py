@@ -62,11 +62,8 @@ class MediaBytes:
 
 def is_video(path: Path | MediaBytes) -> bool:
     """Whether a file is a video, by its first bytes."""
-    try:
-        with path.open("rb") as file:
-            return VIDEO.match(file.read(512)) is not None
-    except OSError as error:
-        raise BadRow(f"{path.name}: cannot be read ({error.strerror})") from None
+    with reading(f"{path.name}: cannot be read"), path.open("rb") as file:
+        return VIDEO.match(file.read(512)) is not None
 
 
 def read_image(path: Path | MediaBytes) -> Image.Image:

@@ -98,18 +98,11 @@ def check_out(args: Any, kind: str) -> None:
 
 def with_wandb(call: Callable[[Any], Any]) -> Any:
     """Return what `call(wandb)` returns; its errors, and a missing package, are one line."""
-    try:
-        import wandb
-    except ImportError:
-        wandb = None
-    # A folder `wandb/` that an earlier run left is imported as an empty package.
-    missing = "--track: wandb is not installed; `pip install wandb`, or omit --track"
-    require(hasattr(wandb, "login"), missing)
-    try:
+    remedy = "`pip install wandb` and `wandb login`, set WANDB_MODE=offline, or omit --track"
+    with disk.loading("--track", remedy):
+        import wandb  # perhaps an empty package: a folder `wandb/` that an earlier run left
+
         return call(wandb)
-    except wandb.Error as error:
-        remedy = "`wandb login`, set WANDB_MODE=offline, or omit --track"
-        raise UsageError(f"--track: {str(error).splitlines()[0]}; {remedy}") from None
 
 
 # 2. The run

@@ -303,7 +303,7 @@ def test_wandb_starts_after_the_lock_and_its_errors_are_one_line(args, wandb):
 
     wandb.login = wandb.init = refuse
     for start in (runs.check_run, lambda x: runs.Run(x, data.BadRows())):
-        with pytest.raises(ranks.UsageError, match=r"^--track: no API key; [^\n]*$"):
+        with pytest.raises(ranks.UsageError, match=r"^--track: Error: no API key; [^\n]*$"):
             start(args)
 
 

@@ -87,12 +87,13 @@ def checkpoint_folder(path: str | Path, field: str, names: Sequence[str]) -> Pat
             raise UsageError(f"{field}: {reason}. {remedy}") from None
 
 
-def read_files(folder: Path) -> dict[str, bytes]:
-    """The content of each of `FILES` that a checkpoint has.
+def read_files(folder: Path, named: str) -> dict[str, bytes]:
+    """The content of each of `FILES` that a checkpoint has; `named` begins an error message.
 
     Raises:
-        ValueError: one of them is too large, is not JSON, or is a link that leaves the checkpoint
-            for anything but the hub's cache: a saved checkpoint would pass on what it leads to.
+        UsageError, ValueError: one of them is too large, is not JSON, or is a link that leaves the
+            checkpoint for anything but the hub's cache: a saved checkpoint would pass on what it
+            leads to.
     """
     homes = [folder.resolve(), (folder.resolve() / "../../blobs").resolve()]
     files = {}
@@ -105,11 +106,9 @@ def read_files(folder: Path) -> dict[str, bytes]:
         if path.stat().st_size > limit:
             raise ValueError(f"its {path.name} is larger than {limit >> 20} MB")
         files[path.name] = path.read_bytes()
-        try:
+        with loading(f"{named}: its {path.name}"):
             if path.suffix == ".json" and not isinstance(json.loads(files[path.name]), dict):
-                raise ValueError("it is not a JSON object")
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"its {path.name} cannot be used ({error})") from None
+                raise ValueError("is not a JSON object")
     return files
 
 
@@ -181,7 +180,7 @@ def load_processor(
         adapter = "holds an adapter (adapter_config.json); merge it into its base model, or give"
         whole = not (folder / "adapter_config.json").exists()
         require(whole, f"{named}: {adapter} the checkpoint/ beside it or the base model")
-        files = read_files(folder)
+        files = read_files(folder, named)
         if "config.json" not in files:
             inside = f"{path}/checkpoint"
             require(not Path(inside).is_dir(), f"{named}: is a run directory; give {inside}")
@@ -199,7 +198,8 @@ def load_processor(
         image_processor = AutoImageProcessor.from_pretrained(
             folder, backend="pil", trust_remote_code=False
         )
-        asked = read_prompt_config(files) or PromptConfig({})
+        with loading(f"{named}: its prompt.json", "fix or delete it"):
+            asked = read_prompt_config(files.get("prompt.json", b'{"prompts": {}}'))
         tokens = {"image_tokens": image_tokens, "min_image_tokens": min_image_tokens}
         tokens |= {"frame_tokens": frame_tokens}
         processor = Processor(config, tokenizer, image_processor, asked, files, **tokens)

@@ -213,25 +213,20 @@ class Processor:
             self.files[name] = json.dumps(content, indent=2, ensure_ascii=False).encode()
 
 
-def read_prompt_config(files: dict[str, bytes]) -> PromptConfig | None:
-    """The prompt configuration among a checkpoint's files, or None if it has none.
+def read_prompt_config(content: bytes) -> PromptConfig:
+    """The prompt configuration in a `prompt.json`, which may hold anything.
 
     Raises:
-        ValueError: `prompt.json` is not a prompt configuration.
+        ValueError, TypeError, AttributeError: it is not a prompt configuration.
     """
-    if "prompt.json" not in files:
-        return None
-    try:
-        config = PromptConfig(**json.loads(files["prompt.json"]))
-        if any(re.search("<image>|<video>", text) for text in config.prompts.values()):
-            raise ValueError("a prompt holds the marker of a medium")
-        if not {type(config.think), type(config.question_first)} <= {bool}:
-            raise TypeError("think or question_first is not true or false")
-        if config.accuracy_rule not in ("by-type", "exact"):
-            raise ValueError(f"its accuracy_rule is {config.accuracy_rule!r}")
-        return config
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"its prompt.json cannot be used ({error}); fix or delete it") from None
+    config = PromptConfig(**json.loads(content))
+    if any(re.search("<image>|<video>", text) for text in config.prompts.values()):
+        raise ValueError("a prompt holds the marker of a medium")
+    if not {type(config.think), type(config.question_first)} <= {bool}:
+        raise ValueError("think or question_first is not true or false")
+    if config.accuracy_rule not in ("by-type", "exact"):
+        raise ValueError(f"its accuracy_rule is {config.accuracy_rule!r}")
+    return config
 
 
 def encode_prompt(processor: Processor, example: Example) -> Prompt:

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -117,11 +118,10 @@ def trial_ends(given: str) -> bool:
     """Whether `TRIAL` ends within its limits. A fork would be faster, but may wait for a lock that
     another thread of this process holds."""
     command = [sys.executable, "-P", "-c", TRIAL]
-    try:
+    with suppress(subprocess.TimeoutExpired):
         status = subprocess.run(command, input=given.encode(), capture_output=True, timeout=120)
-    except subprocess.TimeoutExpired:
-        return False
-    return 0 <= status.returncode != 3
+        return 0 <= status.returncode != 3
+    return False
 
 
 def require_bounded(tokenizer: Any, templates: Sequence[str]) -> None:

@@ -77,27 +77,24 @@ class BadRows:
         self.name(found)
 
 
+@dataclass(eq=False)
 class Prompts(Dataset):
     """Prompt number n of a run, counted from 0, and the bad rows met while reading it.
 
     With a seed, the prompt is a function of (seed, n) alone, so a state need not store the order:
     every epoch has its own order, and a random row replaces a bad one. Without a seed, prompt n is
-    row n, or None if that row is bad. `source` must provide `example(row)`. The media of prompts
-    from number `keep_media` on lose their frames, which only rewards and pictures need.
+    row n, or None if that row is bad. `source` must provide `example(row)` and, where rows may be
+    bad, `place(row)`. The media of prompts from number `keep_media` on lose their frames, which
+    only rewards and pictures need.
     """
 
-    def __init__(
-        self,
-        source: Any,
-        encode: Callable[[Example], Prompt],
-        rows: np.ndarray | None = None,
-        seed: int | None = None,
-        max_tokens: int | None = None,
-        keep_media: int = 0,
-    ):
-        self.source, self.encode, self.rows, self.seed = source, encode, rows, seed
-        self.max_tokens, self.keep_media = max_tokens, keep_media
-        self.order = (-1, rows)  # of the epoch last requested
+    source: Any
+    encode: Callable[[Example], Prompt]
+    rows: np.ndarray | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    keep_media: int = 0
+    order: tuple[int, np.ndarray | None] = (-1, None)  # of the epoch last requested
 
     def row(self, n: int, attempt: int) -> int:
         if self.rows is None:

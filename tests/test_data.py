@@ -807,6 +807,7 @@ def test_a_bad_row_says_why(media_dir, layout, fields, words):
                 isinstance(item, dict) and item.pop("bytes")
             open_rows(media_dir, json.dumps(row)).example(0)
     assert words in str(reason.value) and len(str(reason.value).encode()) < 400
+    assert "BadRow" not in str(reason.value)  # its own reason, not that of another
 
 
 @pytest.mark.parametrize("field", ["problem", "solution", "process", "options"])

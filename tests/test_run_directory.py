@@ -422,6 +422,13 @@ def test_what_to_run_next_is_there(tmp_path, monkeypatch, capsys):
     assert "next" not in capsys.readouterr().out
 
 
+def test_a_text_that_cannot_take_its_place_leaves_nothing(tmp_path):
+    (tmp_path / "args.json" / "in the way").mkdir(parents=True)
+    with pytest.raises(OSError):
+        disk.write_aside(tmp_path / "args.json", "{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["args.json"]
+
+
 # Rewards that teach nothing
 
 

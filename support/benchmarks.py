@@ -231,8 +231,9 @@ class Benchmark:
     a data file.
 
     The unpacked videos lie in the folders `videos`; `unpack` says what to do for that. `bare` is
-    a problem type and the benchmark's own request for it. If the medium in the column `beside` has
-    a JSON file beside it, the row has the object in that file as `row["beside"]`.
+    a problem type and the benchmark's own request for it. `metric` scores an answer, and `total`
+    makes one number, in `unit`, of the records of all rows. If the medium in the column `beside`
+    has a JSON file beside it, the row has the object in that file as `row["beside"]`.
     """
 
     title: str

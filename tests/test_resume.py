@@ -109,7 +109,7 @@ STAGES = [  # owner, function, call, when
     ("disk", "flush", TRAINED + 4, "after"),  # all but the name is on the disk
     ("disk", "install", 2, "before"),  # complete, but not in its place
     ("disk", "flush", TRAINED + 5, "before"),  # renamed
-    ("states", "good_states", 3, "before"),  # the older ones are not yet deleted
+    ("disk", "good_states", 5, "before"),  # the older ones are not yet deleted
     ("common", "save_model", 1, "before"),
     ("common", "save_model", 1, "halfway"),
     ("states", "save_file", 2 * TRAINED + 1, "halfway"),  # of the state after the last step

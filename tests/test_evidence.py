@@ -1,0 +1,52 @@
+"""The programs in benchmarks/ print the numbers on the pages from the numbers in results/."""
+
+import importlib
+import json
+import re
+
+import pytest
+from test_siblings import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """Imports a program of benchmarks/ by its name."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+def test_reproduce_prints_the_tables_of_the_results_file(program, monkeypatch, tmp_path):
+    reproduce, drawn = program("reproduce"), []
+    monkeypatch.setattr(reproduce, "draw", lambda path, _: drawn.append(path.name))
+    monkeypatch.setattr(reproduce, "draw_figure_3", lambda path, _: drawn.append(path.name))
+    done = reproduce.read_results(RESULTS / "reproduce.jsonl")
+    text = reproduce.tables(done, reproduce.SEEDS, tmp_path)
+    assert text == (RESULTS / "reproduce.md").read_text()
+    pictures = {path.name for path in RESULTS.glob("*.png")}
+    assert {*drawn} == pictures - {"directions.png"}
+    dirty = sum(line["commit"].endswith("-dirty") for line in done.values())
+    assert f"({dirty} of {len(done):,} were made with uncommitted changes" in PAGE.read_text()
+    claimed = {(task, cell) for x in reproduce.CLAIMS.values() for task in x for cell in x[task]}
+    assert {key[:2] for key in done if key[1] not in ("cold start", "teacher")} <= claimed
+
+
+@pytest.mark.parametrize("name", ["directions", "rounding"])
+def test_the_page_has_the_numbers_of(name, program):
+    results = json.loads((RESULTS / f"{name}.json").read_text())
+    module, page = program(name), PAGE.read_text()
+    if name == "rounding":
+        text = module.table(results["rates"])
+    else:
+        text = module.tables([*results["rows"].values()])
+        text = text[: text.index("| policy")]  # of the others, the page has some
+    numbers = re.findall(r"\d\.\d+e-\d+|-?\d\.\d+ ± \d\.\d+", text)
+    missing = [number for number in numbers if number not in page]
+    assert len(numbers) > 12 and missing == []
+
+
+def test_every_entry_of_the_cost_is_of_a_variant_that_is_measured(program):
+    entries = json.loads((RESULTS / "step_cost.json").read_text())
+    assert {entry.split()[0] for entry in entries} == {*program("step_cost").VARIANTS}

@@ -203,7 +203,7 @@ CLAIMS = {
             **taught(0.05, 0.5, 1, 5),
             **only_attention("the teacher's layer 0", teacher_attn_layer=0),
             **only_attention("the teacher's layer 1", teacher_attn_layer=1),
-            "KD, 66 steps": (kd_baseline, DISTILL | {"steps": 66}),  # the same time, step_ratio.py
+            "KD, 66 steps": (kd_baseline, DISTILL | {"steps": 66}),
         },
         "videos, taught": {
             **taught(0.5, 1, 5),

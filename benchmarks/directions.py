@@ -39,12 +39,13 @@ sys.path.insert(0, str(ROOT))
 
 import diagnose
 from forks import oracle, posterior_gaze
-from reproduce import COLD_STARTS, OWN, TASKS, commit, draw, interval, markdown, words
+from reproduce import COLD_STARTS, OWN, TASKS, commit, interval, markdown, words
 
 import common
 import ral_grpo
 import sft
 from support import cli, toy
+from support.pictures import load_pyplot, save
 from support.prompts import Processor, Prompt, collate, encode_prompt
 from support.ranks import require
 
@@ -240,6 +241,23 @@ def tables(rows: list[dict[str, dict[str, float]]]) -> str:
     return "\n".join(texts)
 
 
+def draw(path: Path, rows: list[dict[str, dict[str, float]]]) -> None:
+    """Draw the cosines, means with their intervals over cold starts, one panel a column."""
+    names = [name for name, line in rows[0].items() if COSINES[0] in line]
+    size = (6 * len(COSINES), 1.2 + 0.3 * len(names))
+    figure, axes = load_pyplot().subplots(1, len(COSINES), figsize=size)
+    for column, axis in zip(COSINES, axes, strict=True):
+        points = [interval([row[name][column] for row in rows]) for name in names]
+        means, halves = zip(*points, strict=True)
+        axis.errorbar(means, range(len(names)), xerr=halves, fmt="o", markersize=4)
+        axis.axvline(0, color="grey", lw=1)
+        title = f"cosine {column.replace('halves', 'of two halves')}"
+        axis.set(title=title, ylim=(len(names) - 0.5, -0.5))
+        axis.set_yticks(range(len(names)), names if axis is axes[0] else [])
+        axis.grid(axis="x", alpha=0.3)
+    save(figure, path)
+
+
 def main(args: Args) -> None:
     require(args.prompts % 32 == 0, f"--prompts {args.prompts}: must be a multiple of 32")
     rows = {}
@@ -251,14 +269,7 @@ def main(args: Args) -> None:
     args.results.write_text(json.dumps(result, indent=1) + "\n")
     print(tables([*rows.values()]))
     if len(rows) > 1:
-        names = [name for name, line in rows[args.seeds[0]].items() if COSINES[0] in line]
-        points = {
-            f"cosine {column.replace('halves', 'of two halves')}": [
-                (name, *interval([row[name][column] for row in rows.values()])) for name in names
-            ]
-            for column in COSINES
-        }
-        draw(args.results.with_suffix(".png"), points)
+        draw(args.results.with_suffix(".png"), [*rows.values()])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python benchmarks/reproduce.py --claims ablations --seeds 1 2 3 --results runs/mine.jsonl
 
 A cell that the results file has is not run again: to measure anew, give `--results` a new file. The
-tables and pictures go beside it.
+tables and Figure 3 go beside it.
 
 Two sets of definitions are measured. In the paper's (seeds 11 to 30, `OWN`), RAL takes the own row
 (eq. 2) and attention distillation the sum over tokens (eq. 5). In the other (seeds 1 to 10), RAL
@@ -19,8 +19,7 @@ scripts run unchanged, through their `main`. Every cell of a task is judged on t
 examples, 2,048 (standard error 0.01), or 1,024 where a cold start is grown from that of images for
 a larger picture, a video or a thought. Raw numbers go to `benchmarks/results/reproduce.jsonl`, one
 line a cell and seed, with the commit that made them (`-dirty` where the working tree had changes);
-tables with means, 95% intervals, and differences to the baseline paired by seed to `reproduce.md`,
-and these differences to a plot.
+tables with means, 95% intervals, and differences to the baseline paired by seed to `reproduce.md`.
 
 The budget is 60 steps at a learning rate that was chosen, once for each task, on GRPO alone and on
 seeds of no result here, so that it ends near 0.7, where a better method has room to show (see
@@ -68,7 +67,7 @@ import ral_grpo
 import sft
 from support import cli, disk, toy
 from support.grounding import OUTCOMES
-from support.pictures import load_pyplot, save
+from support.pictures import load_pyplot
 from support.prompts import collate, encode_prompt
 from support.ranks import require
 
@@ -514,12 +513,13 @@ def main(args: Args) -> None:
                             disk.append(file, [line | {"commit": made_by}])
     seeds = {claim: {*SEEDS[claim]} for claim in CLAIMS}
     seeds |= {claim: seeds[claim] | {*(args.seeds or ())} for claim in args.claims}
-    text = tables(done, seeds, args.results.parent)
+    text = tables(done, seeds)
     args.results.with_suffix(".md").write_text(text)
+    draw_figure_3(args.results.with_name("figure-3.png"), done)
     print(text)
 
 
-# 3. Tables and pictures
+# 3. Tables
 
 
 def read_results(path: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
@@ -528,9 +528,8 @@ def read_results(path: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
     return {(row["task"], row["cell"], row["seed"]): row for row in rows}
 
 
-def tables(done: dict, seeds: dict[str, set[int]], pictures: Path) -> str:
-    """All tables of the results; `seeds` are those of each claim. Draws into the folder
-    `pictures`."""
+def tables(done: dict, seeds: dict[str, set[int]]) -> str:
+    """All tables of the results; `seeds` are those of each claim."""
     reports = []
     for claim, tasks in CLAIMS.items():
         number = {teacher_number(claim)}
@@ -539,10 +538,9 @@ def tables(done: dict, seeds: dict[str, set[int]], pictures: Path) -> str:
         for task, cells in tasks.items():
             measured = {cell for t, cell, _ in chosen if t == task} & {*[*cells][1:]}
             if measured and not {*cells} <= {"GRPO", *ROWS.values()}:  # the summary has these
-                reports.append(report(claim, task, chosen, pictures))
+                reports.append(report(claim, task, chosen))
     means = [across(claim, done) for claim, tasks in CLAIMS.items() if len(tasks) > 2]
     earlier = {key: row for key, row in done.items() if key[2] not in REDUCED}
-    draw_figure_3(pictures / "figure-3.png", earlier)
     summaries = [summary(earlier, cell, f"RAL ({row}) at lambda 1") for row, cell in ROWS.items()]
     head = "# Results\n\nWritten by `benchmarks/reproduce.py`: means over seeds, and 95% intervals."
     head += ' "minus" is paired by seed. One seed alone is no evidence.\n'
@@ -636,9 +634,8 @@ def across(claim: str, done: dict) -> str:
     return title + markdown(lines) if lines else ""
 
 
-def report(claim: str, task: str, done: dict, pictures: Path) -> str:
-    """A table of means with intervals, and of differences to the first cell paired by seed, which
-    are drawn as well, into the folder `pictures`."""
+def report(claim: str, task: str, done: dict) -> str:
+    """A table of means with intervals, and of differences to the first cell paired by seed."""
     names, cells, row = list(MEASURES), CLAIMS[claim][task], TASKS[task].row
     if row:
         names.append(to_teacher_name(row))
@@ -655,7 +652,7 @@ def report(claim: str, task: str, done: dict, pictures: Path) -> str:
         by_cell["cold start"] = {
             seed: {name: row[f"before, {name}"] for name in names} for seed, row in base.items()
         }
-    lines, points = [], {}
+    lines = []
     for cell, rows in by_cell.items():
         line = {"method": defined(cell, cells), "seeds": str(len(rows))}
         for name in names:
@@ -664,9 +661,6 @@ def report(claim: str, task: str, done: dict, pictures: Path) -> str:
         for name in names:
             values = [rows[seed][name] - base[seed][name] for seed in both]
             line[f"{name}, minus {baseline}"] = words(values, "+")
-            if len(values) > 1:
-                panel = points.setdefault(f"{name}, minus the baseline", [])
-                panel.append((line["method"], *interval(values)))
         sizes = [row["attn_jsd"] for row in rows.values() if "attn_jsd" in row]
         line["divergence, nats"] = f"{np.median(sizes):.0e}" if sizes else ""
         norms = [row for row in rows.values() if row.get("pg_grad_norm")]
@@ -676,8 +670,6 @@ def report(claim: str, task: str, done: dict, pictures: Path) -> str:
         if any("right_looked" in row for row in base.values()):
             line |= outcomes([*rows.values()])
         lines.append(line)
-    if points:
-        draw(pictures / slug(f"{claim}-{task}.png"), points)
     return f"### {claim}: {task}\n\n{markdown(lines)}"
 
 
@@ -693,23 +685,9 @@ def outcomes(rows: list[dict[str, float]]) -> dict[str, str]:
     return line
 
 
-def draw(path: Path, points: dict[str, list[tuple[str, float, float]]]) -> None:
-    """Draw means with their intervals, one panel a measure."""
-    pyplot = load_pyplot()
-    height = 1.2 + 0.3 * len(next(iter(points.values())))
-    figure, axes = pyplot.subplots(1, len(points), figsize=(6 * len(points), height))
-    for (name, rows), axis in zip(points.items(), axes, strict=True):
-        cells, means, halves = zip(*rows, strict=True)
-        axis.errorbar(means, range(len(cells)), xerr=halves, fmt="o", markersize=4)
-        axis.axvline(0, color="grey", lw=1)
-        axis.set(title=name, ylim=(len(cells) - 0.5, -0.5))
-        axis.set_yticks(range(len(cells)), cells if axis is axes[0] else [])
-        axis.grid(axis="x", alpha=0.3)
-    save(figure, path)
-
-
 def draw_figure_3(path: Path, done: dict) -> None:
     """Accuracy of RAL minus that of GRPO against the number of visual tokens, with either row."""
+    done = {key: row for key, row in done.items() if key[2] not in REDUCED}
     pyplot = load_pyplot()
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
     for (kind, tasks), axis in zip(VISUAL_TOKENS.items(), axes, strict=True):

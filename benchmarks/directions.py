@@ -244,7 +244,7 @@ def tables(rows: list[dict[str, dict[str, float]]]) -> str:
 def draw(path: Path, rows: list[dict[str, dict[str, float]]]) -> None:
     """Draw the cosines, means with their intervals over cold starts, one panel a column."""
     names = [name for name, line in rows[0].items() if COSINES[0] in line]
-    size = (6 * len(COSINES), 1.2 + 0.3 * len(names))
+    size = (4 * len(COSINES), 1 + 0.2 * len(names))
     figure, axes = load_pyplot().subplots(1, len(COSINES), figsize=size)
     for column, axis in zip(COSINES, axes, strict=True):
         points = [interval([row[name][column] for row in rows]) for name in names]

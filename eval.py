@@ -45,7 +45,7 @@ from support.benchmarks import BENCHMARKS, GROUPS, BenchmarkFile, chosen
 from support.data import BadRows, Prompts, Reader
 from support.datafiles import DataFile
 from support.grounding import fourfold, look
-from support.memory import DECODED
+from support.memory import DECODED, require_evaluation_fits
 from support.pictures import Prediction, draw_page, make_gaze
 from support.prompts import Example, Processor, Prompt, PromptConfig, collate, encode_prompt
 from support.results import NAMES, Records, Setting
@@ -406,11 +406,14 @@ class Rows:
 
 
 def open_rows(args: Args, setting: Setting, processor: Processor, task: toy.Task | None) -> Rows:
-    """Open the rows of a setting, and check the arguments about them."""
+    """Open the rows of a setting, and check the arguments about them. An evaluation that does not
+    fit into memory is refused here."""
     benchmark, frames, image_tokens, frame_tokens, grid = setting
     given = dict(zip(NAMES, setting, strict=True)) | {"data": args.data or benchmark}
     absent = {"eval_data": (), "rows": None, "check_data": False}
-    data.check_files(SimpleNamespace(**vars(args) | given | absent), task is not None)
+    given = SimpleNamespace(**vars(args) | given | absent)
+    data.check_files(given, task is not None)
+    require_evaluation_fits(given, processor.config)
     if benchmark and args.bare:
         asked = PromptConfig(dict([BENCHMARKS[benchmark].bare]), False, args.accuracy_rule)
         processor = replace(processor, prompt_config=asked)

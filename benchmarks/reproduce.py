@@ -561,44 +561,45 @@ def markdown(lines: Sequence[dict[str, str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def differences(done: dict, tasks: Iterable[str], ours: str, theirs: str) -> dict[int, list[float]]:
-    """By seed, for all that have both cells in every task: the difference of each of `MEASURES`, a
-    mean over the tasks."""
-    cells, pairs = [(task, cell) for task in tasks for cell in (ours, theirs)], {}
-    for seed in sorted({seed for *_, seed in done}):
-        if all((*cell, seed) in done for cell in cells):
-            rows = [(done[task, ours, seed], done[task, theirs, seed]) for task in tasks]
-            pairs[seed] = [float(np.mean([a[x] - b[x] for a, b in rows])) for x in MEASURES]
-    return pairs
+def differences(
+    done: dict, tasks: Iterable[str], ours: str, theirs: str
+) -> dict[str, dict[int, float]]:
+    """For each of `MEASURES` the difference of two cells by seed, a mean over the tasks, of all
+    seeds that have both cells in every task."""
+    cells = [(task, cell) for task in tasks for cell in (ours, theirs)]
+    seeds = {seed for *_, seed in done}
+    seeds = sorted(seed for seed in seeds if all((*cell, seed) in done for cell in cells))
+
+    def mean(name: str, seed: int) -> float:
+        pairs = ((done[task, ours, seed], done[task, theirs, seed]) for task in tasks)
+        return float(np.mean([a[name] - b[name] for a, b in pairs]))
+
+    return {name: {seed: mean(name, seed) for seed in seeds} for name in MEASURES}
 
 
 def summary(done: dict, ours: str, title: str) -> str:
     """A table of the cell `ours`, RAL at lambda 1, against GRPO: one line a task."""
-    runs = [*((task, "") for task in TASKS), ("images", ", 16 inner iterations")]
+    labels = {"accuracy": "", "on_target": "on target, last layer: "}
     lines, known = [], {}
-    for task, suffix in runs:
-        pairs = differences(done, [task], f"{ours}{suffix}", f"GRPO{suffix}")
-        if not pairs:
-            continue
-        if not suffix:  # the mean is of tasks, each once
-            known[task] = pairs.keys()
-        start = [done[task, "cold start", seed]["accuracy"] for seed in pairs]
-        line = {"task": f"{task}{suffix}", "seeds": str(len(pairs)), "cold start": words(start)}
-        columns = ("", "accuracy"), ("on target, last layer: ", "on_target")
-        for (label, name), values in zip(columns, zip(*pairs.values(), strict=True), strict=True):
-            theirs = [done[task, f"GRPO{suffix}", seed][name] for seed in pairs]
-            line[f"{label}GRPO"] = words(theirs)
-            line[f"{label}RAL, minus GRPO"] = words(values, "+")
-        lines.append(line)
-    seeds = max(known.values(), key=len, default=())
-    whole = [task for task in known if known[task] == seeds]
+    for task in TASKS:
+        by_seed = differences(done, [task], ours, "GRPO")
+        if seeds := by_seed["accuracy"].keys():
+            known[task] = seeds
+            start = [done[task, "cold start", seed]["accuracy"] for seed in seeds]
+            line = {"task": task, "seeds": str(len(seeds)), "cold start": words(start)}
+            for name, label in labels.items():
+                line[f"{label}GRPO"] = words([done[task, "GRPO", seed][name] for seed in seeds])
+                line[f"{label}RAL, minus GRPO"] = words([*by_seed[name].values()], "+")
+            lines.append(line)
+    most = max(known.values(), key=len, default=())
+    whole = [task for task in known if known[task] == most]
     if len(whole) > 1:
-        means = differences(done, whole, ours, "GRPO").values()
-        label = f"a seed's mean over the {len(whole)} tasks with all seeds, 4 passes"
-        columns = [name for name in lines[0] if "minus" in name]
-        differs = (words(values, "+") for values in zip(*means, strict=True))
-        line = {"task": label, "seeds": str(len(means))} | dict(zip(columns, differs, strict=True))
-        lines.append(dict.fromkeys(lines[0], "") | line)
+        by_seed = differences(done, whole, ours, "GRPO")
+        mean = f"a seed's mean over the {len(whole)} tasks with all seeds"
+        line = dict.fromkeys(lines[0], "") | {"task": mean, "seeds": str(len(most))}
+        for name, label in labels.items():
+            line[f"{label}RAL, minus GRPO"] = words([*by_seed[name].values()], "+")
+        lines.append(line)
     return f"### {title}\n\n{markdown(lines)}" if lines else ""
 
 
@@ -609,11 +610,11 @@ def across(claim: str, done: dict) -> str:
     baseline, *others = cells = min(tasks.values(), key=len)
     lines = []
     for cell in others if len(others) > 1 else []:
-        pairs = differences(done, tasks, cell, baseline).values()
-        if len(pairs) > 1:
-            line = {"method": defined(cell, cells), "seeds": str(len(pairs))}
-            for name, values in zip(MEASURES, zip(*pairs, strict=True), strict=True):
-                line[f"{name}, minus {baseline}"] = words(values, "+")
+        by_seed = differences(done, tasks, cell, baseline)
+        if (count := len(by_seed["accuracy"])) > 1:
+            line = {"method": defined(cell, cells), "seeds": str(count)}
+            for name, values in by_seed.items():
+                line[f"{name}, minus {baseline}"] = words([*values.values()], "+")
             lines.append(line)
     title = f"### {claim}: each seed's mean over {'; '.join(tasks)}\n\n"
     title += "Over all seeds that have both cells in every task, those of other claims too.\n\n"
@@ -673,9 +674,9 @@ def draw_figure_3(path: Path, done: dict) -> None:
         for shift, (label, cell) in zip((0.97, 1.03), ROWS.items(), strict=True):
             points = []
             for task, tokens in sorted(tasks.items(), key=lambda item: item[1]):
-                pairs = differences(done, [task], cell, "GRPO").values()
-                if len(pairs) > 1:
-                    points.append((shift * tokens, *interval([accuracy for accuracy, _ in pairs])))
+                values = [*differences(done, [task], cell, "GRPO")["accuracy"].values()]
+                if len(values) > 1:
+                    points.append((shift * tokens, *interval(values)))
             if points:
                 tokens, means, halves = zip(*points, strict=True)
                 style = {"fmt": "o-", "markersize": 4, "capsize": 3}

@@ -7,7 +7,7 @@
     env       versions, the card, attention kernels, sampling
     numerics  log-probabilities, attention rows, gradients and tokens of each model family, against
               float32 on the CPU; a sharded model against its own checkpoint, to the bit
-    toy       every script on the toy: all weights, adapters, a trained vision encoder, videos
+    toy       every script on the toy: all weights, adapters, a trained vision encoder
     resume    a run that was stopped and resumed, against one that was not
     real7b    GRPO and RAL at 7B on 32-frame videos: memory against the estimate, seconds
     real2b    the same at 2B with all weights
@@ -216,12 +216,10 @@ def compare(found: Findings, directory: Path, family: str) -> None:
         "bfloat16": (torch.bfloat16, {}),
         "bfloat16, adapters": (torch.bfloat16, {"lora_rank": 4}),
     }
-    device, copies = common.device(), {}
+    device = common.device()
     for kind, (dtype, fields) in kinds.items():
-        if dtype not in copies:
-            with computing(device, dtype, sharded=False):
-                copies[dtype] = measure(common.load_model(directory, frozen=True), directory)
-        frozen = copies[dtype]
+        with computing(device, dtype, sharded=False):
+            frozen = measure(common.load_model(directory, frozen=True), directory)
         with computing(device, dtype, sharded=True):
             got = measure(common.load_model(directory, **fields), directory)
         errors = {x: (got[x] - wanted[x]).abs().max().item() for x in ("logps", "rows")}
@@ -279,15 +277,14 @@ TINY = {"prompts_per_step": 2, "micro_batch_size": 2}
 SHORT = TINY | {"eval_examples": 4, "group_size": 2, "num_iterations": 2, "max_new_tokens": 6}
 
 
-def run(found: Findings, script: Any, what: str, **fields: Any) -> list[dict[str, float]]:
-    """A script's own `main`; returns its metrics."""
+def run(found: Findings, script: Any, what: str, **fields: Any) -> None:
+    """A script's own `main`; notes its last metrics."""
     script.main(script.Args(**script.TOY | fields))
     lines = read_metrics(fields["out"])
     training = [v for x in lines for name, v in x.items() if name.startswith("train/")]
     names = ("train/loss", "train/kl", "eval/accuracy", "perf/step_s", "perf/peak_mem_gb")
     shown = {name: lines[-1][name] for name in names if name in lines[-1]}
     found.note(what, shown, bool(training) and all(map(math.isfinite, training)))
-    return lines
 
 
 def read_metrics(out: str) -> list[dict[str, float]]:
@@ -332,24 +329,20 @@ def resume(found: Findings, work: Path) -> None:
 
 def stop_and_resume(found: Findings, work: Path, name: str, fields: dict[str, Any]) -> None:
     """Four steps in one run, and in one that goes on after two."""
-    for what, steps, more in (("whole", 4, {}), ("cut", 2, {}), ("cut", 4, {"resume": "auto"})):
-        given = fields | {"steps": steps, "out": str(work / what)} | more
-        run(found, ral_grpo, f"{name}: {what}, {steps} steps", **given)
-    metrics = [
-        [
-            {k: v for k, v in x.items() if not k.startswith("perf/")}
-            for x in read_metrics(work / what)
-        ]
-        for what in ("whole", "cut")
-    ]
-    weights, ours = (
-        load_file(work / what / "checkpoint" / "model.safetensors") for what in ("whole", "cut")
-    )
-    same = metrics[0] == metrics[1] and all(torch.equal(ours[x], weights[x]) for x in weights)
-    gap = max((ours[x].float() - weights[x].float()).abs().max().item() for x in weights)
-    steps = [[x["step"] for x in lines] for lines in metrics]
+    kept = []
+    for what, stops in (("whole", (4,)), ("cut", (2, 4))):
+        given = fields | {"out": str(work / what), "resume": "auto"}
+        for steps in stops:
+            run(found, ral_grpo, f"{name}: {what}, {steps} steps", **given, steps=steps)
+        lines = [{name: x for name, x in line.items() if not name.startswith("perf/")}
+                 for line in read_metrics(given["out"])]  # fmt: skip
+        kept.append((lines, load_file(work / what / "checkpoint" / "model.safetensors")))
+    (lines, weights), (ours, its) = kept
+    same = ours == lines and all(torch.equal(its[x], weights[x]) for x in weights)
+    gap = max((its[x].float() - weights[x].float()).abs().max().item() for x in weights)
+    steps = [x["step"] for x in ours] == [x["step"] for x in lines]
     # CUDA adds in an order of its own, so only a CPU promises the same bits.
-    good = steps[0] == steps[1] and gap < 1e-2 and (same or GPU)
+    good = steps and gap < 1e-2 and (same or GPU)
     found.note(f"{name}, resumed: same bits, largest difference of a weight", [same, gap], good)
 
 

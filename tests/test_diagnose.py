@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText
 import common
 import ral_grpo
 from benchmarks import diagnose
-from support import checkpoints, disk, ranks, toy
+from support import disk, ranks, toy
 from support.prompts import collate, encode_prompt
 from support.ranks import UsageError
 
@@ -223,6 +223,7 @@ def test_in_bfloat16_a_small_movement_is_mostly_rounding(cold_start, monkeypatch
         prompts = replace(rollout.prompts, features=features)
         return plain(model, replace(rollout, prompts=prompts), *rest)
 
+    monkeypatch.setattr(diagnose, "gradient_norm", lambda *_: 1.0)  # measured by other tests
     plain = diagnose.score
     for dtype, score in (("float32", plain), ("bfloat16", in_bfloat16)):
         monkeypatch.setattr(diagnose, "score", score)
@@ -406,10 +407,7 @@ def real_args(real, out, family, **fields):
     return diagnose.Args(**data | fields)
 
 
-MODELS = [*((family, 0) for family in checkpoints.FAMILIES), ("tied", 4)]
-
-
-@pytest.mark.parametrize(("family", "lora_rank"), MODELS)
+@pytest.mark.parametrize(("family", "lora_rank"), [("qwen3_vl", 0), ("tied", 4)])
 def test_real_models_images_and_videos(real, tmp_path, family, lora_rank, monkeypatch, capsys):
     """And what is printed of the cost is what it costs."""
     monkeypatch.setattr(common, "accuracy", lambda text, *_: float(len(text) % 2))

@@ -17,7 +17,6 @@ import attn_distill
 import common
 import kd_baseline
 import ral_grpo
-from benchmarks import probes
 from support import ranks
 from support.prompts import visual_features
 
@@ -197,51 +196,22 @@ def test_a_teacher_that_does_not_fit_is_refused(train, teacher, tmp_path):
         train(attn_distill, teacher=str(teacher), teacher_attn_layer=3)
 
 
-@pytest.mark.parametrize("kinds", [("video", "image"), ("video", "video")])
-def test_frame_bins_are_a_plain_loop(loaded, kinds):
-    """Per temporal patch, rest of the prompt, earlier response; padded prompts and an odd video."""
-    model, processor = loaded
-    prompts = make_prompts(model, processor, kinds, frames=(7, 4))
-    rollout = make_rollout(model, processor, prompts)
-    with torch.no_grad():
-        rows = common.score(model, rollout, attn_layers=[-1]).attentions[-1]
-    attention = attn_distill.attention_policy(rows, "own")
-    bins = probes.binned(attention, rollout.prompts)
-    longest = rollout.prompts.ids.shape[1]
-    assert bins.shape == (2, 3, 6, 4 + 2)
-    torch.testing.assert_close(bins.sum(-1), torch.ones(2, 3, 6))
-    placeholders = (model.config.image_token_id, model.config.video_token_id)
-    for b, prompt in enumerate(prompts):
-        expected = torch.zeros(3, 6, 6)
-        _, rows, columns = prompt.blocks[0].shape
-        seen, per_patch = 0, rows * columns
-        for position, token in enumerate(rollout.prompts.ids[b].tolist()):
-            column = 4
-            if token in placeholders:
-                column, seen = seen // per_patch, seen + 1
-            expected[..., column] += attention[b, ..., position]
-        expected[..., 5] = attention[b, ..., longest:].sum(-1)
-        torch.testing.assert_close(bins[b], expected)
-
-
 def test_reproduce_measures_a_students_gaze_against_its_teachers(
     cold_start, teacher, tmp_path, monkeypatch
 ):
     """One cell of distillation, whole, from a cold start and a teacher that are there."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     reproduce = importlib.import_module("reproduce")
-    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    task = replace(reproduce.TASKS["images, taught"], examples=64)
+    monkeypatch.setitem(reproduce.TASKS, "images, taught", task)
+    monkeypatch.setattr(reproduce, "STEPS", 10)
+    monkeypatch.setattr(reproduce, "COLD_STARTS", tmp_path / "cold-starts")
     for name, checkpoint in (("images-1", cold_start), ("teacher", teacher)):
-        shutil.copytree(checkpoint.parent, tmp_path / "runs" / "cold-starts-quick" / name)
-    reproduce.main(
-        reproduce.Args(
-            claims=["relatives, distilled"],
-            cells=["KD + attention, gamma 1"],
-            quick=True,
-            results=tmp_path / "results" / "reproduce.jsonl",
-        )
-    )
-    lines = (tmp_path / "results" / "reproduce-quick.jsonl").read_text().splitlines()
+        shutil.copytree(checkpoint.parent, tmp_path / "cold-starts" / name)
+    results, cell = tmp_path / "results" / "reproduce.jsonl", "KD + attention, gamma 1"
+    chosen = {"claims": ["relatives, distilled"], "cells": [cell], "seeds": [1]}
+    reproduce.main(reproduce.Args(**chosen, results=results))
+    lines = results.read_text().splitlines()
     rows = {row["cell"]: row for row in map(json.loads, lines)}
     assert list(rows) == ["teacher", "cold start", "KD + attention, gamma 1"]
     student, start = rows["KD + attention, gamma 1"], rows["cold start"]

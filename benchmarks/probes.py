@@ -1,4 +1,4 @@
-"""Other tasks for the toy, and another divergence, as context managers.
+"""Other tasks for the toy, another divergence and coarser attention, as context managers.
 
 `reproduce.py` runs the `main` of a script inside them. Other methods are forks, in `forks/`."""
 
@@ -7,11 +7,13 @@ from contextlib import AbstractContextManager
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import attn_distill
 import ral_grpo
 from support import toy
-from support.prompts import Example, Media
+from support.prompts import Example, Media, PromptBatch
 
 
 def forward_kl() -> AbstractContextManager:
@@ -22,6 +24,34 @@ def forward_kl() -> AbstractContextManager:
         return (q * (q.clamp_min(tiny).log() - p.clamp_min(tiny).log())).sum(-1)
 
     return mock.patch.object(ral_grpo, "divergence", divergence)
+
+
+def binned(attention: Tensor, prompts: PromptBatch) -> Tensor:
+    """Attention (B, G, T, P + T) summed over temporal patches, (B, G, T, F + 2); an image is one.
+
+    The last two bins hold the rest of the prompt and the earlier response, so rows still sum to 1,
+    and the total attention to the video counts too.
+    """
+    p = prompts.ids.shape[1]
+    patches, frames = prompts.patches, int(prompts.patches.max()) + 1
+    bins = F.one_hot(torch.where(patches < 0, frames, patches), frames + 1).to(attention)
+    looked = attention[..., :p] @ bins[:, None]
+    return torch.cat([looked, attention[..., p:].sum(-1, keepdim=True)], dim=-1)
+
+
+def frame_bins() -> AbstractContextManager:
+    """Attention distillation that compares the mass on each pair of frames instead of each token,
+    as in CAPD, a successor for videos of 2026."""
+    loss_terms, divergence = attn_distill.loss_terms, attn_distill.divergence
+
+    def of_bins(scores, teacher_scores, batch, args):
+        def between(*policies: Tensor) -> Tensor:
+            return divergence(*(binned(x, batch.rollout.prompts) for x in policies))
+
+        with mock.patch.object(attn_distill, "divergence", between):
+            return loss_terms(scores, teacher_scores, batch, args)
+
+    return mock.patch.object(attn_distill, "loss_terms", of_bins)
 
 
 def three_shapes() -> AbstractContextManager:

@@ -56,7 +56,7 @@ from forks import (
     posterior_gaze,
     vppo,
 )
-from probes import forward_kl, guessable, three_shapes
+from probes import forward_kl, frame_bins, guessable, three_shapes
 
 import attn_distill
 import common
@@ -180,6 +180,11 @@ def taught(*gammas: float, **fields) -> dict[str, tuple]:
     return {"KD": (kd_baseline, DISTILL | shared)} | cells
 
 
+def only_attention(name: str, probe: Any = nullcontext, **fields) -> dict[str, tuple]:
+    """A cell of attention distillation at gamma 1, with other arguments."""
+    return {f"KD + attention, gamma 1, {name}": (attn_distill, DISTILL | SUM | fields, probe)}
+
+
 # Claim: task -> cells, the first of which is the baseline of the differences.
 CLAIMS = {
     "table 1, predicting row": {
@@ -194,16 +199,14 @@ CLAIMS = {
     "table 3": {
         "images, taught": {
             **taught(0.05, 0.5, 1, 5),
-            **{
-                f"KD + attention, gamma 1, the teacher's layer {n}": (
-                    attn_distill,
-                    DISTILL | SUM | {"teacher_attn_layer": n},
-                )
-                for n in (0, 1)
-            },
+            **only_attention("the teacher's layer 0", teacher_attn_layer=0),
+            **only_attention("the teacher's layer 1", teacher_attn_layer=1),
             "KD, 66 steps": (kd_baseline, DISTILL | {"steps": 66}),
         },
-        "videos, taught": taught(0.5, 1, 5),
+        "videos, taught": {
+            **taught(0.5, 1, 5),
+            **only_attention("bins of frames", probe=frame_bins),
+        },
         "thinking, taught": taught(0.5, 1, 5),
         "9 x 9 cells, taught": taught(0.5, 1, 5),
     },

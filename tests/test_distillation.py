@@ -17,6 +17,7 @@ import attn_distill
 import common
 import kd_baseline
 import ral_grpo
+from benchmarks import probes
 from support import ranks
 from support.prompts import visual_features
 
@@ -194,6 +195,33 @@ def test_a_teacher_that_does_not_fit_is_refused(train, teacher, tmp_path):
         train(attn_distill, teacher=str(copy))
     with pytest.raises(ranks.UsageError, match="--teacher-attn-layer 3: the model has 3 layers"):
         train(attn_distill, teacher=str(teacher), teacher_attn_layer=3)
+
+
+@pytest.mark.parametrize("kinds", [("video", "image"), ("video", "video")])
+def test_frame_bins_are_a_plain_loop(loaded, kinds):
+    """Per temporal patch, rest of the prompt, earlier response; padded prompts and an odd video."""
+    model, processor = loaded
+    prompts = make_prompts(model, processor, kinds, frames=(7, 4))
+    rollout = make_rollout(model, processor, prompts)
+    with torch.no_grad():
+        rows = common.score(model, rollout, attn_layers=[-1]).attentions[-1]
+    attention = attn_distill.attention_policy(rows, "own")
+    bins = probes.binned(attention, rollout.prompts)
+    longest = rollout.prompts.ids.shape[1]
+    assert bins.shape == (2, 3, 6, 4 + 2)
+    torch.testing.assert_close(bins.sum(-1), torch.ones(2, 3, 6))
+    placeholders = (model.config.image_token_id, model.config.video_token_id)
+    for b, prompt in enumerate(prompts):
+        expected = torch.zeros(3, 6, 6)
+        _, rows, columns = prompt.blocks[0].shape
+        seen, per_patch = 0, rows * columns
+        for position, token in enumerate(rollout.prompts.ids[b].tolist()):
+            column = 4
+            if token in placeholders:
+                column, seen = seen // per_patch, seen + 1
+            expected[..., column] += attention[b, ..., position]
+        expected[..., 5] = attention[b, ..., longest:].sum(-1)
+        torch.testing.assert_close(bins[b], expected)
 
 
 def test_reproduce_measures_a_students_gaze_against_its_teachers(

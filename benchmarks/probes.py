@@ -3,7 +3,9 @@
 `reproduce.py` runs the `main` of a script inside them. Other methods are forks, in `forks/`."""
 
 import random
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -11,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import attn_distill
+import eval
 import ral_grpo
-from support import toy
+from support import results, toy
 from support.prompts import Example, Media, PromptBatch
 
 
@@ -80,18 +83,58 @@ def three_shapes() -> AbstractContextManager:
     return mock.patch.object(toy, "sample_example", sample_example)
 
 
-def guessable() -> AbstractContextManager:
-    """Training in which 9 answers of 16 are one colour, so that saying it pays without looking, and
-    at first more than looking does. The evaluation is as ever: all colours alike."""
+def only(wanted: Callable[[Example, int, int], bool]) -> AbstractContextManager:
+    """Training on the examples that are `wanted`, given each and its seed and number."""
     plain = toy.training_example
 
     def training_example(task, seed, index, caption=False):
-        rng = random.Random(f"guessable/{seed}/{index}")
-        colour = list(toy.COLOURS)[seed % len(toy.COLOURS)] if rng.random() < 0.5 else None
         for attempt in range(1000):
             example = plain(task, seed, index + attempt * 2**32, caption)
-            if colour in (None, example.solution):
+            if wanted(example, seed, index):
                 return example
         raise AssertionError("no such example in 1,000")
 
     return mock.patch.object(toy, "training_example", training_example)
+
+
+def guessable() -> AbstractContextManager:
+    """Training in which 9 answers of 16 are one colour, so that saying it pays without looking, and
+    at first more than looking does. The evaluation is as ever: all colours alike."""
+
+    def wanted(example: Example, seed: int, index: int) -> bool:
+        rng = random.Random(f"guessable/{seed}/{index}")
+        colour = list(toy.COLOURS)[seed % len(toy.COLOURS)] if rng.random() < 0.5 else None
+        return colour in (None, example.solution)
+
+    return only(wanted)
+
+
+HELD_BACK = list(toy.SHAPES)[4:]  # shapes that reinforcement learning never asks about
+
+
+@contextmanager
+def half_of_the_shapes() -> Iterator[None]:
+    """Training asks about four of the eight shapes; the evaluation about all, judged apart."""
+    plain_held_out, plain_summarise = toy.held_out_examples, eval.summarise
+
+    def kind(example: Example, *_) -> str:
+        held_back = any(f" {shape} " in example.problem for shape in HELD_BACK)
+        return "held back" if held_back else "trained"
+
+    def held_out_examples(task, count):
+        return [replace(x, source=kind(x)) for x in plain_held_out(task, count)]
+
+    def summarise(records):
+        metrics = plain_summarise(records)
+        for kind in ("trained", "held back"):
+            chosen = [record for record in records if record["source"] == kind]
+            for name in ("accuracy", "target_attn"):
+                metrics[f"eval/{name}, {kind}"] = results.mean(chosen, name)
+        return metrics
+
+    with (
+        only(lambda *example: kind(*example) == "trained"),
+        mock.patch.object(toy, "held_out_examples", held_out_examples),
+        mock.patch.object(eval, "summarise", summarise),
+    ):
+        yield

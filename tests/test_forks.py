@@ -19,6 +19,7 @@ from shared import FAMILIES, load, make_rollout, terms_of, toy_args, unpacked
 from test_siblings import ROOT, code_lines, top_level
 
 import common
+import eval
 import grpo_baseline
 import ral_grpo
 import sft
@@ -545,12 +546,16 @@ def test_the_fork_that_calls_layers_by_their_parts_runs_on_sharded_weights(cold_
     assert lines[1] == pytest.approx(lines[0], rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("task", ["three shapes", "guessable"])
-def test_tasks_that_the_results_change_are_drawn(task):
+@pytest.mark.parametrize("task", ["three shapes", "half of the shapes", "guessable"])
+def test_tasks_that_the_results_change_are_drawn_and_counted(task):
     probe = importlib.import_module("benchmarks.probes").__dict__[task.replace(" ", "_")]
     with probe():
         examples = toy.held_out_examples(toy.Task(), 8)
         training = [toy.training_example(toy.Task(), 1, number) for number in range(8)]
-    assert all(x.boxes for x in examples)
+        fields = {"accuracy": 1.0, "problem_type": "", "target_attn": 0.5}
+        metrics = eval.summarise([fields | {"source": x.source} for x in examples])
+    assert metrics["eval/accuracy"] == 1.0 and all(x.boxes for x in examples)
     colours = [len(x.solution.split()) for x in (*examples, *training)]
     assert set(colours) == {3 if task == "three shapes" else 1}
+    held_back = {x.source for x in examples} == {"trained", "held back"}
+    assert held_back == (task == "half of the shapes") == ("eval/accuracy, trained" in metrics)

@@ -63,8 +63,9 @@ from support.checkpoints import (
     vision_token_ids,
     write_files,
 )
-from support.cli import option
+from support.cli import each, option
 from support.data import Reader, check_data, check_files, open_data
+from support.disk import TRAINING_RUN
 from support.memory import ATTENTION_CHUNK, LOGIT_CHUNK, empty_model, fit_memory
 from support.prompts import (
     Example,
@@ -1041,6 +1042,7 @@ def prepare(
     needs_reference: bool = False,
     keep_media: bool = False,
     passes: int = 1,
+    kind: str = TRAINING_RUN,
 ) -> Prepared:
     """Check all arguments and files, then read the data, fit the run into memory, find the state to
     resume from, and load the models. Whatever can fail without the weights fails before they load.
@@ -1050,7 +1052,7 @@ def prepare(
     new toy, in place of `--model`, and `encode` makes the prompt of a row, in place of
     `encode_prompt`. `layers` and `teacher_layers` name the arguments that choose a decoder layer.
     With `keep_media`, rewards see the images and frames of the training prompts. `passes`: see
-    `fit_memory`.
+    `fit_memory`. `--out` becomes the directory of this `kind` of program.
 
     Raises:
         UsageError: the message names the argument or file and the remedy.
@@ -1058,14 +1060,15 @@ def prepare(
     """
     start = time.time()
     start_ranks()
-    runs.check_run(args, "model", *["teacher"] * (teacher is not None))
+    runs.check_run(args, "model", *["teacher"] * (teacher is not None), kind=kind)
     is_toy, task = toy.resolve_task(args, args.model, may_differ=base is not None)
     check_files(args, is_toy)
     set_seed(args.seed)
     path = base or args.model
     processor = load_processor(path, args.image_tokens, args.frame_tokens, args.min_image_tokens)
     for name in layers:
-        require_layer(option(name), getattr(args, name), processor.config)
+        for layer in each(getattr(args, name)):
+            require_layer(option(name), layer, processor.config)
     if processor.prompt_config.think != args.think and "prompt.json" in processor.files:
         flags = {True: "--think", False: "--no-think"}
         changed = f"was trained with {flags[not args.think]}; this run has {flags[args.think]}"

@@ -45,7 +45,7 @@ from support.benchmarks import BENCHMARKS, GROUPS, BenchmarkFile, chosen
 from support.data import BadRows, Prompts, Reader
 from support.datafiles import DataFile
 from support.grounding import fourfold, look
-from support.memory import DECODED
+from support.memory import DECODED, require_evaluation_fits
 from support.pictures import Prediction, draw_page, make_gaze
 from support.prompts import Example, Processor, Prompt, PromptConfig, collate, encode_prompt
 from support.results import NAMES, Records, Setting
@@ -81,8 +81,7 @@ def predict(
     answer to a request that is not about it, `GENERIC`, on the same media: some visual tokens get
     much attention whatever is asked (arXiv 2502.17422).
     """
-    tokenizer, asked = processor.tokenizer, processor.prompt_config
-    layers = model.config.text_config.num_hidden_layers
+    tokenizer, layers = processor.tokenizer, model.config.text_config.num_hidden_layers
     attn_layer %= layers
     done = 0
     for chunk in decoded_together(prompts, batch_size, max_new_tokens):
@@ -102,32 +101,14 @@ def predict(
         if relative and has_targets:
             generic = generic_masses(model, processor, chunk, attn_layer)
         for row, (prompt, (text,)) in enumerate(zip(chunk, texts, strict=True)):
-            example = prompt.example
             ids = rollout.response_ids[row, 0][rollout.response_mask[row, 0]].tolist()
-            said = text.removeprefix(processor.response_prefix)
-            answer = answer_tokens(tokenizer, ids, said, first_mention=not asked.prompts)
-            truncated, judged = bool(rollout.truncated[row, 0]), text
-            if bare and "<answer>" not in text:  # the whole response, without its EOS
-                answer, judged = range(len(ids) - (not truncated)), f"<answer>{text}</answer>"
-            record = {
-                "row": example.name,
-                "problem_type": example.problem_type,
-                "source": example.source,
-                "problem": example.problem,
-                "solution": example.solution,
-                "response": text,
-                "accuracy": accuracy(judged, example, asked.accuracy_rule),
-                "format": has_format(judged, asked.think) and not truncated,
-                "completion_len": len(ids),
-            }
-            if metric is not None:
-                record["score"] = metric(extract_answer(judged), example)
-                record["question_id"] = example.extra.get("question_id")
+            truncated = bool(rollout.truncated[row, 0])
+            record, answer = judge(processor, prompt.example, text, ids, truncated, bare, metric)
             gaze, n = None, len(ids)
             if row < scored:  # row t of a layer predicts token t, row t + 1 is that token's own
                 rows = {layer: x[row] for layer, x in found.items()}
                 patches = part.prompts.patches[row]
-            if done < gazes and all(hasattr(medium, "frames") for medium in example.media):
+            if done < gazes and all(hasattr(medium, "frames") for medium in prompt.example.media):
                 unpadded = slice(len(patches) - len(prompt.ids), len(patches) + n)
                 kept = {layer: x[: n + 1, unpadded].clone() for layer, x in rows.items()}
                 gaze = make_gaze(prompt, ids, tokenizer, kept)
@@ -137,12 +118,44 @@ def predict(
                 looks = {k: look(x, n, start, visual, prompt.target) for k, x in rows.items()}
                 record |= looks[attn_layer]
                 if every:
-                    masses = {k: x["target_attn"] for k, x in looks.items()}
-                    record |= {f"target_attn_l{k}": mass for k, mass in masses.items()}
+                    record |= {f"target_attn_l{k}": x["target_attn"] for k, x in looks.items()}
                 if relative:
                     record["target_attn_generic"] = generic[row]
             yield Prediction(record, gaze, answer, attn_layer)
             done += 1
+
+
+def judge(
+    processor: Processor,
+    example: Example,
+    text: str,
+    ids: list[int],
+    truncated: bool,
+    bare: bool,
+    metric: Callable[[str | None, Example], float] | None,
+) -> tuple[dict[str, Any], range]:
+    """The record of a response, and the indices of the tokens that spell its answer; `bare` and
+    `metric` are those of `predict`."""
+    tokenizer, asked = processor.tokenizer, processor.prompt_config
+    said, judged = text.removeprefix(processor.response_prefix), text
+    answer = answer_tokens(tokenizer, ids, said, first_mention=not asked.prompts)
+    if bare and "<answer>" not in text:  # the whole response, without its EOS
+        answer, judged = range(len(ids) - (not truncated)), f"<answer>{text}</answer>"
+    record = {
+        "row": example.name,
+        "problem_type": example.problem_type,
+        "source": example.source,
+        "problem": example.problem,
+        "solution": example.solution,
+        "response": text,
+        "accuracy": accuracy(judged, example, asked.accuracy_rule),
+        "format": has_format(judged, asked.think) and not truncated,
+        "completion_len": len(ids),
+    }
+    if metric is not None:
+        record["score"] = metric(extract_answer(judged), example)
+        record["question_id"] = example.extra.get("question_id")
+    return record, answer
 
 
 def decoded_together(
@@ -406,16 +419,19 @@ class Rows:
 
 
 def open_rows(args: Args, setting: Setting, processor: Processor, task: toy.Task | None) -> Rows:
-    """Open the rows of a setting, and check the arguments about them."""
+    """Open the rows of a setting, and check the arguments about them. An evaluation that does not
+    fit into memory is refused here."""
     benchmark, frames, image_tokens, frame_tokens, grid = setting
     given = dict(zip(NAMES, setting, strict=True)) | {"data": args.data or benchmark}
     absent = {"eval_data": (), "rows": None, "check_data": False}
-    data.check_files(SimpleNamespace(**vars(args) | given | absent), task is not None)
+    given = SimpleNamespace(**vars(args) | given | absent)
+    data.check_files(given, task is not None)
+    require_evaluation_fits(given, processor.config)
     if benchmark and args.bare:
         asked = PromptConfig(dict([BENCHMARKS[benchmark].bare]), False, args.accuracy_rule)
         processor = replace(processor, prompt_config=asked)
-    tokens = {"image_tokens": image_tokens, "min_image_tokens": args.min_image_tokens}
-    processor = replace(processor, **tokens, frame_tokens=frame_tokens)
+    tokens = {"image_tokens": image_tokens, "frame_tokens": frame_tokens}
+    processor = replace(processor, **tokens, min_image_tokens=args.min_image_tokens)
     encode = partial(encode_prompt, processor)
     if benchmark:
         file = BenchmarkFile(benchmark, args.benchmark_root, frames, args.fps)
@@ -466,9 +482,14 @@ def answer_rows(
     bad_rows = rows.reader.bad_rows
     bad_rows.read = (len(done) + len(bad_rows.bad)) // several
     reader = replace(rows.reader, numbers=[n for batch in mine for n in batch])
-    options = {"max_new_tokens": args.max_new_tokens, "batch_size": size, "bare": args.bare}
-    options |= {"attn_layer": args.attn_layer, "metric": entry and entry.score}
-    options |= {"relative": args.relative}
+    options = {
+        "max_new_tokens": args.max_new_tokens,
+        "batch_size": size,
+        "attn_layer": args.attn_layer,
+        "bare": args.bare,
+        "metric": entry and entry.score,
+        "relative": args.relative,
+    }
     shown, label, hidden = [], setting[0] or "evaluate", ranks.rank() != 0
     with tqdm(total=left, desc=label, dynamic_ncols=True, disable=hidden) as bar:
         for chunk in in_batches(reader, mine):

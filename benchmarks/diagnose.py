@@ -45,27 +45,17 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import Module
 from tqdm import tqdm
-from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import common
 import ral_grpo
-from common import (
-    Rollout,
-    accuracy,
-    load_model,
-    load_processor,
-    require_layer,
-    response_mean,
-    score,
-)
+from common import Rollout, accuracy, response_mean, score
 from ral_grpo import Batch, attention_policy, divergence, loss_terms, score_policy
 from support import cli, disk, ranks, runs, toy
-from support.data import check_files, open_data
-from support.memory import GIB, fit_memory, memory_gb
+from support.memory import GIB, memory_gb
 from support.pictures import load_pyplot, save
-from support.prompts import Processor, Prompt, PromptConfig, collate, encode_prompt
+from support.prompts import Processor, Prompt, collate
 from support.ranks import require
 
 ROWS = ("own", "predicting")
@@ -270,35 +260,37 @@ def conclude(report: dict[str, Any], args: Args) -> list[str]:
     rows that look at them most."""
     ours, best = report["planned"], max(report["rows"], key=lambda x: x["vision"])
     named, other = (f"the {x['row']} rows of layer {x['layer']}" for x in (ours, best))
+    acted = "them" if ours is best else f"{named} ({ours['vision']:.0%})"
     looks = f"T{other[1:]} look at vision most ({best['vision']:.0%} of their mass)"
-    looks += ", and RAL would reward" + (
-        " them." if ours is best else f" {named} ({ours['vision']:.0%})."
-    )
+    looks += f", and RAL would reward {acted}."
     if best["vision"] < 0.05:
         looks = f"No rows look at vision: at most {best['vision']:.1%} of their mass is there."
     aims = []
     if ours["target"] is not None:
         most = max(report["rows"], key=lambda x: x["target"])
         aims.append(
-            "The {row} rows of layer {layer} look at the target most ({target:.1%} of their"
+            f"The {most['row']} rows of layer {most['layer']} look at the target most"
+            f" ({most['target']:.1%} of their mass, {most['lift']:.2g} times chance)."
         )
-        aims[0] = f"{aims[0]} mass, {{lift:.2g}} times chance).".format(**most)
     if ours["gap"] is not None:
-        differ = "There, right responses have {gap:+.1e} ± {interval:.1e} of mass on it relative to"
-        aims.append(f"{differ} wrong ones of the same group.".format(**most))
+        aims.append(
+            f"There, right responses have {most['gap']:+.1e} ± {most['interval']:.1e} of mass on it"
+            " relative to wrong ones of the same group."
+        )
         if abs(most["gap"]) <= most["interval"]:
             aims[1] += " Where it is 0, no reward can teach these rows where to look."
     if ours["moved"] is None:
         equal = "Groups do not differ in reward: RAL and GRPO learn nothing here."
         return [looks, equal, "So no lambda can be given.", *aims]
-    left, weight, token = ours["left_row"], args.lambda_attn or 1.0, report["parting"]
+    left, weight = ours["left_row"], args.lambda_attn or 1.0
     much = "next to nothing" if left < 0.05 else "little" if left < 0.3 else "enough"
     acts = (
-        f"Groups part at token {statistics.median(token):.0f} (median), and {left:.0%} of the term"
+        f"Groups part at token {statistics.median(report['parting']):.0f} (median), and {left:.0%}"
+        f" of the term is left in {named} once responses that share a row are summed: {much} to act"
+        " on."
     )
-    acts += f" is left in {named} once responses that share a row are summed: {much} to act on."
-    ratio = weight * ours["gradient"]
-    felt = f"At lambda {weight:g} the term's gradient is {ratio:.1g} of the token term's"
+    felt = f"At lambda {weight:g} the term's gradient is {weight * ours['gradient']:.1g} of the"
+    felt += " token term's"
     felt += f"; lambda {ours['lambda']:.2g} would make it a tenth." if ours["lambda"] else "."
     if ours["rounding"] > 0.2:
         felt += f" But about {ours['rounding']:.0%} of what moved is rounding, and more of that"
@@ -340,58 +332,39 @@ def draw(path: Path, report: dict[str, Any]) -> None:
     save(figure, path)
 
 
-def learning_rate(args: Args) -> float:
-    """What an unset `--learning-rate` of `ral_grpo.py` is."""
-    return 2e-5 if args.lora_rank else 1e-5
-
-
 def main(args: Args) -> dict[str, Any]:
     """Print and write the diagnosis; returns the report."""
-    require(
-        ranks.world_size() == 1, "a diagnosis is made by one process; start it without torchrun"
-    )
-    require(not args.check_data, "--check-data: is for the training scripts")
+    alone = "a diagnosis is made by one process; start it without torchrun"
+    require(ranks.world_size() == 1, alone)
     cli.require_positive(args, "prompts")
-    runs.check_run(args, "model", kind=disk.DIAGNOSIS)
-    out = Path(args.out)
+    held_out = args.eval_examples if args.data else 1  # the toy would draw them
+    one_step = {"prompts_per_step": args.prompts, "num_minibatches": 1, "resume": None}
+    prepared = common.prepare(
+        replace(args, **one_step, eval_examples=held_out),
+        ral_grpo.PROMPTS,
+        learning_rate=lambda args, *_: 2e-5 if args.lora_rank else 1e-5,
+        layers=("layers", "attn_layer"),
+        kind=disk.DIAGNOSIS,
+    )
+    args, processor, out = prepared.args, prepared.processor, Path(args.out)
     with disk.writing(out, "the directory"):
         out.mkdir(parents=True, exist_ok=True)
         lock = disk.lock_directory(out)
-    is_toy, task = toy.resolve_task(args, args.model)
-    check_files(args, is_toy)
-    set_seed(args.seed)
-    processor = load_processor(
-        args.model, args.image_tokens, args.frame_tokens, args.min_image_tokens
-    )
+    count = min(args.prompts, prepared.train.steps(1))
+    prompts = list(islice(prepared.train.begin(1, count), count))
     depth = processor.config.text_config.num_hidden_layers
-    for layer in (*args.layers, args.attn_layer):
-        require_layer("--layers, --attn-layer", layer, processor.config)
     layers = sorted({x % depth for x in (*(args.layers or range(depth)), args.attn_layer)})
-    processor.prompt_config = PromptConfig(
-        {} if is_toy else ral_grpo.PROMPTS, args.think, args.accuracy_rule, task.order[:1] == "q"
-    )
-    encode = partial(encode_prompt, processor)
-    held_out = args.eval_examples if args.data else 1  # the toy would draw them
-    train, *_ = open_data(replace(args, eval_examples=held_out), encode, task)
-    if args.data:
-        args = replace(args, prompts=min(args.prompts, train.steps(1)))
-    prompts = list(islice(train.begin(1, args.prompts), args.prompts))
-    args = replace(args, prompts_per_step=args.prompts)
-    args = fit_memory(args, processor.config, args.group_size)
-    if args.learning_rate is None:
-        args = replace(args, learning_rate=learning_rate(args))
     new, longest = args.max_new_tokens, max(len(prompt.ids) for prompt in prompts)
-    rows = args.prompts * args.group_size * (new + 1) * len(layers)
+    rows = count * args.group_size * (new + 1) * len(layers)
     needs = list(memory_gb(processor.config, args, args.lora_rank, args.group_size).values())
     host = 3 * 4 * rows * (longest + new) / GIB + needs[0]["optimizer"] / 2  # which is two copies
     print(
-        f"{args.prompts} prompts of up to {longest} tokens, {args.group_size} responses of up to"
-        f" {new} to each: a rollout, 3 passes forward, {2 + 2 * len(layers)} forward and backward."
+        f"{count} prompts of up to {longest} tokens, {args.group_size} responses of up to {new} to"
+        f" each: a rollout, 3 passes forward, {2 + 2 * len(layers)} forward and backward."
         f"\nMemory: about {max(sum(x.values()) for x in needs):.1f} GB, and on the host up to"
         f" {host:.1f} GB for attention and a copy of the weights; --layers, --prompts: choose less."
     )
-    model = load_model(args.model, args.train_vision, args.lora_rank, args.gradient_checkpointing)
-    report, samples = diagnose(model, processor, prompts, args, layers)
+    report, samples = diagnose(prepared.model, processor, prompts, args, layers)
     planned = (args.attn_layer % depth, args.attn_row)
     report["planned"] = next(x for x in report["rows"] if (x["layer"], x["row"]) == planned)
     report["conclusion"] = conclude(report, args)

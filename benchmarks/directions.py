@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -38,26 +39,31 @@ sys.path.insert(0, str(ROOT))
 
 import diagnose
 from forks import oracle, posterior_gaze
-from reproduce import OWN, TASKS, commit, draw, interval, words
+from reproduce import COLD_STARTS, OWN, TASKS, commit, interval, markdown, words
 
 import common
 import ral_grpo
 import sft
-from common import load_model, load_processor
 from support import cli, toy
-from support.prompts import Prompt, collate, encode_prompt
+from support.pictures import load_pyplot, save
+from support.prompts import Processor, Prompt, collate, encode_prompt
+from support.ranks import require
 
 PERTURBED = {"RAL, rollout perturbed": (1, False), "RAL, rollout perturbed x 3": (3, False)}
 PERTURBED |= {"told, rollout perturbed": (1, True), "told, rollout perturbed x 3": (3, True)}
-COLUMNS = ("with the oracle", "with SFT", "halves")  # cosines; the last is of two halves
-LEFT = ("vision", "left_group", "left_row")  # columns of diagnose.py
+COSINES = ("with the oracle", "with SFT", "halves")  # the last is of two halves
+TABLES = {
+    "direction": COSINES,
+    "policy": ("vision", "left_group", "left_row"),  # columns of diagnose.py
+    "rollout": ("JSD", "accuracy", "accuracy, not perturbed"),
+}
 
 
 @dataclass
 class Args:
     seeds: tuple[int, ...] = tuple(OWN)
     """Seeds of the cold starts."""
-    cold_starts: Path = ROOT / "runs" / "cold-starts"
+    cold_starts: Path = COLD_STARTS
     """Directory of the cold starts, `images-<seed>` each."""
     prompts: int = 128
     """Prompts that are answered, a multiple of 32."""
@@ -65,11 +71,37 @@ class Args:
     """Where the numbers go."""
 
 
+def opened(
+    path: Path, count: int, **fields: Any
+) -> tuple[Module, Processor, ral_grpo.Args, list[Prompt]]:
+    """A cold start, its processor, the arguments of RAL with other `fields`, and the first `count`
+    prompts of this run."""
+    model = common.load_model(path, field="--cold-starts")
+    processor = common.load_processor(path, field="--cold-starts")
+    task = toy.Task.load(path)
+    args = ral_grpo.Args(**ral_grpo.TOY | {"think": task.think} | fields)
+    train, *_ = task.open_data(replace(args, eval_examples=1), partial(encode_prompt, processor))
+    return model, processor, args, list(islice(train.begin(1, count), count))
+
+
+def losses(
+    model: Module, script, batches: list, name: str, args, sign: int = 0
+) -> list[Callable[[], Tensor]]:
+    """One term of a script's loss for the responses of each batch, (B, G): of all, or of those
+    whose advantage has this `sign`."""
+
+    def loss(batch) -> Tensor:
+        terms = script.loss_terms(script.score_policy(model, batch, args), batch, args)
+        return terms[name] * (sign * batch.advantages[..., 0] > 0) if sign else terms[name]
+
+    return [partial(loss, batch) for batch in batches]
+
+
 def direction(model: Module, losses: list[Callable[[], Tensor]]) -> Tensor:
-    """Minus the gradient of a sum of losses, (number of trained weights,)."""
+    """Minus the gradient of a sum of mean losses, (number of trained weights,)."""
     model.zero_grad()
     for loss in losses:
-        loss().backward()
+        loss().mean().backward()
     parameters = [p for p in model.parameters() if p.requires_grad]
     parts = [torch.zeros_like(p) if p.grad is None else -p.grad for p in parameters]
     model.zero_grad()
@@ -106,71 +138,52 @@ def perturbed(layer: int, noise: Tensor) -> AbstractContextManager:
 def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
     """Measure one cold start: the three cosines of every term, and what `diagnose.py` finds for the
     rows of every layer."""
-    model = load_model(path, field="--cold-starts")
-    processor = load_processor(path, field="--cold-starts")
-    task = toy.Task.load(path)
-    fields = {"seed": seed, "learning_rate": TASKS["images"].learning_rate}
-    args = ral_grpo.Args(**ral_grpo.TOY | {"think": task.think} | fields)
-    encode = partial(encode_prompt, processor)
-    train, *_ = task.open_data(replace(args, eval_examples=1), encode)
-    drawn = list(islice(train.begin(1, count), count))
+    rate = TASKS["images"].learning_rate
+    model, processor, args, drawn = opened(path, count, seed=seed, learning_rate=rate)
     prompts = [*drawn[::2], *drawn[1::2]]  # the even ones first
     inputs = collate(model, prompts, processor.tokenizer.pad_token_id)
-    rollout, _, rewards, _ = ral_grpo.roll_out(model, processor, prompts, inputs, args)
-    advantages, size = ral_grpo.group_advantages(rewards), 16
-    cuts = [slice(i, i + size) for i in range(0, count, size)]
+    rollout, _, rewards, metrics = ral_grpo.roll_out(model, processor, prompts, inputs, args)
+    advantages = ral_grpo.group_advantages(rewards)
     target = oracle.target_mask(prompts, inputs)
+    cuts = [slice(i, i + 16) for i in range(0, count, 16)]
+    half = len(cuts) // 2
 
-    def term(script, name: str, weights: Tensor, options) -> list[Callable[[], Tensor]]:
-        """One term of a script's loss on every microbatch, its responses weighed by (B, G, 1)."""
-
-        def loss(cut: slice, kept: dict) -> Tensor:
-            if cut.start not in kept:
-                more = {"target": target[cut]} if script is oracle else {}
-                kept[cut.start] = script.Batch(rollout[cut], advantages[cut], **more)
-            batch = kept[cut.start]
-            terms = script.loss_terms(script.score_policy(model, batch, options), batch, options)
-            return (weights[cut, :, 0] * terms[name]).mean()
-
-        kept = batches.setdefault((script, options.attn_row), {})
-        return [partial(loss, cut, kept) for cut in cuts]
+    def batches(script) -> list:
+        return [script.Batch(rollout[cut], advantages[cut]) for cut in cuts]
 
     def demonstrated(chunk: list[Prompt]) -> Tensor:
         """SFT's loss on the correct responses."""
-        rollout = sft.demonstrations(model, processor, chunk)
-        return sft.loss_terms(model, rollout)["loss"].mean()
+        return sft.loss_terms(model, sft.demonstrations(model, processor, chunk))["loss"]
 
     report, _ = diagnose.diagnose(model, processor, prompts, args, [0, 1])
-    lines = {f"layer {x['layer']}, {x['row']} row": x for x in report["rows"]}
-    diagnosis = {name: {column: x[column] for column in LEFT} for name, x in lines.items()}
-    batches, every = {}, torch.ones_like(advantages)
-    good, bad = (advantages > 0).float(), (advantages < 0).float()
-    own, predicting = args, replace(args, attn_row="predicting")
-    posterior, told = posterior_gaze.Args(**vars(args)), oracle.Args(**vars(args))
+    found = {
+        f"layer {line['layer']}, {line['row']} row": {name: line[name] for name in TABLES["policy"]}
+        for line in report["rows"]
+    }
     model.train()
+    other_row = replace(args, attn_row="predicting")
+    own, predicting, posterior = map(batches, (ral_grpo, ral_grpo, posterior_gaze))
+    posterior = posterior_gaze, posterior, "attn_loss", posterior_gaze.Args(**vars(args))
+    told = [oracle.Batch(rollout[cut], advantages[cut], target=target[cut]) for cut in cuts]
+    told = oracle, told, "attn_loss", oracle.Args(**vars(args))
     terms = {
-        "token": term(ral_grpo, "pg_loss", every, own),
-        "token, rewarded responses": term(ral_grpo, "pg_loss", good, own),
-        "token, penalised responses": term(ral_grpo, "pg_loss", bad, own),
-        "RAL, own row": term(ral_grpo, "attn_loss", every, own),
-        "RAL, predicting row": term(ral_grpo, "attn_loss", every, predicting),
-        "posterior gaze": term(posterior_gaze, "attn_loss", every, posterior),
-        "oracle": term(oracle, "attn_loss", every, told),
-        "oracle, rewarded responses": term(oracle, "attn_loss", good, told),
+        "token": losses(model, ral_grpo, own, "pg_loss", args),
+        "token, rewarded responses": losses(model, ral_grpo, own, "pg_loss", args, sign=1),
+        "token, penalised responses": losses(model, ral_grpo, own, "pg_loss", args, sign=-1),
+        "RAL, own row": losses(model, ral_grpo, own, "attn_loss", args),
+        "RAL, predicting row": losses(model, ral_grpo, predicting, "attn_loss", other_row),
+        "posterior gaze": losses(model, *posterior),
+        "oracle": losses(model, *told),
+        "oracle, rewarded responses": losses(model, *told, sign=1),
         "SFT": [partial(demonstrated, prompts[cut]) for cut in cuts],
     }
-
-    def compared(batch: ral_grpo.Batch, name: str = "attn_loss") -> Tensor:
-        scores = ral_grpo.score_policy(model, batch, own)
-        return ral_grpo.loss_terms(scores, batch, own)[name].mean()
-
     text = model.config.text_config
     heads, last = text.num_attention_heads, text.num_hidden_layers - 1
     shape = (count, args.group_size, heads, text.hidden_size // heads)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     for name, (size, by_mass) in PERTURBED.items():
         with perturbed(last, size * noise):
-            other, _, rewards, metrics = ral_grpo.roll_out(model, processor, prompts, inputs, args)
+            other, _, rewards, moved = ral_grpo.roll_out(model, processor, prompts, inputs, args)
         weights = ral_grpo.group_advantages(rewards)
         elsewhere = [ral_grpo.Batch(other[cut], weights[cut]) for cut in cuts]
         for batch, cut in zip(elsewhere, cuts, strict=True):
@@ -183,72 +196,80 @@ def measure(path: Path, seed: int, count: int) -> dict[str, dict[str, float]]:
                 mass = common.response_mean(mass, batch.rollout.response_mask)
                 batch.advantages = ral_grpo.group_advantages(mass)
         model.train()
-        terms[name] = [partial(compared, batch) for batch in elsewhere]
+        terms[name] = losses(model, ral_grpo, elsewhere, "attn_loss", args)
+        jsd = losses(model, ral_grpo, elsewhere, "attn_jsd", args)
         with torch.no_grad():
-            distances = [compared(batch, "attn_jsd").item() for batch in elsewhere]
-        diagnosis[f"{name}: rollout"] = {
+            distances = [loss().mean().item() for loss in jsd]
+        found[f"{name}: rollout"] = {
             "JSD": sum(distances) / len(distances),
-            "accuracy": metrics["rollout/accuracy"],
-            "accuracy, not perturbed": report["metrics"]["rollout/accuracy"],
+            "accuracy": moved["rollout/accuracy"],
+            "accuracy, not perturbed": metrics["rollout/accuracy"],
         }
-    half = len(cuts) // 2
 
-    def both(name: str) -> tuple[Tensor, Tensor]:
+    def halves(name: str) -> tuple[Tensor, Tensor]:
         return direction(model, terms[name][:half]), direction(model, terms[name][half:])
 
     at_step = ("RAL, own row", "RAL, predicting row")
-    halves = {name: both(name) for name in terms if name not in at_step}
+    directions = {name: halves(name) for name in terms if name not in at_step}
     with torch.no_grad():  # the anchors of RAL, at the rollout's weights
-        for name in at_step:
-            for loss in terms[name]:
-                loss()
+        for loss in (loss for name in at_step for loss in terms[name]):
+            loss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
-    step = [ral_grpo.Batch(rollout[cut], advantages[cut]) for cut in cuts]
     grpo = replace(args, lambda_attn=0.0, beta=0.0, num_iterations=1)
-    ral_grpo.update(model, optimizer, step, grpo)
-    halves |= {name: both(name) for name in at_step}
-    whole = {name: sum(parts) for name, parts in halves.items()}
-    return diagnosis | {
+    ral_grpo.update(model, optimizer, batches(ral_grpo), grpo)
+    directions |= {name: halves(name) for name in at_step}
+    whole = {name: sum(parts) for name, parts in directions.items()}
+    return found | {
         name: {
             "with the oracle": cosine(whole[name], whole["oracle"]),
             "with SFT": cosine(whole[name], whole["SFT"]),
-            "halves": cosine(*halves[name]),
+            "halves": cosine(*directions[name]),
         }
         for name in terms
     }
 
 
+def tables(rows: list[dict[str, dict[str, float]]]) -> str:
+    """The three tables; `rows` has what `measure` found for each cold start."""
+    texts = []
+    for head, columns in TABLES.items():
+        lines = []
+        for name in [name for name in rows[0] if columns[0] in rows[0][name]]:
+            cells = {column: words([row[name][column] for row in rows]) for column in columns}
+            lines.append({head: name} | cells)
+        texts.append(markdown(lines))
+    return "\n".join(texts)
+
+
+def draw(path: Path, rows: list[dict[str, dict[str, float]]]) -> None:
+    """Draw the cosines, means with their intervals over cold starts, one panel a column."""
+    names = [name for name, line in rows[0].items() if COSINES[0] in line]
+    size = (4 * len(COSINES), 1 + 0.2 * len(names))
+    figure, axes = load_pyplot().subplots(1, len(COSINES), figsize=size)
+    for column, axis in zip(COSINES, axes, strict=True):
+        points = [interval([row[name][column] for row in rows]) for name in names]
+        means, halves = zip(*points, strict=True)
+        axis.errorbar(means, range(len(names)), xerr=halves, fmt="o", markersize=4)
+        axis.axvline(0, color="grey", lw=1)
+        title = f"cosine {column.replace('halves', 'of two halves')}"
+        axis.set(title=title, ylim=(len(names) - 0.5, -0.5))
+        axis.set_yticks(range(len(names)), names if axis is axes[0] else [])
+        axis.grid(axis="x", alpha=0.3)
+    save(figure, path)
+
+
 def main(args: Args) -> None:
-    if args.prompts % 32:
-        raise SystemExit(f"--prompts {args.prompts}: must be a multiple of 32")
-    rows = []
+    require(args.prompts % 32 == 0, f"--prompts {args.prompts}: must be a multiple of 32")
+    rows = {}
     for seed in args.seeds:
         path = args.cold_starts / f"images-{seed}" / "checkpoint"
-        rows.append(measure(path, seed, args.prompts))
-        print(f"seed {seed}: " + json.dumps(rows[-1]["RAL, own row"]))
-    result = {
-        "commit": commit(),
-        "prompts": args.prompts,
-        "rows": dict(zip(args.seeds, rows, strict=True)),
-    }
+        rows[seed] = measure(path, seed, args.prompts)
+        print(f"seed {seed}: " + json.dumps(rows[seed]["RAL, own row"]))
+    result = {"commit": commit(), "prompts": args.prompts, "rows": rows}
     args.results.write_text(json.dumps(result, indent=1) + "\n")
-    tables = {"direction": COLUMNS, "policy": LEFT}
-    tables["rollout"] = ("JSD", "accuracy", "accuracy, not perturbed")
-    for head, columns in tables.items():
-        print(f"| {head} | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
-        for name in [name for name in rows[0] if columns[0] in rows[0][name]]:
-            cells = [words([row[name][column] for row in rows]) for column in columns]
-            print(f"| {name} | {' | '.join(cells)} |")
+    print(tables([*rows.values()]))
     if len(rows) > 1:
-        found = {
-            f"cosine {column.replace('halves', 'of two halves')}": [
-                (name, *interval([row[name][column] for row in rows]))
-                for name in rows[0]
-                if column in rows[0][name]
-            ]
-            for column in COLUMNS
-        }
-        draw(args.results.with_suffix(".png"), found)
+        draw(args.results.with_suffix(".png"), [*rows.values()])
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@
     python benchmarks/gpu_check.py --parts env numerics   # some parts only
     python benchmarks/gpu_check.py --rehearse             # all of it, tiny, on a CPU
 
-    env       versions, the card, a process group of one, attention kernels, sampling
+    env       versions, the card, attention kernels, sampling
     numerics  log-probabilities, attention rows, gradients and tokens of each model family, against
               float32 on the CPU; a sharded model against its own checkpoint, to the bit
-    toy       every script on the toy: all weights, adapters, a trained vision encoder, videos
+    toy       every script on the toy: all weights, adapters, a trained vision encoder
     resume    a run that was stopped and resumed, against one that was not
     real7b    GRPO and RAL at 7B on 32-frame videos: memory against the estimate, seconds
     real2b    the same at 2B with all weights
@@ -15,7 +15,6 @@
 Nothing is downloaded: weights are random and videos are drawn, so responses have the full length.
 Each part is a process of its own. Every finding is appended to OUT/gpu.jsonl at once, and the table
 OUT/gpu.md, failures first, is written after each part. The exit status is 1 if anything failed.
-Model FLOPs count 2 a parameter and token forward and 4 backward, no attention, nothing twice.
 """
 
 import json
@@ -23,10 +22,7 @@ import math
 import os
 import platform
 import random
-import statistics
-import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -34,7 +30,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -60,41 +59,41 @@ import grpo_baseline
 import kd_baseline
 import ral_grpo
 import sft
-from support import memory, ranks, runs, toy
+from support import disk, memory, ranks, runs, toy
+from support.memory import GIB
 from support.prompts import Prompt, PromptConfig, collate, encode_prompt
 
-GIB = 2**30
 GPU = torch.cuda.is_available()
 LIMITS = {"env": 90, "numerics": 120, "toy": 150, "resume": 90, "real7b": 300, "real2b": 150}
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "tied")
+VERDICTS = {None: "", True: "yes", False: "**no**"}
 
 
 @dataclass
 class Args:
     parts: tuple[str, ...] = tuple(LIMITS)
-    """Which parts to run."""
-    limit: float = 600
-    """Seconds for all parts together; a part without time left is a failure."""
+    """Which parts to run, each for at most its `LIMITS` in seconds."""
     out: Path = Path("runs/gpu_check")
     """Directory of the findings."""
     rehearse: bool = False
     """Run tiny sizes, in this process, on a CPU."""
-    part: tyro.conf.Suppress[str] = ""
 
 
+@dataclass
 class Findings:
-    """What was found, one JSON line each."""
+    """What a part has found, one JSON line each."""
 
-    def __init__(self, out: Path):
-        self.out, self.part = out, "main"
+    out: Path
+    part: str = "main"
 
     def note(self, what: str, value: Any, ok: bool | None = None, trace: str = "") -> None:
         """Append a finding; `ok` is None where there is nothing to judge."""
-        line = {"part": self.part, "what": what, "value": value, "ok": ok, "trace": trace}
+        line = {"part": self.part, "what": what, "value": short(value), "ok": ok, "trace": trace}
         with (self.out / "gpu.jsonl").open("a") as file:
-            file.write(json.dumps(line, default=str) + "\n")
-        verdict = {None: "", True: ": as expected", False: ": FAILED"}[ok]
-        print(f"{self.part}: {what}: {short(value)}{verdict}", flush=True)
+            file.write(json.dumps(line) + "\n")
+        print(
+            f"{self.part}: {what}: {line['value']}{': FAILED' if ok is False else ''}", flush=True
+        )
 
     def attempt(self, what: str, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function; an exception is a finding, and the part continues."""
@@ -104,22 +103,6 @@ class Findings:
             reason = f"{type(error).__name__}: {str(error)[:300]}"
             self.note(what, reason, False, traceback.format_exc()[-3000:])
 
-    def table(self) -> bool:
-        """Write gpu.md; returns whether nothing failed."""
-        lines = [json.loads(x) for x in (self.out / "gpu.jsonl").read_text().splitlines()]
-        lines.sort(key=lambda x: x["ok"] is not False)
-        failed = sum(x["ok"] is False for x in lines)
-        good = sum(x["ok"] is True for x in lines)
-        text = [f"# GPU check: {failed} failed, {good} as expected", ""]
-        text += ["| part | what | value | as expected |", "|---|---|---|---|"]
-        for x in lines:
-            value = short(x["value"]).replace("|", "/").replace("\n", " ")
-            verdict = {None: "", True: "yes", False: "**no**"}[x["ok"]]
-            text.append(f"| {x['part']} | {x['what']} | {value} | {verdict} |")
-        text += [f"\n```\n{x['trace']}```" for x in lines if x["trace"]]
-        (self.out / "gpu.md").write_text("\n".join(text) + "\n")
-        return failed == 0
-
 
 def short(value: Any) -> str:
     if isinstance(value, float):
@@ -127,6 +110,21 @@ def short(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {short(x)}" for name, x in value.items())
     return ", ".join(map(short, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def write_table(out: Path) -> bool:
+    """Write gpu.md; returns whether nothing failed."""
+    lines = [json.loads(x) for x in (out / "gpu.jsonl").read_text().splitlines()]
+    lines.sort(key=lambda x: x["ok"] is not False)
+    failed, good = (sum(x["ok"] is ok for x in lines) for ok in (False, True))
+    text = [f"# GPU check: {failed} failed, {good} as expected", ""]
+    text += ["| part | what | value | as expected |", "|---|---|---|---|"]
+    for x in lines:
+        value = x["value"].replace("|", "/").replace("\n", " ")
+        text.append(f"| {x['part']} | {x['what']} | {value} | {VERDICTS[x['ok']]} |")
+    text += [f"\n```\n{x['trace']}```" for x in lines if x["trace"]]
+    (out / "gpu.md").write_text("\n".join(text) + "\n")
+    return failed == 0
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -142,51 +140,22 @@ def env(found: Findings, work: Path) -> None:
     found.note("versions", {"python": platform.python_version()} | {x: version(x) for x in names})
     found.note("GPU", torch.cuda.get_device_name() if GPU else "none: a rehearsal")
     if GPU:
-        card = torch.cuda.get_device_properties(0)
+        total = torch.cuda.get_device_properties(0).total_memory / GIB
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
-        value = {"GiB": card.total_memory / GIB, "CUDA": torch.version.cuda, "NCCL": nccl}
-        found.note("card", value)
-    found.attempt("collectives in a group of one", collectives, found)
-    for function in (attention, rows, sampling):
+        found.note("card", {"GiB": total, "CUDA": torch.version.cuda, "NCCL": nccl})
+    for function in (attention, sampling):
         found.attempt(function.__name__, function, found)
-
-
-def collectives(found: Findings) -> None:
-    total = torch.ones(4, device=common.device())
-    dist.all_reduce(total)
-    dist.broadcast_object_list([1], src=0)
-    found.note("collectives in a group of one", dist.get_backend_config(), bool(total.sum() == 4))
-
-
-def matrix_rate() -> float:
-    """FLOPs a second of a square matrix product in the dtype that the scripts compute in, the
-    median of ten after a warm-up."""
-    size, times = 8192 if GPU else 256, []
-    a = torch.randn(size, size, device=common.device(), dtype=common.compute_dtype())
-    for _ in range(11):
-        start = time.perf_counter()
-        (a @ a).sum().item()  # waits for it
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(times[1:])
-
-
-def shapes() -> tuple[int, ...]:
-    """Query and key heads, their width, positions of a prompt and of a response, responses."""
-    return (28, 4, 128, 2112, 768, 8) if GPU else (4, 2, 16, 32, 8, 2)
-
-
-def random_qkv(p: int, t: int, g: int) -> list[Tensor]:
-    h, k, d, *_ = shapes()
-    options = {"device": common.device(), "dtype": common.compute_dtype(), "requires_grad": True}
-    return [torch.randn(1, n, p + g * t, d, **options) for n in (h, k, k)]
 
 
 def attention(found: Findings) -> None:
     """Flash attention, aligned to the lower right corner, against an additive mask."""
     torch.backends.cuda.enable_cudnn_sdp(False)
-    h, k, d, p, t, g = shapes()
+    # Query and key heads, their width, positions of a prompt and of a response, responses.
+    h, k, d, p, t, g = (28, 4, 128, 2112, 768, 8) if GPU else (4, 2, 16, 32, 8, 2)
+    options = {"device": common.device(), "dtype": common.compute_dtype(), "requires_grad": True}
     for prompt, tokens in ((p, t), (37, 1), (200, 129)):
-        qkv, results, weight = random_qkv(prompt, tokens, g), [], None
+        qkv = [torch.randn(1, n, prompt + g * tokens, d, **options) for n in (h, k, k)]
+        results, weight = [], None
         own = torch.full((tokens, tokens), -torch.inf, device=qkv[0].device).triu(1)
         bias = F.pad(own, (prompt, 0))[None, None].repeat(1, 1, h // k, 1)
         for mask in (None, bias, bias):
@@ -202,24 +171,14 @@ def attention(found: Findings) -> None:
         found.note("its backward pass repeats to the bit", same)
 
 
-def rows(found: Findings) -> None:
-    *_, d, p, t, g = shapes()
-    query, key, _ = random_qkv(p, t, g)
-    layout = common.Layout(p, g, None)
-    error = (common.attention_rows(query, key, d**-0.5, layout).sum(-1) - 1).abs().max().item()
-    found.note("attention rows sum to 1: largest error", error, error < 1e-3)
-
-
 def sampling(found: Findings) -> None:
     vocabulary = 152064 if GPU else 512
     logits = torch.randn(64, vocabulary, device=common.device(), dtype=common.compute_dtype())
     logits[:, -4:] = -torch.inf
     noise = torch.rand(64, device=logits.device)
     noise[0] = 1 - 2**-24
-    largest = int(common.pick_tokens(logits, noise, 1.0, 1.0).max())
-    found.note(
-        "the largest id sampled, of allowed", [largest, vocabulary - 5], largest < vocabulary - 4
-    )
+    largest, allowed = int(common.pick_tokens(logits, noise, 1.0, 1.0).max()), vocabulary - 5
+    found.note("the largest id sampled, of allowed", [largest, allowed], largest <= allowed)
 
 
 # numerics
@@ -257,12 +216,10 @@ def compare(found: Findings, directory: Path, family: str) -> None:
         "bfloat16": (torch.bfloat16, {}),
         "bfloat16, adapters": (torch.bfloat16, {"lora_rank": 4}),
     }
-    device, copies = common.device(), {}
+    device = common.device()
     for kind, (dtype, fields) in kinds.items():
-        if dtype not in copies:
-            with computing(device, dtype, sharded=False):
-                copies[dtype] = measure(common.load_model(directory, frozen=True), directory)
-        frozen = copies[dtype]
+        with computing(device, dtype, sharded=False):
+            frozen = measure(common.load_model(directory, frozen=True), directory)
         with computing(device, dtype, sharded=True):
             got = measure(common.load_model(directory, **fields), directory)
         errors = {x: (got[x] - wanted[x]).abs().max().item() for x in ("logps", "rows")}
@@ -316,33 +273,34 @@ def measure(model: torch.nn.Module, directory: Path) -> dict[str, Tensor]:
 # toy, resume
 
 
-TINY = {"prompts_per_step": 2, "micro_batch_size": 2, "eval_examples": 4}
-SHORT = TINY | {"group_size": 2, "num_iterations": 2, "max_new_tokens": 6}
+TINY = {"prompts_per_step": 2, "micro_batch_size": 2}
+SHORT = TINY | {"eval_examples": 4, "group_size": 2, "num_iterations": 2, "max_new_tokens": 6}
 
 
-def run(found: Findings, script: Any, what: str, **fields: Any) -> list[dict[str, float]]:
-    """A script's own `main`; returns its metrics."""
-    out = fields["out"]
+def run(found: Findings, script: Any, what: str, **fields: Any) -> None:
+    """A script's own `main`; notes its last metrics."""
     script.main(script.Args(**script.TOY | fields))
-    lines = [json.loads(x) for x in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(fields["out"])
     training = [v for x in lines for name, v in x.items() if name.startswith("train/")]
     names = ("train/loss", "train/kl", "eval/accuracy", "perf/step_s", "perf/peak_mem_gb")
     shown = {name: lines[-1][name] for name in names if name in lines[-1]}
     found.note(what, shown, bool(training) and all(map(math.isfinite, training)))
-    return lines
+
+
+def read_metrics(out: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
 def start_toy(found: Findings, work: Path, name: str = "sft", **fields: Any) -> str:
-    small = {} if GPU else {x: TINY[x] for x in ("prompts_per_step", "micro_batch_size")}
-    fields = {"steps": 60 if GPU else 2, "eval_examples": 8, "eval_above": 1.0} | small | fields
-    run(found, sft, f"{name}, toy", out=str(work / name), stop_accuracy=2.0, **fields)
+    given = {"eval_examples": 8, "eval_above": 1.0, "stop_accuracy": 2.0}
+    given |= {"steps": 60} if GPU else {"steps": 2} | TINY
+    run(found, sft, f"{name}, toy", out=str(work / name), **given | fields)
     return str(work / name / "checkpoint")
 
 
 def toys(found: Findings, work: Path) -> None:
-    model, quick = start_toy(found, work), {"steps": 3} if GPU else {"steps": 1} | SHORT
-    large = start_toy(found, work, "large", toy_size="large", steps=2)
-    taught = {"teacher": large}
+    model = start_toy(found, work)
+    taught = {"teacher": start_toy(found, work, "large", toy_size="large", steps=2)}
     jobs = {
         "grpo_baseline": (grpo_baseline, {}),
         "ral_grpo": (ral_grpo, {}),
@@ -353,54 +311,33 @@ def toys(found: Findings, work: Path) -> None:
         "attn_distill": (attn_distill, taught),
         "attn_distill, adapters": (attn_distill, taught | {"lora_rank": 4}),
     }
-    if not GPU:
-        jobs = {name: jobs[name] for name in ("ral_grpo", "attn_distill, adapters")}
-    for name, (script, fields) in jobs.items():
-        out = str(work / name.replace(", ", "-").replace(" ", "-"))
-        fields = {"model": model, "out": out} | quick | fields
-        lines = found.attempt(name, lambda s=script, n=name, f=fields: run(found, s, n, **f))
-        first = [x["train/attn_jsd_1"] for x in lines or () if "train/attn_jsd_1" in x]
-        if first:
-            same = all(x == 0 for x in first)
-            found.note(f"{name}: divergence in the first pass", max(first), same)
+    for name in jobs if GPU else ("ral_grpo", "attn_distill, adapters"):
+        script, fields = jobs[name]
+        given = {"model": model, "out": str(work / name)}
+        given |= {"steps": 3} if GPU else {"steps": 1} | SHORT
+        found.attempt(name, partial(run, found, script, name, **given | fields))
     fields = {"model": model, "examples": 8, "out": str(work / "eval")}
-    found.attempt("evaluate", lambda: eval.main(eval.Args(**eval.TOY | fields)))
-
-
-class Stopped(Exception):
-    pass
+    found.attempt("eval", eval.main, eval.Args(**eval.TOY | fields))
 
 
 def resume(found: Findings, work: Path) -> None:
-    model = start_toy(found, work)
-    fields = {"model": model, "steps": 4, "save_every": 2}
+    fields = {"model": start_toy(found, work), "save_every": 2, "eval_every": 2}
     fields |= {} if GPU else SHORT
     for name, more in (("all weights", {}), ("adapters", {"lora_rank": 4})):
-        found.attempt(name, stop_and_resume, found, work, name, fields | more)
+        found.attempt(name, stop_and_resume, found, work / name, name, fields | more)
 
 
 def stop_and_resume(found: Findings, work: Path, name: str, fields: dict[str, Any]) -> None:
-    results = []
-    for what in ("whole", "resumed"):
-        out = work / f"{name} {what}"
-        if what == "resumed":
-            log = runs.Run.log
-
-            def stop(self: Any, step: int, *rest: Any, log=log, **options: Any) -> None:
-                if step == 3:
-                    raise Stopped
-                log(self, step, *rest, **options)
-
-            try:
-                with mock.patch.object(runs.Run, "log", stop):
-                    ral_grpo.main(ral_grpo.Args(**ral_grpo.TOY | fields | {"out": str(out)}))
-            except Stopped:
-                pass
-            fields = fields | {"resume": "auto"}
-        lines = run(found, ral_grpo, f"{name}: {out.name}", **fields | {"out": str(out)})
-        lines = [{k: v for k, v in x.items() if not k.startswith("perf/")} for x in lines]
-        results.append((lines, load_file(out / "checkpoint" / "model.safetensors")))
-    (lines, weights), (ours, its) = results
+    """Four steps in one run, and in one that goes on after two."""
+    kept = []
+    for what, stops in (("whole", (4,)), ("cut", (2, 4))):
+        given = fields | {"out": str(work / what), "resume": "auto"}
+        for steps in stops:
+            run(found, ral_grpo, f"{name}: {what}, {steps} steps", **given, steps=steps)
+        lines = [{name: x for name, x in line.items() if not name.startswith("perf/")}
+                 for line in read_metrics(given["out"])]  # fmt: skip
+        kept.append((lines, load_file(work / what / "checkpoint" / "model.safetensors")))
+    (lines, weights), (ours, its) = kept
     same = ours == lines and all(torch.equal(its[x], weights[x]) for x in weights)
     gap = max((its[x].float() - weights[x].float()).abs().max().item() for x in weights)
     steps = [x["step"] for x in ours] == [x["step"] for x in lines]
@@ -414,47 +351,27 @@ def stop_and_resume(found: Findings, work: Path, name: str, fields: dict[str, An
 
 def real(found: Findings, work: Path, size: str, lora_rank: int | None) -> None:
     """Both scripts at real size, with the peak of each phase against its estimate."""
-    folder, frames = work / size, 32 if GPU else 2
-    folder.mkdir(parents=True)
-    config = real_size.write_inputs(folder, size if GPU else "small")
-    if GPU:
-        torch.cuda.empty_cache()
-    rate, last = matrix_rate(), {}
-    fields = {"data": str(folder / "rows.jsonl"), "model": str(folder), "frames": frames}
-    fields |= {"steps": 3 if GPU else 1, "eval_examples": 1, "eval_every": 1000, "save_every": 0}
-    fields |= {"workers": 4 if GPU else 0, "lora_rank": lora_rank, "gradient_checkpointing": True}
-    fields |= {} if GPU else SHORT | {"frame_tokens": 16}
+    work.mkdir(parents=True)
+    config = real_size.write_inputs(work, size if GPU else "small")
+    fields = {"data": str(work / "rows.jsonl"), "model": str(work), "lora_rank": lora_rank}
+    fields |= {"eval_examples": 1, "eval_every": 1000, "save_every": 0}
+    fields |= {"gradient_checkpointing": True}
+    sizes = {"steps": 3, "frames": 32, "workers": 4}
+    tiny = {"steps": 1, "frames": 2, "workers": 0, "frame_tokens": 16}
+    fields |= sizes if GPU else tiny | SHORT
+    last = {}
     for script in (grpo_baseline, ral_grpo):
-        args = script.Args(**fields | {"out": str(folder / script.__name__)})
-        last[script] = found.attempt(script.__name__, one_run, found, script, args)
-    steps = {script: x for script, x in last.items() if x}
-    for script, x in steps.items():
-        model, args = common.empty_model(config), script.Args(**fields)
-        weights = sum(p.numel() for p in model.model.language_model.layers.parameters())
-        weights += config.text_config.vocab_size * config.text_config.hidden_size
-        prompt, new = memory.visual_tokens(args), args.group_size * args.max_new_tokens
-        flops = 6 * args.num_iterations * weights * args.prompts_per_step * (prompt + new)
-        used = flops / x["perf/update_s"] / rate
-        found.note(f"{script.__name__}: FLOP utilisation of the update", used)
-        token = 1000 * x["perf/rollout_s"] / args.max_new_tokens
-        found.note(f"{script.__name__}: ms of a rollout per decoded token", token)
-    if len(steps) == 2:
-        grpo, ral = steps.values()
+        args = script.Args(**fields | {"out": str(work / script.__name__)})
+        last[script] = found.attempt(script.__name__, one_run, found, script, args, config)
+    if all(last.values()):
+        grpo, ral = last.values()
         ratios = {x: ral[f"perf/{x}_s"] / grpo[f"perf/{x}_s"] for x in ("update", "step")}
         found.note("RAL / GRPO, seconds", ratios)
 
 
-def one_run(found: Findings, script: Any, args: Any) -> dict[str, float]:
+def one_run(found: Findings, script: Any, args: Any, config: Any) -> dict[str, float]:
     """Run a script and meter it; returns the metrics of its last step."""
-    name, needed, peaks = script.__name__, {}, {}
-    fit, lap = common.fit_memory, runs.Stopwatch.lap
-
-    def fit_memory(*given: Any, **options: Any) -> Any:
-        chosen, config = fit(*given, **options), given[1]
-        frozen = [] if chosen.lora_rank else [config]
-        needed.update(memory.memory_gb(config, chosen, chosen.lora_rank, chosen.group_size, frozen))
-        found.note(f"{name}: adapters' rank, 0 for all weights", chosen.lora_rank)
-        return chosen
+    name, peaks, lap = script.__name__, {}, runs.Stopwatch.lap
 
     def metered(self: Any, phase: str) -> None:
         lap(self, phase)
@@ -462,21 +379,22 @@ def one_run(found: Findings, script: Any, args: Any) -> dict[str, float]:
             peaks[phase] = torch.cuda.max_memory_allocated() / GIB
             torch.cuda.reset_peak_memory_stats()
 
-    with (
-        mock.patch.object(common, "fit_memory", fit_memory),
-        mock.patch.object(runs.Stopwatch, "lap", metered),
-    ):
+    with mock.patch.object(runs.Stopwatch, "lap", metered):
         script.main(args)
-    lines = (Path(args.out) / "metrics.jsonl").read_text().splitlines()
-    last = json.loads(lines[-1])
+    last = read_metrics(args.out)[-1]
     del last["perf/tokens_per_s"]
     seconds = {x[5:-2]: v for x, v in last.items() if x.startswith("perf/") and x.endswith("_s")}
     found.note(f"{name}: seconds of the last step", seconds, all(map(math.isfinite, last.values())))
-    for phase, peak in peaks.items():
-        if phase in needed:
-            estimate = sum(needed[phase].values())
-            value = {"estimate": estimate, "measured": peak}
-            found.note(f"{name}, {phase}: GB", value, 0.7 < peak / estimate < 1.05)
+    token = 1000 * last["perf/rollout_s"] / args.max_new_tokens
+    found.note(f"{name}: ms of a rollout per decoded token", token)
+    chosen = SimpleNamespace(**disk.read_record(Path(args.out)))
+    found.note(f"{name}: adapters' rank, 0 for all weights", chosen.lora_rank)
+    frozen = [] if chosen.lora_rank else [config]
+    needed = memory.memory_gb(config, chosen, chosen.lora_rank, chosen.group_size, frozen)
+    for phase in peaks.keys() & needed.keys():
+        estimate = sum(needed[phase].values())
+        value = {"estimate": estimate, "measured": peaks[phase]}
+        found.note(f"{name}, {phase}: GB", value, 0.7 < peaks[phase] / estimate < 1.05)
     return last
 
 
@@ -488,9 +406,9 @@ PARTS["real7b"] = partial(real, size="7B", lora_rank=None if GPU else 4)
 PARTS["real2b"] = partial(real, size="2B", lora_rank=0)
 
 
-def run_part(found: Findings, part: str, work: Path) -> None:
+def run_part(out: Path, part: str, work: Path) -> None:
     """Run a part in this process, which is a group of one."""
-    start, found.part = time.time(), part
+    start, found = time.time(), Findings(out, part)
     ranks.start_ranks()
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -500,41 +418,30 @@ def run_part(found: Findings, part: str, work: Path) -> None:
     found.note("seconds of the part", time.time() - start)
 
 
-def start_part(found: Findings, args: Args, part: str, work: Path, limit: float) -> None:
-    """Run a part in a process of its own, no longer than its limit."""
-    command = [sys.executable, __file__, "--part", part, "--out", str(args.out)]
-    environment = os.environ | {"TMPDIR": str(work), "HF_HUB_OFFLINE": "1"}
-    try:
-        status = subprocess.run(command, env=environment, timeout=limit).returncode
-        if status:
-            found.note(f"{part}: exit status", status, False)
-    except subprocess.TimeoutExpired:
-        found.note(part, f"not finished after {limit:.0f} s", False)
-
-
 def main(args: Args) -> int:
-    found = Findings(args.out)
-    if args.part:
-        with tempfile.TemporaryDirectory() as work:
-            run_part(found, args.part, Path(work))
-        return 0
     unknown = set(args.parts) - set(LIMITS)
     ranks.require(not unknown, f"--parts {' '.join(unknown)}: choose from {', '.join(LIMITS)}")
     remedy = "see --rehearse for what a CPU can check"
     ranks.require(GPU or args.rehearse, f"no GPU is visible to PyTorch; {remedy}")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "gpu.jsonl").write_text("")
-    end, passed = time.time() + args.limit, False
-    with tempfile.TemporaryDirectory() as work:
-        for part in args.parts:
-            left = min(LIMITS[part], end - time.time())
+    passed = False
+    for part in args.parts:
+        with TemporaryDirectory() as work:
+            given = (args.out, part, Path(work))
             if args.rehearse:
-                run_part(found, part, Path(work))
-            elif left < 15:
-                found.note(part, "no time left", False)
+                run_part(*given)
             else:
-                start_part(found, args, part, Path(work), left)
-            passed = found.table()
+                os.environ["HF_HUB_OFFLINE"] = "1"
+                process = get_context("spawn").Process(target=run_part, args=given)
+                process.start()
+                process.join(LIMITS[part])
+                if process.is_alive():
+                    process.kill()
+                    Findings(args.out).note(part, f"not finished after {LIMITS[part]} s", False)
+                elif process.exitcode:
+                    Findings(args.out).note(f"{part}: exit status", process.exitcode, False)
+        passed = write_table(args.out)
     print(f"{args.out / 'gpu.md'}: {'as expected' if passed else 'something failed'}")
     return 0 if passed else 1
 

@@ -2,10 +2,9 @@
 
     python benchmarks/reproduce.py                      # every claim; continues where it stopped
     python benchmarks/reproduce.py --claims ablations --seeds 1 2 3 --results runs/mine.jsonl
-    python benchmarks/reproduce.py --quick              # minutes; labelled as no evidence
 
 A cell that the results file has is not run again: to measure anew, give `--results` a new file. The
-tables and pictures go beside it.
+tables and Figure 3 go beside it.
 
 Two sets of definitions are measured. In the paper's (seeds 11 to 30, `OWN`), RAL takes the own row
 (eq. 2) and attention distillation the sum over tokens (eq. 5). In the other (seeds 1 to 10), RAL
@@ -20,8 +19,7 @@ scripts run unchanged, through their `main`. Every cell of a task is judged on t
 examples, 2,048 (standard error 0.01), or 1,024 where a cold start is grown from that of images for
 a larger picture, a video or a thought. Raw numbers go to `benchmarks/results/reproduce.jsonl`, one
 line a cell and seed, with the commit that made them (`-dirty` where the working tree had changes);
-tables with means, 95% intervals, and differences to the baseline paired by seed to `reproduce.md`,
-and these differences to a plot.
+tables with means, 95% intervals, and differences to the baseline paired by seed to `reproduce.md`.
 
 The budget is 60 steps at a learning rate that was chosen, once for each task, on GRPO alone and on
 seeds of no result here, so that it ends near 0.7, where a better method has room to show (see
@@ -30,16 +28,14 @@ seeds of no result here, so that it ends near 0.7, where a better method has roo
 
 import hashlib
 import json
-import os
-import re
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -69,11 +65,13 @@ import grpo_baseline
 import kd_baseline
 import ral_grpo
 import sft
-from support import cli, toy
+from support import cli, disk, toy
 from support.grounding import OUTCOMES
-from support.pictures import load_pyplot, save
+from support.pictures import load_pyplot
 from support.prompts import collate, encode_prompt
 from support.ranks import require
+
+# 1. What is measured
 
 # Seeds: of the predicting row, of the own row, and of the own row with more ways to reduce, beside
 # other methods.
@@ -165,8 +163,7 @@ PAPERS = (0.5, 1.0, 5.0)  # values of lambda
 BOTH, TOLD = {"GRPO": GRPO, "RAL": RAL}, {"told where to look, lambda 0.1": told()}
 STRONG = {"RAL, lambda 100": ral(lambda_attn=100.0)}
 FIRST_LAYER = {"RAL, layer 0, lambda 100": ral(attn_layer=0, lambda_attn=100.0)}
-# Tuned on seeds 102 and 103, see docs/results.md. A step takes 1.09 times as long as GRPO's
-# (step_ratio.py), so 69 steps or 5 passes of GRPO take longer.
+# Tuned on seeds 102 and 103, see docs/results.md.
 GAZE = {"lambda_attn": 10.0, "eta": 8.0}
 # One pass over four minibatches: as many optimiser steps as four passes over the whole rollout.
 MINIBATCHES = {"num_iterations": 1, "num_minibatches": 4}
@@ -205,7 +202,7 @@ CLAIMS = {
             **taught(0.05, 0.5, 1, 5),
             **only_attention("the teacher's layer 0", teacher_attn_layer=0),
             **only_attention("the teacher's layer 1", teacher_attn_layer=1),
-            "KD, 66 steps": (kd_baseline, DISTILL | {"steps": 66}),  # the same time, step_ratio.py
+            "KD, 66 steps": (kd_baseline, DISTILL | {"steps": 66}),
         },
         "videos, taught": {
             **taught(0.5, 1, 5),
@@ -225,11 +222,10 @@ CLAIMS = {
     "thinking": {"thinking": BOTH | FIRST_LAYER},
     "guessable": {"guessable": BOTH | STRONG},
     "both methods learn": {
-        task: {
+        "images": {
             "GRPO, 160 steps": grpo(**WHOLE),
             "RAL, own row, 160 steps": ral(attn_row="own", **WHOLE),
         }
-        for task in ("images", "thinking", "videos")
     },
     "ablations": {
         "images": {
@@ -241,15 +237,12 @@ CLAIMS = {
             "RAL, forward KL, lambda 100": (*ral(lambda_attn=100.0), forward_kl),
         }
     },
-    **{
-        f"{n} inner iterations": {
-            "images": {
-                f"GRPO, {n} inner iterations": grpo(num_iterations=n),
-                f"RAL, {n} inner iterations": ral(num_iterations=n),
-                f"RAL, lambda 100, {n} inner iterations": ral(num_iterations=n, lambda_attn=100.0),
-            }
+    "16 inner iterations": {
+        "images": {
+            "GRPO, 16 inner iterations": grpo(num_iterations=16),
+            "RAL, 16 inner iterations": ral(num_iterations=16),
+            "RAL, lambda 100, 16 inner iterations": ral(num_iterations=16, lambda_attn=100.0),
         }
-        for n in (8, 16)
     },
     "why": {
         "images": {
@@ -278,23 +271,7 @@ CLAIMS = {
             "told in rewarded responses alone": told(rewarded_only=True),
         }
     },
-    "posterior gaze": {
-        task: {
-            "GRPO": GRPO,
-            "posterior gaze": (posterior_gaze, GAZE | fields),
-            "posterior gaze, L shuffled": (posterior_gaze, GAZE | fields | {"shuffle_keys": True}),
-            "posterior gaze, eta 0": (posterior_gaze, GAZE | fields | {"eta": 0.0}),
-            "GRPO, 69 steps": grpo(steps=69),
-            "GRPO, 5 inner iterations": grpo(num_iterations=5),
-        }
-        for task, fields in {
-            "images": {},
-            "three shapes": {},
-            "videos": {},
-            "guessable": {},
-            "thinking": {"attn_layer": 0},
-        }.items()
-    },
+    "posterior gaze": {"images": {"GRPO": GRPO, "posterior gaze": (posterior_gaze, GAZE)}},
     "protection": {
         "half of the shapes": {
             "GRPO": grpo(**WHOLE),
@@ -355,6 +332,9 @@ SEEDS |= {"sum over tokens and reference anchor": REDUCED}
 SEEDS |= dict.fromkeys((claim for claim in CLAIMS if claim.startswith("relatives")), REDUCED)
 
 
+# 2. How it is run
+
+
 @dataclass
 class Args:
     claims: list[str] = field(default_factory=lambda: list(CLAIMS))
@@ -365,27 +345,19 @@ class Args:
     """Cells of these to run. Unset: all."""
     seeds: list[int] | None = None
     """Seeds. Unset: those of each claim."""
-    quick: bool = False
-    """One seed, ten steps, 64 examples, a file of its own: shows that it runs, and nothing else."""
     results: Path = ROOT / "benchmarks" / "results" / "reproduce.jsonl"
     """Where the numbers go."""
 
 
+COLD_STARTS = ROOT / "runs" / "cold-starts"
 MEASURES = ("accuracy", "on_target")
 EVALUATED = ("accuracy", "format", "completion_len", "target_attn", "on_target", *OUTCOMES)
-
-
-def evaluate(*inputs, **options) -> eval.Evaluation:
-    return eval.evaluate(*inputs, **options | {"batch_size": 64})
+# Of a training run, as medians over its steps.
+LOGGED = ("train/attn_jsd", "train/attn_grad_norm", "train/pg_grad_norm", "train/kl", "perf/step_s")
 
 
 def slug(name: str) -> str:
     return name.replace(",", "").replace(" ", "-")
-
-
-def setting(task: str) -> dict[str, Any]:
-    """What the cold start of a task was given."""
-    return TASKS[task].setting or TASKS[TASKS[task].start].setting
 
 
 def digest(checkpoint: Path) -> str:
@@ -398,56 +370,128 @@ def commit() -> str:
     return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
-def judged(out: Path, evaluation: int = -1) -> dict[str, float]:
-    """One evaluation of a run, by default the last, and how large the attention term was."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    last = [line for line in lines if "eval/accuracy" in line][evaluation]
-    row = {name.removeprefix("eval/"): v for name, v in last.items() if name.startswith("eval/")}
-    layers = [name for name in row if re.fullmatch(r"target_attn_l\d+", name)]
-    row |= {"on_target": row[max(layers)]}  # of the last layer, whichever the term acts on
-    steps = [line["perf/step_s"] for line in lines if "perf/step_s" in line]
-    row |= {"step_s": float(np.median(steps))}
-    kinds = [name for name in lines[0] if ", " in name]  # of the protection test
-    row |= {name.replace("eval/", "before, "): lines[0][name] for name in kinds}
-    for name in ("attn_jsd", "attn_grad_norm", "pg_grad_norm", "kl"):
-        values = [line[f"train/{name}"] for line in lines if f"train/{name}" in line]
-        row |= {name: float(np.median(values))} if values else {}
-    return row
-
-
 def teacher_number(claim: str) -> int:
     """What stands as the seed in a teacher's line. A teacher is trained with seed 1; that of seeds
     21 to 30 was trained anew, and rounding made it another."""
     return 21 if SEEDS[claim] is REDUCED else 1
 
 
-def seeds_of(claim: str, args: Args) -> list[int]:
-    return args.seeds or list(SEEDS[claim])
+def setting(task: str) -> dict[str, Any]:
+    """What the cold start of a task was given."""
+    return TASKS[task].setting or TASKS[TASKS[task].start].setting
 
 
-@torch.no_grad()
-def to_teacher(path: Path, teacher_path: Path, row: str, examples: int) -> float:
-    """Mean divergence (JSD in nats a token, last layer) of a checkpoint's attention to the
-    teacher's, on its own greedy responses."""
-    model, processor = common.load_model(str(path)), common.load_processor(str(path))
-    other = common.load_processor(str(teacher_path))
-    teacher = common.load_teacher(str(teacher_path), processor, other)
-    task = toy.Task.load(path)
-    held_out = toy.held_out_examples(task, examples)
-    prompts = [encode_prompt(processor, example) for example in held_out]
-    distances = []
-    for start in range(0, examples, 64):
+def evaluate(*inputs, **options) -> eval.Evaluation:
+    return eval.evaluate(*inputs, **options | {"batch_size": 64})
+
+
+def train(task: str, out: Path, script, fields: dict[str, Any], probe=nullcontext) -> None:
+    """Run the `main` of a script on a task."""
+    think = setting(task).get("think", False)
+    given = {"think": think, "max_new_tokens": toy.MAX_NEW_TOKENS[think], "out": str(out)}
+    given |= {"eval_examples": TASKS[task].examples} | fields
+    with TASKS[task].probe(), probe(), mock.patch.object(script, "evaluate", evaluate):
+        script.main(script.Args(**script.TOY | given))
+    if not (out / "checkpoint").is_dir():  # a signal ended it: half a run is no cell
+        raise SystemExit("stopped; the same command continues from this cell")
+
+
+def cold_start(task: str, seed: int) -> Path:
+    """The checkpoint that all cells of a task and seed start from, trained if it is not there."""
+    owner = task if TASKS[task].setting else TASKS[task].start
+    out = COLD_STARTS / slug(f"{owner}-{seed}")
+    if not (out / "checkpoint").is_dir():
+        fields = TASKS[owner].setting | {"seed": seed, "overwrite": True, "eval_examples": 512}
+        if TASKS[owner].grown:
+            fields = GROW | {"model": str(cold_start("images", seed))} | fields
+        train(owner, out, sft, fields)
+    return out / "checkpoint"
+
+
+def teacher(task: str) -> Path:
+    """The teacher's run: of images, or one that was trained further on the task."""
+    owner = TASKS[task].start
+    out = COLD_STARTS / slug("teacher" if owner == "images" else f"teacher-{owner}")
+    if not (out / "checkpoint").is_dir():
+        fields = {"toy_size": "large", "stop_accuracy": 0.99, "eval_above": 0.8}
+        if owner != "images":
+            model = str(teacher("images, taught") / "checkpoint")
+            fields = GROW | {"model": model} | setting(task) | {"steps": 60}
+        train(task, out, sft, fields | {"overwrite": True})
+    return out
+
+
+def judged(out: Path, evaluation: int = -1) -> dict[str, float]:
+    """One evaluation of a run, by default the last, and how large the attention term was."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "eval/accuracy" in line][evaluation]
+    row = {name.removeprefix("eval/"): v for name, v in last.items() if name.startswith("eval/")}
+    # Of the last layer, whichever the term acts on.
+    row["on_target"] = row[max(name for name in row if name.startswith("target_attn_l"))]
+    kinds = [name for name in lines[0] if ", " in name]  # of the protection test
+    row |= {name.replace("eval/", "before, "): lines[0][name] for name in kinds}
+    for name in LOGGED:
+        if values := [line[name] for line in lines if name in line]:
+            row[name.partition("/")[2]] = float(np.median(values))
+    return row
+
+
+def to_teacher(task: str, checkpoint: Path) -> dict[str, float]:
+    """For distillation, the mean divergence (JSD in nats a token, last layer) of a checkpoint's
+    attention from the teacher's, on its own greedy responses."""
+    if (row := TASKS[task].row) is None:
+        return {}
+    path = teacher(task) / "checkpoint"
+    processor = common.load_processor(checkpoint)
+    model = common.load_model(checkpoint, frozen=True)
+    other = common.load_teacher(str(path), processor, common.load_processor(path))
+    known, distances = toy.Task.load(checkpoint), []
+    examples = toy.held_out_examples(known, TASKS[task].examples)
+    prompts = [encode_prompt(processor, example) for example in examples]
+    for start in range(0, len(prompts), 64):
         chunk = prompts[start : start + 64]
-        batch = collate(model, chunk, processor.tokenizer.pad_token_id)
-        rollout = common.generate_group(model, batch, 1, toy.MAX_NEW_TOKENS[task.think])
-        scores = common.score(model, rollout, attn_layers=[-1])
-        seen = collate(teacher, chunk, processor.tokenizer.pad_token_id)
-        taught = common.score(teacher, replace(rollout, prompts=seen), attn_layers=[-1])
-        rows = scores.attentions[-1], taught.attentions[-1]
-        policies = (attn_distill.attention_policy(x, row) for x in rows)
-        jsd = attn_distill.divergence(*policies)
-        distances.append(common.response_mean(jsd, scores.mask).flatten())
-    return torch.cat(distances).mean().item()
+        batch, seen = (collate(x, chunk, processor.tokenizer.pad_token_id) for x in (model, other))
+        with torch.no_grad():
+            rollout = common.generate_group(model, batch, 1, toy.MAX_NEW_TOKENS[known.think])
+            scores = common.score(model, rollout, attn_layers=[-1])
+            taught = common.score(other, replace(rollout, prompts=seen), attn_layers=[-1])
+            rows = scores.attentions[-1], taught.attentions[-1]
+            jsd = attn_distill.divergence(*(attn_distill.attention_policy(x, row) for x in rows))
+            distances.append(common.response_mean(jsd, scores.mask).flatten())
+    return {to_teacher_name(row): torch.cat(distances).mean().item()}
+
+
+def to_teacher_name(row: str) -> str:
+    return "attn_jsd_to_teacher" if row == "predicting" else "own_jsd_to_teacher"
+
+
+def measure(claim: str, task: str, cell: str, seed: int, done: dict) -> list[dict[str, Any]]:
+    """Run a cell; returns its line of the results, after those of its teacher and of its cold start
+    if they are not `done` yet."""
+    script, fields, *probe = CLAIMS[claim][task][cell]
+    cold, lines = cold_start(task, seed), []
+    mark = digest(cold)
+    marks = {row.get("cold_start") for (t, _, s), row in done.items() if (t, s) == (task, seed)}
+    if marks - {None, "", mark}:
+        raise SystemExit(f"{cold} is not what {task}, seed {seed}, began with")
+    given = {"model": str(cold), "seed": seed}
+    if script is not sft:
+        given |= {"steps": STEPS, "eval_every": 1000, "learning_rate": TASKS[task].learning_rate}
+    if TASKS[task].row:
+        run, number = teacher(task), teacher_number(claim)
+        given |= {"teacher": str(run / "checkpoint")}
+        if (task, "teacher", number) not in done:
+            line = {"task": task, "cell": "teacher", "seed": number, "cold_start": ""}
+            lines.append(line | judged(run) | to_teacher(task, run / "checkpoint"))
+    line = {"task": task, "cell": cell, "seed": seed, "cold_start": mark}
+    with TemporaryDirectory() as directory:
+        out = Path(directory) / "run"
+        train(task, out, script, given | fields, *probe)
+        if (task, "cold start", seed) not in done:  # as this run found it
+            before = {name: x for name, x in judged(out, 0).items() if name in EVALUATED}
+            lines.append(line | {"cell": "cold start"} | before | to_teacher(task, cold))
+        line |= judged(out) | to_teacher(task, out / "checkpoint")
+    return [*lines, line | {name: x for name, x in fields.items() if name in MEAN}]
 
 
 def main(args: Args) -> None:
@@ -456,133 +500,51 @@ def main(args: Args) -> None:
         unknown = [x for x in getattr(args, name) or () if x not in known]
         choice = ", ".join(dict.fromkeys(known))
         require(not unknown, f"--{name} {', '.join(unknown)}: choose from {choice}")
-    if args.quick:
-        args.seeds = args.seeds[:1] if args.seeds else [1]
-        args.results = args.results.with_name("reproduce-quick.jsonl")
     args.results.parent.mkdir(exist_ok=True)
-    folder = ROOT / "runs" / f"cold-starts{'-quick' if args.quick else ''}"
-    done, made_by = {}, commit()
-    if args.results.exists():
-        rows = map(json.loads, args.results.read_text().splitlines())
-        done = {(row["task"], row["cell"], row["seed"]): row for row in rows}
-
-    def distance(task: str, checkpoint: Path) -> dict[str, float]:
-        """The divergence of a checkpoint's attention from that of the task's teacher, if any."""
-        if (row := TASKS[task].row) is None:
-            return {}
-        examples = 64 if args.quick else TASKS[task].examples
-        jsd = to_teacher(checkpoint, teacher(task) / "checkpoint", row, examples)
-        return {"attn_jsd_to_teacher" if row == "predicting" else "own_jsd_to_teacher": jsd}
-
-    def record(
-        key: tuple[str, str, int], out: Path, seconds: float, cold: Path | None = None, **fields
-    ) -> None:
-        (task, _, seed), mark = key, digest(cold) if cold else ""
-        row = dict(zip(("task", "cell", "seed"), key, strict=True))
-        if cold and (task, "cold start", seed) not in done:  # as the first cell's run found it
-            before = {name: x for name, x in judged(out, 0).items() if name in EVALUATED}
-            before |= distance(task, cold) | {"cold_start": mark, "commit": made_by}
-            write(row | {"cell": "cold start"} | before)
-        row |= judged(out) | {"cold_start": mark} | distance(task, out / "checkpoint")
-        row |= {name: x for name, x in fields.items() if name in MEAN}
-        row |= {"seconds": round(seconds), "commit": made_by}
-        write(row)
-
-    def write(row: dict[str, Any]) -> None:
-        done[row["task"], row["cell"], row["seed"]] = row
-        with args.results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def train(task: str, seed: int, out: Path, script, fields, probe=nullcontext) -> float:
-        start, fields = time.time(), {"seed": seed, "out": str(out)} | fields
-        fields = {"eval_examples": TASKS[task].examples} | fields
-        think = setting(task).get("think", False)
-        thinking = {"think": think, "max_new_tokens": toy.MAX_NEW_TOKENS[think]}
-        if args.quick:
-            fields |= {"eval_examples": 64, "steps": 10 if "model" in fields else 150}
-        with TASKS[task].probe(), probe(), mock.patch.object(script, "evaluate", evaluate):
-            script.main(script.Args(**script.TOY | thinking | fields))
-        if not (Path(out) / "checkpoint").is_dir():  # a signal ended it: half a run is no cell
-            raise SystemExit("stopped; the same command continues from this cell")
-        return time.time() - start
-
-    def cold_start(task: str, seed: int) -> Path:
-        """The directory of the SFT run that all cells of a task and seed start from."""
-        owner = task if TASKS[task].setting else TASKS[task].start
-        out = folder / slug(f"{owner}-{seed}")
-        if not (out / "checkpoint").is_dir():
-            fields = TASKS[owner].setting | {"overwrite": True}
-            if TASKS[owner].grown:
-                model = cold_start("images", seed) / "checkpoint"
-                fields = GROW | {"model": str(model)} | fields
-            train(owner, seed, out, sft, fields | {"eval_examples": 512})
-        return out
-
-    def teacher(task: str) -> Path:
-        """The teacher's run: of images, or one that was trained further on the task."""
-        owner = TASKS[task].start
-        out = folder / slug("teacher" if owner == "images" else f"teacher-{owner}")
-        if not (out / "checkpoint").is_dir():
-            fields = {"toy_size": "large", "stop_accuracy": 0.99, "eval_above": 0.8}
-            if owner != "images":
-                model = str(teacher("images, taught") / "checkpoint")
-                fields = GROW | {"model": model} | setting(task) | {"steps": 60}
-            train(task, 1, out, sft, fields | {"overwrite": True})
-        return out
-
+    done, made_by = read_results(args.results), commit()
     for claim in args.claims:
-        for task, cells in CLAIMS[claim].items():
-            budget = {"steps": STEPS, "eval_every": 1000}
-            budget |= {"learning_rate": TASKS[task].learning_rate}
-            for seed in seeds_of(claim, args) if task in args.tasks else []:
-                wanted = [cell for cell in cells if cell in (args.cells or cells)]
-                missing = [cell for cell in wanted if (task, cell, seed) not in done]
-                for cell in missing:
-                    script, fields, *probe = cells[cell]
-                    fields = ({} if script is sft else budget) | fields
-                    cold = cold_start(task, seed) / "checkpoint"
-                    marks = {r.get("cold_start") for (t, _, s), r in done.items()
-                             if (t, s) == (task, seed)}  # fmt: skip
-                    if marks - {None, "", digest(cold)}:
-                        raise SystemExit(f"{cold} is not what {task}, seed {seed}, began with")
-                    fields = {"model": str(cold)} | fields
-                    if TASKS[task].row:
-                        fields |= {"teacher": str(teacher(task) / "checkpoint")}
-                        if (task, "teacher", number := teacher_number(claim)) not in done:
-                            record((task, "teacher", number), teacher(task), 0.0)
-                    with tempfile.TemporaryDirectory() as directory:
-                        out = Path(directory) / "run"
-                        seconds = train(task, seed, out, script, fields, *probe)
-                        record((task, cell, seed), out, seconds, cold, **cells[cell][1])
-    tables = []
+        for task in [task for task in CLAIMS[claim] if task in args.tasks]:
+            cells = [cell for cell in CLAIMS[claim][task] if cell in (args.cells or everything)]
+            for seed, cell in product(args.seeds or SEEDS[claim], cells):
+                if (task, cell, seed) not in done:
+                    for line in measure(claim, task, cell, seed, done):
+                        done[task, line["cell"], line["seed"]] = line
+                        with disk.open_lines(args.results) as file:
+                            disk.append(file, [line | {"commit": made_by}])
+    seeds = {claim: {*SEEDS[claim]} for claim in CLAIMS}
+    seeds |= {claim: seeds[claim] | {*(args.seeds or ())} for claim in args.claims}
+    text = tables(done, seeds)
+    args.results.with_suffix(".md").write_text(text)
+    draw_figure_3(args.results.with_name("figure-3.png"), done)
+    print(text)
+
+
+# 3. Tables
+
+
+def read_results(path: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """The lines of a results file by task, cell and seed."""
+    rows = map(json.loads, path.read_text().splitlines() if path.exists() else ())
+    return {(row["task"], row["cell"], row["seed"]): row for row in rows}
+
+
+def tables(done: dict, seeds: dict[str, set[int]]) -> str:
+    """All tables of the results; `seeds` are those of each claim."""
+    reports = []
     for claim, tasks in CLAIMS.items():
-        seeds = {*SEEDS[claim], *(seeds_of(claim, args) if claim in args.claims else ())}
         number = {teacher_number(claim)}
-        chosen = {
-            (task, cell, seed): row
-            for (task, cell, seed), row in done.items()
-            if seed in (number if cell == "teacher" else seeds)
-        }
+        chosen = {key: row for key, row in done.items()
+                  if key[2] in (number if key[1] == "teacher" else seeds[claim])}  # fmt: skip
         for task, cells in tasks.items():
-            measured = any((task, cell) == key[:2] for key in chosen for cell in [*cells][1:])
+            measured = {cell for t, cell, _ in chosen if t == task} & {*[*cells][1:]}
             if measured and not {*cells} <= {"GRPO", *ROWS.values()}:  # the summary has these
-                folder = None if args.quick else args.results.parent
-                tables.append(report(claim, task, cells, chosen, folder))
-    tables += [across(claim, tasks, done) for claim, tasks in CLAIMS.items() if len(tasks) > 2]
-    quick = " (quick: no evidence)" if args.quick else ""
+                reports.append(report(claim, task, chosen))
+    means = [across(claim, done) for claim, tasks in CLAIMS.items() if len(tasks) > 2]
     earlier = {key: row for key, row in done.items() if key[2] not in REDUCED}
-    summaries = [
-        summary(earlier, cell, f"RAL ({row}) at lambda 1{quick}") for row, cell in ROWS.items()
-    ]
+    summaries = [summary(earlier, cell, f"RAL ({row}) at lambda 1") for row, cell in ROWS.items()]
     head = "# Results\n\nWritten by `benchmarks/reproduce.py`: means over seeds, and 95% intervals."
     head += ' "minus" is paired by seed. One seed alone is no evidence.\n'
-    text = "\n".join([head, *(x for x in [*summaries, *tables] if x)])
-    args.results.with_suffix(".md").write_text(text)
-    if not args.quick:
-        draw_figure_3(args.results.parent / "figure-3.png", earlier)
-    print(text)
+    return "\n".join([head, *(x for x in (*summaries, *reports, *means) if x)])
 
 
 def defined(cell: str, cells: dict) -> str:
@@ -606,149 +568,135 @@ def words(values: Sequence[float], sign: str = "") -> str:
     return f"{{:{sign}.3f}} ± {{:.3f}}".format(*interval(values))
 
 
-def markdown(title: str, table: list[list[str]]) -> str:
-    return f"### {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in table)
+def markdown(lines: Sequence[dict[str, str]]) -> str:
+    """A table of lines with the same columns."""
+    rows = [[*lines[0]], ["---"] * len(lines[0]), *(line.values() for line in lines)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def differences(done: dict, tasks: Iterable[str], ours: str, theirs: str) -> dict[int, list[float]]:
-    """By seed, for all that have both cells in every task: the difference of each of `MEASURES`, a
-    mean over the tasks."""
-    cells, pairs = [(task, cell) for task in tasks for cell in (ours, theirs)], {}
-    for seed in sorted({seed for *_, seed in done}):
-        if all((*cell, seed) in done for cell in cells):
-            rows = [(done[task, ours, seed], done[task, theirs, seed]) for task in tasks]
-            pairs[seed] = [float(np.mean([a[x] - b[x] for a, b in rows])) for x in MEASURES]
-    return pairs
+def differences(
+    done: dict, tasks: Iterable[str], ours: str, theirs: str
+) -> dict[str, dict[int, float]]:
+    """For each of `MEASURES` the difference of two cells by seed, a mean over the tasks, of all
+    seeds that have both cells in every task."""
+    cells = [(task, cell) for task in tasks for cell in (ours, theirs)]
+    seeds = {seed for *_, seed in done}
+    seeds = sorted(seed for seed in seeds if all((*cell, seed) in done for cell in cells))
+
+    def mean(name: str, seed: int) -> float:
+        pairs = ((done[task, ours, seed], done[task, theirs, seed]) for task in tasks)
+        return float(np.mean([a[name] - b[name] for a, b in pairs]))
+
+    return {name: {seed: mean(name, seed) for seed in seeds} for name in MEASURES}
 
 
 def summary(done: dict, ours: str, title: str) -> str:
     """A table of the cell `ours`, RAL at lambda 1, against GRPO: one line a task."""
-    lines = [(task, task, "") for task in TASKS if task != "half of the shapes"]
-    lines += [
-        (f"images, {n} inner iterations", "images", f", {n} inner iterations") for n in (8, 16)
-    ]
-    heads = ["task", "seeds", "cold start", "GRPO", "RAL, minus GRPO"]
-    heads += ["on target, last layer: GRPO", "RAL, minus GRPO"]
-    table, known = [heads, ["---"] * len(heads)], {}
-    for label, task, suffix in lines:
-        baseline = f"GRPO{suffix}"
-        pairs = differences(done, [task], f"{ours}{suffix}", baseline)
-        if pairs:
-            if not suffix:  # the mean is of tasks, each once
-                known[task] = pairs.keys()
-            start = [done[task, "cold start", seed]["accuracy"] for seed in pairs]
-            line = [label, str(len(pairs)), words(start)]
-            for name, values in zip(MEASURES, zip(*pairs.values(), strict=True), strict=True):
-                theirs = [done[task, baseline, seed][name] for seed in pairs]
-                line += [words(theirs), words(values, "+")]
-            table.append(line)
-    seeds = max(known.values(), key=len, default=())
-    whole = [task for task in known if known[task] == seeds]
+    labels = {"accuracy": "", "on_target": "on target, last layer: "}
+    lines, known = [], {}
+    for task in (task for task in TASKS if task != "half of the shapes"):  # its own table
+        by_seed = differences(done, [task], ours, "GRPO")
+        if seeds := by_seed["accuracy"].keys():
+            known[task] = seeds
+            start = [done[task, "cold start", seed]["accuracy"] for seed in seeds]
+            line = {"task": task, "seeds": str(len(seeds)), "cold start": words(start)}
+            for name, label in labels.items():
+                line[f"{label}GRPO"] = words([done[task, "GRPO", seed][name] for seed in seeds])
+                line[f"{label}RAL, minus GRPO"] = words([*by_seed[name].values()], "+")
+            lines.append(line)
+    most = max(known.values(), key=len, default=())
+    whole = [task for task in known if known[task] == most]
     if len(whole) > 1:
-        means = differences(done, whole, ours, "GRPO").values()
-        differs = [words(values, "+") for values in zip(*means, strict=True)]
-        label = f"a seed's mean over the {len(whole)} tasks with all seeds, 4 passes"
-        table.append([label, str(len(means)), "", "", differs[0], "", differs[1]])
-    return markdown(title, table) if table[2:] else ""
+        by_seed = differences(done, whole, ours, "GRPO")
+        mean = f"a seed's mean over the {len(whole)} tasks with all seeds"
+        line = dict.fromkeys(lines[0], "") | {"task": mean, "seeds": str(len(most))}
+        for name, label in labels.items():
+            line[f"{label}RAL, minus GRPO"] = words([*by_seed[name].values()], "+")
+        lines.append(line)
+    return f"### {title}\n\n{markdown(lines)}" if lines else ""
 
 
-def across(claim: str, tasks: dict[str, dict], done: dict) -> str:
+def across(claim: str, done: dict) -> str:
     """A table of differences to the first cell of a claim, which for each seed are means over the
     claim's tasks. Nothing of a claim whose tasks share only two cells, see `summary`."""
+    tasks = CLAIMS[claim]
     baseline, *others = cells = min(tasks.values(), key=len)
-    heads = ["method", "seeds", *(f"{name}, minus {baseline}" for name in MEASURES)]
-    table = [heads, ["---"] * len(heads)]
+    lines = []
     for cell in others if len(others) > 1 else []:
-        pairs = differences(done, tasks, cell, baseline).values()
-        if len(pairs) > 1:
-            means = [words(values, "+") for values in zip(*pairs, strict=True)]
-            table.append([defined(cell, cells), str(len(pairs)), *means])
-    title = f"{claim}: each seed's mean over {'; '.join(tasks)}\n\n"
-    title += "Over all seeds that have both cells in every task, those of other claims too."
-    return markdown(title, table) if table[2:] else ""
+        by_seed = differences(done, tasks, cell, baseline)
+        if (count := len(by_seed["accuracy"])) > 1:
+            line = {"method": defined(cell, cells), "seeds": str(count)}
+            for name, values in by_seed.items():
+                line[f"{name}, minus {baseline}"] = words([*values.values()], "+")
+            lines.append(line)
+    title = f"### {claim}: each seed's mean over {'; '.join(tasks)}\n\n"
+    title += "Over all seeds that have both cells in every task, those of other claims too.\n\n"
+    return title + markdown(lines) if lines else ""
 
 
-def report(claim: str, task: str, cells: dict, done: dict, pictures: Path | None) -> str:
-    """A table of means with intervals, and of differences to the first cell paired by seed, which
-    are drawn as well, into the folder `pictures`; without one it is a quick run."""
-    names = list(MEASURES)
-    if TASKS[task].row:
-        row = TASKS[task].row
-        names.append("attn_jsd_to_teacher" if row == "predicting" else "own_jsd_to_teacher")
+def report(claim: str, task: str, done: dict) -> str:
+    """A table of means with intervals, and of differences to the first cell paired by seed."""
+    names, cells, row = list(MEASURES), CLAIMS[claim][task], TASKS[task].row
+    if row:
+        names.append(to_teacher_name(row))
     if task == "half of the shapes":
         names = [f"{name}, {kind}" for kind in ("trained", "held back") for name in names[:1]]
         names.append("target_attn, held back")
     baseline, *others = cells
     by_cell = {
         cell: {seed: row for (t, c, seed), row in done.items() if (t, c) == (task, cell)}
-        for cell in ("cold start", *cells, *(["teacher"] if TASKS[task].row else []))
+        for cell in ("cold start", *cells, *(["teacher"] if row else []))
     }
-    if by_cell[baseline] and f"before, {names[0]}" in next(iter(by_cell[baseline].values())):
-        before = by_cell[baseline].items()
+    base = by_cell[baseline]
+    if base and f"before, {names[0]}" in next(iter(base.values())):
         by_cell["cold start"] = {
-            seed: {name: row[f"before, {name}"] for name in names} for seed, row in before
+            seed: {name: row[f"before, {name}"] for name in names} for seed, row in base.items()
         }
-    heads = ["method", "seeds", *names, *(f"{name}, minus {baseline}" for name in names)]
-    heads += ["divergence, nats", "its gradient at lambda 1 / the token term's"]
-    looks = [name for name in OUTCOMES if any(name in row for row in by_cell[baseline].values())]
-    heads += [name.replace("_", ", ") for name in looks]
-    heads += ["right, of those that looked", "right, of the others"] if looks else []
-    table, points = [heads, ["---"] * len(heads)], {}
+    lines = []
     for cell, rows in by_cell.items():
-        line = [defined(cell, cells), str(len(rows))]
-        both = sorted(rows.keys() & by_cell[baseline].keys()) if cell in others else []
+        line = {"method": defined(cell, cells), "seeds": str(len(rows))}
         for name in names:
-            line.append(words([row[name] for row in rows.values() if name in row]))
+            line[name] = words([row[name] for row in rows.values() if name in row])
+        both = sorted(rows.keys() & base.keys()) if cell in others else []
         for name in names:
-            values = [rows[seed][name] - by_cell[baseline][seed][name] for seed in both]
-            line.append(words(values, "+"))
-            if len(values) > 1:
-                panel = points.setdefault(f"{name}, minus the baseline", [])
-                panel.append((defined(cell, cells), *interval(values)))
+            values = [rows[seed][name] - base[seed][name] for seed in both]
+            line[f"{name}, minus {baseline}"] = words(values, "+")
         sizes = [row["attn_jsd"] for row in rows.values() if "attn_jsd" in row]
-        line.append(f"{np.median(sizes):.0e}" if sizes else "")
+        line["divergence, nats"] = f"{np.median(sizes):.0e}" if sizes else ""
         norms = [row for row in rows.values() if row.get("pg_grad_norm")]
         norms = [row["attn_grad_norm"] / row["pg_grad_norm"] for row in norms]
-        line.append(f"{np.median(norms):.4f}" if norms else "")
-        whole = [row for row in rows.values() if looks and looks[0] in row]
-        whole = whole if len(whole) == len(rows) else []  # a mean over some would mislead
-        line += [words([row[name] for row in whole]) for name in looks]
-        for kind in ("looked", "unlooked") if looks else ():
-            pairs = [(row[f"right_{kind}"], row[f"wrong_{kind}"]) for row in whole]
-            line.append(words([right / (right + wrong) for right, wrong in pairs if right + wrong]))
-        table.append(line)
-    if points and pictures:
-        name = slug(f"{claim}-{task}.png")
-        draw(pictures / name, points)
-    return markdown(f"{claim}: {task}{'' if pictures else ' (quick: no evidence)'}", table)
+        ratio = f"{np.median(norms):.4f}" if norms else ""
+        line["its gradient at lambda 1 / the token term's"] = ratio
+        if any("right_looked" in row for row in base.values()):
+            line |= outcomes([*rows.values()])
+        lines.append(line)
+    return f"### {claim}: {task}\n\n{markdown(lines)}"
 
 
-def draw(path: Path, points: dict[str, list[tuple[str, float, float]]]) -> None:
-    """Draw means with their intervals, one panel a measure."""
-    pyplot = load_pyplot()
-    height = 1.2 + 0.3 * len(next(iter(points.values())))
-    figure, axes = pyplot.subplots(1, len(points), figsize=(6 * len(points), height))
-    for (name, rows), axis in zip(points.items(), axes, strict=True):
-        cells, means, halves = zip(*rows, strict=True)
-        axis.errorbar(means, range(len(cells)), xerr=halves, fmt="o", markersize=4)
-        axis.axvline(0, color="grey", lw=1)
-        axis.set(title=name, ylim=(len(cells) - 0.5, -0.5))
-        axis.set_yticks(range(len(cells)), cells if axis is axes[0] else [])
-        axis.grid(axis="x", alpha=0.3)
-    save(figure, path)
+def outcomes(rows: list[dict[str, float]]) -> dict[str, str]:
+    """Columns for `OUTCOMES` and for the share of right answers among those that looked and among
+    the others; empty unless all rows have them, as a mean over some would mislead."""
+    rows = rows if all("right_looked" in row for row in rows) else []
+    line = {name.replace("_", ", "): words([row[name] for row in rows]) for name in OUTCOMES}
+    for label, kind in (("those that looked", "looked"), ("the others", "unlooked")):
+        pairs = [(row[f"right_{kind}"], row[f"wrong_{kind}"]) for row in rows]
+        shares = [right / (right + wrong) for right, wrong in pairs if right + wrong]
+        line[f"right, of {label}"] = words(shares)
+    return line
 
 
 def draw_figure_3(path: Path, done: dict) -> None:
     """Accuracy of RAL minus that of GRPO against the number of visual tokens, with either row."""
+    done = {key: row for key, row in done.items() if key[2] not in REDUCED}
     pyplot = load_pyplot()
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
     for (kind, tasks), axis in zip(VISUAL_TOKENS.items(), axes, strict=True):
         for shift, (label, cell) in zip((0.97, 1.03), ROWS.items(), strict=True):
             points = []
             for task, tokens in sorted(tasks.items(), key=lambda item: item[1]):
-                pairs = differences(done, [task], cell, "GRPO").values()
-                if len(pairs) > 1:
-                    points.append((shift * tokens, *interval([accuracy for accuracy, _ in pairs])))
+                values = [*differences(done, [task], cell, "GRPO")["accuracy"].values()]
+                if len(values) > 1:
+                    points.append((shift * tokens, *interval(values)))
             if points:
                 tokens, means, halves = zip(*points, strict=True)
                 style = {"fmt": "o-", "markersize": 4, "capsize": 3}

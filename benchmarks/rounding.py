@@ -15,8 +15,6 @@ import json
 import sys
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,24 +23,19 @@ from torch.nn import Module
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from directions import cosine, direction
-from reproduce import OWN, commit, words
+import directions
+from directions import cosine, direction, losses, opened
+from reproduce import commit, markdown, words
 
-import common
 import ral_grpo
-from support import cli, toy
-from support.prompts import collate, encode_prompt
+from support import cli
+from support.prompts import collate
 
 TERMS = {"attention": "attn_loss", "token": "pg_loss"}
-PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass
-class Args:
-    seeds: tuple[int, ...] = tuple(OWN)
-    """Seeds of the cold starts."""
-    cold_starts: Path = ROOT / "runs" / "cold-starts"
-    """Directory of the cold starts, `images-<seed>` each."""
+class Args(directions.Args):
     rates: tuple[float, ...] = (6e-4, 1e-4, 3e-5, 1e-5)
     """Learning rates of the step: that of the toy, and down to the paper's."""
     prompts: int = 64
@@ -61,22 +54,15 @@ def in_bfloat16(model: Module) -> Module:
 
 def measure(path: Path, seed: int, rate: float, count: int) -> dict[str, float]:
     """One cold start at one rate: the divergences, and the cosines of the gradients."""
-    model = common.load_model(path, field="--cold-starts")
-    processor = common.load_processor(path, field="--cold-starts")
-    task = toy.Task.load(path)
-    processor.prompt_config = task.prompt_config()
-    fields = {"seed": seed, "think": task.think, "beta": 0.0, "num_iterations": 1}
-    args = ral_grpo.Args(**ral_grpo.TOY | fields)
-    train, *_ = task.open_data(replace(args, eval_examples=1), partial(encode_prompt, processor))
-    prompts = list(islice(train.begin(1, count), count))
-    inputs = collate(model, prompts, processor.tokenizer.pad_token_id)
+    model, processor, args, prompts = opened(path, count, seed=seed, beta=0.0, num_iterations=1)
+    pad = processor.tokenizer.pad_token_id
+    inputs = collate(model, prompts, pad)
     rollout, _, rewards, _ = ral_grpo.roll_out(model, processor, prompts, inputs, args)
     advantages = ral_grpo.group_advantages(rewards)
 
     def batches_of(model: Module) -> list[ral_grpo.Batch]:
         """The rollout with this model's old log-probabilities and old attention."""
-        inputs = collate(model, prompts, processor.tokenizer.pad_token_id)
-        own = replace(rollout, prompts=inputs)
+        own = replace(rollout, prompts=collate(model, prompts, pad))
         cuts = [slice(i, i + 16) for i in range(0, count, 16)]
         batches = [ral_grpo.Batch(own[cut], advantages[cut]) for cut in cuts]
         with torch.no_grad():
@@ -84,22 +70,32 @@ def measure(path: Path, seed: int, rate: float, count: int) -> dict[str, float]:
                 ral_grpo.score_policy(model, batch, args)
         return batches
 
-    kept = [batches_of(model), batches_of(in_bfloat16(model))]
+    kept = {"float32": batches_of(model), "bfloat16": batches_of(in_bfloat16(model))}
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     ral_grpo.update(model, optimizer, batches_of(model), replace(args, lambda_attn=0.0))
-    found, directions = {}, {term: [] for term in TERMS}
-    for name, after, batches in zip(PRECISIONS, (model, in_bfloat16(model)), kept, strict=True):
-
-        def terms(batch: ral_grpo.Batch, model: Module = after) -> dict[str, torch.Tensor]:
-            return ral_grpo.loss_terms(ral_grpo.score_policy(model, batch, args), batch, args)
-
+    after = {"float32": model, "bfloat16": in_bfloat16(model)}
+    found, both = {}, {term: [] for term in TERMS}
+    for name, batches in kept.items():
+        given = after[name], ral_grpo, batches
         with torch.no_grad():
-            values = torch.cat([terms(batch)["attn_jsd"] for batch in batches])
-        found[f"JSD, {name}"] = values.mean().item()
+            values = [loss() for loss in losses(*given, "attn_jsd", args)]
+        found[f"JSD, {name}"] = torch.cat(values).mean().item()
         for term, key in TERMS.items():
-            losses = [lambda b=batch, k=key, f=terms: f(b)[k].sum() for batch in batches]
-            directions[term].append(direction(after, losses).float())
-    return found | {f"cosine, {term}": cosine(*both) for term, both in directions.items()}
+            both[term].append(direction(after[name], losses(*given, key, args)).float())
+    return found | {f"cosine, {term}": cosine(*pair) for term, pair in both.items()}
+
+
+def table(rows: dict[float, list[dict[str, float]]]) -> str:
+    """A line for each rate; `rows` has what `measure` found for each cold start."""
+
+    def cell(name: str, values: list[float]) -> str:
+        return f"{sum(values) / len(values):.1e}" if "JSD" in name else words(values)
+
+    return markdown([
+        {"learning rate": f"{float(rate):g}"}
+        | {name: cell(name, [row[name] for row in found]) for name in found[0]}
+        for rate, found in rows.items()
+    ])  # fmt: skip
 
 
 def main(args: Args) -> None:
@@ -110,13 +106,7 @@ def main(args: Args) -> None:
             rows.setdefault(rate, []).append(measure(path, seed, rate, args.prompts))
     result = {"commit": commit(), "prompts": args.prompts, "seeds": args.seeds, "rates": rows}
     args.results.write_text(json.dumps(result, indent=1) + "\n")
-    columns = list(rows[args.rates[0]][0])
-    print(f"| learning rate | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
-    for rate, found in rows.items():
-        cells = [[row[name] for row in found] for name in columns]
-        texts = [f"{sum(x) / len(x):.1e}" if "JSD" in name else words(x)
-                 for name, x in zip(columns, cells, strict=True)]  # fmt: skip
-        print(f"| {rate:g} | {' | '.join(texts)} |")
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ the median and the range over the rounds. Written to benchmarks/results/step_cos
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -63,7 +62,11 @@ from support.prompts import (
 )
 
 UPDATES = ("eager", "unpacked", "grpo", "ral")
-IN_TURN = ("grpo", "ral", "ral-predicting")
+IN_TURN = {  # the scripts' own updates
+    "grpo": (grpo_baseline, {}),
+    "ral": (ral_grpo, {}),
+    "ral-predicting": (ral_grpo, {"attn_row": "predicting"}),
+}
 ROLLOUTS = ("generate", "ours")
 STEPS = ("step-grpo", "step-ral")
 VARIANTS = (*UPDATES, "in-turn", *ROLLOUTS, *STEPS, "trl")
@@ -129,10 +132,7 @@ def update_work(variant: str, p: int, t: int) -> Callable[[], None]:
     rollout = common.Rollout(prompts, completions, full, torch.zeros(1, GROUP, dtype=torch.bool))
     advantages = torch.linspace(-1, 1, GROUP)[None, :, None]
     if variant in IN_TURN:
-        script, fields = grpo_baseline, {}
-        if variant != "grpo":
-            row = "predicting" if variant == "ral-predicting" else "own"
-            script, fields = ral_grpo, {"attn_row": row}
+        script, fields = IN_TURN[variant]
         args = script.Args(num_iterations=1, beta=0.0, **fields)
         return lambda: script.update(model, optimizer, [script.Batch(rollout, advantages)], args)
     model.set_attn_implementation("eager" if variant == "eager" else "sdpa")
@@ -246,7 +246,7 @@ def timed(work: Callable[[], None]) -> float:
 def report(seconds: list[float]) -> None:
     """Print a line with the median and the peak memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps([{"seconds": statistics.median(seconds), "gb": peak}]))
+    print(json.dumps([{"seconds": float(np.median(seconds)), "gb": peak}]))
 
 
 # The driver: processes in turn, a table, a file
@@ -266,10 +266,9 @@ def measure(args: Args, variant: str, p: int, t: int) -> Any:
 
 
 def main(args: Args) -> None:
-    cells = [(v, 1024, 64) for v in UPDATES] + [(v, 1024, t) for t in (16, 64) for v in ROLLOUTS]
-    cells += [(v, 1024, 64) for v in STEPS]
-    if args.trl_python:
-        cells.append(("trl", 1024, 64))
+    cells = [(v, 1024, 64) for v in (*UPDATES, *ROLLOUTS, *STEPS)]
+    cells += [(v, 1024, 16) for v in ROLLOUTS]
+    cells += [("trl", 1024, 64)] * bool(args.trl_python)
     rounds = [cells] * args.rounds
     if args.grid:
         sizes = [(p, t) for t in (64, 256) for p in (256, 512, 1024, 2048, 4096)]
@@ -289,41 +288,38 @@ def main(args: Args) -> None:
             print(f"round {number}/{len(rounds)}  {variant:<10} P {p:<5} T {t:<4}", flush=True)
         args.results.parent.mkdir(exist_ok=True)
         args.results.write_text(json.dumps(results, indent=1) + "\n")
-    print_tables(results)
+    print(tables(results))
 
 
-RATIOS = {
-    "RAL update / GRPO update, separate": ("ral P1024 T64", "grpo P1024 T64", "seconds"),
-    "the same, peak memory": ("ral P1024 T64", "grpo P1024 T64", "gb"),
-    "RAL update / unpacked GRPO, time": ("ral P1024 T64", "unpacked P1024 T64", "seconds"),
-    "RAL update / eager RAL, time": ("ral P1024 T64", "eager P1024 T64", "seconds"),
-    "RAL update / eager RAL, memory": ("ral P1024 T64", "eager P1024 T64", "gb"),
-    "RAL step / TRL GRPO step, time": ("step-ral P1024 T64", "trl P1024 T64", "seconds"),
-    "RAL step / TRL GRPO step, memory": ("step-ral P1024 T64", "trl P1024 T64", "gb"),
-    "our rollout / generate, T 16": ("ours P1024 T16", "generate P1024 T16", "seconds"),
-    "our rollout / generate, T 64": ("ours P1024 T64", "generate P1024 T64", "seconds"),
-}
+PAIRS = (("ral", "grpo", 64), ("ral", "unpacked", 64), ("ral", "eager", 64))
+PAIRS += (("step-ral", "trl", 64), ("ours", "generate", 16), ("ours", "generate", 64))
 
 
-def print_tables(results: dict[str, list[dict[str, float]]]) -> None:
-    """Print medians and ranges of the cells, and ratios paired by round or turn, so that a drift of
-    the machine does not count."""
-    ratios = {}
+def tables(results: dict[str, list[dict[str, float]]]) -> str:
+    """Medians and ranges of the cells, and ratios paired by round or turn, so that a drift of the
+    machine does not count."""
+    lines, ratios = ["| cell | seconds | peak memory |", "|---|---|---|"], {}
     for cell, rows in results.items():
         if "seconds" in rows[0]:
             seconds, gb = ([row[name] for row in rows] for name in ("seconds", "gb"))
-            print(f"{cell:<24}{spread(seconds)} s, {statistics.median(gb):.2f} GB")
-        for name in [name for name in rows[0] if "grpo" in rows[0] and name != "grpo"]:
-            ratios[f"{name} / grpo, {cell}"] = [row[name] / row["grpo"] for row in rows]
-    for label, (a, b, what) in RATIOS.items():
-        pairs = zip(results.get(a, ()), results.get(b, ()), strict=False)
-        ratios[label] = [x[what] / y[what] for x, y in pairs]
-    for label, values in ratios.items():
-        print(f"{label:<44}{spread(values) if values else '-'}")
+            lines.append(f"| {cell} | {spread(seconds, '.2f', ' s')} | {np.median(gb):.2f} GB |")
+        else:
+            for name in [*IN_TURN][1:]:
+                ratios[f"{name} / grpo, {cell}"] = [row[name] / row["grpo"] for row in rows]
+    for ours, theirs, t in PAIRS:
+        both = [results.get(f"{name} P1024 T{t}", ()) for name in (ours, theirs)]
+        for what in ("seconds", "gb"):
+            pairs = [(x[what], y[what]) for x, y in zip(*both, strict=False)]
+            ratios[f"{ours} / {theirs}, T {t}, {what}"] = [x / y for x, y in pairs]
+    lines += ["", "| ratio | measured |", "|---|---|"]
+    lines += [f"| {label} | {spread(x, '.3f')} |" for label, x in ratios.items() if x]
+    return "\n".join(lines)
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+def spread(values: list[float], form: str, unit: str = "") -> str:
+    """The median and, of several values, their range."""
+    middle = f"{np.median(values):{form}}{unit}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.2f} to {max(values):.2f})"
 
 
 if __name__ == "__main__":

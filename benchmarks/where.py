@@ -10,7 +10,9 @@ inside the prompt it does not see.
 """
 
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -21,23 +23,21 @@ from transformers.masking_utils import sdpa_mask
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from reproduce import markdown
+
 import common
 from support import cli, toy
 from support.prompts import collate, encode_prompt, encoder_outputs
 from support.ranks import require
 
 ROWS = ("image", "text after the image", "response")
-HIDDEN = {"layers": (), "mask": None}  # what `knock_out` hides: (B, 1, rows, keys), True if hidden
 
 
 def knock_out(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """SDPA, causal, with some keys hidden from some rows in the chosen layers."""
+    """SDPA, causal, without what `module.hidden` (B, rows, keys) hides in this layer."""
     length = query.shape[2]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    allowed = causal.expand(len(query), 1, -1, -1)
-    if module.layer_idx in HIDDEN["layers"]:
-        allowed = allowed & ~HIDDEN["mask"]
-    return sdpa_attention_forward(module, query, key, value, allowed, scaling=scaling)
+    allowed = torch.ones(length, length, dtype=torch.bool).tril() & ~module.hidden
+    return sdpa_attention_forward(module, query, key, value, allowed[:, None], scaling=scaling)
 
 
 AttentionInterface.register("knock_out", knock_out)
@@ -53,67 +53,63 @@ class Args:
 
 
 @torch.no_grad()
+def accuracies(path: str, count: int) -> dict[tuple[str, str], float]:
+    """The accuracy of a model by the layer, or all, and the kind of rows that the target is hidden
+    from."""
+    task = toy.Task.load(Path(path))
+    require(task is not None, f"--models {path}: is not a toy")
+    model = common.load_model(path, frozen=True, field="--models")
+    processor = common.load_processor(path, field="--models")
+    tokenizer, text = processor.tokenizer, model.model.language_model
+    text.config._attn_implementation = "knock_out"
+    places = {f"layer {i}": [layer] for i, layer in enumerate(text.layers)}
+    places |= {"all layers": text.layers, "nothing": []}
+    examples, right = toy.held_out_examples(task, count), defaultdict(list)
+    for start in range(0, count, 64):
+        chunk = examples[start : start + 64]
+        prompts = [encode_prompt(processor, x) for x in chunk]
+        batch = collate(model, prompts, tokenizer.pad_token_id)
+        assert batch.mask is None  # every question has the same number of words
+        said, answers = (
+            torch.tensor([tokenizer.encode(x, add_special_tokens=False) for x in texts])
+            for texts in ([x.response for x in chunk], [x.solution for x in chunk])
+        )
+        length = said[0].tolist().index(answers[0])
+        ids = torch.cat([batch.ids, said[:, :length]], dim=1)
+        after = batch.positions[:, :, -1:] + torch.arange(length) + 1
+        visual = (batch.patches[0] >= 0).nonzero()[:, 0]
+        target = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, prompt in zip(target, prompts, strict=True):
+            row[visual[list(prompt.target)]] = True
+        position = torch.arange(ids.shape[1])
+        # The row that predicts the first response token is the prompt's last.
+        response = position >= batch.ids.shape[1] - 1
+        kinds = torch.isin(position, visual), (position > visual.max()) & ~response, response
+        for (place, layers), (kind, rows) in product(places.items(), zip(ROWS, kinds, strict=True)):
+            hidden = rows[:, None] & target[:, None]
+            hidden &= ~torch.eye(ids.shape[1], dtype=torch.bool)  # a token may see itself
+            for layer in text.layers:
+                layer.self_attn.hidden = hidden & (layer in layers)
+            logits = model(
+                input_ids=ids,
+                position_ids=torch.cat([batch.positions, after], dim=2),
+                mm_encoder_outputs=encoder_outputs(model, batch),
+                logits_to_keep=1,
+                use_cache=False,
+            ).logits[:, -1]
+            right[place, kind] += (logits.argmax(-1) == answers[:, 0]).tolist()
+    return {key: sum(hits) / len(hits) for key, hits in right.items()}
+
+
 def main(args: Args) -> None:
     for path in args.models:
-        model = common.load_model(path, frozen=True, field="--models")
-        processor = common.load_processor(path, field="--models")
-        model.model.language_model.config._attn_implementation = "knock_out"
-        task, tokenizer = toy.Task.load(Path(path)), processor.tokenizer
-        require(task is not None, f"--models {path}: is not a toy")
-        layers = model.config.text_config.num_hidden_layers
-        examples = toy.held_out_examples(task, args.examples)
-        right = {}
-        for start in range(0, len(examples), 64):
-            chunk = examples[start : start + 64]
-            prompts = [encode_prompt(processor, x) for x in chunk]
-            batch = collate(model, prompts, tokenizer.pad_token_id)
-            assert batch.mask is None  # every question has the same number of words
-            words = [tokenizer.encode(x.response, add_special_tokens=False) for x in chunk]
-            answers = [tokenizer.encode(x.solution, add_special_tokens=False)[0] for x in chunk]
-            place = words[0].index(answers[0])
-            said = torch.tensor([row[:place] for row in words])
-            ids = torch.cat([batch.ids, said], dim=1)
-            steps = torch.arange(place) + 1
-            after = batch.positions[:, :, -1:] + steps
-            visual = torch.isin(ids, torch.tensor([model.config.image_token_id,
-                                                   model.config.video_token_id]))  # fmt: skip
-            position = torch.arange(ids.shape[1])
-            last = int(visual[0].nonzero().max())
-            prompt_len = batch.ids.shape[1]
-            kinds = {
-                "image": visual[0],
-                "text after the image": (position > last) & (position < prompt_len),
-                "response": position >= prompt_len,
-            }
-            # The row that predicts the first response token is the prompt's last.
-            kinds["text after the image"][prompt_len - 1] = False
-            kinds["response"][prompt_len - 1] = True
-            target = torch.zeros(ids.shape, dtype=torch.bool)
-            for row, prompt in enumerate(prompts):
-                target[row, visual[row].nonzero()[:, 0][list(prompt.target)]] = True
-            settings = [("nothing hidden", (), ())]
-            settings += [(f"layer {i}", (i,), (kind,)) for i in range(layers) for kind in ROWS]
-            settings += [("all layers", tuple(range(layers)), (kind,)) for kind in ROWS]
-            for name, chosen, hidden in settings:
-                rows = torch.stack([kinds[kind] for kind in hidden or ROWS]).any(0)
-                mask = rows[None, :, None] & target[:, None, :]
-                mask &= ~torch.eye(ids.shape[1], dtype=torch.bool)  # a token may see itself
-                HIDDEN.update(layers=chosen, mask=mask[:, None])
-                logits = model(
-                    input_ids=ids,
-                    position_ids=torch.cat([batch.positions, after], dim=2),
-                    mm_encoder_outputs=encoder_outputs(model, batch),
-                    logits_to_keep=1,
-                    use_cache=False,
-                ).logits[:, -1]
-                hits = (logits.argmax(-1) == torch.tensor(answers)).float()
-                right.setdefault((name, hidden), []).extend(hits.tolist())
-
-        share = {key: f"{sum(values) / len(values):.3f}" for key, values in right.items()}
-        print(f"\n{path}: {share['nothing hidden', ()]} with nothing hidden\n")
-        print(f"| target hidden from | {' | '.join(ROWS)} |\n|---{'|---' * len(ROWS)}|")
-        for name in [*(f"layer {i}" for i in range(layers)), "all layers"]:
-            print(f"| {name} | {' | '.join(share[name, (kind,)] for kind in ROWS)} |")
+        found = accuracies(path, args.examples)
+        print(f"\n### {path}: {found.pop(('nothing', ROWS[0])):.3f} with nothing hidden\n")
+        places = dict.fromkeys(place for place, _ in found if place != "nothing")
+        print(markdown([
+            {"target hidden from": place} | {kind: f"{found[place, kind]:.3f}" for kind in ROWS}
+            for place in places
+        ]))  # fmt: skip
 
 
 if __name__ == "__main__":

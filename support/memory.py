@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def empty_model(config: Any, **options: Any) -> Module:
 def memory_gb(
     config: Any,
     args: Any,
-    lora_rank: int,
+    lora_rank: int | None,
     group_size: int = 1,
     frozen: Sequence[Any] = (),
     evaluated: Any = None,
@@ -49,7 +50,8 @@ def memory_gb(
     passes: int = 1,
 ) -> dict[str, dict[str, float]]:
     """Estimate the GB (2**30 bytes) that each of `processes` ranks needs at the peak of each phase
-    of a step, by purpose.
+    of a step, by purpose. With adapters of `lora_rank`, with all weights trained (0), or, for an
+    evaluation, with none (None).
 
     `frozen` are the configs of the frozen models beside the trained one (reference, teacher);
     `evaluated` is the config of the frozen model that is evaluated too, if any. Distillation
@@ -70,6 +72,8 @@ def memory_gb(
         trained = lora_rank * sum(m.in_features + m.out_features for m in linear)
         trained_layer, trained_root = trained // len(layers), 0
         weights = width * total + 4 * trained
+    elif lora_rank is None:
+        trained, weights = 0, width * total
     others = [numel(empty_model(other)) for other in frozen]
     standing = {
         "weights": weights / processes,
@@ -77,7 +81,7 @@ def memory_gb(
         "optimizer": 8 * trained / processes,
     }
     # A single rank also gathers weights, if it holds them in float32 and computes in bfloat16.
-    gathers = processes > 1 or (width < 4 and not lora_rank)
+    gathers = processes > 1 or (width < 4 and lora_rank == 0)
     prompt, new = prompt_tokens(args, config.model_type), args.max_new_tokens
     hidden, wide = text.hidden_size, text.intermediate_size
     heads, shared = text.num_attention_heads, text.num_key_value_heads
@@ -241,12 +245,29 @@ def fit_memory(
                 why = f"all weights need about {need(0):.0f} of {have:.0f} GB per process"
                 print_on_rank_0(f"{why}: training adapters, --lora-rank {lora_rank}")
             return replace(args, lora_rank=lora_rank)
+    last = "" if choices[-1] or args.train_vision else ", pass --lora-rank 64"
+    remedy = f"start more processes, lower {{}} or --prompts-per-step{last}"
+    raise UsageError(too_large(args, config, need(choices[-1]), have, remedy))
+
+
+def require_evaluation_fits(args: Any, config: Any) -> None:
+    """Refuse, before any weights are loaded, an evaluation that does not fit into memory: of a
+    frozen model, with `args.batch_size` prompts decoded together, each as long as it may be."""
+    step = {"prompts_per_step": (args.batch_size + 1) // 2, "micro_batch_size": 1}
+    step |= {"train_vision": False, "gradient_checkpointing": True}
+    given = SimpleNamespace(**vars(args) | step)
+    phases = memory_gb(config, given, lora_rank=None, processes=world_size())
+    need = max(sum(phases[phase].values()) for phase in ("vision", "evaluation"))
+    have = min(gather([available_gb()]))
+    require(need < 0.95 * have, too_large(args, config, need, have, "lower {} or --batch-size"))
+
+
+def too_large(args: Any, config: Any, need: float, have: float, remedy: str) -> str:
+    """The line that refuses a run or an evaluation; {} in the remedy is what both can lower."""
     longest = prompt_tokens(args, config.model_type)
-    short = f"needs about {need(choices[-1]):.0f} GB per process for prompts of {longest:,} tokens"
+    short = f"needs about {need:.0f} GB per process for prompts of {longest:,} tokens"
     if args.data and args.frames is None:
         short += ", the longest with a video (without videos, give --frames 2)"
     short += f"; {have:.0f} GB are available, 5% of them reserved"
-    remedy = "start more processes, lower --frames, --image-tokens, --max-prompt-tokens, "
-    remedy += "--max-new-tokens or --prompts-per-step"
-    remedy += "" if choices[-1] or args.train_vision else ", pass --lora-rank 64"
-    raise UsageError(f"--model {args.model}: {short}; {remedy}, or give a smaller model")
+    remedy = remedy.format("--frames, --image-tokens, --max-prompt-tokens, --max-new-tokens")
+    return f"--model {args.model}: {short}; {remedy}, or give a smaller model"

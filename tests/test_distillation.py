@@ -230,18 +230,16 @@ def test_reproduce_measures_a_students_gaze_against_its_teachers(
     """One cell of distillation, whole, from a cold start and a teacher that are there."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     reproduce = importlib.import_module("reproduce")
-    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    task = replace(reproduce.TASKS["images, taught"], examples=64)
+    monkeypatch.setitem(reproduce.TASKS, "images, taught", task)
+    monkeypatch.setattr(reproduce, "STEPS", 10)
+    monkeypatch.setattr(reproduce, "COLD_STARTS", tmp_path / "cold-starts")
     for name, checkpoint in (("images-1", cold_start), ("teacher", teacher)):
-        shutil.copytree(checkpoint.parent, tmp_path / "runs" / "cold-starts-quick" / name)
-    reproduce.main(
-        reproduce.Args(
-            claims=["relatives, distilled"],
-            cells=["KD + attention, gamma 1"],
-            quick=True,
-            results=tmp_path / "results" / "reproduce.jsonl",
-        )
-    )
-    lines = (tmp_path / "results" / "reproduce-quick.jsonl").read_text().splitlines()
+        shutil.copytree(checkpoint.parent, tmp_path / "cold-starts" / name)
+    results, cell = tmp_path / "results" / "reproduce.jsonl", "KD + attention, gamma 1"
+    chosen = {"claims": ["relatives, distilled"], "cells": [cell], "seeds": [1]}
+    reproduce.main(reproduce.Args(**chosen, results=results))
+    lines = results.read_text().splitlines()
     rows = {row["cell"]: row for row in map(json.loads, lines)}
     assert list(rows) == ["teacher", "cold start", "KD + attention, gamma 1"]
     student, start = rows["KD + attention, gamma 1"], rows["cold start"]

@@ -17,7 +17,7 @@ from shared import load, make_prompts, toy_args
 
 import common
 import eval
-from support import disk, pictures, ranks, results, states
+from support import disk, memory, pictures, ranks, results, states
 from support.grounding import Box, fourfold
 from support.pictures import Gaze
 from support.prompts import Block, Example, Media, Prompt, PromptConfig, collate
@@ -100,6 +100,18 @@ def test_another_evaluation_is_not_mixed_in(cold_start, tmp_path, monkeypatch):
     (tmp_path / "thesis" / "main.tex").touch()
     with pytest.raises(ranks.UsageError, match="holds no evaluation"):
         eval.main(replace(args, out=str(tmp_path / "thesis"), overwrite=True))
+
+
+def test_what_does_not_fit_is_refused_before_it_is_loaded(cold_start, tmp_path, monkeypatch):
+    """The weights are 2.6 MB, and 64 prompts decoded together take 43 MB."""
+    args = toy_args(eval, model=str(cold_start), examples=4, out=str(tmp_path / "out"))
+    monkeypatch.setattr(memory, "available_gb", lambda: 0.03)
+    monkeypatch.setattr(eval, "load_model", None)
+    with pytest.raises(ranks.UsageError, match=r"--model .* needs about .* or --batch-size, or"):
+        eval.main(args)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(TypeError):  # nothing else is in the way
+        eval.main(replace(args, batch_size=1))
 
 
 def test_another_model_at_the_same_place_is_not_taken_for_the_old_one(cold_start, tmp_path):

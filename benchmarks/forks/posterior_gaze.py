@@ -96,8 +96,6 @@ class Args(cli.RunArgs):
     reference ("reference" in its introduction). [ours]"""
     eta: float = 8.0
     """Exponent of L: how far the target moves from where the response looked; 0: not at all."""
-    shuffle_keys: bool = False
-    """A control: every row's L is shuffled over the visual keys."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -273,8 +271,6 @@ def posterior_gaze(model: nn.Module, batch: Batch, kept: list, attn: Tensor, arg
     logits = logits.index_fill(-1, suppressed, -torch.inf)
     answers = rollout.response_ids[b, g, s][:, None, None].expand(-1, x.shape[1], 1)
     log_l = logits.log_softmax(dim=-1).gather(-1, answers)[..., 0]  # (N, K)
-    if args.shuffle_keys:
-        log_l = log_l.gather(1, torch.rand_like(log_l).argsort(dim=1))
     old = attn[b, g, s]
     looked = old.gather(1, keys[b])
     share = (looked.clamp_min(1e-30).log() + args.eta * log_l).softmax(dim=-1)

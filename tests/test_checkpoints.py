@@ -336,7 +336,7 @@ def test_weights_of_nan_answer_nothing(tmp_path):
 )
 def test_a_toys_task_is_bounded(tmp_path, content):
     (tmp_path / "toy_task.json").write_text(content)
-    with pytest.raises(ranks.UsageError, match=r"toy_task\.json: not a toy's task \([^\n]*$"):
+    with pytest.raises(ranks.UsageError, match=r"toy_task\.json: not a toy's task: [^\n]*$"):
         toy.Task.load(tmp_path)
 
 

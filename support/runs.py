@@ -94,6 +94,10 @@ def check_out(args: Any, kind: str) -> None:
     place = next(x for x in (out.resolve(), *out.resolve().parents) if x.exists())
     writable = place.is_dir() and os.access(place, os.W_OK)
     require(writable, f"--out {out}: {place} cannot be written to; choose another")
+    kept = getattr(args, "resume", None) or args.overwrite or not disk.content_of(out)
+    movable = kept or os.access(out.resolve().parent, os.W_OK)
+    blocked = f"--out {out}: holds a run that cannot be moved, as the folder above is read-only"
+    require(movable, f"{blocked}; choose another, or give --overwrite")
 
 
 def with_wandb(call: Callable[[Any], Any]) -> Any:

@@ -56,9 +56,10 @@ def read_predictions(path: Path) -> tuple[dict[Setting, Records], int]:
     """The records of each setting, and the length of the file up to its last complete line."""
     content, records = path.read_bytes() if path.exists() else b"", defaultdict(list)
     length = content.rfind(b"\n") + 1
-    for line in content[:length].splitlines():
-        record = json.loads(line)
-        records[tuple(record.pop("setting"))].append(record)
+    with disk.loading(f"{path} is damaged", "delete it, and evaluate again"):
+        for line in content[:length].splitlines():
+            record = json.loads(line)
+            records[tuple(record.pop("setting"))].append(record)
     return records, length
 
 

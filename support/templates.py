@@ -176,6 +176,7 @@ def repair_turns(processor: Any) -> str:
     generated = getattr(processor.config.get_text_config(), "eos_token_id", None)
     if "generation_config.json" in files:
         generated = json.loads(files["generation_config.json"]).get("eos_token_id")
+    # SFT teaches the tokenizer's end-of-turn token, but some base models generate another one.
     ends |= {tokenizer.eos_token_id, *(generated if isinstance(generated, list) else [generated])}
     processor.end_ids = ends - {None}
     processor.response_prefix = "".join(re.findall(r"<think>\s*$", after))

@@ -234,6 +234,13 @@ def test_bad_rows_of_an_interrupted_evaluation_do_not_stop_the_next(real, tmp_pa
     assert (out / "skipped.jsonl").read_bytes() == skipped and len(predictions(out)) == 18
 
 
+@pytest.mark.parametrize("line", ["{", "[1]", '{"accuracy": 1}', '{"setting": 1}'])
+def test_predictions_that_are_damaged_are_one_line(tmp_path, line):
+    (tmp_path / "predictions.jsonl").write_text(line + "\n")
+    with pytest.raises(ranks.UsageError, match="predictions.jsonl is damaged: .*evaluate again"):
+        results.read_predictions(tmp_path / "predictions.jsonl")
+
+
 def test_a_sweep_over_the_toys_grid(cold_start, tmp_path, monkeypatch):
     args = toy_args(eval, model=str(cold_start), examples=4, grid=(3, 5), out=str(tmp_path / "out"))
     drawn, errorbar = [], Axes.errorbar

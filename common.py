@@ -44,17 +44,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
-from support import runs, toy
-from support.answers import (
-    MAX_ANSWER,
-    extract_answer,
-    number_accuracy,
-    option_accuracy,
-    plain_accuracy,
-    regression_accuracy,
-    rouge,
-    word_accuracy,
-)
+from support import answers, runs, toy
 from support.checkpoints import (
     is_tied,
     load_processor,
@@ -167,8 +157,8 @@ def load_model(
     return model
 
 
-def add_adapters(model: nn.Module, lora_rank: int, base: str) -> None:
-    """Add LoRA adapters to every linear layer of the language model.
+def add_adapters(model: nn.Module, r: int, base: str) -> None:
+    """Add LoRA adapters of rank `r` to every linear layer of the language model.
 
     The adapters are float32, are scaled by 2 and have no effect at first. Their config names `base`
     as the base model.
@@ -176,9 +166,7 @@ def add_adapters(model: nn.Module, lora_rank: int, base: str) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     layers = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-    config = LoraConfig(
-        r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=0.0, target_modules=layers
-    )
+    config = LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=0.0, target_modules=layers)
     config.base_model_name_or_path = base
     inject_adapter_in_model(config, model)
     for module in model.modules():
@@ -498,10 +486,8 @@ def prompt_attention(
         causal = torch.ones(p, p, dtype=torch.bool, device=mask.device).tril()
         itself = torch.eye(p, dtype=torch.bool, device=mask.device)
         allowed = (causal & mask[:, None, None, :]) | itself
-    shares = not on_gpu(query)
-    return F.scaled_dot_product_attention(
-        query, key, value, allowed, is_causal=mask is None, scale=scaling, enable_gqa=shares
-    ).transpose(1, 2)
+    options = {"is_causal": mask is None, "scale": scaling, "enable_gqa": not on_gpu(query)}
+    return F.scaled_dot_product_attention(query, key, value, allowed, **options).transpose(1, 2)
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -642,12 +628,8 @@ class Rollout:
         """The chosen prompts and their responses, with no more padding than they need."""
         mask = self.response_mask[rows]
         longest = int(mask.sum(-1).max())
-        return Rollout(
-            self.prompts[rows],
-            self.response_ids[rows, :, :longest],
-            mask[..., :longest],
-            self.truncated[rows],
-        )
+        ids = self.response_ids[rows, :, :longest]
+        return Rollout(self.prompts[rows], ids, mask[..., :longest], self.truncated[rows])
 
     def texts(self, processor: Processor) -> list[list[str]]:
         """The responses as text, B lists of G, without their EOS and behind the prefix that the
@@ -826,13 +808,9 @@ def score(
     positions = positions.expand(-1, -1, g, -1).flatten(2)
     text = config.text_config
     causal = prompts.mask is None and on_gpu(ids)
-    layout = Layout(
-        p,
-        g,
-        prompts.mask,
-        response_bias=None if causal else response_bias(prompts, t, text),
-        attn_layers=tuple(layer % text.num_hidden_layers for layer in attn_layers),
-    )
+    bias = None if causal else response_bias(prompts, t, text)
+    layers = tuple(layer % text.num_hidden_layers for layer in attn_layers)
+    layout = Layout(p, g, prompts.mask, response_bias=bias, attn_layers=layers)
     # Row t of response g predicts its token t; the prompt's last row predicts every first token.
     rows = p + t * torch.arange(g, device=model.device)[:, None] + steps - 1
     rows[:, 0] = p - 1
@@ -850,8 +828,8 @@ def score(
     )
     logps = logps.view(b, g, t).masked_fill(~mask, 0.0)
     logits = None if logits is None else logits.view(b, g, t, -1)
-    by_layer = dict(zip(sorted(set(layout.attn_layers)), attentions, strict=True))
-    attentions = {layer: by_layer[layer % text.num_hidden_layers] for layer in attn_layers}
+    by_layer = dict(zip(sorted(set(layers)), attentions, strict=True))
+    attentions = {n: by_layer[layer] for n, layer in zip(attn_layers, layers, strict=True)}
     return Scores(logps, entropy.view(b, g, t), mask, logits, attentions, suppressed)
 
 
@@ -981,8 +959,8 @@ def has_format(text: str, think: bool) -> bool:
     return once and re.fullmatch(form, text, re.DOTALL) is not None
 
 
-MEASURES = {"numerical": number_accuracy, "regression": regression_accuracy}
-MEASURES |= {"OCR": word_accuracy, "free-form": rouge}
+MEASURES = {"numerical": answers.number_accuracy, "regression": answers.regression_accuracy}
+MEASURES |= {"OCR": answers.word_accuracy, "free-form": answers.rouge}
 
 
 def accuracy(text: str, example: Example, rule: str = "by-type") -> float:
@@ -991,15 +969,15 @@ def accuracy(text: str, example: Example, rule: str = "by-type") -> float:
     With `rule="exact"` (paper), an answer identical to the solution scores 1 and any other scores
     0. Otherwise the problem type selects the measure [ours, as in Video-R1]; without one, equal
     answers are right. See support/answers.py. Of several solutions, the best score counts. An
-    answer longer than MAX_ANSWER characters scores 0, which bounds the time to score a response.
+    answer longer than `MAX_ANSWER` characters scores 0, which bounds the time to score a response.
     """
-    answer = extract_answer(text)
+    answer = answers.extract_answer(text)
     solutions = [solution.strip() for solution in (example.solution, *example.also_right)]
-    if answer is None or answer in solutions or rule == "exact" or len(answer) > MAX_ANSWER:
+    if answer is None or answer in solutions or rule == "exact" or len(answer) > answers.MAX_ANSWER:
         return float(answer in solutions)
-    measure = MEASURES.get(example.problem_type, plain_accuracy)
+    measure = MEASURES.get(example.problem_type, answers.plain_accuracy)
     if example.problem_type == "multiple choice":
-        measure = partial(option_accuracy, options=example.options)
+        measure = partial(answers.option_accuracy, options=example.options)
     return max(measure(answer, solution) for solution in solutions)
 
 

@@ -26,12 +26,11 @@ from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch.nn import Module
+from torch import nn
 from tqdm import tqdm
 
 from common import (
     accuracy,
-    extract_answer,
     gathered,
     generate_group,
     has_format,
@@ -41,6 +40,7 @@ from common import (
     score,
 )
 from support import cli, data, disk, ranks, results, toy
+from support.answers import extract_answer
 from support.benchmarks import BENCHMARKS, GROUPS, BenchmarkFile, chosen
 from support.data import BadRows, Prompts, Reader
 from support.datafiles import DataFile
@@ -58,7 +58,7 @@ GENERIC = "Write a general description of the image."  # as in arXiv 2502.17422
 
 @torch.no_grad()
 def predict(
-    model: Module,
+    model: nn.Module,
     processor: Processor,
     prompts: Iterable[Prompt],
     max_new_tokens: int,
@@ -177,7 +177,7 @@ def decoded_together(
 
 
 def generic_masses(
-    model: Module, processor: Processor, prompts: list[Prompt], attn_layer: int
+    model: nn.Module, processor: Processor, prompts: list[Prompt], attn_layer: int
 ) -> dict[int, float]:
     """By its place in `prompts`, which must have their media, the `target_attn_generic` of each
     prompt with a target."""
@@ -222,7 +222,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    model: Module, processor: Processor, prompts: Iterable[Prompt], **options: Any
+    model: nn.Module, processor: Processor, prompts: Iterable[Prompt], **options: Any
 ) -> Evaluation:
     """Answer and score the prompts; `options` are those of `predict`.
 
@@ -461,7 +461,12 @@ def in_batches(prompts: Iterable[Prompt], batches: Iterable[range]) -> Iterator[
 
 
 def answer_rows(
-    args: Args, setting: Setting, model: Module, rows: Rows, records: Records, file: FileIO | None
+    args: Args,
+    setting: Setting,
+    model: nn.Module,
+    rows: Rows,
+    records: Records,
+    file: FileIO | None,
 ) -> list[Prediction]:
     """Answer the rows of a setting that `records` lacks. Only rank 0 appends to `records` and to
     `file`; it returns the examples of the gaze page.

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from common import accuracy, extract_answer, has_format
+from common import accuracy, has_format
 from grpo_baseline import Args, reward
-from support.answers import MAX_ANSWER, option_letter, rouge
+from support.answers import MAX_ANSWER, extract_answer, option_letter, rouge
 from support.prompts import Example
 
 RED = Example("what colour?", "red", [])

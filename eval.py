@@ -461,15 +461,10 @@ def in_batches(prompts: Iterable[Prompt], batches: Iterable[range]) -> Iterator[
 
 
 def answer_rows(
-    args: Args,
-    setting: Setting,
-    model: nn.Module,
-    rows: Rows,
-    records: Records,
-    file: FileIO | None,
+    args: Args, setting: Setting, model: nn.Module, rows: Rows, records: Records, to: FileIO | None
 ) -> list[Prediction]:
     """Answer the rows of a setting that `records` lacks. Only rank 0 appends to `records` and to
-    `file`; it returns the examples of the gaze page.
+    the file `to`; it returns the examples of the gaze page.
 
     Ranks take batches in turn. A batch is always of the same rows, whatever was answered before an
     interruption and by however many ranks, because its rows are padded to one length: on a GPU,
@@ -506,7 +501,7 @@ def answer_rows(
             predictions = ranks.gather(predictions)
             if ranks.rank() == 0:
                 new = [x.record for x in predictions if x.record["row"] not in done]
-                disk.append(file, [{"setting": setting} | record for record in new])
+                disk.append(to, [{"setting": setting} | record for record in new])
                 records += new
                 shown += [x for x in predictions if x.gaze]
             bar.update(len(predictions))

@@ -19,9 +19,13 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from real import write_checkpoint
+
+import common
 from support import cli, pictures, ranks, toy
 
 FRAMES = []
@@ -139,6 +143,14 @@ def defaults_of(script):
     return partial(toy.defaults, script.TOY, **unset)
 
 
+def warm_up() -> None:
+    """Do once what each fork would do again: loading the first checkpoint makes transformers build
+    its tables, and tries the chat template in a process of its own."""
+    with TemporaryDirectory() as folder:
+        write_checkpoint(Path(folder), "qwen2_vl")
+        common.load_model(folder)
+
+
 def launch(case: dict) -> None:
     for what in case["plants"]:
         plant(*what)
@@ -182,6 +194,7 @@ if __name__ == "__main__":
     for name in (*names, "ranks", "matplotlib.pyplot", "torch.utils.tensorboard"):
         importlib.import_module(name)
     undraw()
+    warm_up()
     # A shell may have started the tests in the background, where Ctrl-C is ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.freeze()  # collecting what was imported would copy it in every fork

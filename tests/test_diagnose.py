@@ -228,7 +228,7 @@ def test_in_bfloat16_a_small_movement_is_mostly_rounding(cold_start, monkeypatch
     for dtype, score in (("float32", plain), ("bfloat16", in_bfloat16)):
         monkeypatch.setattr(diagnose, "score", score)
         for rate in (1e-5, 3e-5, 6e-4):
-            args = arguments(eval_examples=1, prompts=16, learning_rate=rate)
+            args = arguments(eval_examples=1, prompts=8, learning_rate=rate)
             model, processor, prompts = open_toy(cold_start, args)
             report, _ = diagnose.diagnose(model, processor, prompts, args, [1])
             reports[dtype, rate] = line_of(report, 1, "own")

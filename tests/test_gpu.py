@@ -79,15 +79,16 @@ def make_args(script, lora_rank: int, size: int = 1, tokens: int = 768):
 
 
 IMAGE = {"data": "rows.json", "image_tokens": 4096}
+SHORT = {"max_new_tokens": 256}  # the fewer tokens, the fewer chunks of logits to compute
 STEPS = {  # size, layers, processes, arguments
     # Only where gradients in transit, or the graph's checkpoints, decide does a third layer count.
     "7B, all weights, 8 processes": ("7B", 3, 8, {}),
-    "2B, all weights, 1 process": ("2B", 2, 1, {}),
-    "7B, adapters, 128 frames": ("7B", 2, 1, {"lora_rank": 64, "frames": 128}),
+    "2B, all weights, 1 process": ("2B", 2, 1, SHORT),
+    "7B, adapters, 128 frames": ("7B", 2, 1, {"lora_rank": 64, "frames": 128} | SHORT),
     # Two images fill a call of the encoder, as the estimate assumes.
     "7B, adapters, an image": ("7B", 2, 1, {"lora_rank": 64, "frames": 2} | IMAGE),
-    "Qwen3-VL-8B, all weights, 128 frames": ("8B", 2, 8, {"frames": 128}),
-    "2B, trained vision, 1 process": ("2B", 2, 1, {"train_vision": True, "max_new_tokens": 64}),
+    "Qwen3-VL-8B, all weights, 128 frames": ("8B", 2, 8, {"frames": 128} | SHORT),
+    "2B, trained vision, 1 process": ("2B", 1, 1, {"train_vision": True, "max_new_tokens": 64}),
 }
 
 
@@ -114,9 +115,11 @@ def test_a_step_runs_in_the_memory_it_was_expected_to_need(size, layers, process
         assert peaks["rollout"]["gathered"] < 0.1 * peaks["rollout"]["weights"]
 
 
-@pytest.mark.parametrize(("script", "tokens"), [(kd_baseline, 128), (attn_distill, 768)])
-def test_distillation_counts_the_logits_of_both_models(script, tokens):
-    config, args = config_of("7B"), make_args(script, lora_rank=64, tokens=tokens)
+@pytest.mark.parametrize(
+    ("script", "tokens", "layers"), [(kd_baseline, 128, 2), (attn_distill, 768, 1)]
+)
+def test_distillation_counts_the_logits_of_both_models(script, tokens, layers):
+    config, args = config_of("7B", layers=layers), make_args(script, lora_rank=64, tokens=tokens)
     traced = fake_gpu.step(script, config, args, 1)["update"]["activations"] / fake_gpu.GIB
     with mock.patch.multiple(
         memory, compute_dtype=lambda: torch.bfloat16, LOGIT_CHUNK=2**26, ATTENTION_CHUNK=2**26
@@ -144,26 +147,34 @@ def test_a_second_graph_adds_what_it_was_expected_to_add(monkeypatch):
     assert needed[1] - needed[0] == pytest.approx(traced[1] - traced[0], rel=0.1) != 0
 
 
-@pytest.mark.parametrize(("script", "lora_rank"), [(ral_grpo, 0), (attn_distill, 64)])
-def test_padded_prompts_run_on_the_memory_efficient_kernel(script, lora_rank):
-    config = config_of("7B", Qwen2_5_VLConfig, layers=1)
-    args = make_args(script, lora_rank, size=2, tokens=32)
+def kernels_of(config) -> set[str]:
+    """The kernels that the language model ran; the vision encoder has fewer heads."""
+    heads = config.text_config.num_attention_heads
+    return {name for name, query, _ in fake_gpu.KERNELS if query[1] == heads}
+
+
+def test_padded_prompts_run_on_the_memory_efficient_kernel():
+    config, args = config_of("7B", Qwen2_5_VLConfig, layers=1), make_args(ral_grpo, 0, 2, tokens=3)
     fake_gpu.KERNELS.clear()
-    fake_gpu.step(script, config, args, 2, padded=True)
-    heads = config.text_config.num_attention_heads  # the vision encoder has fewer
-    assert {name for name, q, _ in fake_gpu.KERNELS if q[1] == heads} == {"memory-efficient"}
+    fake_gpu.step(ral_grpo, config, args, 2, padded=True)
+    assert kernels_of(config) == {"memory-efficient"}
 
 
 @pytest.mark.parametrize(
-    ("script", "lora_rank", "processes", "padded"),
-    [(ral_grpo, 0, 8, False), (ral_grpo, 64, 1, True), (attn_distill, 64, 2, False)],
+    ("script", "family", "lora_rank", "processes", "padded"),
+    [
+        (ral_grpo, Qwen2VLConfig, 0, 8, False),
+        (ral_grpo, Qwen2_5_VLConfig, 64, 1, True),
+        (attn_distill, Qwen2_5_VLConfig, 64, 2, True),
+    ],
 )
-def test_every_tensor_is_on_the_gpu(script, lora_rank, processes, padded):
-    config, args = config_of("7B", layers=1), make_args(script, lora_rank, size=2, tokens=32)
+def test_every_tensor_is_on_the_gpu(script, family, lora_rank, processes, padded):
+    config, args = config_of("7B", family, layers=1), make_args(script, lora_rank, 2, tokens=3)
     torch.backends.cuda.enable_cudnn_sdp(True)
-    # On a GPU the scripts ask after every 16 tokens whether all responses have ended.
-    fake_gpu.step(script, config, args, processes, "cuda", padded, decoded=0)
+    fake_gpu.KERNELS.clear()
+    fake_gpu.step(script, config, args, processes, "cuda", padded)
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # it would plan for every new shape
+    assert kernels_of(config) == {"memory-efficient" if padded else "flash"}
 
 
 def test_attention_without_a_mask_is_attention_with_it():

@@ -19,9 +19,9 @@ from support import checkpoints
 
 RL = {"group_size": 4, "micro_batch_size": 2, "max_new_tokens": 6, "eval_examples": 5}
 RL |= {"learning_rate": 3e-4, "steps": 2, "eval_every": 2}
-NAMES = ("sft", "grpo_baseline", "kd_baseline", "attn_distill", "ral_grpo, LoRA", "idle rank")
+NAMES = ("sft", "grpo_baseline, idle rank", "kd_baseline", "attn_distill", "ral_grpo, LoRA")
 NAMES += ("ral_grpo, tied embeddings", "uneven lengths in minibatches", "vppo")
-LORA, IDLE = NAMES.index("ral_grpo, LoRA"), NAMES.index("idle rank")
+LORA, IDLE = NAMES.index("ral_grpo, LoRA"), NAMES.index("grpo_baseline, idle rank")
 
 
 def jobs(real: Path, cold_start: Path, processes: int) -> list:
@@ -41,11 +41,10 @@ def jobs(real: Path, cold_start: Path, processes: int) -> list:
     evaluation |= {"max_new_tokens": 6, "batch_size": 3, "workers": 0, "gaze": 2}
     return [
         ("sft", demonstrations | data, ""),
-        ("grpo_baseline", fields | data, ""),
+        ("grpo_baseline", fields | data | {"num_iterations": 2}, "idle"),
         ("kd_baseline", fields | data | taught, ""),
         ("attn_distill", fields | data | third | one_prompt | {"train_vision": True}, ""),
         ("ral_grpo", fields | data | strong | {"lora_rank": 4, "save_every": 1, "steps": 3}, ""),
-        ("ral_grpo", fields | strong | on_toy, "idle"),
         ("ral_grpo", fields | data | strong | one_prompt | {"model": str(real / "tied")}, ""),
         ("ral_grpo", fields | strong | on_toy | {"num_minibatches": 2}, "uneven"),
         ("benchmarks.forks.vppo", fields | on_toy, ""),

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -98,43 +99,50 @@ def whole_runs(cold_start, teacher, tmp_path_factory) -> dict:
 
 OWNERS = {"script": ral_grpo, "common": common, "runs": runs, "states": states, "disk": disk}
 TRAINED = 27  # trained parameters of the toy; a state has a file for each
-STAGES = [  # owner, function, call, when
-    ("script", "update", 1, "before"),
-    ("script", "update", 2, "after"),
-    ("script", "update", 4, "before"),
-    ("states", "state_tensors", 1, "after"),
-    ("states", "save_file", 1, "halfway"),
-    ("states", "save_file", TRAINED + 2, "halfway"),
-    ("disk", "flush", 1, "before"),
-    ("disk", "flush", TRAINED + 4, "after"),  # all but the name is on the disk
-    ("disk", "install", 2, "before"),  # complete, but not in its place
-    ("disk", "flush", TRAINED + 5, "before"),  # renamed
-    ("disk", "good_states", 5, "before"),  # the older ones are not yet deleted
-    ("common", "save_model", 1, "before"),
-    ("common", "save_model", 1, "halfway"),
-    ("states", "save_file", 2 * TRAINED + 1, "halfway"),  # of the state after the last step
-    ("runs", "draw_run", 1, "before"),
-    ("runs", "print_summary", 1, "before"),
-]
+# Where the processes of one run are killed, one after the other: owner, function, its call in that
+# process, when. All of a chain but its first go on from the state in its name, or begin again.
+CHAINS = {
+    "no state": [
+        ("script", "update", 1, "before"),
+        ("script", "update", 2, "after"),
+        ("states", "state_tensors", 1, "after"),
+        ("states", "save_file", 1, "halfway"),
+        ("disk", "flush", 1, "before"),
+        ("disk", "flush", TRAINED + 3, "after"),  # all but the name is on the disk
+        ("disk", "flush", TRAINED + 4, "before"),  # renamed
+    ],
+    "step-000002": [
+        ("script", "update", 4, "before"),
+        ("states", "save_file", 2, "halfway"),
+        ("disk", "install", 1, "before"),  # complete, but not in its place
+        ("disk", "good_states", 4, "before"),  # the older ones are not yet deleted
+    ],
+    "step-000004": [
+        ("common", "save_model", 1, "before"),
+        ("common", "save_model", 1, "halfway"),
+        ("runs", "draw_run", 1, "before"),
+        ("states", "save_file", 1, "halfway"),  # of the state after the last step
+        ("runs", "print_summary", 1, "before"),
+    ],
+}
 
 
-@pytest.mark.parametrize(("owner", "name", "call", "when"), STAGES)
-def test_a_killed_run_goes_on(
-    whole_runs, cold_start, teacher, tmp_path, monkeypatch, owner, name, call, when
-):
+@pytest.mark.parametrize("state", CHAINS)
+def test_a_killed_run_goes_on(whole_runs, cold_start, teacher, tmp_path, monkeypatch, state):
     """As a queue that starts the same command again: at first `auto` finds no state."""
     fields = fields_of(ral_grpo, cold_start, teacher, keep=1, resume="auto")
-    fields["out"] = str(tmp_path / "run")
-    with monkeypatch.context() as patch:
-        kill(patch, OWNERS[owner], name, call, when)
-        with pytest.raises(Killed):
-            ral_grpo.main(toy_args(ral_grpo, **fields))
-    restore_signals()
-    if name == "print_summary":  # the run was over
+    args = toy_args(ral_grpo, **fields, out=str(tmp_path / "run"))
+    for owner, *where in CHAINS[state]:
+        with monkeypatch.context() as patch:
+            kill(patch, OWNERS[owner], *where)
+            with pytest.raises(Killed):
+                ral_grpo.main(args)
+        restore_signals()
+    if state == "step-000004":  # the run was over
         with pytest.raises(ranks.Finished, match=r"has finished \(step 5\)"):
-            ral_grpo.main(toy_args(ral_grpo, **fields))
+            ral_grpo.main(args)
     else:
-        ral_grpo.main(toy_args(ral_grpo, **fields))
+        ral_grpo.main(args)
     assert_same(tmp_path / "run", whole_runs(ral_grpo))
     drawn = ("gaze.html", "attention.png", "curves.png")
     assert all((tmp_path / "run" / name).exists() for name in drawn)
@@ -149,7 +157,9 @@ def restore_signals() -> None:
 
 @pytest.mark.parametrize("script", [sft, grpo_baseline, attn_distill])
 def test_every_script_goes_on(whole_runs, cold_start, teacher, tmp_path, monkeypatch, script):
+    """Also with adapters, and with minibatches, which it takes in the same order."""
     changed = {"lora_rank": 4} if script is attn_distill else {}
+    changed |= {"num_minibatches": 2} if script is grpo_baseline else {}
     fields = fields_of(script, cold_start, teacher, out=str(tmp_path / "run"), **changed)
     with monkeypatch.context() as patch:
         kill(patch, script, "update", 4)
@@ -178,7 +188,7 @@ def test_skipped_rows_are_not_named_twice(real, tmp_path, monkeypatch):
 
 def test_an_older_state_gives_up_the_branch_after_it(whole_runs, cold_start, teacher, tmp_path):
     fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"))
-    ral_grpo.main(toy_args(ral_grpo, **fields))
+    shutil.copytree(whole_runs(ral_grpo), tmp_path / "run")
     older = str(tmp_path / "run" / "state" / "step-000004")
     with pytest.MonkeyPatch.context() as patch:
         kill(patch, ral_grpo, "update", 1)
@@ -213,36 +223,35 @@ def test_sft_that_reached_its_accuracy_is_over(cold_start, tmp_path):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 10
 
 
-def test_a_finished_run_can_be_made_longer(whole_runs, cold_start, teacher, tmp_path):
-    fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"))
-    ral_grpo.main(toy_args(ral_grpo, **fields | {"steps": 4}))
-    ral_grpo.main(toy_args(ral_grpo, resume="auto", **fields))
+def test_a_finished_run_can_be_made_longer(whole_runs, four_steps, tmp_path):
+    ral_grpo.main(toy_args(ral_grpo, resume="auto", **four_steps))
     assert_same(tmp_path / "run", whole_runs(ral_grpo))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_and_saves(
-    whole_runs, cold_start, teacher, tmp_path, monkeypatch, capsys, number
+    whole_runs, cold_start, teacher, tmp_path, monkeypatch, capsys
 ):
+    """SIGTERM in the third step, and SIGINT in the fourth, the first of the resumed run."""
     fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"), save_every=0)
     update, calls = ral_grpo.update, []
 
     def signalled(*args):
         calls.append(1)
-        if len(calls) == 3:
+        if number := {3: signal.SIGTERM, 4: signal.SIGINT}.get(len(calls)):
             os.kill(os.getpid(), number)
         return update(*args)
 
     monkeypatch.setattr(ral_grpo, "update", signalled)
     handlers = [signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)]
-    ral_grpo.main(toy_args(ral_grpo, **fields))
-    assert [signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)] == handlers
-    assert len(calls) == 3 and [p.name for p in (tmp_path / "run" / "state").iterdir()] == [
-        "step-000003"
-    ]
-    printed = capsys.readouterr().out
-    assert "stopped after step 3; resume with: python" in printed and "--resume auto" in printed
-    assert not (tmp_path / "run" / "checkpoint").exists()
+    for step, resume in ((3, {}), (4, {"resume": "auto"})):
+        ral_grpo.main(toy_args(ral_grpo, **fields | resume))
+        assert [signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)] == handlers
+        states = [path.name for path in (tmp_path / "run" / "state").iterdir()]
+        assert len(calls) == step and f"step-00000{step}" in states
+        printed = capsys.readouterr().out
+        assert f"stopped after step {step}; resume with: python" in printed
+        assert ("--resume auto" in printed) == (not resume)  # else it is in the command line
+        assert not (tmp_path / "run" / "checkpoint").exists()
     ral_grpo.main(toy_args(ral_grpo, resume="auto", **fields))
     assert_same(tmp_path / "run", whole_runs(ral_grpo))
 
@@ -271,9 +280,15 @@ def test_a_signal_to_all_processes_does_not_end_the_readers(real, tmp_path, monk
     assert [p.name for p in (out / "state").iterdir()] == ["step-000002"]
 
 
-def test_changed_arguments_are_refused(cold_start, teacher, tmp_path):
-    fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"))
-    ral_grpo.main(toy_args(ral_grpo, **fields | {"steps": 2}))
+@pytest.fixture
+def four_steps(whole_runs, cold_start, teacher, tmp_path) -> dict:
+    """The fields of a run of which four of five steps are done, in a directory of its own."""
+    shutil.copytree(whole_runs(ral_grpo, steps=4), tmp_path / "run")
+    return fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"))
+
+
+def test_changed_arguments_are_refused(cold_start, four_steps):
+    fields = four_steps
     changed = fields | {"resume": "auto", "lambda_attn": 5.0, "seed": 3}
     words = "--seed 1 -> 3; --lambda-attn 1.0 -> 5.0\\).*--allow-changed-args"
     with pytest.raises(ranks.UsageError, match=words):
@@ -361,14 +376,13 @@ class Evil:
         return (Path.touch, (Path("never"),))
 
 
-def test_a_broken_state_or_a_shorter_file_is_one_line(cold_start, teacher, tmp_path):
-    fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"))
-    ral_grpo.main(toy_args(ral_grpo, **fields | {"steps": 2}))
+def test_a_broken_state_or_a_shorter_file_is_one_line(four_steps, tmp_path):
+    fields = four_steps
     for part in ("lm_head.weight.safetensors", "state.json"):
-        path = tmp_path / "run" / "state" / "step-000002" / part
+        path = tmp_path / "run" / "state" / "step-000004" / part
         content = path.read_bytes()
         torch.save({"python": Evil()}, path)
-        with pytest.raises(ranks.UsageError, match=r"--resume auto: .*step-000002 .*not readable"):
+        with pytest.raises(ranks.UsageError, match=r"--resume auto: .*step-000004 .*not readable"):
             ral_grpo.main(toy_args(ral_grpo, resume="auto", **fields))
         path.write_bytes(content)
     os.truncate(tmp_path / "run" / "metrics.jsonl", 20)

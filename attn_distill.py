@@ -103,9 +103,9 @@ class Args(cli.RunArgs):
     gamma_attn: float = 1.0  # Attention (eq. 6)
     """Weight of the attention term; 0: kd_baseline.py. [ours] The paper tried 0.05, 0.5 and 1."""
     attn_layer: int = -1  # Attention
-    """The student's layer, -1 the last (paper)."""
+    """The student's layer, from 0, or from the end if negative. Paper: the last."""
     teacher_attn_layer: int = -1  # Attention
-    """The teacher's layer, -1 the last (paper)."""
+    """The teacher's layer, counted in the same way. Paper: the last."""
     attn_row: Literal["own", "predicting"] = "own"  # Attention (eq. 2)
     """Attention row of token y_t. `own`: that of its position, which reads it, renormalised without
     its column (paper). `predicting`: that of the position before, which predicts y_t. [ours]"""

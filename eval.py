@@ -103,7 +103,9 @@ def predict(
         for row, (prompt, (text,)) in enumerate(zip(chunk, texts, strict=True)):
             ids = rollout.response_ids[row, 0][rollout.response_mask[row, 0]].tolist()
             truncated = bool(rollout.truncated[row, 0])
-            record, answer = judge(processor, prompt.example, text, ids, truncated, bare, metric)
+            record, answer = record_of(
+                processor, prompt.example, text, ids, truncated, bare, metric
+            )
             gaze, n = None, len(ids)
             if row < scored:  # row t of a layer predicts token t, row t + 1 is that token's own
                 rows = {layer: x[row] for layer, x in found.items()}
@@ -125,7 +127,7 @@ def predict(
             done += 1
 
 
-def judge(
+def record_of(
     processor: Processor,
     example: Example,
     text: str,
@@ -426,6 +428,8 @@ def open_rows(args: Args, setting: Setting, processor: Processor, task: toy.Task
     absent = {"eval_data": (), "rows": None, "check_data": False}
     given = SimpleNamespace(**vars(args) | given | absent)
     data.check_files(given, task is not None)
+    if benchmark in GROUPS["images"]:
+        given.frames = 2  # the least: it has no videos
     require_evaluation_fits(given, processor.config)
     if benchmark and args.bare:
         asked = PromptConfig(dict([BENCHMARKS[benchmark].bare]), False, args.accuracy_rule)

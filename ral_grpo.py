@@ -19,8 +19,8 @@ second pass (`num_iterations`) or minibatch (`num_minibatches`). `loss_terms` ha
 
 Shapes: B prompts of P positions, padded on the left; G responses of T tokens to each.
 
-[ours] marks what the paper does not say, or says in two ways: what grpo_baseline.py lists, and the
-sign: eq. 1 is raised and eq. 3 lowered, but eq. 4 adds them. So L_RL is eq. 1 with its sign turned.
+[ours] marks what the paper does not say, or says in two ways: what grpo_baseline.py lists, what the
+arguments say, and the sign. Eq. 4 adds eq. 1 (raised) and eq. 3 (lowered): L_RL is minus eq. 1.
 
     python sft.py && python ral_grpo.py            # the toy, on a CPU, in minutes
     python ral_grpo.py --model DIR_OR_HUB_NAME --data FILE    # your own model and data
@@ -90,7 +90,7 @@ class Args(cli.RunArgs):
     lambda_attn: float = 1.0  # RAL (eq. 4)
     """Weight of the attention term; 0: GRPO that logs it. [ours] The paper tried 0.5, 1 and 5."""
     attn_layer: int = -1  # RAL
-    """Decoder layer of the attention policy, -1 the last (paper)."""
+    """Decoder layer, counted from 0, or from the end if negative. Paper: the last."""
     attn_row: Literal["own", "predicting"] = "own"  # RAL (eq. 2)
     """Attention row of token y_t. `own`: that of its position, which reads it, renormalised without
     its column (paper). `predicting`: that of the position before, which predicts y_t. [ours]"""

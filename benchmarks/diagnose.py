@@ -53,6 +53,7 @@ import ral_grpo
 from common import Rollout, accuracy, response_mean, score
 from ral_grpo import Batch, attention_policy, divergence, loss_terms, score_policy
 from support import cli, disk, ranks, runs, toy
+from support.data import open_file
 from support.memory import GIB, memory_gb
 from support.pictures import load_pyplot, save
 from support.prompts import Processor, Prompt, collate
@@ -337,20 +338,22 @@ def main(args: Args) -> dict[str, Any]:
     alone = "a diagnosis is made by one process; start it without torchrun"
     require(ranks.world_size() == 1, alone)
     cli.require_positive(args, "prompts")
-    held_out = args.eval_examples if args.data else 1  # the toy would draw them
-    one_step = {"prompts_per_step": args.prompts, "num_minibatches": 1, "resume": None}
+    count = min(args.prompts, len(open_file(args, "--data"))) if args.data else args.prompts
+    one_step = {"prompts_per_step": count, "num_minibatches": 1, "resume": None}
+    one_step |= {} if args.data else {"eval_examples": 1}  # the toy would draw them
     prepared = common.prepare(
-        replace(args, **one_step, eval_examples=held_out),
+        replace(args, **one_step),
         ral_grpo.PROMPTS,
         learning_rate=lambda args, *_: 2e-5 if args.lora_rank else 1e-5,
         layers=("layers", "attn_layer"),
         kind=disk.DIAGNOSIS,
     )
+    given = {name: getattr(args, name) for name in one_step}
     args, processor, out = prepared.args, prepared.processor, Path(args.out)
     with disk.writing(out, "the directory"):
         out.mkdir(parents=True, exist_ok=True)
         lock = disk.lock_directory(out)
-    count = min(args.prompts, prepared.train.steps(1))
+    count = min(count, prepared.train.steps(1)) if args.data else count  # some are held out
     prompts = list(islice(prepared.train.begin(1, count), count))
     depth = processor.config.text_config.num_hidden_layers
     layers = sorted({x % depth for x in (*(args.layers or range(depth)), args.attn_layer)})
@@ -373,7 +376,7 @@ def main(args: Args) -> dict[str, Any]:
     files = {"samples.jsonl": "\n".join(lines), "diagnosis.json": json.dumps(report)}
     files["diagnosis.txt"] = table(report)
     with disk.writing(out, "the diagnosis"):
-        disk.write_record(out, disk.DIAGNOSIS, asdict(args))
+        disk.write_record(out, disk.DIAGNOSIS, asdict(args) | given)
         for name, content in files.items():
             disk.write_aside(out / name, f"{content}\n")
         draw(out / "diagnosis.png", report)

@@ -438,6 +438,7 @@ def main(args: Args) -> int:
                 process.join(LIMITS[part])
                 if process.is_alive():
                     process.kill()
+                    process.join()
                     Findings(args.out).note(part, f"not finished after {LIMITS[part]} s", False)
                 elif process.exitcode:
                     Findings(args.out).note(f"{part}: exit status", process.exitcode, False)

@@ -210,7 +210,7 @@ class ArrowRows:
 def open_rows(file: Path) -> Any:
     """The rows of a data file, whose first bytes say what it is."""
     copies = Path(os.environ.get("HF_DATASETS_CACHE") or f"{HF_HOME}/datasets", "rows")
-    with loading(file.name, "repair it"):
+    with loading(file.name, "repair it, or make it readable"):
         with file.open("rb") as opened:
             start = opened.read(2**12).removeprefix(b"\xef\xbb\xbf").lstrip()
         if start.startswith(b"{"):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 
 from support.cli import each, option
@@ -215,15 +216,17 @@ def append(file: FileIO, rows: Iterable[dict[str, Any]]) -> None:
 
 @contextmanager
 def loading(named: str, remedy: str = "repair it, or give another checkpoint") -> Iterator[None]:
-    """Turn an exception raised while reading a checkpoint or a state into a one-line `UsageError`.
-
-    The libraries raise errors of any kind for files that they cannot use, so it catches all.
-    """
+    """Turn any exception of a library into a one-line `UsageError`: what is `named`, the reason and
+    the `remedy`. Libraries raise errors of any kind for files that they cannot use."""
     try:
         yield
     except UsageError:
         raise
+    except (MemoryError, torch.OutOfMemoryError):
+        raise UsageError(f"{named}: out of memory; free some, or give a smaller one") from None
     except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space" if full else remedy
         raise UsageError(f"{named}: {first_line(error)}; {remedy}") from None
 
 

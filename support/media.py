@@ -39,8 +39,8 @@ class BadRow(Exception):
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turn any exception raised while reading `what` into a `BadRow`: hostile bytes make decoders
-    raise any."""
+    """Turn any exception raised while reading `what` into a `BadRow`, since hostile bytes make
+    decoders raise any, among them a MemoryError for a size that the bytes claim."""
     try:
         yield
     except BadRow:
@@ -91,7 +91,6 @@ def read_image(path: Path | MediaBytes) -> Image.Image:
             image = Image.alpha_composite(white, image)
         image = image.convert("RGB")
         image.info["orientation"] = turned if turned in range(1, 9) else 1
-        return image
         return image
 
 

@@ -253,7 +253,8 @@ def fit_memory(
 def require_evaluation_fits(args: Any, config: Any) -> None:
     """Refuse, before any weights are loaded, an evaluation that does not fit into memory: of a
     frozen model, with `args.batch_size` prompts decoded together, each as long as it may be."""
-    step = {"prompts_per_step": (args.batch_size + 1) // 2, "micro_batch_size": 1}
+    # Training decodes two steps' prompts together in an evaluation.
+    step = {"prompts_per_step": args.batch_size / 2, "micro_batch_size": 1}
     step |= {"train_vision": False, "gradient_checkpointing": True}
     given = SimpleNamespace(**vars(args) | step)
     phases = memory_gb(config, given, lora_rank=None, processes=world_size())

@@ -34,7 +34,8 @@ def require(condition: bool, message: str) -> None:
 
 def first_line(error: Exception) -> str:
     """The message of a library's error in one line, behind its type if it needs that."""
-    lines = [line.strip(" .") for line in str(error).strip().splitlines()] or [""]
+    words = getattr(error, "strerror", None) or str(error)  # without the number and the path
+    lines = [line.strip(" .") for line in words.strip().splitlines()] or [""]
     text = " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:200]
     known = text and isinstance(error, OSError | ValueError)
     return text if known else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -32,7 +32,7 @@ from support.states import State
 
 EQUAL_STEPS = 10  # in a row with equal rewards in every group, before a note says so
 WHY_EQUAL = "if all are wrong or without the format, train with sft.py first or on easier data"
-WHY_EQUAL += "; if all are right, on harder data; if all are cut off, raise --max-new-tokens"
+WHY_EQUAL += "; if all are right, train on harder data; if all are cut off, raise --max-new-tokens"
 
 
 class Stopwatch:

@@ -158,9 +158,9 @@ ANYTHING_ELSE = [  # what a file is; what its one line says
     (b"[{}]", "the rows of rows.json are empty"),
     (b'[{"problem": "p"}]', "has the columns problem; expected a question in problem or question"),
     (b'[{"caption": "p", "answer": 1}]', "has the columns answer, caption; expected"),
-    (b"PAR1" * 100, "repair it, or free space in "),
+    (b"PAR1" * 100, "rows.json: Parquet file size"),
     (b"ARROW1\0\0" * 100, "begins with b'ARROW1"),
-    (b"\xff\xff\xff\xff\xff\xff\0\0", "rows.json: "),
+    (b"\xff\xff\xff\xff\xff\xff\0\0", "rows.json: Expected to read"),
 ]
 
 

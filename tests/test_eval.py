@@ -104,14 +104,28 @@ def test_another_evaluation_is_not_mixed_in(cold_start, tmp_path, monkeypatch):
 
 def test_what_does_not_fit_is_refused_before_it_is_loaded(cold_start, tmp_path, monkeypatch):
     """The weights are 2.6 MB, and 64 prompts decoded together take 43 MB."""
+
+    class Loaded(Exception):
+        pass
+
+    def load_model(*args, **options):
+        raise Loaded
+
     args = toy_args(eval, model=str(cold_start), examples=4, out=str(tmp_path / "out"))
     monkeypatch.setattr(memory, "available_gb", lambda: 0.03)
-    monkeypatch.setattr(eval, "load_model", None)
+    monkeypatch.setattr(eval, "load_model", load_model)
     with pytest.raises(ranks.UsageError, match=r"--model .* needs about .* or --batch-size, or"):
         eval.main(args)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(TypeError):  # nothing else is in the way
+    with pytest.raises(Loaded):
         eval.main(replace(args, batch_size=1))
+    needs, too_large = [], memory.too_large
+    monkeypatch.setattr(memory, "available_gb", lambda: 0.0)
+    monkeypatch.setattr(memory, "too_large", lambda *x: needs.append(x[2]) or too_large(*x))
+    for size in (1, 2, 3):
+        with pytest.raises(ranks.UsageError):
+            eval.main(replace(args, batch_size=size))
+    assert needs[0] < needs[1] < needs[2]
 
 
 def test_another_model_at_the_same_place_is_not_taken_for_the_old_one(cold_start, tmp_path):

@@ -1,5 +1,6 @@
 """A run directory belongs to one process at a time, and a failure to write it is one line."""
 
+import errno
 import importlib
 import json
 import multiprocessing
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from launch import defaults_of
 from safetensors import SafetensorError
 from shared import SMALL, load, toy_args
@@ -305,6 +307,24 @@ def edit(path: Path, **changed) -> None:
     path.write_text(json.dumps({k: v for k, v in content.items() if changed.get(k, 0) is not None}))
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError(), "x: out of memory; free some, or give a smaller one"),
+        (torch.OutOfMemoryError("CUDA"), "x: out of memory; free some, or give a smaller one"),
+        (OSError(errno.ENOSPC, "No space left", "/far/x"), "x: No space left; free some space"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "x: Permission denied; repair"),
+        (ValueError("no header.\nand more"), "x: no header; repair"),
+        (KeyError("weights"), "x: KeyError: 'weights'; repair"),
+        (ranks.UsageError("another line"), "another line"),
+    ],
+)
+def test_an_error_of_a_library_is_one_line_with_its_remedy(error, line):
+    with pytest.raises(ranks.UsageError) as caught, disk.loading("x", "repair"):
+        raise error
+    assert str(caught.value) == line
+
+
 def test_a_state_with_other_definitions_is_refused(cold_start, tmp_path):
     out = tmp_path / "run"
     fields = FIELDS | {"model": str(cold_start), "out": str(out)}
@@ -445,6 +465,7 @@ def test_equal_rewards_are_said_once(tmp_path, capsys):
         run.log(step, metrics | {"rollout/frac_zero_std": 1.0})
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("note: ")]
     assert "steps 5 to 14: all responses to a prompt got the same reward" in line
+    assert line.endswith(runs.WHY_EQUAL)
     run.close()
 
 

@@ -100,13 +100,15 @@ def test_a_damaged_state_costs_nothing(args, how):
     assert tree(out) == before
 
 
-def test_the_random_numbers_go_on(args):
+@pytest.mark.parametrize("earlier", [False, True])
+def test_the_random_numbers_go_on(args, earlier):
+    """States of an earlier version hold those of other generators, too."""
     train(args, [1])
     record = Path(args.out, "state", "step-000001", "state.json")
     drawn = torch.Generator().manual_seed(9)
-    record.write_text(
-        json.dumps(json.loads(record.read_text()) | {"random": drawn.get_state().tolist()})
-    )
+    numbers = drawn.get_state().tolist()
+    numbers = {"python": [3, [1], None], "torch": numbers} if earlier else numbers
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"random": numbers}))
     train(replace(args, resume="auto"), [])
     assert torch.rand(3).equal(torch.rand(3, generator=drawn))
 

@@ -75,7 +75,7 @@ class Args(cli.RunArgs):
     beta: float = 0.04
     """Weight of the KL to the starting model; 0: none. Paper: 0.04."""
     attn_layer: int = -1
-    """Decoder layer whose attention weighs the tokens, -1 the last. [ours]"""
+    """Decoder layer whose attention weighs tokens, from 0, or from the end if negative. [ours]"""
     attn_row: Literal["own", "predicting"] = "own"
     """Attention row of token y_t: that of its own position, or that of the position before, whose
     output predicts y_t. [ours]"""

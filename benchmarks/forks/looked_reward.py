@@ -74,7 +74,7 @@ class Args(cli.RunArgs):
     beta: float = 0.04
     """Weight of the KL to the starting model; 0: none. Paper: 0.04."""
     attn_layer: int = -1
-    """Decoder layer that must look, -1 the last."""
+    """Decoder layer that must look, from 0, or from the end if negative."""
     looked_rule: Literal["above-chance", "brightest"] = "above-chance"
     """What counts as a look: more mass on the boxes than chance, or the brightest visual token."""
 

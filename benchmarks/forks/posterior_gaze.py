@@ -84,7 +84,7 @@ class Args(cli.RunArgs):
     lambda_attn: float = 1.0  # RAL (eq. 4)
     """Weight of the attention term; 0: GRPO that logs it. [ours] The paper tried 0.5, 1 and 5."""
     attn_layer: int = -1  # RAL
-    """Decoder layer of the attention policy, -1 the last (paper)."""
+    """Decoder layer, counted from 0, or from the end if negative. Paper: the last."""
     attn_row: Literal["own", "predicting"] = "own"  # RAL (eq. 2)
     """Attention row of token y_t. `own`: that of its position, which reads it, renormalised without
     its column (paper). `predicting`: that of the position before, which predicts y_t. [ours]"""

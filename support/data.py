@@ -8,6 +8,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from io import FileIO
 from multiprocessing.reduction import ForkingPickler
@@ -162,20 +163,25 @@ class Reader:
         return iter(replace(self, numbers=range(number, 2**62, ranks.world_size())))
 
     def __iter__(self) -> Iterator[Prompt]:
-        items = self.read_ahead() if self.workers else map(self.prompts.__getitem__, self.numbers)
-        for prompt, bad in items:
-            self.bad_rows.add(bad, good=int(prompt is not None))
-            if isinstance(prompt, UsageError):
-                raise prompt
-            if prompt is not None:
-                yield prompt
-            elif self.prompts.seed is not None:
-                raise UsageError(f"100 bad rows one after another; the last: {bad.popitem()}")
+        # Closed at once: an error would keep the workers until the garbage collector finds their
+        # queues and closes these first, and then nothing tells the workers to end.
+        with closing(self.read_ahead()) as items:
+            for prompt, bad in items:
+                self.bad_rows.add(bad, good=int(prompt is not None))
+                if isinstance(prompt, UsageError):
+                    raise prompt
+                if prompt is not None:
+                    yield prompt
+                elif self.prompts.seed is not None:
+                    raise UsageError(f"100 bad rows one after another; the last: {bad.popitem()}")
 
     def read_ahead(self) -> Iterator[tuple[Prompt | UsageError | None, dict[str, str]]]:
-        """The items of `prompts`, read by workers (`guard_reader`). On a GPU, PyTorch's thread for
-        pinned memory takes them from the pipe, so that training does not wait for 150 MB of pixels.
-        """
+        """The items of `prompts`, read by workers (`guard_reader`) if there are any. On a GPU,
+        PyTorch's thread for pinned memory takes them from the pipe, so that training does not wait
+        for 150 MB of pixels."""
+        if not self.workers:
+            yield from map(self.prompts.__getitem__, self.numbers)
+            return
         loader = DataLoader(
             self.prompts,
             batch_size=None,

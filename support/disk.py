@@ -226,7 +226,7 @@ def loading(named: str, remedy: str = "repair it, or give another checkpoint") -
         raise UsageError(f"{named}: out of memory; free some, or give a smaller one") from None
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "free some space" if full else remedy
+        remedy = f"free some space, or {remedy}" if full else remedy
         raise UsageError(f"{named}: {first_line(error)}; {remedy}") from None
 
 

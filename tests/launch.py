@@ -23,6 +23,7 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import torch.utils.data
 from real import write_checkpoint
 
 import common
@@ -123,6 +124,8 @@ def plant(place: str, do: str, first: int = 1, last: int = sys.maxsize) -> None:
     """Call the function `do` before the `first` to the `last` call of `place`, counted from 1."""
     owner, _, name = place.rpartition(".")
     owner = pkgutil.resolve_name(owner)
+    if do == "hang":  # PyTorch waits so many seconds for a worker, twice
+        torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1.0
     function, calls = getattr(owner, name), 0
 
     def planted(*args, **kwargs):

@@ -46,7 +46,7 @@ def uneven(generate):
     return generate_group
 
 
-FOLDERS = (*"01234567", "e")
+FOLDERS = (*"0123456", "e")
 
 
 def run_all(jobs: list[tuple[str, dict, str]], out: Path, names=FOLDERS) -> None:

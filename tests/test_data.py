@@ -3,6 +3,7 @@ on who reads it."""
 
 import io
 import json
+import multiprocessing
 import os
 import tracemalloc
 from decimal import Decimal
@@ -1169,6 +1170,7 @@ def test_a_missing_library_is_told_from_a_worker_too(monkeypatch):
     for workers in (0, 1):
         with pytest.raises(UsageError, match=r"^pip install it$"):
             read(workers=workers)
+    assert not multiprocessing.active_children()  # though the error keeps the reader
 
 
 def test_the_generated_rows_are_what_they_should_be(tmp_path):

@@ -271,6 +271,6 @@ def test_readers_that_cannot_start_are_one_line(monkeypatch):
 
     monkeypatch.setattr(torch.multiprocessing.Process, "start", full)
     reader = Reader(Prompts(None, None, np.arange(9)), range(9), 2, data.BadRows())
-    words = r"^--workers 2: the readers cannot start: .*No space .*; give fewer, or 0$"
+    words = r"^--workers 2: the readers cannot start: No space .*; free some space, or give fewer"
     with pytest.raises(ranks.UsageError, match=words):
         list(reader)

@@ -19,7 +19,7 @@ from support import checkpoints
 
 RL = {"group_size": 4, "micro_batch_size": 2, "max_new_tokens": 6, "eval_examples": 5}
 RL |= {"learning_rate": 3e-4, "steps": 2, "eval_every": 2}
-NAMES = ("sft", "grpo_baseline, idle rank", "kd_baseline", "attn_distill", "ral_grpo, LoRA")
+NAMES = ("sft", "grpo_baseline, idle rank", "attn_distill", "ral_grpo, LoRA")
 NAMES += ("ral_grpo, tied embeddings", "uneven lengths in minibatches", "vppo")
 LORA, IDLE = NAMES.index("ral_grpo, LoRA"), NAMES.index("grpo_baseline, idle rank")
 
@@ -30,7 +30,6 @@ def jobs(real: Path, cold_start: Path, processes: int) -> list:
     data = {"data": str(real / "rows.json"), "media_root": (str(real / "media"),), "frames": 4}
     data |= {"image_tokens": 9, "frame_tokens": 4, "max_skipped": 0.3}
     data |= {"model": str(real / "qwen2_5_vl")}
-    taught = {"teacher": str(real / "qwen2_5_vl")}
     third = {name: str(real / "qwen3_vl") for name in ("model", "teacher")}
     strong = {"lambda_attn": 10.0}
     on_toy = {"model": str(cold_start), "num_iterations": 2}
@@ -42,7 +41,6 @@ def jobs(real: Path, cold_start: Path, processes: int) -> list:
     return [
         ("sft", demonstrations | data, ""),
         ("grpo_baseline", fields | data | {"num_iterations": 2}, "idle"),
-        ("kd_baseline", fields | data | taught, ""),
         ("attn_distill", fields | data | third | one_prompt | {"train_vision": True}, ""),
         ("ral_grpo", fields | data | strong | {"lora_rank": 4, "save_every": 1, "steps": 3}, ""),
         ("ral_grpo", fields | data | strong | one_prompt | {"model": str(real / "tied")}, ""),

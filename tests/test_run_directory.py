@@ -312,7 +312,10 @@ def edit(path: Path, **changed) -> None:
     [
         (MemoryError(), "x: out of memory; free some, or give a smaller one"),
         (torch.OutOfMemoryError("CUDA"), "x: out of memory; free some, or give a smaller one"),
-        (OSError(errno.ENOSPC, "No space left", "/far/x"), "x: No space left; free some space"),
+        (
+            OSError(errno.ENOSPC, "No space left", "/far/x"),
+            "x: No space left; free some space, or repair",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), "x: Permission denied; repair"),
         (ValueError("no header.\nand more"), "x: no header; repair"),
         (KeyError("weights"), "x: KeyError: 'weights'; repair"),

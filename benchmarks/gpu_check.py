@@ -421,7 +421,7 @@ def run_part(out: Path, part: str, work: Path) -> None:
 def main(args: Args) -> int:
     unknown = set(args.parts) - set(LIMITS)
     ranks.require(not unknown, f"--parts {' '.join(unknown)}: choose from {', '.join(LIMITS)}")
-    remedy = "see --rehearse for what a CPU can check"
+    remedy = "--rehearse checks what a CPU can"
     ranks.require(GPU or args.rehearse, f"no GPU is visible to PyTorch; {remedy}")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "gpu.jsonl").write_text("")

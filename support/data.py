@@ -339,4 +339,5 @@ def check_data(
             print(f"  prompt tokens: median {np.median(lengths):,.0f}, maximum {max(lengths):,}")
         if len(bad_rows.bad) > args.max_skipped * len(rows):
             many.append(f"{flag} {path}")
-    require(not many, f"{', '.join(many)}: more than --max-skipped {args.max_skipped} are bad")
+    limit = f"more than --max-skipped {args.max_skipped} of the rows are bad"
+    require(not many, f"{', '.join(many)}: {limit}; repair those named above, or raise it")

@@ -56,8 +56,8 @@ def read_predictions(path: Path) -> tuple[dict[Setting, Records], int]:
     """The records of each setting, and the length of the file up to its last complete line."""
     content, records = path.read_bytes() if path.exists() else b"", defaultdict(list)
     length = content.rfind(b"\n") + 1
-    with disk.loading(f"{path} is damaged", "delete it, and evaluate again"):
-        for line in content[:length].splitlines():
+    for n, line in enumerate(content[:length].splitlines(), 1):
+        with disk.loading(f"{path}: line {n} is damaged", "delete it, and evaluate again"):
             record = json.loads(line)
             records[tuple(record.pop("setting"))].append(record)
     return records, length

@@ -194,8 +194,12 @@ class Run:
             name = f"tensorboard/events.out.tfevents.{time.time():.0f}"
             self.tensorboard = RecordWriter((self.out / name).open("wb"))
             self.add_event(file_version="brain.Event:2")
-        for line in map(json.loads, (self.out / "metrics.jsonl").read_text().splitlines()):
-            self.add_metrics(line.pop("step"), line)
+        written = (self.out / "metrics.jsonl").read_text().splitlines()
+        for number, line in enumerate(written, 1):
+            named = f"{self.out}/metrics.jsonl: line {number} is damaged"
+            with disk.loading(named, "delete it, or begin again with --overwrite"):
+                metrics = json.loads(line)
+                self.add_metrics(metrics.pop("step"), metrics)
 
     def move_later_states(self) -> None:
         """Rename the states after the resumed one, so that `auto` does not find them. `write_state`

@@ -150,7 +150,7 @@ def find_state(args: Any) -> State | None:
             differ.append(f"{option(name)} {old} -> {new}")
     changed = [x for x in inputs | state.inputs if inputs.get(x) != state.inputs.get(x)]
     differ += [f"other content: {', '.join(changed[:3])}"] if changed else []
-    other = f"was made with other arguments or inputs ({'; '.join(differ)})"
+    other = f"the state was made with other arguments or inputs ({'; '.join(differ)})"
     remedy = "use the original ones, or pass --allow-changed-args"
     require(args.allow_changed_args or not differ, f"{named}: {other}; {remedy}")
     stopped = state.done and not differ and before.get("steps") == args.steps  # as SFT may

@@ -251,7 +251,9 @@ def test_bad_rows_of_an_interrupted_evaluation_do_not_stop_the_next(real, tmp_pa
 @pytest.mark.parametrize("line", ["{", "[1]", '{"accuracy": 1}', '{"setting": 1}'])
 def test_predictions_that_are_damaged_are_one_line(tmp_path, line):
     (tmp_path / "predictions.jsonl").write_text(line + "\n")
-    with pytest.raises(ranks.UsageError, match=r"predictions\.jsonl is damaged: .*evaluate again"):
+    with pytest.raises(
+        ranks.UsageError, match=r"predictions\.jsonl: line 1 is damaged: .*evaluate again"
+    ):
         results.read_predictions(tmp_path / "predictions.jsonl")
 
 

@@ -113,6 +113,16 @@ def test_the_random_numbers_go_on(args, earlier):
     assert torch.rand(3).equal(torch.rand(3, generator=drawn))
 
 
+def test_damaged_metrics_are_one_line(args):
+    train(args, [1])
+    file = Path(args.out, "metrics.jsonl")
+    file.write_bytes(b"[" + file.read_bytes()[1:])
+    with pytest.raises(
+        ranks.UsageError, match=r"metrics\.jsonl: line 1 is damaged: .*--overwrite$"
+    ):
+        train(replace(args, resume="auto"), [])
+
+
 def test_a_run_without_a_state_begins_again_and_says_so(args, capsys):
     args = replace(args, resume="auto")
     assert states.read_state(args) is None and not capsys.readouterr().out

@@ -197,7 +197,7 @@ class Run:
         written = (self.out / "metrics.jsonl").read_text().splitlines()
         for number, line in enumerate(written, 1):
             named = f"{self.out}/metrics.jsonl: line {number} is damaged"
-            with disk.loading(named, "delete it, or begin again with --overwrite"):
+            with disk.loading(named, "repair it, or begin again with --overwrite"):
                 metrics = json.loads(line)
                 self.add_metrics(metrics.pop("step"), metrics)
 

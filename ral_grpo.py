@@ -282,7 +282,7 @@ def loss_terms(scores: common.Scores, batch: Batch, args: Args) -> dict[str, Ten
     Three limits of the attention term [ours; tested, and measured in docs/results.md]:
       - Near p_old its gradient with respect to p_theta is A (p_theta - p_old) / (4 p_old). It damps
         (A > 0) or amplifies the change since the rollout, and knows no other direction.
-      - If that change is small, as at a low learning rate, rounding in bfloat16 hides it.
+      - If that change is small, as at a low learning rate, rounding in bfloat16 may hide it.
       - Responses that begin with the same tokens share the rows of these tokens, and so their
         divergence D_t. The loss has it as D_t * sum_i A_i / T_i, T_i the lengths: 0 for a whole
         group of one length, and for any whole group with the sum over tokens, which has no T_i.

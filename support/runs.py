@@ -194,7 +194,7 @@ class Run:
             name = f"tensorboard/events.out.tfevents.{time.time():.0f}"
             self.tensorboard = RecordWriter((self.out / name).open("wb"))
             self.add_event(file_version="brain.Event:2")
-        written = (self.out / "metrics.jsonl").read_text().splitlines()
+        written = (self.out / "metrics.jsonl").read_bytes().splitlines()
         for number, line in enumerate(written, 1):
             named = f"{self.out}/metrics.jsonl: line {number} is damaged"
             with disk.loading(named, "repair it, or begin again with --overwrite"):

@@ -113,10 +113,11 @@ def test_the_random_numbers_go_on(args, earlier):
     assert torch.rand(3).equal(torch.rand(3, generator=drawn))
 
 
-def test_damaged_metrics_are_one_line(args):
+@pytest.mark.parametrize("first", [b"[", b"\xff"])
+def test_damaged_metrics_are_one_line(args, first):
     train(args, [1])
     file = Path(args.out, "metrics.jsonl")
-    file.write_bytes(b"[" + file.read_bytes()[1:])
+    file.write_bytes(first + file.read_bytes()[1:])
     with pytest.raises(
         ranks.UsageError, match=r"metrics\.jsonl: line 1 is damaged: .*--overwrite$"
     ):

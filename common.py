@@ -67,7 +67,7 @@ from support.prompts import (
     encoder_outputs,
 )
 from support.ranks import (
-    Finished,
+    Ended,
     compute_dtype,
     device,
     full_tensor,
@@ -1034,16 +1034,16 @@ def prepare(
 
     Raises:
         UsageError: the message names the argument or file and the remedy.
-        Finished: `--check-data` has printed its report, or the run to resume has no steps left.
+        Ended: `--check-data` has printed its report, or the run to resume has no steps left.
     """
     start = time.time()
     start_ranks()
     runs.check_run(args, "model", *["teacher"] * (teacher is not None), kind=kind)
     is_toy, task = toy.resolve_task(args, args.model, may_differ=base is not None)
-    check_files(args, is_toy)
     set_seed(args.seed)
     path = base or args.model
     processor = load_processor(path, args.image_tokens, args.frame_tokens, args.min_image_tokens)
+    check_files(args, is_toy)
     for name in layers:
         for layer in each(getattr(args, name)):
             require_layer(option(name), layer, processor.config)
@@ -1060,7 +1060,7 @@ def prepare(
     encode = partial(encode or encode_prompt, processor)
     if args.check_data:
         check_data(args, encode, processor.prompt_config.accuracy_rule)
-        raise Finished("--check-data: no run was started")
+        raise Ended("--check-data: no run was started")
     train, held_out = open_data(args, encode, task, keep_media=keep_media)
     if args.steps is None:
         epochs = getattr(args, "epochs", 1.0)

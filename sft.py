@@ -284,9 +284,7 @@ def main(args: Args) -> dict[str, float]:
         bar.set_postfix(loss=metrics["train/loss"], eval=after.metrics["eval/accuracy"])
         if done or step == args.steps:
             break
-        if run.save_state(step, model, optimizer, {"images_only": images_only}):
-            run.close()
-            return metrics
+        run.save_state(step, model, optimizer, {"images_only": images_only})
     bar.close()
     if args.stop_accuracy <= 1 and not done:
         remedy = "try more --steps or another --seed"

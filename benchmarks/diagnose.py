@@ -269,10 +269,11 @@ def conclude(report: dict[str, Any], args: Args) -> list[str]:
     aims = []
     if ours["target"] is not None:
         most = max(report["rows"], key=lambda x: x["target"])
-        aims.append(
-            f"The {most['row']} rows of layer {most['layer']} look at the target most"
-            f" ({most['target']:.1%} of their mass, {most['lift']:.2g} times chance)."
-        )
+        rows = f"he {most['row']} rows of layer {most['layer']}"
+        aim = f"T{rows} look at the target most"
+        if most["lift"] < 1.2:
+            aim = f"No rows pick out the target. Most of it is in t{rows}"
+        aims.append(f"{aim} ({most['target']:.1%} of their mass, {most['lift']:.2g} times chance).")
     if ours["gap"] is not None:
         aims.append(
             f"There, right responses have {most['gap']:+.1e} ± {most['interval']:.1e} of mass on it"
@@ -287,8 +288,8 @@ def conclude(report: dict[str, Any], args: Args) -> list[str]:
     much = "next to nothing" if left < 0.05 else "little" if left < 0.3 else "enough"
     acts = (
         f"Groups part at token {statistics.median(report['parting']):.0f} (median), and {left:.0%}"
-        f" of the term is left in {named} once responses that share a row are summed: {much} to act"
-        " on."
+        f" of the term is left in {named} once responses that share a row are summed (`left_row`):"
+        f" {much} to act on."
     )
     felt = f"At lambda {weight:g} the term's gradient is {weight * ours['gradient']:.1g} of the"
     felt += " token term's"
@@ -381,7 +382,7 @@ def main(args: Args) -> dict[str, Any]:
             disk.write_aside(out / name, f"{content}\n")
         draw(out / "diagnosis.png", report)
     lock.close()
-    print(f"results: {out}")
+    print(f"results: {out}; --help says what the columns mean")
     return report
 
 

@@ -451,4 +451,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main(tyro.cli(Args, description=__doc__)))
     except ranks.UsageError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

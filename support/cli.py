@@ -193,11 +193,13 @@ def run_script(
 ) -> None:
     """Parse the command line into `args_class`, with `defaults()` in place of the class's own
     defaults, and run `main`. A `UsageError` becomes one line and exit status 2, Ctrl-C one line and
-    130, `Finished` one line and 0."""
-    unprinted = keep_printing()
+    130, `Ended` one line and its status."""
+    unprinted, status = keep_printing(), 0
     try:
         if signal.getsignal(signal.SIGINT) is startup.stop:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        if defaults is not dict:
+            description += "\nDefaults depend on the model: name it with --model before --help."
         args = parse(args_class, description, defaults())  # --help ends here
         ranks.start_ranks()
         main(args)
@@ -205,8 +207,9 @@ def run_script(
         ranks.fail(130, "\nstopped by Ctrl-C; what was saved before is intact")
     except UsageError as error:
         ranks.fail(2, f"error: {error}")
-    except ranks.Finished as message:
-        ranks.print_on_rank_0(str(message))
+    except ranks.Ended as end:
+        ranks.print_on_rank_0(str(end))
+        status = end.status
     except Exception as error:
         if str(error).startswith("DataLoader worker (pid"):  # in PyTorch's words, and at any time
             remedy = "if it was killed because memory is full, give fewer --workers"
@@ -214,12 +217,14 @@ def run_script(
         ranks.fail(1, traceback.format_exc())
     sys.stdout.flush()
     if dist.is_initialized():
-        ranks.leave_ranks()
+        ranks.leave_ranks(status)
     if unprinted and unprinted[0].errno == errno.EPIPE:
         ranks.leave(128 + signal.SIGPIPE)  # a program that ends by SIGPIPE is silent, too
     if unprinted:
         reason = unprinted[0].strerror
-        ranks.fail(1, f"error: the output cannot be printed ({reason}); the run is complete")
+        ranks.fail(1, f"error: the output cannot be printed ({reason}); the files are complete")
+    if status:
+        sys.exit(status)
 
 
 def parse(args_class: type, description: str, defaults: dict[str, Any]) -> Any:

@@ -366,10 +366,10 @@ class DataFile:
         question, answer = part.columns["problem"], part.columns["solution"]
         if answer not in present and question in CHATS:
             answer = question
-        wanted = [" or ".join(COLUMNS[field]) for field in ("problem", "solution")]
-        expected = f"expected a question in {wanted[0]}, and an answer in {wanted[1]}"
         columns = f"{part.name} has the columns {', '.join(sorted(present))[:300]}"
-        require({question, answer} <= present, f"{columns}; {expected}")
+        asked, answered = (" or ".join(COLUMNS[field]) for field in ("problem", "solution"))
+        require(question in present, f"{columns}; expected a question in {asked}")
+        require(answer in present, f"{columns}; expected an answer in {answered}")
         known = {*part.columns.values(), *ROW_KEYS}
         read = {x for x in present if x in known or NUMBERED.fullmatch(x)}
         others = ", ".join(sorted(read - {question, answer})) or "nothing"

@@ -85,6 +85,7 @@ def look(
     `visual` are the positions of the visual tokens, and `target` counts over these. Token `start`
     is the first of the answer; without one (None), the numbers of its rows are 0.
 
+      answered          1 if there is an answer, else 0
       target_attn       mass on the target in the row that predicts the answer's first token
       target_attn_own   mass on the target in that token's own row, as a fraction of the mass on all
                         positions but the token itself (eq. 2)
@@ -99,10 +100,12 @@ def look(
     there, least = visual[list(target)], 1e-9
     own = rows[1:].tril(rows.shape[1] - len(rows))[:length]  # without the token itself
     share = len(target) / len(visual)
-    found = {"target_attn": 0.0, "target_attn_own": 0.0, "vision_attn": 0.0, "pointing": 0.0}
+    names = ("answered", "target_attn", "target_attn_own", "vision_attn", "pointing")
+    found = dict.fromkeys(names, 0.0)
     if start is not None:
         seen = rows[start, visual]
         found = {
+            "answered": 1.0,
             "target_attn": rows[start, there].sum().item(),
             "target_attn_own": (own[start, there].sum() / own[start].sum().clamp_min(least)).item(),
             "vision_attn": seen.sum().item(),

@@ -187,7 +187,7 @@ def draw_attention(path: Path, rows: dict[str, list[Prediction]], count: int = 6
             prompt, attention = prediction.gaze.prompt, prediction.attention()
             draw_gaze(axis, prediction.gaze, attention)
             title, colour = verdict(prediction)
-            if prompt.target:
+            if prompt.target and prediction.answer:
                 title += f"\nmass on target {attention[list(prompt.target)].sum():.2f}"
             axis.set_title(title, color=colour, fontsize=9)
             axis.set_xlabel(prompt.example.problem[:32], fontsize=8)

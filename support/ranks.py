@@ -21,9 +21,14 @@ class UsageError(Exception):
     """An error that the user can fix; its one line names the field, the value and the remedy."""
 
 
-class Finished(Exception):
-    """Nothing is left to do: the process prints the message and ends with status 0, as a queue
-    that starts a finished run again expects."""
+class Ended(Exception):
+    """The process ends here, without an error: it prints the message and ends with `status`. That
+    is 0 if nothing is left to do, as a queue that starts a finished run again expects, and 128
+    plus the signal's number after a signal, so that a shell does not go on to the next command."""
+
+    def __init__(self, message: str, status: int = 0):
+        super().__init__(message)
+        self.status = status
 
 
 def require(condition: bool, message: str) -> None:
@@ -111,12 +116,12 @@ def start_ranks() -> None:
     dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)
 
 
-def leave_ranks() -> None:
+def leave_ranks(status: int) -> None:
     """End this process together with the other ranks. Several ranks skip the interpreter's cleanup:
     in about one of sixty launches, a process aborted there after its work was done."""
     if world_size() > 1:
         dist.barrier()
-        leave(0)
+        leave(status)
     dist.destroy_process_group()
 
 

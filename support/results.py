@@ -124,11 +124,15 @@ def measures(records: Records) -> dict[str, str]:
     seen = [record for record in records if "pointing" in record]
     if not seen:
         return {}
-    found = {"rows with boxes": f"{len(seen):,}"}
+    # An evaluation by an earlier version does not say which responses have an answer.
+    answered = sum(record.get("answered", 1) for record in seen)
+    found = {"rows with boxes": f"{len(seen):,}", "with an answer": f"{answered:,.0f}"}
     for name, share in fourfold(seen).items():
         found[OUTCOMES[name]] = f"{round(share * len(seen)):,} ({share:.3f})"
-    found |= {label: f"{mean(seen, name):.3f}" for name, label in MEASURES.items()}
-    if "target_attn_generic" in seen[0]:
+    for name, label in MEASURES.items():
+        if answered or name.endswith("_mean"):  # else there is no row to measure
+            found[label] = f"{mean(seen, name):.3f}"
+    if answered and "target_attn_generic" in seen[0]:
         ratio = mean(seen, "target_attn") / max(mean(seen, "target_attn_generic"), 1e-9)
         found["on target, times a general request"] = f"{ratio:.3f}"
     return found

@@ -310,14 +310,14 @@ class Run:
         optimizer: Optimizer,
         extra: dict[str, Any] | None = None,
         done: bool = False,
-    ) -> bool:
+    ) -> None:
         """Save what `--resume` needs every `save_every` steps, after the last step (`done`), and
-        after a signal. Returns whether the run must stop now. `extra` holds anything else that the
-        script needs to resume."""
-        stop = max(ranks.gather([self.signal or 0])) > 0 and not done
+        after a signal, which ends the run: this raises `Ended`. `extra` holds anything else that
+        the script needs to resume."""
+        stop = 0 if done else max(ranks.gather([self.signal or 0]))
         due = self.args.save_every > 0 and (done or step % self.args.save_every == 0)
         if not due and not stop:
-            return False
+            return
         state = State(
             step=step,
             done=done,
@@ -344,15 +344,16 @@ class Run:
                     pass
 
         ranks.together(write)
-        if stop and ranks.rank() == 0:
+        if stop:
+            self.close()
             here = os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size())  # on this host
             several = f"torchrun --shutdown-timeout 1800 --nproc_per_node={here}"
             launch = "python" if ranks.world_size() == 1 else several
             # Of two --resume the last counts, and a state that was named is not the newest now.
             resume = [] if self.args.resume == "auto" else ["--resume", "auto"]
             words = shlex.join([*sys.argv, *resume])
-            print(f"\nstopped after step {step}; resume with: {launch} {words}")
-        return stop
+            stopped = f"\nstopped after step {step}; resume with: {launch} {words}"
+            raise ranks.Ended(stopped, status=128 + stop)
 
     def finish(
         self,
@@ -413,7 +414,8 @@ def print_summary(run: Run, before: dict, after: dict, steps: int, script: str, 
         return
     print(f"\n{'held-out':<24}{'before':>8}{'after':>8}")
     for name in after:
-        if name == "eval/accuracy" or name.startswith("eval/target_attn_l"):
+        missing = name == "eval/answered" and min(before[name], after[name]) < 1
+        if missing or name == "eval/accuracy" or name.startswith("eval/target_attn_l"):
             label = name.removeprefix("eval/").replace("target_attn_l", "on target, layer ")
             print(f"{label:<24}{before[name]:>8.3f}{after[name]:>8.3f}")
     seconds = round(time.time() - run.began)

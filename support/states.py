@@ -134,7 +134,7 @@ def read_state(args: Any) -> State | None:
 
 def find_state(args: Any) -> State | None:
     """The state to resume from, see `read_state`. Refuses one that was made with other arguments or
-    input files, and input files that differ between ranks; raises `Finished` if no step is left."""
+    input files, and input files that differ between ranks; raises `Ended` if no step is left."""
     inputs = fingerprint_inputs(args)
     ranks.require_same_on_ranks(inputs)
     state, named = read_state(args), f"--resume {args.resume}"
@@ -145,7 +145,7 @@ def find_state(args: Any) -> State | None:
     now = json.loads(json.dumps(asdict(args))) | {of_all: step}
     differ = []
     for name in before | now:
-        old, new = (values.get(name, "unknown") for values in (before, now))
+        old, new = (values.get(name, "no such argument") for values in (before, now))
         if old != new and name not in args.may_change():
             differ.append(f"{option(name)} {old} -> {new}")
     changed = [x for x in inputs | state.inputs if inputs.get(x) != state.inputs.get(x)]
@@ -159,7 +159,7 @@ def find_state(args: Any) -> State | None:
         again = "--resume one of its earlier states makes it again"
         kept = ranks.from_rank_0(Path(args.out, "checkpoint").is_dir)
         require(kept, f"{named}: {over}, but its checkpoint is gone; {again}")
-        raise ranks.Finished(over)
+        raise ranks.Ended(over)
     return state
 
 

@@ -506,9 +506,9 @@ def report_of(**planned):
          " reward them."),
         ({"vision": 0.0}, 0, "No rows look at vision: at most 1.0% of their mass is there."),
         ({}, 1, "Groups part at token 4 (median), and 50% of the term is left in the own rows of"
-         " layer 1 once responses that share a row are summed: enough to act on."),
-        ({"left_row": 0.1}, 1, "share a row are summed: little to act on."),
-        ({"left_row": 0.01}, 1, "share a row are summed: next to nothing to act on."),
+         " layer 1 once responses that share a row are summed (`left_row`): enough to act on."),
+        ({"left_row": 0.1}, 1, "are summed (`left_row`): little to act on."),
+        ({"left_row": 0.01}, 1, "are summed (`left_row`): next to nothing to act on."),
         ({}, 2, "At lambda 1 the term's gradient is 0.01 of the token term's; lambda 10 would make"
          " it a tenth."),
         ({"rounding": 0.7}, 2, "70% of what moved is rounding, and more of that gradient is."),
@@ -533,6 +533,11 @@ def test_conclusions_about_the_target_are_those_of_the_rows_that_look_at_it_most
     ]
     other |= {"gap": -0.005}
     assert diagnose.conclude(report, arguments())[4].endswith("of the same group.")
+    other |= {"lift": 1.1}
+    assert diagnose.conclude(report, arguments())[3] == (
+        "No rows pick out the target. Most of it is in the predicting rows of layer 1 (12.5% of"
+        " their mass, 1.1 times chance)."
+    )
     report["planned"]["gap"] = None  # fewer than two groups with right and wrong responses
     assert len(diagnose.conclude(report, arguments())) == 4
 
@@ -543,11 +548,11 @@ def test_the_planned_learning_rate_is_that_of_the_run(monkeypatch):
 
     def prepare(*_, learning_rate, **__):
         rates.append([learning_rate(arguments(lora_rank=rank), None, False) for rank in (0, 64)])
-        raise ranks.Finished
+        raise ranks.Ended
 
     monkeypatch.setattr(common, "prepare", prepare)
     for program in (ral_grpo, diagnose):
-        with pytest.raises(ranks.Finished):
+        with pytest.raises(ranks.Ended):
             program.main(arguments())
     assert rates[0] == rates[1]
 

@@ -374,6 +374,7 @@ def test_tables_say_where_the_rows_with_boxes_looked():
     cells = [re.split("  +", line) for line in lines[3:]]
     assert cells == [
         ["rows with boxes", "3"],
+        ["with an answer", "3"],
         ["right and looked", "0 (0.000)"],
         ["right and did not", "1 (0.333)"],
         ["wrong and looked", "2 (0.667)"],
@@ -383,11 +384,19 @@ def test_tables_say_where_the_rows_with_boxes_looked():
         ["on target, times a general request", "2.500"],  # 1.5 / 0.6
     ]
     assert len(results.table({(None,) * 5: [plain]}).splitlines()) == 3
+    silent = plain | looks | {"answered": 0.0}
+    measured = results.measures([silent, silent | {"answered": 1.0}])
+    assert measured["with an answer"] == "1" and measured["on target, own row"] == "0.250"
+    none = results.measures([silent])  # no row to measure, rather than 0
+    assert none.keys() == measured.keys() - {
+        *(label for name, label in results.MEASURES.items() if not name.endswith("_mean")),
+        "on target, times a general request",
+    }
     several = {("a", *(None,) * 5): [plain], ("b", *(None,) * 5): boxes}
     lines = [line.split(" | ") for line in results.side_by_side(several).splitlines()]
     head, _, without, having = lines[-4:]
-    assert head[7:9] == ["rows with boxes", "right and looked"]
-    assert not any(without[7:-1]) and having[7:10] == ["3", "0 (0.000)", "1 (0.333)"]
+    assert head[7:10] == ["rows with boxes", "with an answer", "right and looked"]
+    assert not any(without[7:-1]) and having[7:10] == ["3", "3", "0 (0.000)"]
     assert "boxes" not in results.side_by_side({("a", *(None,) * 5): [plain]})
 
 

@@ -78,7 +78,7 @@ def test_a_killed_reader_is_one_line(run, real, tmp_path, work):
 
 
 LOST = {
-    "fill_output": (1, "(No space left on device); the run is complete\n"),
+    "fill_output": (1, "(No space left on device); the files are complete\n"),
     "close_output": (141, ""),
 }
 
@@ -115,7 +115,8 @@ def test_ctrl_c_while_loading_is_one_line(run, real, tmp_path):
 def test_one_signal_to_all_processes_finishes_the_step(run, real, tmp_path, number):
     plants = [(LOOP, "wait", 1, 1)]
     status, output = run("ral_grpo", argv(real, tmp_path, "ral_grpo"), plants, (-number,))
-    assert status == 0 and "stopped after step 1; resume with: python" in output
+    assert status == 128 + number and "Traceback" not in output
+    assert "stopped after step 1; resume with: python" in output
     assert "readers: 2" in output
 
 

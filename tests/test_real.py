@@ -64,7 +64,7 @@ def run(script, real, out, family="qwen2_5_vl", **fields):
         defaults |= {"teacher": str(real / family)}
     args = script.Args(**defaults | BUDGET | fields)
     if args.check_data:
-        with pytest.raises(ranks.Finished, match="--check-data: no run was started"):
+        with pytest.raises(ranks.Ended, match="--check-data: no run was started"):
             script.main(args)
         return None, None
     script.main(args)
@@ -185,7 +185,7 @@ def test_check_data_reports_and_stops(real, tmp_path, capsys):
         out=str(tmp_path / "run"),
         **BUDGET,
     )
-    with pytest.raises(ranks.Finished):
+    with pytest.raises(ranks.Ended):
         ral_grpo.main(args)
     report = capsys.readouterr().out
     assert not (tmp_path / "run").exists() and "row 8 (line 8)" in report

@@ -139,7 +139,7 @@ def test_a_killed_run_goes_on(whole_runs, cold_start, teacher, tmp_path, monkeyp
                 ral_grpo.main(args)
         restore_signals()
     if state == "step-000004":  # the run was over
-        with pytest.raises(ranks.Finished, match=r"has finished \(step 5\)"):
+        with pytest.raises(ranks.Ended, match=r"has finished \(step 5\)"):
             ral_grpo.main(args)
     else:
         ral_grpo.main(args)
@@ -217,7 +217,7 @@ def test_sft_that_reached_its_accuracy_is_over(cold_start, tmp_path):
         patch.setattr(runs, "draw_run", lambda *_: None)
         sft.main(toy_args(sft, **fields, stop_accuracy=0.5))
     assert disk.good_states(tmp_path / "run")[-1].name == "step-000003"
-    with pytest.raises(ranks.Finished, match=r"has finished \(step 3\)"):
+    with pytest.raises(ranks.Ended, match=r"has finished \(step 3\)"):
         sft.main(toy_args(sft, **fields, stop_accuracy=0.5, resume="auto"))
     sft.main(toy_args(sft, **fields, stop_accuracy=2.0, resume="auto", allow_changed_args=True))
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 10
@@ -229,7 +229,7 @@ def test_a_finished_run_can_be_made_longer(whole_runs, four_steps, tmp_path):
 
 
 def test_a_signal_finishes_the_step_and_saves(
-    whole_runs, cold_start, teacher, tmp_path, monkeypatch, capsys
+    whole_runs, cold_start, teacher, tmp_path, monkeypatch
 ):
     """SIGTERM in the third step, and SIGINT in the fourth, the first of the resumed run."""
     fields = fields_of(ral_grpo, cold_start, teacher, out=str(tmp_path / "run"), save_every=0)
@@ -244,13 +244,14 @@ def test_a_signal_finishes_the_step_and_saves(
     monkeypatch.setattr(ral_grpo, "update", signalled)
     handlers = [signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)]
     for step, resume in ((3, {}), (4, {"resume": "auto"})):
-        ral_grpo.main(toy_args(ral_grpo, **fields | resume))
+        with pytest.raises(ranks.Ended) as ended:
+            ral_grpo.main(toy_args(ral_grpo, **fields | resume))
         assert [signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)] == handlers
         states = [path.name for path in (tmp_path / "run" / "state").iterdir()]
         assert len(calls) == step and f"step-00000{step}" in states
-        printed = capsys.readouterr().out
-        assert f"stopped after step {step}; resume with: python" in printed
-        assert ("--resume auto" in printed) == (not resume)  # else it is in the command line
+        assert f"stopped after step {step}; resume with: python" in str(ended.value)
+        # else it is in the command line
+        assert ("--resume auto" in str(ended.value)) == (not resume)
         assert not (tmp_path / "run" / "checkpoint").exists()
     ral_grpo.main(toy_args(ral_grpo, resume="auto", **fields))
     assert_same(tmp_path / "run", whole_runs(ral_grpo))
@@ -276,7 +277,9 @@ def test_a_signal_to_all_processes_does_not_end_the_readers(real, tmp_path, monk
 
     monkeypatch.setattr(ral_grpo, "update", signalled)
     out = tmp_path / "run"
-    ral_grpo.main(toy_args(ral_grpo, out=str(out), **fields | SMALL | FIELDS | {"save_every": 0}))
+    with pytest.raises(ranks.Ended):
+        args = fields | SMALL | FIELDS | {"save_every": 0}
+        ral_grpo.main(toy_args(ral_grpo, out=str(out), **args))
     assert [p.name for p in (out / "state").iterdir()] == ["step-000002"]
 
 

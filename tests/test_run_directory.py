@@ -435,9 +435,12 @@ def test_a_leftover_folder_is_not_taken_for_wandb(tmp_path, monkeypatch):
 def test_what_to_run_next_is_there(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run = SimpleNamespace(out=Path("runs/x"), began=0.0)
-    end = (run, {}, {}, 1, "ral_grpo.py", ral_grpo.Args(model="a b.py"))
+    answered, next_args = {"eval/answered": 0.5}, ral_grpo.Args(model="a b.py")
+    end = (run, answered, {"eval/answered": 1.0}, 1, "ral_grpo.py", next_args)
     runs.print_summary(*end)
-    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("next: ")]
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [x for x in lines if x.startswith("next: ")]
+    assert lines[2].split() == ["answered", "0.500", "1.000"]  # said where some are missing
     script, rest = line.removeprefix("next: python ").split(" ", 1)
     assert Path(script).samefile(ROOT / "ral_grpo.py") and rest == "--model 'a b.py'"
     monkeypatch.setattr(runs, "__file__", str(tmp_path / "support" / "runs.py"))

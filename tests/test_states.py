@@ -257,16 +257,14 @@ def hangup():
 
 
 @pytest.mark.parametrize("number", ranks.STOP_SIGNALS)
-def test_each_signal_of_a_scheduler_saves_a_state(hangup, args, number, capsys):
+def test_each_signal_of_a_scheduler_saves_a_state(hangup, args, number):
     model, optimizer = tiny()
     named = str(Path(args.out) / "state" / "step-000000")  # by now an older state
     run = runs.Run(replace(args, save_every=0, resume=named), data.BadRows())
     os.kill(os.getpid(), number)
-    assert run.save_state(1, model, optimizer)
-    run.close()
-    printed = capsys.readouterr().out
-    assert "stopped after step 1; resume with: python" in printed
-    assert printed.endswith("--resume auto\n")
+    with pytest.raises(ranks.Ended, match="stopped after step 1; resume with: python") as ended:
+        run.save_state(1, model, optimizer)
+    assert str(ended.value).endswith("--resume auto") and ended.value.status == 128 + number
     assert [path.name for path in disk.good_states(Path(args.out))] == ["step-000001"]
 
 

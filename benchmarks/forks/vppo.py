@@ -380,9 +380,8 @@ def main(args: Args) -> dict[str, float]:
         run.log(step, metrics)
         run.sample(step, prompts, texts, rewards)
         bar.set_postfix(reward=metrics["rollout/reward"], eval=after.metrics["eval/accuracy"])
-        if step < args.steps and run.save_state(step, model, optimizer):
-            run.close()
-            return metrics
+        if step < args.steps:
+            run.save_state(step, model, optimizer)  # and end here, after a signal
     evaluations = {"before": before, "after": after}
     plotted = ("rollout/reward", "eval/accuracy", "eval/target_attn", "train/kl", "train/grad_norm")
     save = partial(common.save_model, model=model, processor=processor)

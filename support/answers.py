@@ -10,7 +10,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from string import ascii_uppercase
 from typing import Any
@@ -220,7 +220,7 @@ def word_tools() -> tuple[Any, Callable[[str], str]]:
 
     unspaced = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
     pattern = rf"(?V1){unspaced}\p{{M}}*+|[[\p{{L}}\p{{M}}\p{{N}}]--{unspaced}]++"
-    return regex.compile(pattern), PorterStemmer().stem
+    return regex.compile(pattern), lru_cache(2**12)(PorterStemmer().stem)
 
 
 def stems(text: str) -> list[str]:

@@ -338,10 +338,16 @@ def load(config: Any, patches: int, **fields: Any) -> torch.nn.Module:
 
 
 def step(
-    script: Any, config: Any, args: Any, processes: int, device: str = "cpu", padded: bool = False
+    script: Any,
+    config: Any,
+    args: Any,
+    processes: int,
+    device: str = "cpu",
+    padded: bool = False,
+    evaluates: bool = True,
 ) -> dict[str, Counter]:
-    """Run the rollout, the reference pass and the update of `script` on a fake GPU; returns what
-    was alive at the peak of each phase, in bytes by what it is for.
+    """Run the rollout, the reference pass and the update of `script` on a fake GPU, and an
+    evaluation; returns what was alive at the peak of each phase, in bytes by what it is for.
 
     The rollout stops after one token. On `cuda`, where the scripts ask only after every 16 tokens
     whether all responses have ended, it does not, and the update is its forward pass alone. An
@@ -445,6 +451,8 @@ def step(
             script.update(model, *teachers, optimizer, batches[-1:], args)
             assert all(p.grad is None for p in parameters)
         phase("update")
+        if not evaluates:
+            return peaks
         # Last, so that what the reference pass leaves gathered would be seen.
         prompts = rollout = advantages = batches = batch = None
         memory.new = "gathered"

@@ -1,5 +1,7 @@
 """The captured attention policy is the attention of an eager model, in value and in gradient."""
 
+from functools import cache
+
 import pytest
 import torch
 from shared import load, make_prompts, make_rollout, terms_of, toy_args, unpacked
@@ -21,6 +23,12 @@ def eager_policy(attention, p, row):
     return rows / rows.sum(-1, keepdim=True)
 
 
+@cache
+def load_eager(path) -> torch.nn.Module:
+    eager = AutoModelForImageTextToText.from_pretrained(path, attn_implementation="eager")
+    return eager.eval()
+
+
 @pytest.mark.parametrize("kinds", [("image", "image"), ("video", "video"), ("mixed", "text")])
 @pytest.mark.parametrize(("row", "checkpointing"), [("predicting", True), ("own", False)])
 def test_captured_attention_is_eager_attention(
@@ -28,9 +36,7 @@ def test_captured_attention_is_eager_attention(
 ):
     monkeypatch.setattr(common, "ATTENTION_CHUNK", 2**12)  # several chunks of rows
     model, processor = loaded
-    eager = AutoModelForImageTextToText.from_pretrained(
-        checkpoints[family], attn_implementation="eager"
-    ).eval()
+    eager = load_eager(checkpoints[family])
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()

@@ -992,7 +992,7 @@ field_texts = st.lists(st.one_of(st.sampled_from(pieces), st.text(max_size=3)), 
 field_texts = field_texts.map("".join)
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=200)
 @given(
     st.sampled_from(datafiles.PROBLEM_TYPES),
     st.one_of(field_texts, st.integers(), st.floats(), st.booleans(), st.lists(field_texts)),

@@ -119,7 +119,7 @@ def test_fixed_fraction_scales_the_attention_gradient(batch, monkeypatch):
 
 @pytest.mark.parametrize("name", FORKS)
 def test_a_fork_trains(cold_start, tmp_path, name):
-    out, fields = tmp_path / "run", {"eval_examples": 8, "prompts_per_step": 2, "steps": 2}
+    out, fields = tmp_path / "run", {"eval_examples": 2, "prompts_per_step": 2, "steps": 2}
     args = toy_args(fork(name), model=str(cold_start), out=str(out), group_size=4, **fields)
     fork(name).main(replace(args, micro_batch_size=1))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -529,7 +529,7 @@ def test_responses_that_share_their_beginning_look_alike(cold_start, rule):
 def test_the_fork_that_calls_layers_by_their_parts_runs_on_sharded_weights(cold_start, tmp_path):
     """On a GPU, one process is a group of one, and its weights are sharded."""
     script = fork("posterior_gaze")
-    fields = {"model": str(cold_start), "steps": 2, "prompts_per_step": 2, "eval_examples": 4}
+    fields = {"model": str(cold_start), "steps": 1, "prompts_per_step": 2, "eval_examples": 2}
     lines = []
     for name in ("plain", "sharded"):
         if name == "sharded":

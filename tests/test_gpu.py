@@ -120,7 +120,8 @@ def test_a_step_runs_in_the_memory_it_was_expected_to_need(size, layers, process
 )
 def test_distillation_counts_the_logits_of_both_models(script, tokens, layers):
     config, args = config_of("7B", layers=layers), make_args(script, lora_rank=64, tokens=tokens)
-    traced = fake_gpu.step(script, config, args, 1)["update"]["activations"] / fake_gpu.GIB
+    peaks = fake_gpu.step(script, config, args, 1, evaluates=False)
+    traced = peaks["update"]["activations"] / fake_gpu.GIB
     with mock.patch.multiple(
         memory, compute_dtype=lambda: torch.bfloat16, LOGIT_CHUNK=2**26, ATTENTION_CHUNK=2**26
     ):
@@ -136,10 +137,10 @@ def test_a_second_graph_adds_what_it_was_expected_to_add(monkeypatch):
         return replace(scores, logps=(scores.logps + masked.logps) / 2)
 
     plain, traced, needed = grpo_baseline.score_policy, [], []
-    config, args = config_of("2B", layers=3), make_args(grpo_baseline, lora_rank=64)
+    config, args = config_of("2B", layers=3), make_args(grpo_baseline, lora_rank=64, tokens=256)
     for passes, score in ((1, plain), (2, twice)):
         monkeypatch.setattr(grpo_baseline, "score_policy", score)
-        peaks = fake_gpu.step(grpo_baseline, config, args, 1)
+        peaks = fake_gpu.step(grpo_baseline, config, args, 1, evaluates=False)
         traced.append(peaks["update"]["activations"] / fake_gpu.GIB)
         with mock.patch.object(memory, "compute_dtype", lambda: torch.bfloat16):
             need = memory.memory_gb(config, args, 64, 8, passes=passes)

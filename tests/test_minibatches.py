@@ -82,7 +82,7 @@ def test_the_reference_stays_the_anchor(train):
 def test_the_update_does_not_depend_on_the_size_of_microbatches(script, train, teacher):
     """Two prompts and one, or three. The gradient norm, of before the clipping, sees a wrong scale,
     which AdamW's step would not."""
-    fields = FOUR | {"prompts_per_step": 6, "learning_rate": 1e-4, "steps": 1}
+    fields = FOUR | {"prompts_per_step": 6, "learning_rate": 1e-4, "steps": 1, "eval_examples": 2}
     fields |= {"teacher": str(teacher)} if script in SCRIPTS[2:] else {}
     fields |= {"lambda_attn": 100.0} if script is ral_grpo else {}
     lines, weights = train(script, micro_batch_size=2, **fields)
@@ -92,9 +92,10 @@ def test_the_update_does_not_depend_on_the_size_of_microbatches(script, train, t
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
     for name in weights:
         torch.testing.assert_close(same_weights[name], weights[name], atol=2e-5, rtol=0)
-    whole, _ = train(script, micro_batch_size=3, **fields | {"num_minibatches": 1})
-    assert whole[1]["rollout/reward"] == lines[1]["rollout/reward"]
-    assert whole[1]["train/grad_norm"] != lines[1]["train/grad_norm"]
+    if script is ral_grpo:  # and one of minibatches shows
+        whole, _ = train(script, micro_batch_size=3, **fields | {"num_minibatches": 1})
+        assert whole[1]["rollout/reward"] == lines[1]["rollout/reward"]
+        assert whole[1]["train/grad_norm"] != lines[1]["train/grad_norm"]
 
 
 def test_minibatches_are_of_equal_size():

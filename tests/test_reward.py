@@ -70,7 +70,7 @@ pieces = st.sampled_from(
 texts = st.lists(st.one_of(pieces, st.text(max_size=3)), max_size=12).map("".join)
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 @given(texts)
 def test_verdicts_are_those_of_regular_expressions(text):
     found = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
@@ -400,7 +400,7 @@ anything = st.lists(
 anything = anything.map("".join)
 
 
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=200)
 @given(st.sampled_from(KINDS), anything, anything, st.lists(anything, max_size=3))
 def test_accuracy_is_a_number_from_0_to_1_and_of_the_solution_1(kind, answer, solution, options):
     example = Example("", solution, [], problem_type=kind, options=tuple(options))

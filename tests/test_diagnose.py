@@ -548,7 +548,7 @@ def test_the_planned_learning_rate_is_that_of_the_run(monkeypatch):
 
     def prepare(*_, learning_rate, **__):
         rates.append([learning_rate(arguments(lora_rank=rank), None, False) for rank in (0, 64)])
-        raise ranks.Ended
+        raise ranks.Ended("")
 
     monkeypatch.setattr(common, "prepare", prepare)
     for program in (ral_grpo, diagnose):

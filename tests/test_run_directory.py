@@ -360,7 +360,7 @@ def test_a_state_that_lacks_arguments_or_parts_is_one_line(cold_start, tmp_path)
     words = "--an-old-one 3 -> no such argument; .*--attn-row no such argument -> own"
     with pytest.raises(ranks.UsageError, match=words):
         ral_grpo.main(toy_args(ral_grpo, **fields))
-    with pytest.raises(ranks.UsageError, match=r"--lambda-attn 1.0 -> unknown; "):
+    with pytest.raises(ranks.UsageError, match=r"--lambda-attn 1.0 -> no such argument; "):
         file.write_text(kept)
         grpo_baseline.main(toy_args(grpo_baseline, **fields))
     for part in ("args", "extra", "lengths", "prompts"):

@@ -165,7 +165,7 @@ def diagnose(
     rollout, texts, rewards, metrics = ral_grpo.roll_out(model, processor, prompts, inputs, args)
     samples = runs.sample_rows(prompts, texts, rewards)
     advantages, size = ral_grpo.group_advantages(rewards), args.micro_batch_size
-    cuts = common.cut_prompts(len(prompts), 1, size)
+    cuts = common.cut_prompts(rollout, 1, size)
     batches = [Batch(rollout[cut], advantages[cut]) for cut in cuts]
     masks = [batch.rollout.response_mask for batch in batches]
     alike = shares_prefix(rollout)[:, 0].all(1)  # (B, T)

@@ -35,6 +35,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes run
 # PyTorch's iterators that have lost a reader, kept so that they are not deleted: that could block
 # forever, since PyTorch's thread may be waiting for the rest of what the reader was sending.
 BROKEN = []
+TIMEOUT = 600  # seconds without a prompt from the readers, after which one of them hangs
 
 
 @dataclass
@@ -190,6 +191,7 @@ class Reader:
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=guard_reader,
             prefetch_factor=4,
+            timeout=TIMEOUT,
         )
         # Signals wait until a new reader ignores them: PyTorch's own handler would end it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, ranks.STOP_SIGNALS)
@@ -198,9 +200,16 @@ class Reader:
                 items = iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        received = 0
         try:
-            yield from items
-        except BaseException:
+            for item in items:
+                yield item
+                received += 1
+        except BaseException as error:
+            if "DataLoader timed out" in str(error):
+                row = self.prompts.row(self.numbers[received], 0)
+                slow = f"{self.prompts.source.place(row)}: not read within {TIMEOUT} seconds"
+                raise UsageError(f"{slow}; remove that row, or give more --workers") from None
             if not all(worker.is_alive() for worker in items._workers):
                 BROKEN.append(items)
             raise

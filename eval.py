@@ -14,6 +14,7 @@ call.
 
 import support.startup  # first: it sets Ctrl-C and the allocator of PyTorch
 
+import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -235,11 +236,13 @@ def evaluate(
     """
     # A real model takes minutes, and nothing is printed before the first evaluation.
     bar = tqdm(prompts, desc="evaluate", delay=10, leave=False, disable=ranks.rank() != 0)
+    began = time.perf_counter()
     with gathered(model):
         predictions = list(predict(model, processor, bar, **options))
     records = ranks.gather([prediction.record for prediction in predictions])
     ranks.require(len(records) > 0, "none of the rows to evaluate on can be used; see --check-data")
-    return Evaluation(summarise(records), predictions)
+    metrics = summarise(records) | {"perf/eval_s": time.perf_counter() - began}
+    return Evaluation(metrics, predictions)
 
 
 def answer_tokens(tokenizer: Any, ids: list[int], text: str, first_mention: bool) -> range:

@@ -30,6 +30,7 @@ The table has a line for the policy of each layer and row kind (means over token
 
 import json
 import math
+import os
 import statistics
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -368,6 +369,8 @@ def main(args: Args) -> dict[str, Any]:
         f"\nMemory: about {max(sum(x.values()) for x in needs):.1f} GB, and on the host up to"
         f" {host:.1f} GB for attention and a copy of the weights; --layers, --prompts: choose less."
     )
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    require(host < 0.95 * have, f"--layers, --prompts: the host has {have:.1f} GB; choose less")
     report, samples = diagnose(prepared.model, processor, prompts, args, layers)
     planned = (args.attn_layer % depth, args.attn_row)
     report["planned"] = next(x for x in report["rows"] if (x["layer"], x["row"]) == planned)

@@ -28,14 +28,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the numbers in the tests are a CPU's
 
-from launch import DRAW, undraw
+from launch import DRAW, leave_out
 
 import common
 import sft
 from support import pictures, toy
 from support.prompts import Processor, Prompt, PromptConfig, collate, encode_prompt
 
-undraw()
+leave_out()
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much on a busy machine
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -219,7 +219,7 @@ def cold_start(made_once) -> Path:
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The pictures of a run are drawn, as they are without `undraw`."""
+    """The pictures of a run are drawn, as they are without `leave_out`."""
     for name, draw in DRAW.items():
         monkeypatch.setattr(pictures, name, draw)
 

@@ -203,7 +203,7 @@ def plain_media(prompt) -> dict[str, torch.Tensor]:
     return media
 
 
-SMALL = {"eval_examples": 8, "prompts_per_step": 2, "group_size": 4, "micro_batch_size": 2}
+SMALL = {"eval_examples": 4, "prompts_per_step": 2, "group_size": 4, "micro_batch_size": 2}
 
 
 @pytest.fixture(scope="session")
@@ -211,7 +211,7 @@ def cold_start(made_once) -> Path:
     """A toy that has the format and guesses the colour, so that rewards differ within a group."""
 
     def write(folder: Path) -> None:
-        fields = {"steps": 60, "prompts_per_step": 16, "eval_examples": 8, "eval_above": 1.0}
+        fields = {"steps": 50, "prompts_per_step": 8, "eval_examples": 4, "eval_above": 1.0}
         sft.main(toy_args(sft, out=str(folder / "sft"), **fields))
 
     return made_once("cold_start", write) / "sft" / "checkpoint"
@@ -250,7 +250,7 @@ def teacher(made_once) -> Path:
     """A larger toy, with more layers and heads than the student."""
 
     def write(folder: Path) -> None:
-        fields = {"steps": 10, "prompts_per_step": 8, "eval_examples": 8, "eval_above": 1.0}
+        fields = {"steps": 10, "prompts_per_step": 8, "eval_examples": 4, "eval_above": 1.0}
         fields |= {"toy_size": "large"}
         sft.main(toy_args(sft, out=str(folder / "sft"), **fields))
 

@@ -74,7 +74,7 @@ def memory_gb(
         weights = width * total + 4 * trained
     elif lora_rank is None:
         trained, weights = 0, width * total
-    others = [numel(empty_model(other)) for other in frozen]
+    others = [total if other is config else numel(empty_model(other)) for other in frozen]
     standing = {
         "weights": weights / processes,
         "frozen models": width * sum(others) / processes,

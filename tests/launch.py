@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch.utils.data
 from real import write_checkpoint
+from transformers import PreTrainedConfig
 
 import common
 from support import cli, data, pictures, ranks, toy
@@ -33,10 +34,13 @@ FRAMES = []
 DRAW = {name: getattr(pictures, name) for name in ("draw_attention", "draw_curves")}
 
 
-def undraw() -> None:
-    """Make the pictures of a run empty files: drawing them takes a third of a toy run."""
+def leave_out() -> None:
+    """Leave out what takes a third of a toy run, and hardly any test looks at: pictures, which
+    become empty files, and the text of a config, which transformers makes for logs and errors that
+    nobody sees."""
     for name in DRAW:
         setattr(pictures, name, lambda path, *_: path.touch())
+    PreTrainedConfig.__repr__ = object.__repr__
 
 
 def keep(*_) -> None:
@@ -201,7 +205,7 @@ if __name__ == "__main__":
     names = ("sft", "grpo_baseline", "ral_grpo", "kd_baseline", "attn_distill", "eval")
     for name in (*names, "ranks", "matplotlib.pyplot", "torch.utils.tensorboard"):
         importlib.import_module(name)
-    undraw()
+    leave_out()
     warm_up()
     # A shell may have started the tests in the background, where Ctrl-C is ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -34,6 +34,7 @@ from support import cli, data, disk, pictures, ranks, runs
 
 ROOT = Path(__file__).parents[1]
 FIELDS = SMALL | {"steps": 4, "save_every": 2, "eval_every": 4, "learning_rate": 1e-3}
+FIELDS |= {"num_iterations": 1}
 
 
 @pytest.fixture(autouse=True)

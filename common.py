@@ -931,7 +931,8 @@ def judge(
     *others: list[list[Any]],
 ) -> tuple[Tensor, dict[str, float]]:
     """Call `reward(prompt, text, truncated, ...)` for every response. Returns the rewards (B, G)
-    and the metrics of the rollout, among them the mean of each number that `reward` returns.
+    and the metrics of the rollout, among them the mean of each number that `reward` returns: these
+    have the same names for every response, and `reward` is finite.
 
     `texts`, and any `others` that the reward takes besides, such as the scores of a reward model,
     are B lists of G values.
@@ -941,11 +942,15 @@ def judge(
         [reward(prompt, *response) for response in zip(*group, strict=True)]
         for prompt, *group in rows
     ]
+    names = judged[0][0].keys()
+    alike = all(response.keys() == names for group in judged for response in group)
+    require(alike, "reward: returns other names for some responses; return the same for all")
     parts = {
         name: torch.tensor([[float(response[name]) for response in group] for group in judged])
-        for name in judged[0][0]
+        for name in names
     }
     rewards = parts["reward"]
+    require(bool(rewards.isfinite().all()), "reward: is not a finite number for some response")
     metrics = {f"rollout/{name}": values.mean().item() for name, values in parts.items()}
     metrics |= {
         "rollout/reward_std": rewards.std(dim=1).mean().item(),

@@ -256,8 +256,8 @@ def attention_policy(rows: Tensor, row: str) -> Tensor:
 def divergence(p: Tensor, q: Tensor) -> Tensor:
     """Jensen-Shannon divergence of distributions along the last axis, in nats: between 0 and ln 2.
 
-    Zeros are safe, in value and in gradient. In float32, values below 1e-7 are rounding; the
-    gradient is accurate far below that. The rows are computed in chunks, see `in_chunks`.
+    Zeros, which every policy has, are safe in value and gradient. In float32, values below 1e-7 are
+    rounding; the gradient is accurate far below that. Rows are computed in chunks (`in_chunks`).
 
     >>> p, q = torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[0.0, 1.0], [0.5, 0.5]])
     >>> divergence(p, q)

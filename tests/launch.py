@@ -25,18 +25,22 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch.utils.data
 from real import write_checkpoint
+from transformers import PreTrainedConfig
 
 import common
-from support import cli, pictures, ranks, toy
+from support import cli, data, pictures, ranks, toy
 
 FRAMES = []
 DRAW = {name: getattr(pictures, name) for name in ("draw_attention", "draw_curves")}
 
 
-def undraw() -> None:
-    """Make the pictures of a run empty files: drawing them takes a third of a toy run."""
+def leave_out() -> None:
+    """Leave out what takes a third of a toy run, and hardly any test looks at: pictures, which
+    become empty files, and the text of a config, which transformers makes for logs and errors that
+    nobody sees."""
     for name in DRAW:
         setattr(pictures, name, lambda path, *_: path.touch())
+    PreTrainedConfig.__repr__ = object.__repr__
 
 
 def keep(*_) -> None:
@@ -120,6 +124,11 @@ def hang(prompts, n: int) -> None:
         time.sleep(1)
 
 
+def hurry(*_) -> None:
+    """Wait for a reader no longer than three seconds."""
+    data.TIMEOUT = 3
+
+
 def plant(place: str, do: str, first: int = 1, last: int = sys.maxsize) -> None:
     """Call the function `do` before the `first` to the `last` call of `place`, counted from 1."""
     owner, _, name = place.rpartition(".")
@@ -196,7 +205,7 @@ if __name__ == "__main__":
     names = ("sft", "grpo_baseline", "ral_grpo", "kd_baseline", "attn_distill", "eval")
     for name in (*names, "ranks", "matplotlib.pyplot", "torch.utils.tensorboard"):
         importlib.import_module(name)
-    undraw()
+    leave_out()
     warm_up()
     # A shell may have started the tests in the background, where Ctrl-C is ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)

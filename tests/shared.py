@@ -28,14 +28,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the numbers in the tests are a CPU's
 
-from launch import DRAW, undraw
+from launch import DRAW, leave_out
 
 import common
 import sft
 from support import pictures, toy
 from support.prompts import Processor, Prompt, PromptConfig, collate, encode_prompt
 
-undraw()
+leave_out()
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much on a busy machine
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -203,7 +203,7 @@ def plain_media(prompt) -> dict[str, torch.Tensor]:
     return media
 
 
-SMALL = {"eval_examples": 8, "prompts_per_step": 2, "group_size": 4, "micro_batch_size": 2}
+SMALL = {"eval_examples": 4, "prompts_per_step": 2, "group_size": 4, "micro_batch_size": 2}
 
 
 @pytest.fixture(scope="session")
@@ -211,7 +211,7 @@ def cold_start(made_once) -> Path:
     """A toy that has the format and guesses the colour, so that rewards differ within a group."""
 
     def write(folder: Path) -> None:
-        fields = {"steps": 60, "prompts_per_step": 16, "eval_examples": 8, "eval_above": 1.0}
+        fields = {"steps": 50, "prompts_per_step": 8, "eval_examples": 4, "eval_above": 1.0}
         sft.main(toy_args(sft, out=str(folder / "sft"), **fields))
 
     return made_once("cold_start", write) / "sft" / "checkpoint"
@@ -219,7 +219,7 @@ def cold_start(made_once) -> Path:
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The pictures of a run are drawn, as they are without `undraw`."""
+    """The pictures of a run are drawn, as they are without `leave_out`."""
     for name, draw in DRAW.items():
         monkeypatch.setattr(pictures, name, draw)
 
@@ -250,7 +250,7 @@ def teacher(made_once) -> Path:
     """A larger toy, with more layers and heads than the student."""
 
     def write(folder: Path) -> None:
-        fields = {"steps": 10, "prompts_per_step": 8, "eval_examples": 8, "eval_above": 1.0}
+        fields = {"steps": 10, "prompts_per_step": 8, "eval_examples": 4, "eval_above": 1.0}
         fields |= {"toy_size": "large"}
         sft.main(toy_args(sft, out=str(folder / "sft"), **fields))
 

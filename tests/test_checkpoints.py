@@ -85,6 +85,7 @@ def only_bin(folder: Path) -> None:
 
 
 LARGE = "a" * 5_000_000
+SOONER = templates.TRIAL.replace("RLIMIT_CPU: 3", "RLIMIT_CPU: 1")
 FOREVER = "{% for a in range(99999) %}{% for a in range(99999) %}{% endfor %}{% endfor %}"
 TEXT, VISION = {"path": "text_config"}, {"path": "vision_config"}
 CONFIG, IMAGES, WORDS = "config.json", "preprocessor_config.json", "tokenizer_config.json"
@@ -140,6 +141,8 @@ def test_what_does_not_fit_together_is_one_line(copy, monkeypatch, name):
     change, reason = REFUSED[name]
     change(copy)
     monkeypatch.setattr(common, "read_model", None)  # no weight is read
+    if name == "template for ever":
+        monkeypatch.setattr(templates, "TRIAL", SOONER)
     with pytest.raises(ranks.UsageError, match=rf"^--model \S*copy: .*{reason}.*$") as error:
         common.load_model(copy)
     assert len(str(error.value).splitlines()) == 1
@@ -274,11 +277,12 @@ def test_a_template_that_opens_no_response_is_replaced(copy, capsys):
     assert not capsys.readouterr().out
 
 
-def test_a_template_that_ends_is_not_refused(copy):
+def test_a_template_that_ends_is_not_refused(copy, monkeypatch):
     """With the tag that marks what is trained on, and beside one that does not end."""
     tokenizer = common.load_processor(copy).tokenizer
     marked = TEMPLATE + "{% generation %}x{% endgeneration %}"
     templates.require_bounded(tokenizer, [TEMPLATE, marked])
+    monkeypatch.setattr(templates, "TRIAL", SOONER)
     with pytest.raises(ValueError, match="more than 3 seconds"):
         templates.require_bounded(tokenizer, [marked, FOREVER + marked])
 
@@ -344,7 +348,7 @@ def test_a_hub_that_does_not_answer_is_one_line(tmp_path, monkeypatch):
     """It accepts connections, and that is all."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
-        monkeypatch.setattr(constants, name, 0.1)
+        monkeypatch.setattr(constants, name, 0.02)
     monkeypatch.setattr(time, "sleep", lambda _: None)  # huggingface_hub waits and tries again
     with socket.create_server(("localhost", 0)) as hub:
         address = f"http://localhost:{hub.getsockname()[1]}"

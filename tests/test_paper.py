@@ -27,7 +27,7 @@ STUDENT, TEACHER = "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-32B-Instruct"
 SMALL = "--max-new-tokens 4 --workers 0 --image-tokens 9 --min-image-tokens 1 --frame-tokens 4"
 TRAIN = f"{SMALL} --steps 1 --prompts-per-step 2 --eval-examples 1 --save-every 0"
 RL = f"{TRAIN} --rows 10 --group-size 2"
-APPENDED = {"eval": f"{SMALL} --batch-size 2", "sft": TRAIN}
+APPENDED = {"eval": f"{SMALL} --batch-size 16", "sft": TRAIN}
 
 
 def commands() -> list[list[str]]:

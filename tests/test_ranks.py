@@ -18,7 +18,7 @@ import eval
 from support import checkpoints
 
 RL = {"group_size": 4, "micro_batch_size": 2, "max_new_tokens": 6, "eval_examples": 5}
-RL |= {"learning_rate": 3e-4, "steps": 2, "eval_every": 2}
+RL |= {"learning_rate": 3e-4, "steps": 2, "eval_every": 2, "save_every": 0}
 NAMES = ("sft", "grpo_baseline, idle rank", "attn_distill", "ral_grpo, LoRA")
 NAMES += ("ral_grpo, tied embeddings", "uneven lengths in minibatches", "vppo")
 LORA, IDLE = NAMES.index("ral_grpo, LoRA"), NAMES.index("grpo_baseline, idle rank")

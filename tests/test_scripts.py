@@ -37,15 +37,16 @@ def test_sft_reproduces_a_run(tmp_path):
     runs = []
     for name in ("a", "b"):
         out = tmp_path / name
-        sft.main(toy_args(sft, out=str(out), steps=2, eval_examples=8, think=True, frames=4))
+        fields = {"steps": 2, "prompts_per_step": 4, "eval_examples": 4, "frames": 4}
+        sft.main(toy_args(sft, out=str(out), think=True, **fields))
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         runs.append([{k: v for k, v in x.items() if not k.startswith("perf/")} for x in lines])
     assert runs[0] == runs[1] and len(runs[0]) == 3
 
 
 def test_lambda_0_is_grpo_to_the_bit(train, cold_start):
-    _, grpo = train(grpo_baseline, steps=4)
-    lines, ral = train(ral_grpo, steps=4, lambda_attn=0.0)
+    _, grpo = train(grpo_baseline)
+    lines, ral = train(ral_grpo, lambda_attn=0.0)
     assert same(grpo, ral)
     assert not same(grpo, load_file(cold_start / "model.safetensors"))  # and they have learned
     assert lines[-1]["train/attn_jsd_4"] > 0
@@ -73,13 +74,14 @@ def test_lambda_acts_from_the_second_pass_on(train):
 def test_options_change_the_term(train):
     """In the second pass of the first step the weights are still the same, since the
     attention term was 0 before it."""
-    default, _ = train(ral_grpo, lambda_attn=100.0)
+    default, _ = train(ral_grpo, num_iterations=2, lambda_attn=100.0)
     before = default[1]["train/attn_jsd_2"]
     for changed in ({"attn_layer": 0}, {"attn_row": "predicting"}):
-        lines, _ = train(ral_grpo, lambda_attn=100.0, **changed)
+        lines, _ = train(ral_grpo, steps=1, num_iterations=2, lambda_attn=100.0, **changed)
         after = lines[1]["train/attn_jsd_2"]
         assert after > 0 and not 0.95 < after / before < 1.05, changed
-    lines, _ = train(ral_grpo, lambda_attn=100.0, attn_anchor="reference")
+    fields = {"num_iterations": 2, "attn_anchor": "reference"}
+    lines, _ = train(ral_grpo, lambda_attn=100.0, **fields)
     # At first the rollout's model is the reference.
     assert lines[1]["train/attn_jsd_2"] == pytest.approx(before, rel=1e-4)
     assert default[2]["train/attn_jsd_1"] == 0 < lines[2]["train/attn_jsd_1"]
@@ -207,6 +209,7 @@ def test_sft_does_not_depend_on_the_microbatches(train):
 def test_gradient_checkpointing_changes_nothing(train, teacher, script):
     fields = {"teacher": str(teacher)} if script is attn_distill else {"lambda_attn": 100.0}
     fields |= {"train_vision": True} if script is ral_grpo else {}
+    fields |= {"num_iterations": 2}
     lines, weights = train(script, **fields)
     others, same_weights = train(script, gradient_checkpointing=True, **fields)
     assert lines[1]["train/grad_norm"] > 0
@@ -219,12 +222,12 @@ def test_gradient_checkpointing_changes_nothing(train, teacher, script):
 def test_sft_goes_on_from_a_checkpoint(cold_start, tmp_path):
     """It trains until an evaluation of the new weights reaches the accuracy, or says it did not."""
     args = toy_args(
-        sft, model=str(cold_start), out=str(tmp_path / "more"), steps=3, eval_examples=8
+        sft, model=str(cold_start), out=str(tmp_path / "more"), steps=3, eval_examples=4
     )
-    metrics = sft.main(replace(args, stop_accuracy=0.999))
+    metrics = sft.main(replace(args, prompts_per_step=4, stop_accuracy=0.999))
     lines = (tmp_path / "more" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 4 and metrics == {
-        k: v for k, v in json.loads(lines[-1]).items() if k != "step"
+        k: v for k, v in json.loads(lines[-1]).items() if k not in ("step", "perf/run_s")
     }
     assert "eval/accuracy" in metrics
 
@@ -380,3 +383,20 @@ def test_bad_input_is_one_line(script, line, words, cold_start, tmp_path, monkey
     assert stopped.value.code == 2 and len(message) == 1 and "Traceback" not in error
     assert all(word in message[0] for word in words), message
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_reward_that_cannot_be_used_is_one_line(checkpoints):
+    model, processor = load(checkpoints["qwen2_vl"])
+    prompts = make_prompts(model, processor)
+    rollout = make_rollout(model, processor, prompts)
+    texts = [["a", "b", "c"], ["d", "e", "f"]]
+
+    def judge(last: dict) -> tuple[torch.Tensor, dict[str, float]]:
+        reward = lambda prompt, text, truncated: last if text == "f" else {"reward": 1.0}  # noqa: E731
+        return common.judge(reward, prompts, rollout, texts)
+
+    assert judge({"reward": 0.0})[1]["rollout/reward"] == pytest.approx(5 / 6)
+    with pytest.raises(ranks.UsageError, match="other names for some responses"):
+        judge({"reward": 1.0, "length": 2.0})
+    with pytest.raises(ranks.UsageError, match="reward: is not a finite number"):
+        judge({"reward": float("nan")})

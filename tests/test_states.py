@@ -157,6 +157,24 @@ def write_weights(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
+def test_another_script_is_refused(args, tmp_path, monkeypatch):
+    script = tmp_path / "mine.py"
+    script.write_text("reward = 1")
+    monkeypatch.setattr(kd_baseline, "__file__", str(script))
+    train(args, [1])
+    again = replace(args, resume="auto")
+    assert states.find_state(again).step == 1
+    script.write_text("reward = 2")
+    with pytest.raises(ranks.UsageError, match=r"\(other content: the script mine\.py\)"):
+        states.find_state(again)
+    assert states.find_state(replace(again, allow_changed_args=True)).step == 1
+    record = Path(args.out) / "state" / "step-000001" / "state.json"
+    state = json.loads(record.read_text())
+    del state["inputs"]["the script mine.py"]  # as an earlier version left it
+    record.write_text(json.dumps(state))
+    assert states.find_state(again).step == 1
+
+
 def test_other_inputs_are_refused(args, tmp_path, monkeypatch):
     """Of the same names and sizes; a copy with other times is the same."""
     (tmp_path / "rows.json").write_text('[{"solution": "A"}]')
@@ -350,19 +368,20 @@ def test_only_the_disk_of_rank_0_holds_a_run(run, cold_start, tmp_path):
     on the same prompts gives the same weights."""
     fields = {"model": cold_start, "out": "run", "group_size": 4, "micro_batch_size": 1}
     fields |= {"eval_examples": 4, "save_every": 1, "learning_rate": 3e-4, "resume": "auto"}
+    fields |= {"num_iterations": 1}
     hosts = [tmp_path / "host0", tmp_path / "host1"]
     for host in hosts:
         host.mkdir()
     words = [f"--{k.replace('_', '-')}={v}" for k, v in (fields | {"prompts_per_step": 1}).items()]
-    for steps in (2, 3, 3):  # the last has nothing left to do
+    for steps in (1, 2, 2):  # the last has nothing left to do
         argv = [*words, f"--steps={steps}"]
         status, output = run("grpo_baseline", argv, [], ranks=2, folders=hosts)
         assert status == 0 and "error" not in output.lower(), output[-3000:]
     assert not list(hosts[1].iterdir())
-    one = replace(toy_args(grpo_baseline, **fields | {"out": str(tmp_path / "one")}), steps=3)
+    one = replace(toy_args(grpo_baseline, **fields | {"out": str(tmp_path / "one")}), steps=2)
     grpo_baseline.main(replace(one, model=str(cold_start), prompts_per_step=2))
     metrics = (hosts[0] / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in metrics] == [0, 1, 2, 3]
+    assert [json.loads(line)["step"] for line in metrics] == [0, 1, 2]
     runs_of = (hosts[0] / "run", tmp_path / "one")
     ours, other = (load_file(x / "checkpoint" / "model.safetensors") for x in runs_of)
     for name in other:

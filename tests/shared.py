@@ -133,15 +133,18 @@ def family(request) -> str:
     return request.param
 
 
-@cache
-def load_once(path: Path) -> tuple[torch.nn.Module, Processor]:
-    return load(path, train_vision=True)
+load_once = cache(load)
+
+
+def load_copy(path: Path) -> tuple[torch.nn.Module, Processor]:
+    """(model, processor), which a test may change, of a checkpoint that stays as it is."""
+    return deepcopy(load_once(path))
 
 
 @pytest.fixture
 def loaded(checkpoints, family):
     """(model, processor) of one family, all weights trainable: a copy, which a test may change."""
-    return deepcopy(load_once(checkpoints[family]))
+    return deepcopy(load_once(checkpoints[family], train_vision=True))
 
 
 def make_prompts(

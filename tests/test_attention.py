@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from shared import load, make_prompts, make_rollout, terms_of, toy_args, unpacked
+from shared import load_copy, make_prompts, make_rollout, terms_of, toy_args, unpacked
 from transformers import AutoModelForImageTextToText
 
 import attn_distill
@@ -158,7 +158,7 @@ def saved_bytes(model, rollout, layers, row="predicting") -> int:
 def test_the_policys_memory_grows_with_t_times_p(checkpoints):
     """Not with P squared: three times the prompt costs about three times, far from nine. `own`
     keeps one more copy, of what it divides."""
-    model, processor = load(checkpoints["qwen2_vl"])
+    model, processor = load_copy(checkpoints["qwen2_vl"])
     costs = {"predicting": [], "own": []}
     for grid in (8, 14):  # about 80 and 210 prompt positions
         rollout = make_rollout(model, processor, make_prompts(model, processor, grids=(grid, grid)))

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import ttest_1samp
-from shared import load, make_prompts, same, toy_args, unpacked
+from shared import load, load_copy, make_prompts, same, toy_args, unpacked
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText
 
@@ -33,7 +33,7 @@ def arguments(**fields) -> diagnose.Args:
 
 def open_toy(path, args, **options):
     """The model, its processor and the first prompts."""
-    model, processor = load(path, **options)
+    model, processor = load(path, **options) if options else load_copy(path)
     task = toy.Task.load(path)
     processor.prompt_config = task.prompt_config()
     train, *_ = task.open_data(args, lambda x: encode_prompt(processor, x))
@@ -408,7 +408,7 @@ def test_what_cannot_be_measured_is_neither_drawn_nor_in_the_table(real, tmp_pat
 
 def test_prompts_of_text_alone_have_no_mass_on_vision(cold_start):
     args = arguments(eval_examples=1)
-    model, processor = load(cold_start)
+    model, processor = load_copy(cold_start)
     prompts = make_prompts(model, processor, kinds=("text", "text"))
     report, _ = diagnose.diagnose(model, processor, prompts, args, [1])
     assert "vision: no prompt has an image or a video" in report["notes"]

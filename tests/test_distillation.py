@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import entropy
-from shared import load, make_prompts, make_rollout, same, terms_of, toy_args
+from shared import load_copy, make_prompts, make_rollout, same, terms_of, toy_args
 from test_siblings import ROOT
 
 import attn_distill
@@ -91,7 +91,7 @@ def distilled(model, processor, lengths, **fields):
 
 def test_the_sum_is_the_mean_times_the_length(checkpoints, monkeypatch):
     """By hand: divergences 1, 2, 3, ... nats at tokens 1, 2, 3, ...; padding is not counted."""
-    model, processor = load(checkpoints["qwen2_vl"])
+    model, processor = load_copy(checkpoints["qwen2_vl"])
     lengths = ((5, 3, 6), (1, 4, 2))
     monkeypatch.setattr(
         attn_distill, "divergence", lambda p, q: 0 * p.sum(-1) + torch.arange(1, p.shape[2] + 1)
@@ -113,8 +113,8 @@ def test_the_sum_is_the_mean_times_the_length(checkpoints, monkeypatch):
 
 def test_the_gradient_of_long_responses_is_finite_and_logged(checkpoints):
     """768 tokens: the sum's gradient is 768 times the mean's, and the step is bounded."""
-    student, processor = load(checkpoints["qwen2_vl"])
-    teacher, _ = load(checkpoints["qwen2_vl"])
+    student, processor = load_copy(checkpoints["qwen2_vl"])
+    teacher, _ = load_copy(checkpoints["qwen2_vl"])
     with torch.no_grad():
         for parameter in teacher.model.language_model.parameters():
             parameter += 0.3 * torch.randn_like(parameter) * parameter.std()
@@ -153,9 +153,9 @@ def test_one_seed_reproduces_a_run_without_rewards(train, teacher, script):
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_distilling_a_model_from_itself_does_nothing(checkpoints, cold_start, beta):
-    model, processor = load(cold_start)
-    itself, _ = load(cold_start)
-    other, _ = load(checkpoints["qwen2_vl"])
+    model, processor = load_copy(cold_start)
+    itself, _ = load_copy(cold_start)
+    other, _ = load_copy(checkpoints["qwen2_vl"])
     prompts = make_prompts(model, processor, ("video", "image"))
     rollout = make_rollout(model, processor, prompts)
     args = toy_args(attn_distill, rl_coef=0.0, gkd_beta=beta)

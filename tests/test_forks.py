@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from shared import FAMILIES, load, make_rollout, terms_of, toy_args, unpacked
+from shared import FAMILIES, load_copy, make_rollout, terms_of, toy_args, unpacked
 from test_siblings import ROOT, code_lines, top_level
 
 import common
@@ -54,7 +54,7 @@ def test_a_fork_differs_by_its_idea_alone(name):
 @pytest.fixture
 def batch(cold_start):
     """(model, prompts, a batch of two groups that was scored once, with other weights since)."""
-    model, processor = load(cold_start)
+    model, processor = load_copy(cold_start)
     examples = [toy.training_example(toy.Task(), 1, number) for number in range(2)]
     prompts = [encode_prompt(processor, example) for example in examples]
     rollout = make_rollout(model, processor, prompts)
@@ -200,7 +200,7 @@ def test_directions_are_those_of_descent(cold_start, monkeypatch):
     """Against the loss after a small step; a direction agrees with itself."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     directions = importlib.import_module("directions")
-    model, processor = load(cold_start)
+    model, processor = load_copy(cold_start)
     prompts = [encode_prompt(processor, toy.training_example(toy.Task(), 1, n)) for n in range(4)]
     rollout = sft.demonstrations(model, processor, prompts)
     losses = [lambda: sft.loss_terms(model, rollout)["loss"].mean()]
@@ -276,7 +276,7 @@ def painted(processor, prompt, black: list[torch.Tensor]):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_blackened_pass_is_a_plain_forward_of_painted_pictures(real, family):
-    model, processor = load(real / family)
+    model, processor = load_copy(real / family)
     prompts = [pictured(processor, number) for number in range(2)]
     rollout = make_rollout(model, processor, prompts)
     black = blacken(prompts, processor.image_processor, 0.6, seed=3)
@@ -308,7 +308,7 @@ def test_the_blackened_pass_is_a_plain_forward_of_painted_pictures(real, family)
 
 
 def test_a_prompt_is_blackened_alike_in_every_batch(real):
-    _, processor = load(real / "qwen2_vl")
+    _, processor = load_copy(real / "qwen2_vl")
     first, second = pictured(processor), pictured(processor)
     second.number = 1
 
@@ -477,7 +477,7 @@ def test_the_layer_that_is_trained_is_evaluated(cold_start, tmp_path, monkeypatc
 @pytest.mark.parametrize("rule", ["above-chance", "brightest"])
 def test_a_look_at_the_box_is_rewarded(cold_start, rule):
     """Against a plain loop, on two demonstrations and a response without an answer."""
-    script, (model, processor) = fork("looked_reward"), load(cold_start)
+    script, (model, processor) = fork("looked_reward"), load_copy(cold_start)
     processor.prompt_config = toy.Task().prompt_config()
     examples = [toy.training_example(toy.Task(), 3, number) for number in range(48)]
     prompts = [encode_prompt(processor, example) for example in examples]
@@ -511,7 +511,7 @@ def test_a_look_at_the_box_is_rewarded(cold_start, rule):
 @pytest.mark.parametrize("rule", ["above-chance", "brightest"])
 def test_responses_that_share_their_beginning_look_alike(cold_start, rule):
     """So on images, where all begin with <answer>, a reward for looking cancels in a group."""
-    script, (model, processor) = fork("looked_reward"), load(cold_start)
+    script, (model, processor) = fork("looked_reward"), load_copy(cold_start)
     processor.prompt_config = toy.Task().prompt_config()
     examples = [toy.training_example(toy.Task(), 5, number) for number in range(16)]
     prompts = [encode_prompt(processor, example) for example in examples]

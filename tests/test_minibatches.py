@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from shared import load, make_prompts, make_rollout, terms_of, toy_args
+from shared import load_copy, make_prompts, make_rollout, terms_of, toy_args
 
 import attn_distill
 import common
@@ -41,7 +41,7 @@ def test_several_ranks_take_microbatches_of_like_length_together(monkeypatch):
 
 
 def test_the_lengths_of_a_rollout_are_those_of_its_prompts_and_responses(checkpoints):
-    model, processor = load(checkpoints["qwen2_vl"])
+    model, processor = load_copy(checkpoints["qwen2_vl"])
     prompts = make_prompts(model, processor)
     rollout = make_rollout(model, processor, prompts)
     responses = torch.tensor([5 + 3 + 6, 1 + 6 + 2])
@@ -114,7 +114,7 @@ def test_the_update_does_not_depend_on_the_size_of_microbatches(script, train, t
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
     for name in weights:
         torch.testing.assert_close(same_weights[name], weights[name], atol=2e-5, rtol=0)
-    if script is ral_grpo:  # and one of minibatches shows
+    if script is ral_grpo:  # a whole step has another gradient
         whole, _ = train(script, micro_batch_size=3, **fields | {"num_minibatches": 1})
         assert whole[1]["rollout/reward"] == lines[1]["rollout/reward"]
         assert whole[1]["train/grad_norm"] != lines[1]["train/grad_norm"]
@@ -127,7 +127,7 @@ def test_minibatches_are_of_equal_size():
 
 @pytest.mark.parametrize("length", [1, 6])
 def test_the_sum_is_the_mean_with_lambda_times_the_length(checkpoints, length):
-    model, processor = load(checkpoints["qwen2_vl"])
+    model, processor = load_copy(checkpoints["qwen2_vl"])
     rollout = make_rollout(model, processor, make_prompts(model, processor), ((length,) * 3,) * 2)
     batch = ral_grpo.Batch(rollout, torch.randn(2, 3, 1))
     ral_grpo.score_policy(model, batch, toy_args(ral_grpo))

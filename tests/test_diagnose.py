@@ -241,13 +241,14 @@ def test_in_bfloat16_a_small_movement_is_mostly_rounding(cold_start, monkeypatch
             parameter.data = data
         return scores
 
-    opened = open_toy(cold_start, arguments(eval_examples=1, prompts=32))
+    args = arguments(eval_examples=1, prompts=32, micro_batch_size=16)
+    opened = open_toy(cold_start, args)
     monkeypatch.setattr(diagnose, "gradient_norm", lambda *_: 1.0)  # measured by other tests
     plain = diagnose.score
     for dtype, score in (("float32", plain), ("bfloat16", in_bfloat16)):
         monkeypatch.setattr(diagnose, "score", score)
         for rate in (1e-5, 3e-5, 6e-4):
-            report, _ = diagnose.diagnose(*opened, arguments(learning_rate=rate), [1])
+            report, _ = diagnose.diagnose(*opened, replace(args, learning_rate=rate), [1])
             reports[dtype, rate] = line_of(report, 1, "own")
     for rate in (1e-5, 3e-5, 6e-4):
         exact, other = reports["float32", rate], reports["bfloat16", rate]

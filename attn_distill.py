@@ -304,8 +304,8 @@ def attention_policy(rows: Tensor, row: str) -> Tensor:
 def divergence(p: Tensor, q: Tensor) -> Tensor:
     """Jensen-Shannon divergence of distributions along the last axis, in nats: between 0 and ln 2.
 
-    Zeros are safe, in value and in gradient. In float32, values below 1e-7 are rounding; the
-    gradient is accurate far below that. The rows are computed in chunks, see `in_chunks`.
+    Zeros, which every policy has, are safe in value and gradient. In float32, values below 1e-7 are
+    rounding; the gradient is accurate far below that. Rows are computed in chunks (`in_chunks`).
 
     >>> p, q = torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[0.0, 1.0], [0.5, 0.5]])
     >>> divergence(p, q)
@@ -419,12 +419,13 @@ def main(args: Args) -> dict[str, float]:
         batch = collate(model, prompts, processor.tokenizer.pad_token_id)
         clock.lap("vision")
         rollout, texts, rewards, metrics = roll_out(model, processor, prompts, batch, args)
+        run.sample(step, prompts, texts, rewards)
         clock.lap("rollout")
         advantages = group_advantages(rewards)
         taught = collate(teacher, prompts, processor.tokenizer.pad_token_id)
         teacher_rollout = replace(rollout, prompts=taught)
         clock.lap("teacher_vision")
-        cuts = common.cut_prompts(len(prompts), args.num_minibatches, args.micro_batch_size)
+        cuts = common.cut_prompts(rollout, args.num_minibatches, args.micro_batch_size)
         batches = [Batch(rollout[cut], advantages[cut], teacher_rollout[cut]) for cut in cuts]
         if reference is not None:
             with common.without_adapters(reference):  # it may be the trained model
@@ -442,7 +443,6 @@ def main(args: Args) -> dict[str, float]:
             after = evaluate(model, processor, prepared.held_out, **options)
             metrics |= after.metrics
         run.log(step, metrics, learns_from_reward=args.rl_coef > 0)
-        run.sample(step, prompts, texts, rewards)
         bar.set_postfix(reward=metrics["rollout/reward"], eval=after.metrics["eval/accuracy"])
         if step < args.steps:
             run.save_state(step, model, optimizer)  # and end here, after a signal

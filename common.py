@@ -631,6 +631,12 @@ class Rollout:
         ids = self.response_ids[rows, :, :longest]
         return Rollout(self.prompts[rows], ids, mask[..., :longest], self.truncated[rows])
 
+    def lengths(self) -> Tensor:
+        """The positions of each prompt and its responses, (B,)."""
+        ids, mask = self.prompts.ids, self.prompts.mask
+        prompts = ids.shape[1] if mask is None else mask.sum(-1)
+        return self.response_mask.sum((1, 2)) + prompts
+
     def texts(self, processor: Processor) -> list[list[str]]:
         """The responses as text, B lists of G, without their EOS and behind the prefix that the
         prompt holds. Other special tokens are kept, so that the reward sees them."""
@@ -642,19 +648,26 @@ class Rollout:
         return [texts[i : i + group] for i in range(0, len(texts), group)]
 
 
-def cut_prompts(count: int, num_minibatches: int, micro_batch_size: int) -> list[slice]:
-    """Slices of `count` prompts, one for each microbatch, those of the first minibatch first. Every
-    minibatch has as many prompts and slices as the others; `num_minibatches` must divide `count`.
+def cut_prompts(rollout: Rollout, num_minibatches: int, micro_batch_size: int) -> list[slice]:
+    """Slices of the prompts of a rollout, one for each microbatch, those of the first minibatch
+    first. Every minibatch has as many prompts and slices as the others; `num_minibatches` must
+    divide the number of prompts.
 
     The ranks take turns in drawing prompts, so the minibatches of a step are the same on any number
-    of ranks.
+    of ranks. Several ranks gather each layer together, and all wait for the longest of their
+    microbatches. So there, the microbatches of a minibatch are in the order of their lengths.
     """
+    lengths = rollout.lengths()
+    count, cuts = len(lengths), []
     part = count // num_minibatches
-    return [
-        slice(i, min(i + micro_batch_size, end))
-        for end in range(part, count + 1, part)
-        for i in range(end - part, end, micro_batch_size)
-    ]
+    for start in range(0, count, part):
+        end = start + part
+        firsts = range(start, end, micro_batch_size)
+        of_part = [slice(first, min(first + micro_batch_size, end)) for first in firsts]
+        if world_size() > 1:
+            of_part.sort(key=lambda cut: lengths[cut].sum().item())
+        cuts += of_part
+    return cuts
 
 
 def sampling_noise(
@@ -918,7 +931,8 @@ def judge(
     *others: list[list[Any]],
 ) -> tuple[Tensor, dict[str, float]]:
     """Call `reward(prompt, text, truncated, ...)` for every response. Returns the rewards (B, G)
-    and the metrics of the rollout, among them the mean of each number that `reward` returns.
+    and the metrics of the rollout, among them the mean of each number that `reward` returns: these
+    have the same names for every response, and `reward` is finite.
 
     `texts`, and any `others` that the reward takes besides, such as the scores of a reward model,
     are B lists of G values.
@@ -928,11 +942,15 @@ def judge(
         [reward(prompt, *response) for response in zip(*group, strict=True)]
         for prompt, *group in rows
     ]
+    names = judged[0][0].keys()
+    alike = all(response.keys() == names for group in judged for response in group)
+    require(alike, "reward: returns other names for some responses; return the same for all")
     parts = {
         name: torch.tensor([[float(response[name]) for response in group] for group in judged])
-        for name in judged[0][0]
+        for name in names
     }
     rewards = parts["reward"]
+    require(bool(rewards.isfinite().all()), "reward: is not a finite number for some response")
     metrics = {f"rollout/{name}": values.mean().item() for name, values in parts.items()}
     metrics |= {
         "rollout/reward_std": rewards.std(dim=1).mean().item(),

@@ -14,6 +14,7 @@ call.
 
 import support.startup  # first: it sets Ctrl-C and the allocator of PyTorch
 
+import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -63,6 +64,7 @@ def predict(
     prompts: Iterable[Prompt],
     max_new_tokens: int,
     batch_size: int = 64,
+    batch_tokens: int = DECODED,
     attn_layer: int = -1,
     gazes: int = 6,
     bare: bool = False,
@@ -84,7 +86,7 @@ def predict(
     tokenizer, layers = processor.tokenizer, model.config.text_config.num_hidden_layers
     attn_layer %= layers
     done = 0
-    for chunk in decoded_together(prompts, batch_size, max_new_tokens):
+    for chunk in decoded_together(prompts, batch_size, batch_tokens, max_new_tokens):
         batch = collate(model, chunk, tokenizer.pad_token_id)
         rollout = generate_group(model, batch, 1, max_new_tokens)
         texts = rollout.texts(processor)
@@ -161,16 +163,16 @@ def record_of(
 
 
 def decoded_together(
-    prompts: Iterable[Prompt], batch_size: int, max_new_tokens: int
+    prompts: Iterable[Prompt], batch_size: int, batch_tokens: int, max_new_tokens: int
 ) -> Iterator[list[Prompt]]:
-    """The prompts in order, in batches of at most `batch_size` that, padded, have at most `DECODED`
-    positions with their responses; a longer prompt is alone. The batches depend on the prompts
-    alone, not on the memory of a machine."""
+    """The prompts in order, in batches of at most `batch_size` that, padded, have at most
+    `batch_tokens` positions with their responses; a longer prompt is alone. The batches do not
+    depend on the memory of a machine."""
     chunk, longest = [], 0
     for prompt in prompts:
         longest = max(longest, len(prompt.ids))
         positions = (len(chunk) + 1) * (longest + max_new_tokens)
-        if chunk and (len(chunk) == batch_size or positions > DECODED):
+        if chunk and (len(chunk) == batch_size or positions > batch_tokens):
             yield chunk
             chunk, longest = [], len(prompt.ids)
         chunk.append(prompt)
@@ -234,11 +236,13 @@ def evaluate(
     """
     # A real model takes minutes, and nothing is printed before the first evaluation.
     bar = tqdm(prompts, desc="evaluate", delay=10, leave=False, disable=ranks.rank() != 0)
+    began = time.perf_counter()
     with gathered(model):
         predictions = list(predict(model, processor, bar, **options))
     records = ranks.gather([prediction.record for prediction in predictions])
     ranks.require(len(records) > 0, "none of the rows to evaluate on can be used; see --check-data")
-    return Evaluation(summarise(records), predictions)
+    metrics = summarise(records) | {"perf/eval_s": time.perf_counter() - began}
+    return Evaluation(metrics, predictions)
 
 
 def answer_tokens(tokenizer: Any, ids: list[int], text: str, first_mention: bool) -> range:
@@ -334,8 +338,10 @@ class Args:
     """Number of examples, from the first, on the page `gaze.html` that shows where the model
     looked, for each setting."""
     batch_size: int = 16
-    """Maximum number of prompts decoded together; fewer if they are long: at most 32,768 positions,
-    padding and responses included, or one prompt."""
+    """Maximum number of prompts decoded together."""
+    batch_tokens: int = DECODED
+    """Maximum number of positions decoded together, padding and responses included; a longer prompt
+    is alone. Raise it on a GPU with room."""
     workers: int = 4
     """Processes that read and encode rows ahead; 0: the evaluating process reads them."""
 
@@ -347,9 +353,9 @@ class Args:
             ranks.require(len(values) > 0, f"{option}: needs a value")
             alone = len(values) == 1 or None not in values
             ranks.require(alone, f"{option} {values}: give numbers, or None alone")
-        cli.require_positive(self, "frames", "image_tokens", "frame_tokens", "grid", "fps")
-        cli.require_positive(self, "max_prompt_tokens", "examples", "max_new_tokens")
-        cli.require_positive(self, "batch_size", "min_image_tokens")
+        positive = "frames image_tokens min_image_tokens frame_tokens max_prompt_tokens grid fps"
+        positive += " examples max_new_tokens batch_size batch_tokens"
+        cli.require_positive(self, *positive.split())
         cli.require_not_negative(self, "max_skipped", "gaze", "workers")
         unknown = [x for x in self.benchmark if x not in (*GROUPS, *BENCHMARKS)]
         known = ", ".join((*GROUPS, *BENCHMARKS))
@@ -486,14 +492,8 @@ def answer_rows(
     bad_rows = rows.reader.bad_rows
     bad_rows.read = (len(done) + len(bad_rows.bad)) // several
     reader = replace(rows.reader, numbers=[n for batch in mine for n in batch])
-    options = {
-        "max_new_tokens": args.max_new_tokens,
-        "batch_size": size,
-        "attn_layer": args.attn_layer,
-        "bare": args.bare,
-        "metric": entry and entry.score,
-        "relative": args.relative,
-    }
+    same = ("max_new_tokens", "batch_size", "batch_tokens", "attn_layer", "bare", "relative")
+    options = {name: getattr(args, name) for name in same} | {"metric": entry and entry.score}
     shown, label, hidden = [], setting[0] or "evaluate", ranks.rank() != 0
     with tqdm(total=left, desc=label, dynamic_ncols=True, disable=hidden) as bar:
         for chunk in in_batches(reader, mine):

@@ -349,12 +349,13 @@ def main(args: Args) -> dict[str, float]:
         batch = collate(model, prompts, processor.tokenizer.pad_token_id)
         clock.lap("vision")
         rollout, texts, rewards, metrics = roll_out(model, processor, prompts, batch, args)
+        run.sample(step, prompts, texts, rewards)
         clock.lap("rollout")
         advantages = group_advantages(rewards)
         taught = collate(teacher, prompts, processor.tokenizer.pad_token_id)
         teacher_rollout = replace(rollout, prompts=taught)
         clock.lap("teacher_vision")
-        cuts = common.cut_prompts(len(prompts), args.num_minibatches, args.micro_batch_size)
+        cuts = common.cut_prompts(rollout, args.num_minibatches, args.micro_batch_size)
         batches = [Batch(rollout[cut], advantages[cut], teacher_rollout[cut]) for cut in cuts]
         if reference is not None:
             with common.without_adapters(reference):  # it may be the trained model
@@ -372,7 +373,6 @@ def main(args: Args) -> dict[str, float]:
             after = evaluate(model, processor, prepared.held_out, **options)
             metrics |= after.metrics
         run.log(step, metrics, learns_from_reward=args.rl_coef > 0)
-        run.sample(step, prompts, texts, rewards)
         bar.set_postfix(reward=metrics["rollout/reward"], eval=after.metrics["eval/accuracy"])
         if step < args.steps:
             run.save_state(step, model, optimizer)  # and end here, after a signal

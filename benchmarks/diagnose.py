@@ -18,8 +18,8 @@ The table has a line for the policy of each layer and row kind (means over token
               ones, a mean over groups that have both; and half its 95% `interval`
   moved       divergence D of the policy after the step from that at rollout time, in nats
   rounding    share of this that is rounding (on a GPU, of bfloat16), estimated from the step and
-              its mirror image: too low by up to 0.3, and some 0.1 too high after a large step. The
-              term's gradient suffers more than the share says
+              its mirror image: too low by up to 0.3, and far too high where `moved` is above 0.001,
+              as curvature counts too. The term's gradient suffers more than the share says
   left_group  share of sum |A D / T| that is left if a group's responses and tokens are summed first
   left_row    the same if only responses that share a row are summed first. Those with a common
               prefix do, and their advantages A nearly cancel. Only this share has a gradient
@@ -30,6 +30,7 @@ The table has a line for the policy of each layer and row kind (means over token
 
 import json
 import math
+import os
 import statistics
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -165,7 +166,7 @@ def diagnose(
     rollout, texts, rewards, metrics = ral_grpo.roll_out(model, processor, prompts, inputs, args)
     samples = runs.sample_rows(prompts, texts, rewards)
     advantages, size = ral_grpo.group_advantages(rewards), args.micro_batch_size
-    cuts = common.cut_prompts(len(prompts), 1, size)
+    cuts = common.cut_prompts(rollout, 1, size)
     batches = [Batch(rollout[cut], advantages[cut]) for cut in cuts]
     masks = [batch.rollout.response_mask for batch in batches]
     alike = shares_prefix(rollout)[:, 0].all(1)  # (B, T)
@@ -294,7 +295,7 @@ def conclude(report: dict[str, Any], args: Args) -> list[str]:
     felt = f"At lambda {weight:g} the term's gradient is {weight * ours['gradient']:.1g} of the"
     felt += " token term's"
     felt += f"; lambda {ours['lambda']:.2g} would make it a tenth." if ours["lambda"] else "."
-    if ours["rounding"] > 0.2:
+    if ours["rounding"] > 0.2 and ours["moved"] <= 1e-3:  # else it may be curvature
         felt += f" But about {ours['rounding']:.0%} of what moved is rounding, and more of that"
         felt += " gradient is."
     return [looks, acts, felt, *aims]
@@ -368,6 +369,8 @@ def main(args: Args) -> dict[str, Any]:
         f"\nMemory: about {max(sum(x.values()) for x in needs):.1f} GB, and on the host up to"
         f" {host:.1f} GB for attention and a copy of the weights; --layers, --prompts: choose less."
     )
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    require(host < 0.95 * have, f"--layers, --prompts: the host has {have:.1f} GB; choose less")
     report, samples = diagnose(prepared.model, processor, prompts, args, layers)
     planned = (args.attn_layer % depth, args.attn_row)
     report["planned"] = next(x for x in report["rows"] if (x["layer"], x["row"]) == planned)

@@ -41,7 +41,8 @@ class RunArgs:
     rows: int | None = None
     """Train on the first ROWS rows of --data. Unset: all. Paper: 51,200 of Video-R1-260k."""
     check_data: bool = False
-    """Read every row once, report the rows that cannot be used, and stop."""
+    """Read every row once, or with --rows those that the run would use, report the rows that cannot
+    be used, and stop."""
     frames: int | None = None
     """Frames of each video, evenly spaced; with --fps, the maximum. Unset: --fps a second, at most
     128 (paper); on the toy, as in its checkpoint."""

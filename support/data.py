@@ -35,6 +35,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes run
 # PyTorch's iterators that have lost a reader, kept so that they are not deleted: that could block
 # forever, since PyTorch's thread may be waiting for the rest of what the reader was sending.
 BROKEN = []
+TIMEOUT = 600  # seconds without a prompt from the readers, after which one of them hangs
 
 
 @dataclass
@@ -190,6 +191,7 @@ class Reader:
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=guard_reader,
             prefetch_factor=4,
+            timeout=TIMEOUT,
         )
         # Signals wait until a new reader ignores them: PyTorch's own handler would end it.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, ranks.STOP_SIGNALS)
@@ -198,9 +200,16 @@ class Reader:
                 items = iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        received = 0
         try:
-            yield from items
-        except BaseException:
+            for item in items:
+                yield item
+                received += 1
+        except BaseException as error:
+            if "DataLoader timed out" in str(error):
+                row = self.prompts.row(self.numbers[received], 0)
+                slow = f"{self.prompts.source.place(row)}: not read within {TIMEOUT} seconds"
+                raise UsageError(f"{slow}; remove that row, or give more --workers") from None
             if not all(worker.is_alive() for worker in items._workers):
                 BROKEN.append(items)
             raise
@@ -262,30 +271,16 @@ def open_data(
     """Open the training prompts (see `Reader.begin`) and this rank's share of the evaluation
     prompts. Both have one record of bad rows. Without `--data`, the toy's `task` makes the prompts.
     `keep_media` is for rewards that see the training prompts' media.
-
-    Without `--eval-data`, up to `eval_examples` rows are held out for evaluation: rows behind those
-    that `--rows` trains on, if there are any, else at most a tenth of the rows to train on. They
-    are the same for every seed.
     """
     if not args.data:
         return task.open_data(args, encode, keep_media=keep_media)
     train = held_out = open_file(args, "--data")
-    many = f"--rows {args.rows}: --data {' '.join(each(args.data))} has {len(train):,}"
-    require((args.rows or 0) <= len(train), f"{many} rows; lower or omit --rows")
     if args.eval_data:
         held_out = open_file(args, "--eval-data")
     found = {"--data": f"{len(train)} rows", "--eval-data": f"{len(held_out)} rows"}
     ranks.require_same_on_ranks(found)
-    rows, behind = np.split(np.arange(len(train)), [args.rows or len(train)])
-    shuffled = np.random.default_rng(0).permutation
-    if args.eval_data:
-        apart = shuffled(len(held_out))[: args.eval_examples]
-    elif len(behind):
-        apart = shuffled(behind)[: args.eval_examples]
-    else:
-        require(len(rows) > 1, f"--data {' '.join(each(args.data))}: has one row; give --eval-data")
-        apart, rows = np.split(shuffled(rows), [min(args.eval_examples, max(1, len(rows) // 10))])
-    apart, rows, max_tokens = np.sort(apart), np.sort(rows), args.max_prompt_tokens
+    rows, apart = split_rows(args, len(train), len(held_out))
+    max_tokens = args.max_prompt_tokens
     mine = range(ranks.rank(), len(apart), ranks.world_size())
     bad_rows = BadRows(args.max_skipped, len(train))
     keep = sys.maxsize if keep_media else 0
@@ -298,10 +293,30 @@ def open_data(
     )
 
 
+def split_rows(args: Any, train: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows to train on, of the `train` rows of `--data`, and those to evaluate on, the same for
+    every seed: up to `eval_examples` of the `held_out` rows of `--eval-data`; without it, of the
+    rows behind those of `--rows`, or else at most a tenth of the rows, which are not trained on."""
+    data = f"--data {' '.join(each(args.data))}"
+    many = f"--rows {args.rows}: {data} has {train:,} rows; lower or omit --rows"
+    require((args.rows or 0) <= train, many)
+    rows, behind = np.split(np.arange(train), [args.rows or train])
+    shuffled = np.random.default_rng(0).permutation
+    if args.eval_data:
+        apart = shuffled(held_out)[: args.eval_examples]
+    elif len(behind):
+        apart = shuffled(behind)[: args.eval_examples]
+    else:
+        require(len(rows) > 1, f"{data}: has one row; give --eval-data")
+        apart, rows = np.split(shuffled(rows), [min(args.eval_examples, max(1, len(rows) // 10))])
+    return np.sort(rows), np.sort(apart)
+
+
 def check_data(
     args: Any, encode: Callable[[Example], Prompt], accuracy_rule: str = "by-type"
 ) -> None:
-    """Read every row of `--data` and `--eval-data` once, and print a summary and all bad rows.
+    """Read every row of `--data` and `--eval-data` once, or with `--rows` those that the run would
+    use, and print a summary and all bad rows.
 
     Raises:
         UsageError: the fraction of bad rows exceeds `--max-skipped`, or several processes were
@@ -314,9 +329,12 @@ def check_data(
     for flag, paths, file in files:  # all are there before the first is read
         path = " ".join(each(paths))
         bad_rows, rows = BadRows(1.0, len(file)), np.arange(len(file))
+        if flag == "--data" and args.rows:
+            rows, apart = split_rows(args, len(file), 0)
+            rows = rows if args.eval_data else np.sort(np.concatenate([rows, apart]))
         prompts = Prompts(file, encode, rows, max_tokens=args.max_prompt_tokens)
         kinds, lengths, no_number = Counter({"with boxes": 0}), [], []
-        reader = Reader(prompts, rows, args.workers, bad_rows)
+        reader = Reader(prompts, range(len(rows)), args.workers, bad_rows)
         for prompt in tqdm(reader, total=len(rows), desc=f"{flag} {path}"):
             example = prompt.example
             media = [medium.kind for medium in example.media]

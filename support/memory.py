@@ -25,7 +25,7 @@ LOGIT_CHUNK = 2**26 if torch.cuda.is_available() else 2**24
 TEXT = 512  # tokens of system turn, question, options and request
 STAMP = 12  # tokens around a pair of frames in Qwen3-VL: its time, and the marks of both ends
 # Padded positions of prompts and responses that an evaluation decodes together: 16 rows of 2,048.
-DECODED = 2**15
+DECODED = 2**15  # `eval.py --batch-tokens`
 
 
 def numel(module: Module, trained: bool = False) -> int:
@@ -118,7 +118,8 @@ def memory_gb(
     if evaluated is not None and processes > 1:
         gathered = max(gathered, width * numel(empty_model(evaluated)))
     step = args.prompts_per_step
-    evaluated_together = max(1, min(2 * step, DECODED / (prompt + new)))
+    together = getattr(args, "batch_tokens", DECODED) / (prompt + new)
+    evaluated_together = max(1, min(2 * step, together))
     need = {
         "vision": {"gathered": gathered, "activations": encoding(max(step, evaluated_together))},
         "rollout": {"gathered": gathered, "activations": decoding(step, group_size)},
@@ -260,7 +261,10 @@ def require_evaluation_fits(args: Any, config: Any) -> None:
     phases = memory_gb(config, given, lora_rank=None, processes=world_size())
     need = max(sum(phases[phase].values()) for phase in ("vision", "evaluation"))
     have = min(gather([available_gb()]))
-    require(need < 0.95 * have, too_large(args, config, need, have, "lower {} or --batch-size"))
+    require(
+        need < 0.95 * have,
+        too_large(args, config, need, have, "lower {}, --batch-tokens or --batch-size"),
+    )
 
 
 def too_large(args: Any, config: Any, need: float, have: float, remedy: str) -> str:

@@ -70,8 +70,9 @@ def check_out(args: Any) -> dict[str, Any]:
     disk.require_outside(out, args)
     disk.require_kind(out, disk.EVALUATION)
     settings = asdict(args)
-    for name in ("out", "overwrite", "gaze", "batch_size", "workers", "max_skipped", "compare"):
-        del settings[name]  # these affect no prediction, but by rounding
+    same = "out overwrite gaze batch_size batch_tokens workers max_skipped compare"
+    for name in same.split():  # these affect no prediction, but by rounding
+        del settings[name]
     read = args.data or [place_of(name, args.benchmark_root) for name in chosen(args.benchmark)]
     inputs = states.fingerprint_inputs(SimpleNamespace(model=args.model, data=read))
     settings |= {"inputs": inputs, "definitions": states.DEFINITIONS}

@@ -228,7 +228,7 @@ class Run:
     def log(self, step: int, metrics: dict[str, float], learns_from_reward: bool = True) -> None:
         """Write one line of metrics to every sink: means over ranks, but maxima for `perf/*`. A run
         that `learns_from_reward` prints a note if the rewards can teach it nothing."""
-        metrics = ranks.over_ranks(metrics)
+        metrics = ranks.over_ranks(metrics | {"perf/run_s": time.time() - self.began})
         for bad in ranks.gather([dict(self.bad_rows.bad)]):
             self.bad_rows.name(bad)
         if ranks.rank() != 0:
@@ -281,7 +281,9 @@ class Run:
         rows = ", ".join(filter(None, names)) or "of the toy"
         saved = ranks.from_rank_0(partial(disk.good_states, self.out))
         last = f"the last good state is {saved[-1]}" if saved else "no state is saved yet"
-        raise UsageError(f"step {step}: the gradient is not finite; prompts: {rows}; {last}")
+        what = f"step {step}: the gradient is not finite; prompts: {rows}"
+        remedy = "resume from it with a lower --learning-rate and --allow-changed-args"
+        raise UsageError(f"{what}; {last}{'; ' + remedy if saved else ''}")
 
     def interrupt(self, number: int, frame: Any) -> None:
         """Handle one of `STOP_SIGNALS`: let the step finish. A second signal ends a run of one

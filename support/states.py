@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from support import disk, ranks
-from support.cli import each, option
+from support.cli import RunArgs, each, option
 from support.ranks import require
 
 DEFINITIONS = 5  # raise it when the same arguments compute something else
@@ -25,16 +26,20 @@ DEFINITIONS = 5  # raise it when the same arguments compute something else
 # 1. Fingerprints of inputs
 
 BLOCKS = 2**10  # of a fingerprint, for all files of one argument
+SCRIPT = "the script "
 
 
 def fingerprint_inputs(args: Any) -> dict[str, str]:
     """The fingerprint of every file of `--model`, `--teacher`, `--data` and `--eval-data`, by
-    argument and path; for a hub name, the commit.
+    argument and path (for a hub name, the commit), and of the training script that declares the
+    arguments.
 
     At most 256 MB are read for one argument, but always both ends of each file. So a changed label
     in a JSON file is noticed up to that size, and a changed Parquet footer at any size.
     """
-    prints = {}
+    prints, script = {}, getattr(sys.modules[type(args).__module__], "__file__", None)
+    if script and isinstance(args, RunArgs):
+        prints[f"{SCRIPT}{Path(script).name}"] = disk.fingerprint(Path(script), BLOCKS)
     names = ("model", "teacher", "data", "eval_data")
     for name, path in ((x, path) for x in names for path in each(getattr(args, x, None) or ())):
         if name.endswith("data"):
@@ -149,6 +154,8 @@ def find_state(args: Any) -> State | None:
         if old != new and name not in args.may_change():
             differ.append(f"{option(name)} {old} -> {new}")
     changed = [x for x in inputs | state.inputs if inputs.get(x) != state.inputs.get(x)]
+    if not any(x.startswith(SCRIPT) for x in state.inputs):  # of an earlier version
+        changed = [x for x in changed if not x.startswith(SCRIPT)]
     differ += [f"other content: {', '.join(changed[:3])}"] if changed else []
     other = f"the state was made with other arguments or inputs ({'; '.join(differ)})"
     remedy = "use the original ones, or pass --allow-changed-args"

@@ -28,7 +28,7 @@ from real import write_checkpoint
 from transformers import PreTrainedConfig
 
 import common
-from support import cli, pictures, ranks, toy
+from support import cli, data, pictures, ranks, toy
 
 FRAMES = []
 DRAW = {name: getattr(pictures, name) for name in ("draw_attention", "draw_curves")}
@@ -122,6 +122,11 @@ def hang(prompts, n: int) -> None:
     """Never read the third step's prompts; called by `Prompts.__getitem__` in a reader."""
     while prompts.seed is not None and n >= 4:
         time.sleep(1)
+
+
+def hurry(*_) -> None:
+    """Wait for a reader no longer than three seconds."""
+    data.TIMEOUT = 3
 
 
 def plant(place: str, do: str, first: int = 1, last: int = sys.maxsize) -> None:

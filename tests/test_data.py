@@ -967,6 +967,7 @@ def test_check_data_names_rows_whose_numbers_are_judged_as_text(media_dir, capsy
     path.write_text("\n".join(json.dumps(row) for row in rows))
     args = SimpleNamespace(data=str(path), eval_data=None, media_root=(), frames=None, fps=None)
     vars(args).update(text_only=False, max_prompt_tokens=None, workers=0, max_skipped=1.0)
+    args.rows, args.eval_examples = None, 1
     data.check_data(args, encode)
     report = capsys.readouterr().out
     only = "2 solutions are not one number: only identical text is correct"
@@ -985,6 +986,13 @@ def test_check_data_names_rows_whose_numbers_are_judged_as_text(media_dir, capsy
     args.eval_data, args.max_skipped = None, 1.0
     data.check_data(args, encode, accuracy_rule="exact")
     assert "only identical text" not in capsys.readouterr().out
+    args.rows = 1  # and one to evaluate on, of those behind it
+    data.check_data(args, encode)
+    assert f"--data {path}: 2 rows, " in capsys.readouterr().out
+    args.eval_data = str(path)
+    data.check_data(args, encode)
+    said = capsys.readouterr().out
+    assert f"--data {path}: 1 rows, 0 bad" in said and f"--eval-data {path}: 4 rows, 1 bad" in said
 
 
 pieces = ["A", "b", "A. ", "(b)", "red", "blue", " ", "<answer>", "</answer>", "½", "42", "%", "**"]
@@ -1231,6 +1239,7 @@ def test_check_data_counts_media_and_problem_types(tmp_path, capsys):
         data=str(tmp_path / "rows.json"), eval_data=None, media_root=(), frames=2
     )
     vars(args).update(fps=None, text_only=False, max_prompt_tokens=None, workers=1, max_skipped=0.2)
+    args.rows = None
     data.check_data(args, encode)
     lines = capsys.readouterr().out.splitlines()[-8:]
     assert [line.rsplit(maxsplit=1) for line in lines[1:7]] == [

@@ -438,6 +438,9 @@ def test_real_models_images_and_videos(real, tmp_path, family, lora_rank, monkey
         assert line["lambda"] * line["gradient"] == pytest.approx(0.1)
         assert 0 <= line["left_group"] <= line["left_row"] + 1e-9 <= 1 + 1e-6
     assert report["planned"] == line_of(report, layers - 1, "own")
+    monkeypatch.setattr(diagnose, "memory_gb", lambda *_: {"update": {"optimizer": 1e6}})
+    with pytest.raises(UsageError, match=r"--layers, --prompts: the host has .* choose less"):
+        diagnose.main(real_args(real, tmp_path / "large", family, lora_rank=lora_rank))
     stored = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
     assert stored["rows"] == report["rows"] and len(stored["conclusion"]) == 3
     text = (tmp_path / "out" / "diagnosis.txt").read_text()
@@ -548,7 +551,7 @@ def test_the_planned_learning_rate_is_that_of_the_run(monkeypatch):
 
     def prepare(*_, learning_rate, **__):
         rates.append([learning_rate(arguments(lora_rank=rank), None, False) for rank in (0, 64)])
-        raise ranks.Ended
+        raise ranks.Ended("")
 
     monkeypatch.setattr(common, "prepare", prepare)
     for program in (ral_grpo, diagnose):

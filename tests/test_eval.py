@@ -54,7 +54,7 @@ def test_it_goes_on_where_it_stopped(cold_start, tmp_path):
 
 
 def test_long_prompts_are_decoded_in_smaller_batches(cold_start, monkeypatch):
-    """Of at most `DECODED` padded positions, or one prompt; the answers are the same."""
+    """Of at most `batch_tokens` padded positions, or one prompt; the answers are the same."""
 
     def generate_group(model, batch, group_size, max_new_tokens):
         batches.append(tuple(batch.ids.shape))
@@ -67,8 +67,7 @@ def test_long_prompts_are_decoded_in_smaller_batches(cold_start, monkeypatch):
     monkeypatch.setattr(eval, "generate_group", generate_group)
     for bound in (2**16, 3 * (max(lengths[:4]) + 16)):
         batches = []
-        monkeypatch.setattr(eval, "DECODED", bound)
-        options = {"max_new_tokens": 16, "batch_size": 5, "gazes": 0}
+        options = {"max_new_tokens": 16, "batch_size": 5, "batch_tokens": bound, "gazes": 0}
         predictions = eval.predict(model, processor, prompts, **options)
         found.append([(x.record["problem"], x.record["response"]) for x in predictions])
         if bound == 2**16:

@@ -1,5 +1,6 @@
 """Every end of a process, wanted or not, comes within seconds and ends its readers too."""
 
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -60,6 +61,14 @@ def test_an_error_ends_the_process(run, real, tmp_path, work):
     status, output = run(script, argv(real, tmp_path, script) + more, [(place, "fail")])
     assert status == 1 and "\nRuntimeError: planted\n" in output
     assert "readers: 2" in output
+
+
+def test_a_reader_that_hangs_is_one_line(run, real, tmp_path):
+    plants = [("common.load_model", "hurry"), ("support.data.Prompts.__getitem__", "hang")]
+    words = [*argv(real, tmp_path, "ral_grpo"), "--steps", "3"]
+    status, output = run("ral_grpo", words, plants)
+    assert status == 2 and "Traceback" not in output
+    assert re.search(r"^error: rows.json row \d+: not read within 3 seconds; remove", output, re.M)
 
 
 def test_a_thread_left_behind_does_not_keep_a_failed_process(run, real, tmp_path):

@@ -18,14 +18,36 @@ SCRIPTS = (grpo_baseline, ral_grpo, kd_baseline, attn_distill)
 
 def test_cuts_cover_every_prompt_once_and_none_crosses_a_minibatch():
     for prompts, minibatches, size in ((8, 1, 3), (8, 2, 3), (8, 4, 16), (6, 3, 1)):
-        cuts = common.cut_prompts(prompts, minibatches, size)
+        cuts = common.cut_prompts(of_lengths(*range(prompts)), minibatches, size)
         cuts = [list(range(prompts))[cut] for cut in cuts]
         assert [i for cut in cuts for i in cut] == list(range(prompts))
         assert max(map(len, cuts)) <= size
         part = prompts // minibatches
         assert len(cuts) % minibatches == 0
         assert all(cut[0] // part == cut[-1] // part for cut in cuts)
-    assert common.cut_prompts(5, 1, 2) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    cuts = [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert common.cut_prompts(of_lengths(*range(5)), 1, 2) == cuts
+
+
+def of_lengths(*lengths: int) -> SimpleNamespace:
+    """A rollout whose prompts and responses have these lengths."""
+    return SimpleNamespace(lengths=lambda: torch.tensor(lengths))
+
+
+def test_several_ranks_take_microbatches_of_like_length_together(monkeypatch):
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    cuts = common.cut_prompts(of_lengths(9, 9, 1, 2, 7, 7, 3, 3), 2, 2)
+    assert [cut.start for cut in cuts] == [2, 0, 6, 4]
+
+
+def test_the_lengths_of_a_rollout_are_those_of_its_prompts_and_responses(checkpoints):
+    model, processor = load(checkpoints["qwen2_vl"])
+    prompts = make_prompts(model, processor)
+    rollout = make_rollout(model, processor, prompts)
+    responses = torch.tensor([5 + 3 + 6, 1 + 6 + 2])
+    lengths = torch.tensor([len(prompt.ids) for prompt in prompts]) + responses
+    assert torch.equal(rollout.lengths(), lengths)
+    assert torch.equal(rollout[:1].lengths(), lengths[:1])  # without padding
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

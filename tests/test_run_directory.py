@@ -358,10 +358,10 @@ def test_a_state_that_lacks_arguments_or_parts_is_one_line(cold_start, tmp_path)
     args = json.loads(kept)["args"]
     older = {k: v for k, v in args.items() if k not in ("lora_rank", "attn_row", "steps")}
     edit(file, args=older | {"an_old_one": 3})
-    words = "--an-old-one 3 -> unknown; .*--attn-row unknown -> own"
+    words = "--an-old-one 3 -> no such argument; .*--attn-row no such argument -> own"
     with pytest.raises(ranks.UsageError, match=words):
         ral_grpo.main(toy_args(ral_grpo, **fields))
-    with pytest.raises(ranks.UsageError, match=r"--lambda-attn 1.0 -> unknown; "):
+    with pytest.raises(ranks.UsageError, match=r"--lambda-attn 1.0 -> no such argument; "):
         file.write_text(kept)
         grpo_baseline.main(toy_args(grpo_baseline, **fields))
     for part in ("args", "extra", "lengths", "prompts"):

@@ -227,7 +227,7 @@ def test_sft_goes_on_from_a_checkpoint(cold_start, tmp_path):
     metrics = sft.main(replace(args, prompts_per_step=4, stop_accuracy=0.999))
     lines = (tmp_path / "more" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 4 and metrics == {
-        k: v for k, v in json.loads(lines[-1]).items() if k != "step"
+        k: v for k, v in json.loads(lines[-1]).items() if k not in ("step", "perf/run_s")
     }
     assert "eval/accuracy" in metrics
 
@@ -383,3 +383,20 @@ def test_bad_input_is_one_line(script, line, words, cold_start, tmp_path, monkey
     assert stopped.value.code == 2 and len(message) == 1 and "Traceback" not in error
     assert all(word in message[0] for word in words), message
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_reward_that_cannot_be_used_is_one_line(checkpoints):
+    model, processor = load(checkpoints["qwen2_vl"])
+    prompts = make_prompts(model, processor)
+    rollout = make_rollout(model, processor, prompts)
+    texts = [["a", "b", "c"], ["d", "e", "f"]]
+
+    def judge(last: dict) -> tuple[torch.Tensor, dict[str, float]]:
+        reward = lambda prompt, text, truncated: last if text == "f" else {"reward": 1.0}  # noqa: E731
+        return common.judge(reward, prompts, rollout, texts)
+
+    assert judge({"reward": 0.0})[1]["rollout/reward"] == pytest.approx(5 / 6)
+    with pytest.raises(ranks.UsageError, match="other names for some responses"):
+        judge({"reward": 1.0, "length": 2.0})
+    with pytest.raises(ranks.UsageError, match="reward: is not a finite number"):
+        judge({"reward": float("nan")})

@@ -157,6 +157,24 @@ def write_weights(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
+def test_another_script_is_refused(args, tmp_path, monkeypatch):
+    script = tmp_path / "mine.py"
+    script.write_text("reward = 1")
+    monkeypatch.setattr(kd_baseline, "__file__", str(script))
+    train(args, [1])
+    again = replace(args, resume="auto")
+    assert states.find_state(again).step == 1
+    script.write_text("reward = 2")
+    with pytest.raises(ranks.UsageError, match=r"\(other content: the script mine\.py\)"):
+        states.find_state(again)
+    assert states.find_state(replace(again, allow_changed_args=True)).step == 1
+    record = Path(args.out) / "state" / "step-000001" / "state.json"
+    state = json.loads(record.read_text())
+    del state["inputs"]["the script mine.py"]  # as an earlier version left it
+    record.write_text(json.dumps(state))
+    assert states.find_state(again).step == 1
+
+
 def test_other_inputs_are_refused(args, tmp_path, monkeypatch):
     """Of the same names and sizes; a copy with other times is the same."""
     (tmp_path / "rows.json").write_text('[{"solution": "A"}]')

@@ -144,7 +144,8 @@ def which_looked(
 ) -> list[list[bool]]:
     """Whether each response looked at the boxes of its prompt, B lists of G."""
     looked = []
-    for cut in common.cut_prompts(len(prompts), 1, args.micro_batch_size):
+    for first in range(0, len(prompts), args.micro_batch_size):
+        cut = slice(first, first + args.micro_batch_size)
         part = batch[cut]
         rows = common.score(model, part, attn_layers=[args.attn_layer]).attentions[args.attn_layer]
         for b, (prompt, group) in enumerate(zip(prompts[cut], part.texts(processor), strict=True)):
@@ -303,9 +304,10 @@ def main(args: Args) -> dict[str, float]:
         batch = collate(model, prompts, processor.tokenizer.pad_token_id)
         clock.lap("vision")
         rollout, texts, rewards, metrics = roll_out(model, processor, prompts, batch, args)
+        run.sample(step, prompts, texts, rewards)
         clock.lap("rollout")
         advantages = group_advantages(rewards)
-        cuts = common.cut_prompts(len(prompts), args.num_minibatches, args.micro_batch_size)
+        cuts = common.cut_prompts(rollout, args.num_minibatches, args.micro_batch_size)
         batches = [Batch(rollout[cut], advantages[cut]) for cut in cuts]
         if reference is not None:
             with common.without_adapters(reference):  # it may be the trained model
@@ -323,7 +325,6 @@ def main(args: Args) -> dict[str, float]:
             after = evaluate(model, processor, prepared.held_out, **options)
             metrics |= after.metrics
         run.log(step, metrics)
-        run.sample(step, prompts, texts, rewards)
         bar.set_postfix(reward=metrics["rollout/reward"], eval=after.metrics["eval/accuracy"])
         if step < args.steps:
             run.save_state(step, model, optimizer)  # and end here, after a signal

@@ -134,7 +134,7 @@ def plant(place: str, do: str, first: int = 1, last: int = sys.maxsize) -> None:
     owner, _, name = place.rpartition(".")
     owner = pkgutil.resolve_name(owner)
     if do == "hang":  # PyTorch waits so many seconds for a worker, twice
-        torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1.0
+        torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2
     function, calls = getattr(owner, name), 0
 
     def planted(*args, **kwargs):

@@ -214,7 +214,7 @@ def cold_start(made_once) -> Path:
     """A toy that has the format and guesses the colour, so that rewards differ within a group."""
 
     def write(folder: Path) -> None:
-        fields = {"steps": 50, "prompts_per_step": 8, "eval_examples": 4, "eval_above": 1.0}
+        fields = {"steps": 60, "prompts_per_step": 16, "eval_examples": 4, "eval_above": 1.0}
         sft.main(toy_args(sft, out=str(folder / "sft"), **fields))
 
     return made_once("cold_start", write) / "sft" / "checkpoint"

@@ -207,10 +207,10 @@ def test_a_run_that_asks_for_other_responses_says_so(real, tmp_path, capsys):
 
 
 def test_a_prompt_that_is_too_long_is_skipped(real, tmp_path, capsys):
-    run(grpo_baseline, real, tmp_path / "run", check_data=True)
+    run(sft, real, tmp_path / "run", check_data=True)
     median = int(re.search(r"prompt tokens: median (\d+)", capsys.readouterr().out)[1])
     fields = {"max_prompt_tokens": median, "max_skipped": 1.0, "steps": 6}
-    lines, _ = run(grpo_baseline, real, tmp_path / "run", **fields)
+    lines, _ = run(sft, real, tmp_path / "run", **fields)
     skipped = (tmp_path / "run" / "skipped.jsonl").read_text()
     assert f"above --max-prompt-tokens {median}" in skipped and lines[-1]["data/skipped"] > 2
 

@@ -241,7 +241,7 @@ def test_in_bfloat16_a_small_movement_is_mostly_rounding(cold_start, monkeypatch
             parameter.data = data
         return scores
 
-    args = arguments(eval_examples=1, prompts=32, micro_batch_size=16)
+    args = arguments(eval_examples=1, prompts=8)
     opened = open_toy(cold_start, args)
     monkeypatch.setattr(diagnose, "gradient_norm", lambda *_: 1.0)  # measured by other tests
     plain = diagnose.score

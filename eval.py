@@ -426,17 +426,24 @@ class Rows:
     processor: Processor
 
 
+def require_fits(args: Args, processor: Processor) -> None:
+    """Refuse, before any row is read, an evaluation whose largest setting does not fit into
+    memory."""
+    names = ("frames", "image_tokens", "frame_tokens")
+    most = {name: max(getattr(args, name), key=lambda x: x or 0) for name in names}
+    if args.benchmark and not set(chosen(args.benchmark)) & set(GROUPS["videos"]):
+        most["frames"] = 2  # the least: there are no videos
+    most["data"] = args.data or args.benchmark
+    require_evaluation_fits(SimpleNamespace(**vars(args) | most), processor.config)
+
+
 def open_rows(args: Args, setting: Setting, processor: Processor, task: toy.Task | None) -> Rows:
-    """Open the rows of a setting, and check the arguments about them. An evaluation that does not
-    fit into memory is refused here."""
+    """Open the rows of a setting, and check the arguments about them."""
     benchmark, frames, image_tokens, frame_tokens, grid = setting
     given = dict(zip(NAMES, setting, strict=True)) | {"data": args.data or benchmark}
     absent = {"eval_data": (), "rows": None, "check_data": False}
     given = SimpleNamespace(**vars(args) | given | absent)
     data.check_files(given, task is not None)
-    if benchmark in GROUPS["images"]:
-        given.frames = 2  # the least: it has no videos
-    require_evaluation_fits(given, processor.config)
     if benchmark and args.bare:
         asked = PromptConfig(dict([BENCHMARKS[benchmark].bare]), False, args.accuracy_rule)
         processor = replace(processor, prompt_config=asked)
@@ -530,6 +537,7 @@ def main(args: Args) -> dict[str, float]:
     asked = f"--frames {' '.join(map(str, args.frames))}: {args.model} has learned images only"
     ranks.require(not images_only, f"{asked}; leave it out, or train a toy with sft.py --frames")
     processor = open_processor(args, task)
+    require_fits(args, processor)
     opened = {setting: open_rows(args, setting, processor, task) for setting in settings}
     ranks.require_same_on_ranks({"rows": [len(rows.names) for rows in opened.values()]})
     ranks.on_rank_0(partial(results.check_out, args))

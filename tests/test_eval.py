@@ -127,6 +127,17 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(cold_start, tmp_path, 
     assert needs[0] < needs[1] < needs[2]
 
 
+def test_the_largest_setting_must_fit(monkeypatch):
+    seen = []
+    monkeypatch.setattr(eval, "require_evaluation_fits", lambda given, _: seen.append(given))
+    sweep = {"frames": (8, 32, 16), "image_tokens": (64, 512), "data": ("rows.json",)}
+    for fields in (sweep, {"benchmark": ("images",)}, {"benchmark": ("vstar", "nextqa")}):
+        eval.require_fits(eval.Args(model="m", **fields), SimpleNamespace(config=None))
+    # Without a number, a video has up to 128 frames; image benchmarks have no videos.
+    assert [(x.frames, x.image_tokens) for x in seen] == [(32, 512), (2, 5120), (None, 5120)]
+    assert all(x.data for x in seen)
+
+
 def test_another_model_at_the_same_place_is_not_taken_for_the_old_one(cold_start, tmp_path):
     model = tmp_path / "run" / "checkpoint"
     shutil.copytree(cold_start, model)

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections import defaultdict
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest

@@ -349,9 +349,8 @@ def load_teacher(path: str, processor: Processor, other: Processor) -> nn.Module
 def require_layer(field: str, layer: int, config: Any) -> None:
     """Refuse an index outside the model's decoder layers; negative ones count from the end."""
     layers = config.text_config.num_hidden_layers
-    allowed = f"give {-layers} to {layers - 1}"
-    known = -layers <= layer < layers
-    require(known, f"{field} {layer}: the model has {layers} layers; {allowed}")
+    allowed = f"the model has {layers} layers; give {-layers} to {layers - 1}"
+    require(-layers <= layer < layers, f"{field} {layer}: {allowed}")
 
 
 # 2. Attention
@@ -430,9 +429,8 @@ def grouped_attention(
         layout.cache.add_prompt(key, value)
         return prompt_out, None
     response_out = response_attention(query, key, value, scaling, layout)
-    rows = None
-    if module.layer_idx in layout.attn_layers:
-        rows = attention_rows(query, key, scaling, layout)
+    wanted = module.layer_idx in layout.attn_layers
+    rows = attention_rows(query, key, scaling, layout) if wanted else None
     return torch.cat([prompt_out, response_out], dim=1), rows
 
 
@@ -657,12 +655,10 @@ def cut_prompts(rollout: Rollout, num_minibatches: int, micro_batch_size: int) -
     of ranks. Several ranks gather each layer together, and all wait for the longest of their
     microbatches. So there, the microbatches of a minibatch are in the order of their lengths.
     """
-    lengths = rollout.lengths()
-    count, cuts = len(lengths), []
-    part = count // num_minibatches
-    for start in range(0, count, part):
-        end = start + part
-        firsts = range(start, end, micro_batch_size)
+    lengths, cuts = rollout.lengths(), []
+    part = len(lengths) // num_minibatches
+    for end in range(part, len(lengths) + 1, part):
+        firsts = range(end - part, end, micro_batch_size)
         of_part = [slice(first, min(first + micro_batch_size, end)) for first in firsts]
         if world_size() > 1:
             of_part.sort(key=lambda cut: lengths[cut].sum().item())
@@ -931,8 +927,8 @@ def judge(
     *others: list[list[Any]],
 ) -> tuple[Tensor, dict[str, float]]:
     """Call `reward(prompt, text, truncated, ...)` for every response. Returns the rewards (B, G)
-    and the metrics of the rollout, among them the mean of each number that `reward` returns: these
-    have the same names for every response, and `reward` is finite.
+    and the metrics of the rollout, among them the mean of each number that `reward` returns. All
+    must be finite, and have the same names for every response.
 
     `texts`, and any `others` that the reward takes besides, such as the scores of a reward model,
     are B lists of G values.
@@ -944,13 +940,19 @@ def judge(
     ]
     names = judged[0][0].keys()
     alike = all(response.keys() == names for group in judged for response in group)
-    require(alike, "reward: returns other names for some responses; return the same for all")
+    remedy = "return the same names for every response, one of them `reward`"
+    require(
+        alike and "reward" in names, f"the reward function returns {', '.join(names)}; {remedy}"
+    )
     parts = {
         name: torch.tensor([[float(response[name]) for response in group] for group in judged])
         for name in names
     }
+    for name, values in parts.items():
+        bad = (~values.isfinite()).any(1).nonzero()[:, 0].tolist()
+        row = prompts[bad[0]].example.name or "a row of the toy" if bad else ""
+        require(not bad, f"{row}: the reward function returns a `{name}` that is not finite")
     rewards = parts["reward"]
-    require(bool(rewards.isfinite().all()), "reward: is not a finite number for some response")
     metrics = {f"rollout/{name}": values.mean().item() for name, values in parts.items()}
     metrics |= {
         "rollout/reward_std": rewards.std(dim=1).mean().item(),

@@ -298,7 +298,7 @@ class Args:
     """Start over and replace the content of OUT."""
     think: bool = True
     """Ask for a thought, then the answer, or for the answer alone. A checkpoint of a training run
-    has a default of its own."""
+    is by default asked as in that run."""
     frames: tuple[int | None, ...] = (None,)
     """Frames per video, evenly spaced, or at most with --fps; one setting per value. Unset: --fps a
     second, at most 128, as in training; on the toy, as its checkpoint. The paper's sweep: 32, 64
@@ -327,7 +327,7 @@ class Args:
     """Maximum length of a response in tokens."""
     accuracy_rule: Literal["by-type", "exact"] = "by-type"
     """How an answer is compared with the solution: by problem type, as in Video-R1, or by exact
-    match (paper). A checkpoint of a training run has a default of its own."""
+    match (paper). A checkpoint of a training run is by default judged as in that run."""
     attn_layer: int = -1
     """Decoder layer whose attention is drawn and, for rows with boxes, measured; counted from 0, or
     from the end if negative."""
@@ -426,24 +426,21 @@ class Rows:
     processor: Processor
 
 
-def require_fits(args: Args, processor: Processor) -> None:
-    """Refuse, before any row is read, an evaluation whose largest setting does not fit into
-    memory."""
-    names = ("frames", "image_tokens", "frame_tokens")
-    most = {name: max(getattr(args, name), key=lambda x: x or 0) for name in names}
+def check_settings(args: Args, processor: Processor, is_toy: bool) -> None:
+    """Refuse, before any row is read, inconsistent arguments, and an evaluation whose largest
+    setting does not fit into memory."""
+    most = {name: max(getattr(args, name), key=lambda x: x or 0) for name in NAMES[1:]}
     if args.benchmark and not set(chosen(args.benchmark)) & set(GROUPS["videos"]):
         most["frames"] = 2  # the least: there are no videos
-    most["data"] = args.data or args.benchmark
-    require_evaluation_fits(SimpleNamespace(**vars(args) | most), processor.config)
+    most |= {"data": args.data or args.benchmark, "eval_data": (), "rows": None}
+    given = SimpleNamespace(**vars(args) | most | {"check_data": False})
+    data.check_files(given, is_toy)
+    require_evaluation_fits(given, processor.config)
 
 
 def open_rows(args: Args, setting: Setting, processor: Processor, task: toy.Task | None) -> Rows:
-    """Open the rows of a setting, and check the arguments about them."""
+    """Open the rows of a setting."""
     benchmark, frames, image_tokens, frame_tokens, grid = setting
-    given = dict(zip(NAMES, setting, strict=True)) | {"data": args.data or benchmark}
-    absent = {"eval_data": (), "rows": None, "check_data": False}
-    given = SimpleNamespace(**vars(args) | given | absent)
-    data.check_files(given, task is not None)
     if benchmark and args.bare:
         asked = PromptConfig(dict([BENCHMARKS[benchmark].bare]), False, args.accuracy_rule)
         processor = replace(processor, prompt_config=asked)
@@ -537,7 +534,7 @@ def main(args: Args) -> dict[str, float]:
     asked = f"--frames {' '.join(map(str, args.frames))}: {args.model} has learned images only"
     ranks.require(not images_only, f"{asked}; leave it out, or train a toy with sft.py --frames")
     processor = open_processor(args, task)
-    require_fits(args, processor)
+    check_settings(args, processor, task is not None)
     opened = {setting: open_rows(args, setting, processor, task) for setting in settings}
     ranks.require_same_on_ranks({"rows": [len(rows.names) for rows in opened.values()]})
     ranks.on_rank_0(partial(results.check_out, args))

@@ -279,7 +279,6 @@ def main(args: Args) -> dict[str, float]:
         batch = collate(model, prompts, processor.tokenizer.pad_token_id)
         clock.lap("vision")
         rollout, texts, rewards, metrics = roll_out(model, processor, prompts, batch, args)
-        run.sample(step, prompts, texts, rewards)
         clock.lap("rollout")
         advantages = group_advantages(rewards)
         cuts = common.cut_prompts(rollout, args.num_minibatches, args.micro_batch_size)
@@ -293,9 +292,10 @@ def main(args: Args) -> dict[str, float]:
                 for part in batches:
                     score_policy(model, part, args)
         metrics |= update(model, optimizer, batches, args)
-        run.require_finite(step, metrics, prompts)
         clock.lap("update")
         metrics |= clock.stop(tokens=int(rollout.response_mask.sum()))
+        run.sample(step, prompts, texts, rewards)
+        run.require_finite(step, metrics, prompts)
         if step % args.eval_every == 0 or step == args.steps:
             after = evaluate(model, processor, prepared.held_out, **options)
             metrics |= after.metrics

@@ -271,9 +271,9 @@ def main(args: Args) -> dict[str, float]:
             group["lr"] = learning_rate(step, args)
         # The same on all ranks, since `learned` decides below when they evaluate.
         metrics = ranks.over_ranks(update(model, processor, optimizer, prompts, args))
-        run.require_finite(step, metrics, prompts)
         clock.lap("update")
         metrics |= clock.stop(tokens=round(metrics["train/completion_len"] * len(prompts)))
+        run.require_finite(step, metrics, prompts)
         learned = is_toy and not caption and metrics["train/demo_prob"] > args.eval_above
         images_only = images_only and not learned
         if learned or step % args.eval_every == 0 or step == args.steps:

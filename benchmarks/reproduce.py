@@ -65,7 +65,7 @@ import grpo_baseline
 import kd_baseline
 import ral_grpo
 import sft
-from support import cli, disk, toy
+from support import cli, disk, ranks, toy
 from support.grounding import OUTCOMES
 from support.pictures import load_pyplot
 from support.prompts import collate, encode_prompt
@@ -391,9 +391,11 @@ def train(task: str, out: Path, script, fields: dict[str, Any], probe=nullcontex
     given = {"think": think, "max_new_tokens": toy.MAX_NEW_TOKENS[think], "out": str(out)}
     given |= {"eval_examples": TASKS[task].examples} | fields
     with TASKS[task].probe(), probe(), mock.patch.object(script, "evaluate", evaluate):
-        script.main(script.Args(**script.TOY | given))
-    if not (out / "checkpoint").is_dir():  # a signal ended it: half a run is no cell
-        raise SystemExit("stopped; the same command continues from this cell")
+        try:
+            script.main(script.Args(**script.TOY | given))
+        except ranks.Ended as end:  # by a signal: half a run is no cell
+            stopped = "stopped; the same command continues from this cell"
+            raise ranks.Ended(stopped, end.status) from None
 
 
 def cold_start(task: str, seed: int) -> Path:

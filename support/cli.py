@@ -41,8 +41,8 @@ class RunArgs:
     rows: int | None = None
     """Train on the first ROWS rows of --data. Unset: all. Paper: 51,200 of Video-R1-260k."""
     check_data: bool = False
-    """Read every row once, or with --rows those that the run would use, report the rows that cannot
-    be used, and stop."""
+    """Read every row once (with --rows, those of --data that the run would use), report the rows
+    that cannot be used, and stop."""
     frames: int | None = None
     """Frames of each video, evenly spaced; with --fps, the maximum. Unset: --fps a second, at most
     128 (paper); on the toy, as in its checkpoint."""
@@ -223,7 +223,8 @@ def run_script(
         ranks.leave(128 + signal.SIGPIPE)  # a program that ends by SIGPIPE is silent, too
     if unprinted:
         reason = unprinted[0].strerror
-        ranks.fail(1, f"error: the output cannot be printed ({reason}); the files are complete")
+        complete = "" if status else "; the files are complete"
+        ranks.fail(status or 1, f"error: the output cannot be printed ({reason}){complete}")
     if status:
         sys.exit(status)
 

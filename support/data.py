@@ -208,8 +208,9 @@ class Reader:
         except BaseException as error:
             if "DataLoader timed out" in str(error):
                 row = self.prompts.row(self.numbers[received], 0)
-                slow = f"{self.prompts.source.place(row)}: not read within {TIMEOUT} seconds"
-                raise UsageError(f"{slow}; remove that row, or give more --workers") from None
+                named = f"{self.prompts.source.place(row)}, or a row in place of it"
+                slow = f"{named}: not read within {TIMEOUT} seconds; remove or shorten it"
+                raise UsageError(slow) from None
             if not all(worker.is_alive() for worker in items._workers):
                 BROKEN.append(items)
             raise
@@ -315,8 +316,8 @@ def split_rows(args: Any, train: int, held_out: int) -> tuple[np.ndarray, np.nda
 def check_data(
     args: Any, encode: Callable[[Example], Prompt], accuracy_rule: str = "by-type"
 ) -> None:
-    """Read every row of `--data` and `--eval-data` once, or with `--rows` those that the run would
-    use, and print a summary and all bad rows.
+    """Read every row of `--data` and `--eval-data` once (with `--rows`, those of `--data` that the
+    run would use), and print a summary and all bad rows.
 
     Raises:
         UsageError: the fraction of bad rows exceeds `--max-skipped`, or several processes were
@@ -330,23 +331,24 @@ def check_data(
         path = " ".join(each(paths))
         bad_rows, rows = BadRows(1.0, len(file)), np.arange(len(file))
         if flag == "--data" and args.rows:
-            rows, apart = split_rows(args, len(file), 0)
-            rows = rows if args.eval_data else np.sort(np.concatenate([rows, apart]))
+            rows = np.sort(np.concatenate(split_rows(args, len(file), 0)))
         prompts = Prompts(file, encode, rows, max_tokens=args.max_prompt_tokens)
         kinds, lengths, no_number = Counter({"with boxes": 0}), [], []
         reader = Reader(prompts, range(len(rows)), args.workers, bad_rows)
-        for prompt in tqdm(reader, total=len(rows), desc=f"{flag} {path}"):
-            example = prompt.example
-            media = [medium.kind for medium in example.media]
-            kind = "several" if len(media) > 1 else "".join(media) or "text"
-            kinds[f"{kind}, {example.problem_type or 'no problem type'}"] += 1
-            lengths.append(len(prompt.ids))
-            kinds["with boxes"] += bool(example.boxes)
-            numeric = example.problem_type in ("numerical", "regression")
-            if numeric and accuracy_rule == "by-type" and read_number(example.solution) is None:
-                no_number.append(example.name)
-        for name, reason in bad_rows.bad.items():
-            print(f"bad: {name}: {reason}")
+        try:
+            for prompt in tqdm(reader, total=len(rows), desc=f"{flag} {path}"):
+                example = prompt.example
+                media = [medium.kind for medium in example.media]
+                kind = "several" if len(media) > 1 else "".join(media) or "text"
+                kinds[f"{kind}, {example.problem_type or 'no problem type'}"] += 1
+                lengths.append(len(prompt.ids))
+                kinds["with boxes"] += bool(example.boxes)
+                numeric = example.problem_type in ("numerical", "regression")
+                if numeric and accuracy_rule == "by-type" and read_number(example.solution) is None:
+                    no_number.append(example.name)
+        finally:  # also of a reading that hangs or is stopped
+            for name, reason in bad_rows.bad.items():
+                print(f"bad: {name}: {reason}")
         print(f"{flag} {path}: {len(rows):,} rows, {len(bad_rows.bad):,} bad")
         for kind, number in sorted(kinds.items()):
             print(f"  {kind:<28}{number:>10,}")

@@ -100,17 +100,17 @@ def look(
     there, least = visual[list(target)], 1e-9
     own = rows[1:].tril(rows.shape[1] - len(rows))[:length]  # without the token itself
     share = len(target) / len(visual)
-    names = ("answered", "target_attn", "target_attn_own", "vision_attn", "pointing")
-    found = dict.fromkeys(names, 0.0)
-    if start is not None:
-        seen = rows[start, visual]
-        found = {
-            "answered": 1.0,
-            "target_attn": rows[start, there].sum().item(),
-            "target_attn_own": (own[start, there].sum() / own[start].sum().clamp_min(least)).item(),
-            "vision_attn": seen.sum().item(),
-            "pointing": float(seen.argmax().item() in target),
-        }
+    first = start or 0
+    seen, own_sum = rows[first, visual], own[first].sum().clamp_min(least)
+    found = {
+        "answered": 1.0,
+        "target_attn": rows[first, there].sum().item(),
+        "target_attn_own": (own[first, there].sum() / own_sum).item(),
+        "vision_attn": seen.sum().item(),
+        "pointing": float(seen.argmax().item() in target),
+    }
+    if start is None:
+        found = dict.fromkeys(found, 0.0)
     policies = own / own.sum(-1, keepdim=True).clamp_min(least)
     on_target, on_vision = (policies[:, x].sum().item() / max(length, 1) for x in (there, visual))
     return found | {

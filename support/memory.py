@@ -261,10 +261,8 @@ def require_evaluation_fits(args: Any, config: Any) -> None:
     phases = memory_gb(config, given, lora_rank=None, processes=world_size())
     need = max(sum(phases[phase].values()) for phase in ("vision", "evaluation"))
     have = min(gather([available_gb()]))
-    require(
-        need < 0.95 * have,
-        too_large(args, config, need, have, "lower {}, --batch-tokens or --batch-size"),
-    )
+    remedy = "lower {}, --batch-tokens or --batch-size"
+    require(need < 0.95 * have, too_large(args, config, need, have, remedy))
 
 
 def too_large(args: Any, config: Any, need: float, have: float, remedy: str) -> str:

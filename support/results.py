@@ -125,8 +125,7 @@ def measures(records: Records) -> dict[str, str]:
     seen = [record for record in records if "pointing" in record]
     if not seen:
         return {}
-    # An evaluation by an earlier version does not say which responses have an answer.
-    answered = sum(record.get("answered", 1) for record in seen)
+    answered = sum(record.get("answered", 1) for record in seen)  # not every file says it
     found = {"rows with boxes": f"{len(seen):,}", "with an answer": f"{answered:,.0f}"}
     for name, share in fourfold(seen).items():
         found[OUTCOMES[name]] = f"{round(share * len(seen)):,} ({share:.3f})"

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ DEFINITIONS = 5  # raise it when the same arguments compute something else
 # 1. Fingerprints of inputs
 
 BLOCKS = 2**10  # of a fingerprint, for all files of one argument
-SCRIPT = "the script "
 
 
 def fingerprint_inputs(args: Any) -> dict[str, str]:
@@ -37,9 +36,9 @@ def fingerprint_inputs(args: Any) -> dict[str, str]:
     At most 256 MB are read for one argument, but always both ends of each file. So a changed label
     in a JSON file is noticed up to that size, and a changed Parquet footer at any size.
     """
-    prints, script = {}, getattr(sys.modules[type(args).__module__], "__file__", None)
+    prints, script = {}, getattr(sys.modules.get(type(args).__module__), "__file__", None)
     if script and isinstance(args, RunArgs):
-        prints[f"{SCRIPT}{Path(script).name}"] = disk.fingerprint(Path(script), BLOCKS)
+        prints[f"the script {Path(script).name}"] = script_fingerprint(script)
     names = ("model", "teacher", "data", "eval_data")
     for name, path in ((x, path) for x in names for path in each(getattr(args, x, None) or ())):
         if name.endswith("data"):
@@ -56,6 +55,12 @@ def fingerprint_inputs(args: Any) -> dict[str, str]:
             with disk.loading(label, "make it readable"):
                 prints[label] = disk.fingerprint(file, max(2, BLOCKS // len(files)))
     return prints
+
+
+@cache
+def script_fingerprint(path: str) -> str:
+    """The fingerprint of a file when it was first asked for, soon after it was imported."""
+    return disk.fingerprint(Path(path), BLOCKS)
 
 
 # 2. Choosing a state
@@ -154,8 +159,6 @@ def find_state(args: Any) -> State | None:
         if old != new and name not in args.may_change():
             differ.append(f"{option(name)} {old} -> {new}")
     changed = [x for x in inputs | state.inputs if inputs.get(x) != state.inputs.get(x)]
-    if not any(x.startswith(SCRIPT) for x in state.inputs):  # of an earlier version
-        changed = [x for x in changed if not x.startswith(SCRIPT)]
     differ += [f"other content: {', '.join(changed[:3])}"] if changed else []
     other = f"the state was made with other arguments or inputs ({'; '.join(differ)})"
     remedy = "use the original ones, or pass --allow-changed-args"

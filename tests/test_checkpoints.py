@@ -86,6 +86,7 @@ def only_bin(folder: Path) -> None:
 
 LARGE = "a" * 5_000_000
 SOONER = templates.TRIAL.replace("RLIMIT_CPU: 3", "RLIMIT_CPU: 1")
+assert SOONER != templates.TRIAL
 FOREVER = "{% for a in range(99999) %}{% for a in range(99999) %}{% endfor %}{% endfor %}"
 TEXT, VISION = {"path": "text_config"}, {"path": "vision_config"}
 CONFIG, IMAGES, WORDS = "config.json", "preprocessor_config.json", "tokenizer_config.json"

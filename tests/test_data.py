@@ -158,7 +158,7 @@ ANYTHING_ELSE = [  # what a file is; what its one line says
     (b"[1, 2]", "row 1 is not a JSON object"),
     (b"[{}]", "the rows of rows.json are empty"),
     (b'[{"problem": "p"}]', "has the columns problem; expected an answer in solution or answer"),
-    (b'[{"caption": "p", "answer": 1}]', "has the columns answer, caption; expected"),
+    (b'[{"caption": "p", "answer": 1}]', "expected a question in problem or question or prompt or"),
     (b"PAR1" * 100, "rows.json: Parquet file size"),
     (b"ARROW1\0\0" * 100, "begins with b'ARROW1"),
     (b"\xff\xff\xff\xff\xff\xff\0\0", "rows.json: Expected to read"),

@@ -537,6 +537,7 @@ def report_of(**planned):
         ({}, 2, "At lambda 1 the term's gradient is 0.01 of the token term's; lambda 10 would make"
          " it a tenth."),
         ({"rounding": 0.7}, 2, "70% of what moved is rounding, and more of that gradient is."),
+        ({"rounding": 0.7, "moved": 2e-3}, 2, "lambda 10 would make it a tenth."),
         ({"gradient": 0.0, "lambda": None}, 2, "At lambda 1 the term's gradient is 0 of the token"
          " term's."),
     ],

@@ -133,7 +133,7 @@ def test_the_largest_setting_must_fit(monkeypatch):
     monkeypatch.setattr(eval, "require_evaluation_fits", lambda given, _: seen.append(given))
     sweep = {"frames": (8, 32, 16), "image_tokens": (64, 512), "data": ("rows.json",)}
     for fields in (sweep, {"benchmark": ("images",)}, {"benchmark": ("vstar", "nextqa")}):
-        eval.require_fits(eval.Args(model="m", **fields), SimpleNamespace(config=None))
+        eval.check_settings(eval.Args(model="m", **fields), SimpleNamespace(config=None), False)
     # Without a number, a video has up to 128 frames; image benchmarks have no videos.
     assert [(x.frames, x.image_tokens) for x in seen] == [(32, 512), (2, 5120), (None, 5120)]
     assert all(x.data for x in seen)

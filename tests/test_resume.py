@@ -348,6 +348,8 @@ def test_what_is_not_finite_stops_the_run(cold_start, teacher, tmp_path, monkeyp
         with pytest.raises(ranks.UsageError, match=last):
             ral_grpo.main(toy_args(ral_grpo, **fields))
     restore_signals()
+    last = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["step"] == 4
     files = list((tmp_path / "run" / "state" / "step-000002").glob("*.safetensors"))
     assert len(files) == TRAINED
     assert all(tensor.isfinite().all() for file in files for tensor in load_file(file).values())

@@ -227,10 +227,10 @@ def test_sft_goes_on_from_a_checkpoint(cold_start, tmp_path):
     )
     metrics = sft.main(replace(args, prompts_per_step=4, stop_accuracy=0.999))
     lines = (tmp_path / "more" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 4 and metrics == {
-        k: v for k, v in json.loads(lines[-1]).items() if k not in ("step", "perf/run_s")
-    }
-    assert "eval/accuracy" in metrics
+    last = json.loads(lines[-1])
+    assert len(lines) == 4
+    assert metrics == {k: v for k, v in last.items() if k not in ("step", "perf/run_s")}
+    assert "eval/accuracy" in metrics and 0 < metrics["perf/eval_s"] < last["perf/run_s"]
 
 
 @pytest.mark.parametrize("part", ["config.json", "model.safetensors", "tokenizer.json"])
@@ -397,7 +397,11 @@ def test_a_reward_that_cannot_be_used_is_one_line(checkpoints):
         return common.judge(reward, prompts, rollout, texts)
 
     assert judge({"reward": 0.0})[1]["rollout/reward"] == pytest.approx(5 / 6)
-    with pytest.raises(ranks.UsageError, match="other names for some responses"):
-        judge({"reward": 1.0, "length": 2.0})
-    with pytest.raises(ranks.UsageError, match="reward: is not a finite number"):
+    for names in ({"reward": 1.0, "length": 2.0}, {"accuracy": 1.0}):
+        with pytest.raises(ranks.UsageError, match="returns reward; return the same names for"):
+            judge(names)
+    with pytest.raises(
+        ranks.UsageError,
+        match="a row of the toy: the reward function returns a `reward` that is not",
+    ):
         judge({"reward": float("nan")})

@@ -29,13 +29,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed import fsdp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
@@ -44,18 +39,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
-from support import answers, runs, toy
-from support.checkpoints import (
-    is_tied,
-    load_processor,
-    loading,
-    read_model,
-    vision_token_ids,
-    write_files,
-)
+from support import answers, checkpoints, ranks, runs, toy
+from support.checkpoints import load_processor, read_model, vision_token_ids, write_files
 from support.cli import each, option
 from support.data import Reader, check_data, check_files, open_data
-from support.disk import TRAINING_RUN
+from support.disk import TRAINING_RUN, loading
 from support.memory import ATTENTION_CHUNK, LOGIT_CHUNK, empty_model, fit_memory
 from support.prompts import (
     Example,
@@ -66,19 +54,7 @@ from support.prompts import (
     encode_prompt,
     encoder_outputs,
 )
-from support.ranks import (
-    Ended,
-    compute_dtype,
-    device,
-    full_tensor,
-    gather,
-    on_rank_0,
-    print_on_rank_0,
-    rank,
-    require,
-    start_ranks,
-    world_size,
-)
+from support.ranks import compute_dtype, device, gather, on_rank_0, require, start_ranks, world_size
 from support.states import State, find_state
 
 transformers_logging.disable_progress_bar()
@@ -129,7 +105,7 @@ def load_model(
 
     model = on_rank_0(read) if sharded else read()  # rank 0 reads for all ranks
     if sharded:  # the weights say whether they are tied
-        processor.config.tie_word_embeddings = gather([model and is_tied(model)])[0]
+        processor.config.tie_word_embeddings = gather([model and checkpoints.is_tied(model)])[0]
     if model is None:
         model = empty_model(processor.config, **options)
         model.generation_config.eos_token_id = sorted(processor.end_ids)
@@ -172,9 +148,8 @@ def add_adapters(model: nn.Module, r: int, base: str) -> None:
     for module in model.modules():
         if hasattr(module, "lora_A"):
             module.forward = MethodType(adapted_linear, module)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
+            module.lora_A.float()
+            module.lora_B.float()
 
 
 def adapted_linear(self: nn.Module, x: Tensor) -> Tensor:
@@ -209,12 +184,12 @@ def shard(model: nn.Module) -> None:
     frozen weights behind adapters are not sharded, because gathering them would hold the model
     twice.
     """
-    weights = model.state_dict() if rank() == 0 else {}
+    weights = model.state_dict() if ranks.rank() == 0 else {}
     buffers = dict(model.named_buffers())
     model.to("meta")
     model.tie_weights()  # `to` creates one parameter per name
     # Inputs keep their dtype: the rotary tables of the vision encoder are float32.
-    policy = MixedPrecisionPolicy(
+    policy = fsdp.MixedPrecisionPolicy(
         param_dtype=compute_dtype(), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     outside = {
@@ -223,17 +198,17 @@ def shard(model: nn.Module) -> None:
         if world_size() == 1 and not parameter.requires_grad and parameter.dtype == compute_dtype()
     }
     for block in (*model.model.language_model.layers, *model.model.visual.blocks):
-        fully_shard(block, mp_policy=policy, ignored_params=outside)
-    fully_shard(model, mp_policy=policy, ignored_params=outside)
+        fsdp.fully_shard(block, mp_policy=policy, ignored_params=outside)
+    fsdp.fully_shard(model, mp_policy=policy, ignored_params=outside)
     reshard_root(model)
     for method in ("get_image_features", "token_scores"):
-        register_fsdp_forward_method(model, method)
+        fsdp.register_fsdp_forward_method(model, method)
     model.to_empty(device=device())
     model.tie_weights()
     fill(model, weights, buffers)
 
 
-def reshard_root(model: FSDPModule) -> None:
+def reshard_root(model: fsdp.FSDPModule) -> None:
     """Free the weights outside the layers after each pass of a frozen model. By default they stay
     gathered until the backward pass, which only a trained model has."""
     frozen = not any(parameter.requires_grad for parameter in model.parameters())
@@ -250,7 +225,7 @@ def fill(model: nn.Module, weights: dict[str, Tensor], buffers: dict[str, Tensor
     set_model_state_dict(model, weights, options=options)
     # Checkpoints lack the rotary frequencies.
     for name, buffer in model.named_buffers():
-        if rank() == 0:
+        if ranks.rank() == 0:
             buffer.copy_(buffers[name])
         dist.broadcast(buffer, src=0)
 
@@ -262,7 +237,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     The weights are gathered once, not once per token, and no rank waits for another in between.
     FSDP's hooks, which would cost a fifth of a decoded token's time on the host, do not run.
     """
-    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    shards = [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
     if not shards or getattr(model, "is_gathered", False):
         yield
         return
@@ -304,7 +279,7 @@ def save_model(directory: Path | None, model: nn.Module, processor: Processor) -
     for name, tensor in model.state_dict().items():
         if name in tied:
             continue
-        tensor = full_tensor(tensor)  # all ranks take part
+        tensor = ranks.full_tensor(tensor)  # all ranks take part
         if "lora_" in name:
             if directory is not None:
                 name = f"base_model.model.{name.replace('.default.', '.')}"
@@ -312,7 +287,7 @@ def save_model(directory: Path | None, model: nn.Module, processor: Processor) -
             continue
         layer = layers.get(name.removesuffix(".base_layer.weight"))
         if layer is not None:
-            a, b = (full_tensor(x["default"].weight) for x in (layer.lora_A, layer.lora_B))
+            a, b = (ranks.full_tensor(x["default"].weight) for x in (layer.lora_A, layer.lora_B))
             tensor = tensor.float() + layer.scaling["default"] * (b @ a)
         if directory is not None:
             weights[name.replace(".base_layer", "")] = tensor.to("cpu", compute_dtype())
@@ -422,9 +397,8 @@ def grouped_attention(
     if layout.cache is not None and len(layout.cache.prompt) > module.layer_idx:
         return decode_attention(query, key, value, scaling, layout, module.layer_idx), None
     p = layout.prompt_len
-    prompt_out = prompt_attention(
-        query[:, :, :p], key[:, :, :p], value[:, :, :p], scaling, layout.prompt_mask
-    )
+    of_prompt = (x[:, :, :p] for x in (query, key, value))
+    prompt_out = prompt_attention(*of_prompt, scaling, layout.prompt_mask)
     if layout.cache is not None:
         layout.cache.add_prompt(key, value)
         return prompt_out, None
@@ -940,10 +914,9 @@ def judge(
     ]
     names = judged[0][0].keys()
     alike = all(response.keys() == names for group in judged for response in group)
+    returned = f"the reward function returns {', '.join(names)}"
     remedy = "return the same names for every response, one of them `reward`"
-    require(
-        alike and "reward" in names, f"the reward function returns {', '.join(names)}; {remedy}"
-    )
+    require(alike and "reward" in names, f"{returned}; {remedy}")
     parts = {
         name: torch.tensor([[float(response[name]) for response in group] for group in judged])
         for name in names
@@ -1070,17 +1043,15 @@ def prepare(
     if processor.prompt_config.think != args.think and "prompt.json" in processor.files:
         flags = {True: "--think", False: "--no-think"}
         changed = f"was trained with {flags[not args.think]}; this run has {flags[args.think]}"
-        print_on_rank_0(f"note: {path} {changed}")
-    processor.prompt_config = PromptConfig(
-        prompts={} if is_toy else prompts,  # a toy knows only its own words
-        think=args.think,
-        accuracy_rule=getattr(args, "accuracy_rule", "by-type"),
-        question_first=task.order == "question-first",
-    )
+        ranks.print_on_rank_0(f"note: {path} {changed}")
+    asked = {} if is_toy else prompts  # a toy knows only its own words
+    rule = getattr(args, "accuracy_rule", "by-type")
+    first = task.order == "question-first"
+    processor.prompt_config = PromptConfig(asked, args.think, rule, question_first=first)
     encode = partial(encode or encode_prompt, processor)
     if args.check_data:
-        check_data(args, encode, processor.prompt_config.accuracy_rule)
-        raise Ended("--check-data: no run was started")
+        check_data(args, encode, rule)
+        raise ranks.Ended("--check-data: no run was started")
     train, held_out = open_data(args, encode, task, keep_media=keep_media)
     if args.steps is None:
         epochs = getattr(args, "epochs", 1.0)
@@ -1105,12 +1076,7 @@ def prepare(
     if args.learning_rate is None:
         args = replace(args, learning_rate=learning_rate(args, processor.config, is_toy))
     state = find_state(args)
-    model = load_model(
-        path,
-        train_vision=args.train_vision,
-        lora_rank=args.lora_rank,
-        gradient_checkpointing=args.gradient_checkpointing,
-    )
+    model = load_model(path, args.train_vision, args.lora_rank, args.gradient_checkpointing)
     frozen_teacher = None if teacher is None else load_teacher(teacher, processor, other)
     reference = None
     if needs_reference:  # with adapters, the same model without them

@@ -1064,15 +1064,7 @@ def prepare(
         known = toy.Task.load(Path(teacher))
         trained = f"--teacher {teacher}: was trained on another task than the student"
         require(known in (None, task), trained)
-    args = fit_memory(
-        args,
-        processor.config,
-        group_size=getattr(args, "group_size", 1),
-        needs_reference=needs_reference,
-        teacher=other and other.config,
-        evaluate_teacher=getattr(args, "evaluate_teacher", False),
-        passes=passes,
-    )
+    args = fit_memory(args, processor.config, needs_reference, other and other.config, passes)
     if args.learning_rate is None:
         args = replace(args, learning_rate=learning_rate(args, processor.config, is_toy))
     state = find_state(args)

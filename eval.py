@@ -30,19 +30,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common import (
-    accuracy,
-    gathered,
-    generate_group,
-    has_format,
-    load_model,
-    load_processor,
-    require_layer,
-    score,
-)
+from common import accuracy, gathered, generate_group, has_format, load_model, require_layer, score
 from support import cli, data, disk, ranks, results, toy
 from support.answers import extract_answer
 from support.benchmarks import BENCHMARKS, GROUPS, BenchmarkFile, chosen
+from support.checkpoints import load_processor
 from support.data import BadRows, Prompts, Reader
 from support.datafiles import DataFile
 from support.grounding import fourfold, look

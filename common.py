@@ -39,11 +39,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
-from support import answers, checkpoints, ranks, runs, toy
+from support import answers, checkpoints, cli, data, disk, ranks, runs, toy
 from support.checkpoints import load_processor, read_model, vision_token_ids, write_files
-from support.cli import each, option
-from support.data import Reader, check_data, check_files, open_data
-from support.disk import TRAINING_RUN, loading
 from support.memory import ATTENTION_CHUNK, LOGIT_CHUNK, empty_model, fit_memory
 from support.prompts import (
     Example,
@@ -96,7 +93,7 @@ def load_model(
     require(bool(processor.end_ids), f"{field} {path}: names no end-of-turn token; {remedy}")
 
     def read() -> nn.Module:
-        with loading(f"{field} {path}"):
+        with disk.loading(f"{field} {path}"):
             model = read_model(path, field, processor, options)
             if not frozen:  # what could fail at the end fails now
                 with TemporaryDirectory() as trial:
@@ -992,7 +989,7 @@ class Prepared:
     model: nn.Module
     reference: nn.Module | None
     teacher: nn.Module | None
-    train: Reader
+    train: data.Reader
     held_out: Iterable[Prompt]
     state: State | None
     task: toy.Task
@@ -1013,7 +1010,7 @@ def prepare(
     needs_reference: bool = False,
     keep_media: bool = False,
     passes: int = 1,
-    kind: str = TRAINING_RUN,
+    kind: str = disk.TRAINING_RUN,
 ) -> Prepared:
     """Check all arguments and files, then read the data, fit the run into memory, find the state to
     resume from, and load the models. Whatever can fail without the weights fails before they load.
@@ -1036,10 +1033,10 @@ def prepare(
     set_seed(args.seed)
     path = base or args.model
     processor = load_processor(path, args.image_tokens, args.frame_tokens, args.min_image_tokens)
-    check_files(args, is_toy)
+    data.check_files(args, is_toy)
     for name in layers:
-        for layer in each(getattr(args, name)):
-            require_layer(option(name), layer, processor.config)
+        for layer in cli.each(getattr(args, name)):
+            require_layer(cli.option(name), layer, processor.config)
     if processor.prompt_config.think != args.think and "prompt.json" in processor.files:
         flags = {True: "--think", False: "--no-think"}
         changed = f"was trained with {flags[not args.think]}; this run has {flags[args.think]}"
@@ -1050,9 +1047,9 @@ def prepare(
     processor.prompt_config = PromptConfig(asked, args.think, rule, question_first=first)
     encode = partial(encode or encode_prompt, processor)
     if args.check_data:
-        check_data(args, encode, rule)
+        data.check_data(args, encode, rule)
         raise ranks.Ended("--check-data: no run was started")
-    train, held_out = open_data(args, encode, task, keep_media=keep_media)
+    train, held_out = data.open_data(args, encode, task, keep_media=keep_media)
     if args.steps is None:
         epochs = getattr(args, "epochs", 1.0)
         args = replace(args, steps=train.steps(args.prompts_per_step, epochs))
@@ -1060,7 +1057,7 @@ def prepare(
     if teacher is not None:
         other = load_processor(teacher, field="--teacher")
         for name in teacher_layers:
-            require_layer(option(name), getattr(args, name), other.config)
+            require_layer(cli.option(name), getattr(args, name), other.config)
         known = toy.Task.load(Path(teacher))
         trained = f"--teacher {teacher}: was trained on another task than the student"
         require(known in (None, task), trained)

@@ -31,11 +31,9 @@ from torch import nn
 from tqdm import tqdm
 
 from common import accuracy, gathered, generate_group, has_format, load_model, require_layer, score
-from support import cli, data, disk, ranks, results, toy
-from support.answers import extract_answer
+from support import answers, cli, data, disk, ranks, results, toy
 from support.benchmarks import BENCHMARKS, GROUPS, BenchmarkFile, chosen
 from support.checkpoints import load_processor
-from support.data import BadRows, Prompts, Reader
 from support.datafiles import DataFile
 from support.grounding import fourfold, look
 from support.memory import DECODED, require_evaluation_fits
@@ -149,7 +147,7 @@ def record_of(
         "completion_len": len(ids),
     }
     if metric is not None:
-        record["score"] = metric(extract_answer(judged), example)
+        record["score"] = metric(answers.extract_answer(judged), example)
         record["question_id"] = example.extra.get("question_id")
     return record, answer
 
@@ -245,7 +243,7 @@ def answer_tokens(tokenizer: Any, ids: list[int], text: str, first_mention: bool
     questions ("B", "2") also occur where they mean something else, so without `first_mention` only
     the text inside the tags counts.
     """
-    answer = extract_answer(text)
+    answer = answers.extract_answer(text)
     if not answer:
         return range(0)
     start = text.find(answer, 0 if first_mention else text.find("<answer>") + len("<answer>"))
@@ -414,7 +412,7 @@ class Rows:
     """The rows of a setting: their names, their reader, and how they are asked."""
 
     names: list[str]
-    reader: Reader
+    reader: data.Reader
     processor: Processor
 
 
@@ -449,8 +447,8 @@ def open_rows(args: Args, setting: Setting, processor: Processor, task: toy.Task
         file = toy.HeldOut(toy.held_out_examples(task, args.examples or 512))
     rows = range(len(file))[: args.examples]
     kept = len(rows) if args.relative else args.gaze  # of so many, from the first, the media
-    source = Prompts(file, encode, rows, None, args.max_prompt_tokens, kept)
-    reader = Reader(source, (), args.workers, BadRows(args.max_skipped, len(file)))
+    source = data.Prompts(file, encode, rows, None, args.max_prompt_tokens, kept)
+    reader = data.Reader(source, (), args.workers, data.BadRows(args.max_skipped, len(file)))
     return Rows([file.name(row) for row in rows], reader, processor)
 
 

@@ -186,14 +186,12 @@ def shard(model: nn.Module) -> None:
     model.to("meta")
     model.tie_weights()  # `to` creates one parameter per name
     # Inputs keep their dtype: the rotary tables of the vision encoder are float32.
-    policy = fsdp.MixedPrecisionPolicy(
-        param_dtype=compute_dtype(), reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
-    outside = {
-        parameter
-        for parameter in model.parameters()
-        if world_size() == 1 and not parameter.requires_grad and parameter.dtype == compute_dtype()
-    }
+    dtypes = {"param_dtype": compute_dtype(), "reduce_dtype": torch.float32}
+    policy = fsdp.MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
+    outside = set()
+    if world_size() == 1:
+        frozen = (x for x in model.parameters() if not x.requires_grad)
+        outside = {x for x in frozen if x.dtype == compute_dtype()}
     for block in (*model.model.language_model.layers, *model.model.visual.blocks):
         fsdp.fully_shard(block, mp_policy=policy, ignored_params=outside)
     fsdp.fully_shard(model, mp_policy=policy, ignored_params=outside)
@@ -376,7 +374,6 @@ def grouped_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
-    dropout: float = 0.0,
     layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -388,9 +385,8 @@ def grouped_attention(
     `outputs.attentions`. Without a `layout` this is the SDPA of transformers.
     """
     if layout is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        options = {"scaling": scaling, **kwargs}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if layout.cache is not None and len(layout.cache.prompt) > module.layer_idx:
         return decode_attention(query, key, value, scaling, layout, module.layer_idx), None
     p = layout.prompt_len
@@ -803,9 +799,8 @@ def score(
         "use_cache": False,
     }
     options = {"temperature": temperature, "suppressed": suppressed, "keep_logits": keep_logits}
-    logps, entropy, logits, attentions = model.token_scores(
-        inputs, rows.flatten(), ids.flatten(), **options
-    )
+    found = model.token_scores(inputs, rows.flatten(), ids.flatten(), **options)
+    logps, entropy, logits, attentions = found
     logps = logps.view(b, g, t).masked_fill(~mask, 0.0)
     logits = None if logits is None else logits.view(b, g, t, -1)
     by_layer = dict(zip(sorted(set(layers)), attentions, strict=True))

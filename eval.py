@@ -89,7 +89,6 @@ def predict(
             part = rollout[:scored]
             found = score(model, part, attn_layers=wanted).attentions
             found = {layer: x[:, 0].cpu() for layer, x in found.items()}
-        generic = {}
         if relative and has_targets:
             generic = generic_masses(model, processor, chunk, attn_layer)
         for row, (prompt, (text,)) in enumerate(zip(chunk, texts, strict=True)):

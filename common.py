@@ -29,13 +29,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed import fsdp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
@@ -44,18 +39,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
-from support import answers, runs, toy
-from support.checkpoints import (
-    is_tied,
-    load_processor,
-    loading,
-    read_model,
-    vision_token_ids,
-    write_files,
-)
-from support.cli import each, option
-from support.data import Reader, check_data, check_files, open_data
-from support.disk import TRAINING_RUN
+from support import answers, checkpoints, cli, data, disk, ranks, runs, toy
+from support.checkpoints import load_processor, read_model, vision_token_ids, write_files
 from support.memory import ATTENTION_CHUNK, LOGIT_CHUNK, empty_model, fit_memory
 from support.prompts import (
     Example,
@@ -66,19 +51,7 @@ from support.prompts import (
     encode_prompt,
     encoder_outputs,
 )
-from support.ranks import (
-    Ended,
-    compute_dtype,
-    device,
-    full_tensor,
-    gather,
-    on_rank_0,
-    print_on_rank_0,
-    rank,
-    require,
-    start_ranks,
-    world_size,
-)
+from support.ranks import compute_dtype, device, gather, on_rank_0, require, start_ranks, world_size
 from support.states import State, find_state
 
 transformers_logging.disable_progress_bar()
@@ -120,7 +93,7 @@ def load_model(
     require(bool(processor.end_ids), f"{field} {path}: names no end-of-turn token; {remedy}")
 
     def read() -> nn.Module:
-        with loading(f"{field} {path}"):
+        with disk.loading(f"{field} {path}"):
             model = read_model(path, field, processor, options)
             if not frozen:  # what could fail at the end fails now
                 with TemporaryDirectory() as trial:
@@ -129,7 +102,7 @@ def load_model(
 
     model = on_rank_0(read) if sharded else read()  # rank 0 reads for all ranks
     if sharded:  # the weights say whether they are tied
-        processor.config.tie_word_embeddings = gather([model and is_tied(model)])[0]
+        processor.config.tie_word_embeddings = gather([model and checkpoints.is_tied(model)])[0]
     if model is None:
         model = empty_model(processor.config, **options)
         model.generation_config.eos_token_id = sorted(processor.end_ids)
@@ -172,9 +145,8 @@ def add_adapters(model: nn.Module, r: int, base: str) -> None:
     for module in model.modules():
         if hasattr(module, "lora_A"):
             module.forward = MethodType(adapted_linear, module)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
+            module.lora_A.float()
+            module.lora_B.float()
 
 
 def adapted_linear(self: nn.Module, x: Tensor) -> Tensor:
@@ -209,31 +181,29 @@ def shard(model: nn.Module) -> None:
     frozen weights behind adapters are not sharded, because gathering them would hold the model
     twice.
     """
-    weights = model.state_dict() if rank() == 0 else {}
+    weights = model.state_dict() if ranks.rank() == 0 else {}
     buffers = dict(model.named_buffers())
     model.to("meta")
     model.tie_weights()  # `to` creates one parameter per name
     # Inputs keep their dtype: the rotary tables of the vision encoder are float32.
-    policy = MixedPrecisionPolicy(
-        param_dtype=compute_dtype(), reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
-    outside = {
-        parameter
-        for parameter in model.parameters()
-        if world_size() == 1 and not parameter.requires_grad and parameter.dtype == compute_dtype()
-    }
+    dtypes = {"param_dtype": compute_dtype(), "reduce_dtype": torch.float32}
+    policy = fsdp.MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
+    outside = set()
+    if world_size() == 1:
+        frozen = (x for x in model.parameters() if not x.requires_grad)
+        outside = {x for x in frozen if x.dtype == compute_dtype()}
     for block in (*model.model.language_model.layers, *model.model.visual.blocks):
-        fully_shard(block, mp_policy=policy, ignored_params=outside)
-    fully_shard(model, mp_policy=policy, ignored_params=outside)
+        fsdp.fully_shard(block, mp_policy=policy, ignored_params=outside)
+    fsdp.fully_shard(model, mp_policy=policy, ignored_params=outside)
     reshard_root(model)
     for method in ("get_image_features", "token_scores"):
-        register_fsdp_forward_method(model, method)
+        fsdp.register_fsdp_forward_method(model, method)
     model.to_empty(device=device())
     model.tie_weights()
     fill(model, weights, buffers)
 
 
-def reshard_root(model: FSDPModule) -> None:
+def reshard_root(model: fsdp.FSDPModule) -> None:
     """Free the weights outside the layers after each pass of a frozen model. By default they stay
     gathered until the backward pass, which only a trained model has."""
     frozen = not any(parameter.requires_grad for parameter in model.parameters())
@@ -250,7 +220,7 @@ def fill(model: nn.Module, weights: dict[str, Tensor], buffers: dict[str, Tensor
     set_model_state_dict(model, weights, options=options)
     # Checkpoints lack the rotary frequencies.
     for name, buffer in model.named_buffers():
-        if rank() == 0:
+        if ranks.rank() == 0:
             buffer.copy_(buffers[name])
         dist.broadcast(buffer, src=0)
 
@@ -262,7 +232,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     The weights are gathered once, not once per token, and no rank waits for another in between.
     FSDP's hooks, which would cost a fifth of a decoded token's time on the host, do not run.
     """
-    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    shards = [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
     if not shards or getattr(model, "is_gathered", False):
         yield
         return
@@ -304,7 +274,7 @@ def save_model(directory: Path | None, model: nn.Module, processor: Processor) -
     for name, tensor in model.state_dict().items():
         if name in tied:
             continue
-        tensor = full_tensor(tensor)  # all ranks take part
+        tensor = ranks.full_tensor(tensor)  # all ranks take part
         if "lora_" in name:
             if directory is not None:
                 name = f"base_model.model.{name.replace('.default.', '.')}"
@@ -312,7 +282,7 @@ def save_model(directory: Path | None, model: nn.Module, processor: Processor) -
             continue
         layer = layers.get(name.removesuffix(".base_layer.weight"))
         if layer is not None:
-            a, b = (full_tensor(x["default"].weight) for x in (layer.lora_A, layer.lora_B))
+            a, b = (ranks.full_tensor(x["default"].weight) for x in (layer.lora_A, layer.lora_B))
             tensor = tensor.float() + layer.scaling["default"] * (b @ a)
         if directory is not None:
             weights[name.replace(".base_layer", "")] = tensor.to("cpu", compute_dtype())
@@ -404,7 +374,6 @@ def grouped_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
-    dropout: float = 0.0,
     layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -416,15 +385,13 @@ def grouped_attention(
     `outputs.attentions`. Without a `layout` this is the SDPA of transformers.
     """
     if layout is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        options = {"scaling": scaling, **kwargs}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if layout.cache is not None and len(layout.cache.prompt) > module.layer_idx:
         return decode_attention(query, key, value, scaling, layout, module.layer_idx), None
     p = layout.prompt_len
-    prompt_out = prompt_attention(
-        query[:, :, :p], key[:, :, :p], value[:, :, :p], scaling, layout.prompt_mask
-    )
+    of_prompt = (x[:, :, :p] for x in (query, key, value))
+    prompt_out = prompt_attention(*of_prompt, scaling, layout.prompt_mask)
     if layout.cache is not None:
         layout.cache.add_prompt(key, value)
         return prompt_out, None
@@ -832,9 +799,8 @@ def score(
         "use_cache": False,
     }
     options = {"temperature": temperature, "suppressed": suppressed, "keep_logits": keep_logits}
-    logps, entropy, logits, attentions = model.token_scores(
-        inputs, rows.flatten(), ids.flatten(), **options
-    )
+    found = model.token_scores(inputs, rows.flatten(), ids.flatten(), **options)
+    logps, entropy, logits, attentions = found
     logps = logps.view(b, g, t).masked_fill(~mask, 0.0)
     logits = None if logits is None else logits.view(b, g, t, -1)
     by_layer = dict(zip(sorted(set(layers)), attentions, strict=True))
@@ -940,10 +906,9 @@ def judge(
     ]
     names = judged[0][0].keys()
     alike = all(response.keys() == names for group in judged for response in group)
+    returned = f"the reward function returns {', '.join(names)}"
     remedy = "return the same names for every response, one of them `reward`"
-    require(
-        alike and "reward" in names, f"the reward function returns {', '.join(names)}; {remedy}"
-    )
+    require(alike and "reward" in names, f"{returned}; {remedy}")
     parts = {
         name: torch.tensor([[float(response[name]) for response in group] for group in judged])
         for name in names
@@ -1019,7 +984,7 @@ class Prepared:
     model: nn.Module
     reference: nn.Module | None
     teacher: nn.Module | None
-    train: Reader
+    train: data.Reader
     held_out: Iterable[Prompt]
     state: State | None
     task: toy.Task
@@ -1040,7 +1005,7 @@ def prepare(
     needs_reference: bool = False,
     keep_media: bool = False,
     passes: int = 1,
-    kind: str = TRAINING_RUN,
+    kind: str = disk.TRAINING_RUN,
 ) -> Prepared:
     """Check all arguments and files, then read the data, fit the run into memory, find the state to
     resume from, and load the models. Whatever can fail without the weights fails before they load.
@@ -1063,25 +1028,23 @@ def prepare(
     set_seed(args.seed)
     path = base or args.model
     processor = load_processor(path, args.image_tokens, args.frame_tokens, args.min_image_tokens)
-    check_files(args, is_toy)
+    data.check_files(args, is_toy)
     for name in layers:
-        for layer in each(getattr(args, name)):
-            require_layer(option(name), layer, processor.config)
+        for layer in cli.each(getattr(args, name)):
+            require_layer(cli.option(name), layer, processor.config)
     if processor.prompt_config.think != args.think and "prompt.json" in processor.files:
         flags = {True: "--think", False: "--no-think"}
         changed = f"was trained with {flags[not args.think]}; this run has {flags[args.think]}"
-        print_on_rank_0(f"note: {path} {changed}")
-    processor.prompt_config = PromptConfig(
-        prompts={} if is_toy else prompts,  # a toy knows only its own words
-        think=args.think,
-        accuracy_rule=getattr(args, "accuracy_rule", "by-type"),
-        question_first=task.order == "question-first",
-    )
+        ranks.print_on_rank_0(f"note: {path} {changed}")
+    asked = {} if is_toy else prompts  # a toy knows only its own words
+    rule = getattr(args, "accuracy_rule", "by-type")
+    first = task.order == "question-first"
+    processor.prompt_config = PromptConfig(asked, args.think, rule, question_first=first)
     encode = partial(encode or encode_prompt, processor)
     if args.check_data:
-        check_data(args, encode, processor.prompt_config.accuracy_rule)
-        raise Ended("--check-data: no run was started")
-    train, held_out = open_data(args, encode, task, keep_media=keep_media)
+        data.check_data(args, encode, rule)
+        raise ranks.Ended("--check-data: no run was started")
+    train, held_out = data.open_data(args, encode, task, keep_media=keep_media)
     if args.steps is None:
         epochs = getattr(args, "epochs", 1.0)
         args = replace(args, steps=train.steps(args.prompts_per_step, epochs))
@@ -1089,28 +1052,15 @@ def prepare(
     if teacher is not None:
         other = load_processor(teacher, field="--teacher")
         for name in teacher_layers:
-            require_layer(option(name), getattr(args, name), other.config)
+            require_layer(cli.option(name), getattr(args, name), other.config)
         known = toy.Task.load(Path(teacher))
         trained = f"--teacher {teacher}: was trained on another task than the student"
         require(known in (None, task), trained)
-    args = fit_memory(
-        args,
-        processor.config,
-        group_size=getattr(args, "group_size", 1),
-        needs_reference=needs_reference,
-        teacher=other and other.config,
-        evaluate_teacher=getattr(args, "evaluate_teacher", False),
-        passes=passes,
-    )
+    args = fit_memory(args, processor.config, needs_reference, other and other.config, passes)
     if args.learning_rate is None:
         args = replace(args, learning_rate=learning_rate(args, processor.config, is_toy))
     state = find_state(args)
-    model = load_model(
-        path,
-        train_vision=args.train_vision,
-        lora_rank=args.lora_rank,
-        gradient_checkpointing=args.gradient_checkpointing,
-    )
+    model = load_model(path, args.train_vision, args.lora_rank, args.gradient_checkpointing)
     frozen_teacher = None if teacher is None else load_teacher(teacher, processor, other)
     reference = None
     if needs_reference:  # with adapters, the same model without them

@@ -30,20 +30,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common import (
-    accuracy,
-    gathered,
-    generate_group,
-    has_format,
-    load_model,
-    load_processor,
-    require_layer,
-    score,
-)
-from support import cli, data, disk, ranks, results, toy
-from support.answers import extract_answer
+from common import accuracy, gathered, generate_group, has_format, load_model, require_layer, score
+from support import answers, cli, data, disk, ranks, results, toy
 from support.benchmarks import BENCHMARKS, GROUPS, BenchmarkFile, chosen
-from support.data import BadRows, Prompts, Reader
+from support.checkpoints import load_processor
 from support.datafiles import DataFile
 from support.grounding import fourfold, look
 from support.memory import DECODED, require_evaluation_fits
@@ -99,7 +89,6 @@ def predict(
             part = rollout[:scored]
             found = score(model, part, attn_layers=wanted).attentions
             found = {layer: x[:, 0].cpu() for layer, x in found.items()}
-        generic = {}
         if relative and has_targets:
             generic = generic_masses(model, processor, chunk, attn_layer)
         for row, (prompt, (text,)) in enumerate(zip(chunk, texts, strict=True)):
@@ -157,7 +146,7 @@ def record_of(
         "completion_len": len(ids),
     }
     if metric is not None:
-        record["score"] = metric(extract_answer(judged), example)
+        record["score"] = metric(answers.extract_answer(judged), example)
         record["question_id"] = example.extra.get("question_id")
     return record, answer
 
@@ -253,7 +242,7 @@ def answer_tokens(tokenizer: Any, ids: list[int], text: str, first_mention: bool
     questions ("B", "2") also occur where they mean something else, so without `first_mention` only
     the text inside the tags counts.
     """
-    answer = extract_answer(text)
+    answer = answers.extract_answer(text)
     if not answer:
         return range(0)
     start = text.find(answer, 0 if first_mention else text.find("<answer>") + len("<answer>"))
@@ -422,7 +411,7 @@ class Rows:
     """The rows of a setting: their names, their reader, and how they are asked."""
 
     names: list[str]
-    reader: Reader
+    reader: data.Reader
     processor: Processor
 
 
@@ -457,8 +446,8 @@ def open_rows(args: Args, setting: Setting, processor: Processor, task: toy.Task
         file = toy.HeldOut(toy.held_out_examples(task, args.examples or 512))
     rows = range(len(file))[: args.examples]
     kept = len(rows) if args.relative else args.gaze  # of so many, from the first, the media
-    source = Prompts(file, encode, rows, None, args.max_prompt_tokens, kept)
-    reader = Reader(source, (), args.workers, BadRows(args.max_skipped, len(file)))
+    source = data.Prompts(file, encode, rows, None, args.max_prompt_tokens, kept)
+    reader = data.Reader(source, (), args.workers, data.BadRows(args.max_skipped, len(file)))
     return Rows([file.name(row) for row in rows], reader, processor)
 
 

@@ -361,7 +361,7 @@ def main(args: Args) -> dict[str, Any]:
     layers = sorted({x % depth for x in (*(args.layers or range(depth)), args.attn_layer)})
     new, longest = args.max_new_tokens, max(len(prompt.ids) for prompt in prompts)
     rows = count * args.group_size * (new + 1) * len(layers)
-    needs = list(memory_gb(processor.config, args, args.lora_rank, args.group_size).values())
+    needs = list(memory_gb(processor.config, args, args.lora_rank).values())
     host = 3 * 4 * rows * (longest + new) / GIB + needs[0]["optimizer"] / 2  # which is two copies
     print(
         f"{count} prompts of up to {longest} tokens, {args.group_size} responses of up to {new} to"

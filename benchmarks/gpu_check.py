@@ -391,7 +391,7 @@ def one_run(found: Findings, script: Any, args: Any, config: Any) -> dict[str, f
     chosen = SimpleNamespace(**disk.read_record(Path(args.out)))
     found.note(f"{name}: adapters' rank, 0 for all weights", chosen.lora_rank)
     frozen = [] if chosen.lora_rank else [config]
-    needed = memory.memory_gb(config, chosen, chosen.lora_rank, chosen.group_size, frozen)
+    needed = memory.memory_gb(config, chosen, chosen.lora_rank, frozen)
     for phase in peaks.keys() & needed.keys():
         estimate = sum(needed[phase].values())
         value = {"estimate": estimate, "measured": peaks[phase]}

@@ -104,8 +104,7 @@ def print_memory() -> None:
         config.text_config.pad_token_id = 0
         with mock.patch.multiple(memory, **gpu):
             frozen = [] if lora_rank else [config]
-            group = args.group_size
-            need = memory.memory_gb(config, args, lora_rank, group, frozen, processes=processes)
+            need = memory.memory_gb(config, args, lora_rank, frozen, processes=processes)
         traced = fake_gpu.step(ral_grpo, config, args, processes)
         trained = f"LoRA, rank {lora_rank}" if lora_rank else "all weights"
         line = [f"{size.replace('8B', 'Qwen3-VL-8B')}, {trained}", str(processes)]

@@ -126,8 +126,7 @@ def option_accuracy(answer: str, solution: str, options: Sequence[str]) -> float
     """1 if the answer names the same option as the solution, else 0. If the solution names no
     option, the texts are compared."""
     right = option_letter(solution, options)
-    said = option_letter(answer, options)
-    return float(said == right) if right else same_text(answer, solution)
+    return float(option_letter(answer, options) == right) if right else same_text(answer, solution)
 
 
 # 3. Numbers

@@ -455,11 +455,10 @@ def paper_tables(measured: Mapping[str, Mapping[str, str]]) -> str:
     lines = []
     known = {f"{label} (paper)": dict(zip(BENCHMARKS, numbers.split(), strict=True))
              for label, numbers in PAPER.items()}  # fmt: skip
+    models = known | measured
     for names in (GROUPS["images"], GROUPS["videos"]):
         rows = [["model", *(BENCHMARKS[name].title for name in names)], ["---"] * (len(names) + 1)]
-        rows += [
-            [x, *(row.get(name, "") for name in names)] for x, row in (known | measured).items()
-        ]
+        rows += [[x, *(row.get(name, "") for name in names)] for x, row in models.items()]
         if any(name in row for row in measured.values() for name in names):
             lines += [*(f"| {' | '.join(row)} |" for row in rows), ""]
     return "\n".join(lines)

@@ -73,9 +73,8 @@ class BadRows:
         content = Path(file.name).read_bytes()
         content = content[: content.rfind(b"\n") + 1]
         file.truncate(len(content))
-        earlier = [json.loads(line) for line in content.splitlines()]
         found, self.file = self.bad, file
-        self.bad = {row["row"]: row["reason"] for row in earlier}
+        self.bad = {row["row"]: row["reason"] for row in map(json.loads, content.splitlines())}
         self.name(found)
 
 
@@ -275,9 +274,8 @@ def open_data(
     """
     if not args.data:
         return task.open_data(args, encode, keep_media=keep_media)
-    train = held_out = open_file(args, "--data")
-    if args.eval_data:
-        held_out = open_file(args, "--eval-data")
+    train = open_file(args, "--data")
+    held_out = open_file(args, "--eval-data") if args.eval_data else train
     found = {"--data": f"{len(train)} rows", "--eval-data": f"{len(held_out)} rows"}
     ranks.require_same_on_ranks(found)
     rows, apart = split_rows(args, len(train), len(held_out))
@@ -288,10 +286,8 @@ def open_data(
     training = Prompts(train, encode, rows, args.seed, max_tokens, keep)
     # Six pictures are drawn; some of the first rows may be bad.
     evaluation = Prompts(held_out, encode, apart, None, max_tokens, keep_media=8 * mine.step)
-    return (
-        Reader(training, range(0), args.workers, bad_rows),
-        Reader(evaluation, mine, args.workers, bad_rows),
-    )
+    reader = Reader(training, range(0), args.workers, bad_rows)
+    return reader, replace(reader, prompts=evaluation, numbers=mine)
 
 
 def split_rows(args: Any, train: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:

@@ -247,12 +247,10 @@ def without_split(name: str) -> Path:
     return Path(name if Path(name).exists() else name.rpartition(":")[0] or name)
 
 
-def data_files(path: str | None) -> list[Path]:
+def data_files(path: str) -> list[Path]:
     """The local files that `--data` names: a file, or the data files of a directory. Refuses one
     that is not a regular file (reading a pipe might wait for ever), and a directory with too many
     files to be a data set."""
-    if not path:
-        return []
     place = without_split(path)
     if place.is_file():
         return [place]

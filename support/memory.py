@@ -42,7 +42,6 @@ def memory_gb(
     config: Any,
     args: Any,
     lora_rank: int | None,
-    group_size: int = 1,
     frozen: Sequence[Any] = (),
     evaluated: Any = None,
     processes: int = 1,
@@ -83,6 +82,7 @@ def memory_gb(
     # A single rank also gathers weights, if it holds them in float32 and computes in bfloat16.
     gathers = processes > 1 or (width < 4 and lora_rank == 0)
     prompt, new = prompt_tokens(args, config.model_type), args.max_new_tokens
+    group_size = getattr(args, "group_size", 1)  # SFT and evaluations have one response to a prompt
     hidden, wide = text.hidden_size, text.intermediate_size
     heads, shared = text.num_attention_heads, text.num_key_value_heads
     head_dim = getattr(text, "head_dim", None) or hidden // heads
@@ -205,13 +205,7 @@ def available_gb() -> float:
 
 
 def fit_memory(
-    args: Any,
-    config: Any,
-    group_size: int = 1,
-    needs_reference: bool = False,
-    teacher: Any = None,
-    evaluate_teacher: bool = False,
-    passes: int = 1,
+    args: Any, config: Any, needs_reference: bool = False, teacher: Any = None, passes: int = 1
 ) -> Any:
     """Choose, before any weights are loaded, what to train: all weights if they fit, otherwise
     adapters of rank 64. `--lora-rank` and the resumed run take precedence. With adapters, the
@@ -227,13 +221,14 @@ def fit_memory(
         args = replace(args, lora_rank=state.args.get("lora_rank"))
     have = min(gather([available_gb()]))  # ranks on other hosts must not choose differently
     frozen = [teacher] if teacher is not None else []
-    rest = {"evaluated": teacher if evaluate_teacher else None, "distils": bool(frozen)}
+    evaluated = teacher if getattr(args, "evaluate_teacher", False) else None
+    rest = {"evaluated": evaluated, "distils": bool(frozen)}
     rest |= {"processes": world_size(), "passes": passes}
 
     def need(lora_rank: int) -> float:
         """GB at the peak of a step with adapters of this rank, or with all weights (0)."""
         reference = [config] * (needs_reference and not lora_rank)
-        phases = memory_gb(config, args, lora_rank, group_size, frozen + reference, **rest)
+        phases = memory_gb(config, args, lora_rank, frozen + reference, **rest)
         return max(sum(parts.values()) for parts in phases.values())
 
     both = f"--train-vision, --lora-rank {args.lora_rank}: adapters cover only the language model"

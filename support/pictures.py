@@ -20,11 +20,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
+from support import disk, grounding, ranks
 from support.answers import extract_answer
-from support.disk import write_aside, writing
-from support.grounding import OUTCOMES, outcome
 from support.prompts import Prompt
-from support.ranks import rank
 
 LIMIT = 10_000_000  # bytes of a page
 LARGE = LIMIT // 4  # bytes of an example, above which its videos are sampled
@@ -105,7 +103,7 @@ def make_gaze(prompt: Prompt, ids: list[int], tokenizer: Any, rows: dict[int, Te
 def draw_run(out: Path, shown: dict[str, list[Prediction]], names: Sequence[str]) -> None:
     """Draw a run into its directory: where it looked "before" and "after", as a page, these and any
     other entries of `shown` as a picture, and curves of the named metrics. Only rank 0 draws."""
-    if rank() == 0:
+    if ranks.rank() == 0:
         draw_page(out / "gaze.html", {x: shown[x] for x in ("before", "after")}, title=str(out))
         draw_attention(out / "attention.png", shown)
         draw_curves(out / "curves.png", out / "metrics.jsonl", names)
@@ -129,7 +127,7 @@ def load_pyplot() -> Any:
 def save(figure: Any, path: Path) -> None:
     """Write a figure and forget it."""
     figure.tight_layout()
-    with writing(path.parent, path.name):
+    with disk.writing(path.parent, path.name):
         figure.savefig(path, dpi=80)
     load_pyplot().close(figure)
 
@@ -244,7 +242,7 @@ def draw_page(path: Path, predictions: dict[str, list[Prediction]], title: str) 
     template = Path(__file__).with_name("gaze.html").read_text(encoding="utf-8")
     layers = sorted({layer for sides in examples for x in sides for layer in x.gaze.rows})
     page = {"title": title, "labels": list(predictions), "of": len(examples), "layers": layers}
-    page["outcomes"] = OUTCOMES
+    page["outcomes"] = grounding.OUTCOMES
     head, texts = as_text(page), []
     room = LIMIT - len((template + head).encode()) - 4 * 64  # it holds the nonce four times
     for sides in examples:
@@ -262,8 +260,8 @@ def draw_page(path: Path, predictions: dict[str, list[Prediction]], title: str) 
     # none of them can hold.
     nonce = hashlib.sha256(data.encode()).hexdigest()
     html = template.replace("{{nonce}}", nonce).replace("{{data}}", data)
-    with writing(path.parent, path.name):
-        write_aside(path, html)
+    with disk.writing(path.parent, path.name):
+        disk.write_aside(path, html)
     return len(texts)
 
 
@@ -307,7 +305,7 @@ def example_data(sides: Sequence[Prediction], layers: list[int], stride: int = 1
         "solution": example.solution,
         "grids": grids,
         "boxes": [[round(number, 2) for number in place] for place in first.places(stride)],
-        "outcome": outcome(sides[-1].record),
+        "outcome": grounding.outcome(sides[-1].record),
         "target": bool(first.prompt.target),
         "pictures": pictures,
         "sides": answers,

@@ -12,11 +12,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from support import disk, states
+from support import cli, disk, grounding, pictures, states
 from support.benchmarks import BENCHMARKS, chosen, number, paper_tables, place_of
-from support.cli import option
-from support.grounding import OUTCOMES, fourfold
-from support.pictures import draw_sweep
 from support.ranks import require
 
 # What an evaluation writes.
@@ -80,7 +77,7 @@ def check_out(args: Any) -> dict[str, Any]:
     before = {} if args.overwrite else disk.read_record(out)
     changed = [name for name in settings if before and settings[name] != before.get(name)]
     version = "definitions, of another version of this program"
-    differ = [f"{option(x)} {before.get(x)} -> {settings[x]}" if x in vars(args) else version
+    differ = [f"{cli.option(x)} {before.get(x)} -> {settings[x]}" if x in vars(args) else version
               for x in changed if x != "inputs"]  # fmt: skip
     if changed == ["inputs"]:
         old = before.get("inputs") or {}
@@ -127,8 +124,8 @@ def measures(records: Records) -> dict[str, str]:
         return {}
     answered = sum(record.get("answered", 1) for record in seen)  # not every file says it
     found = {"rows with boxes": f"{len(seen):,}", "with an answer": f"{answered:,.0f}"}
-    for name, share in fourfold(seen).items():
-        found[OUTCOMES[name]] = f"{round(share * len(seen)):,} ({share:.3f})"
+    for name, share in grounding.fourfold(seen).items():
+        found[grounding.OUTCOMES[name]] = f"{round(share * len(seen)):,} ({share:.3f})"
     for name, label in MEASURES.items():
         if answered or name.endswith("_mean"):  # else there is no row to measure
             found[label] = f"{mean(seen, name):.3f}"
@@ -200,7 +197,7 @@ def plot(path: Path, results: dict[tuple, Records]) -> None:
         scores = np.array([record.get("score", record["accuracy"]) for record in records])
         point = (setting[place], scores.mean(), scores.std() / math.sqrt(len(records)))
         lines[named[others[setting]]].append(point)
-    draw_sweep(path, NAMES[place - len(columns)], lines)
+    pictures.draw_sweep(path, NAMES[place - len(columns)], lines)
 
 
 def compare(args: Any) -> None:

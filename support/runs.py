@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from support import disk, ranks, states
-from support.cli import options, same_inputs
+from support import cli, disk, ranks, states
 from support.data import BadRows
 from support.pictures import draw_run
 from support.ranks import UsageError, require
@@ -69,7 +68,7 @@ def check_run(args: Any, *models: str, kind: str = disk.TRAINING_RUN) -> None:
     """Refuse, before any work is done, arguments that differ between ranks, a default checkpoint
     that is not there (`models` names the arguments with checkpoints that the run reads), and an
     `--out` that cannot become the directory of this `kind` of program."""
-    ranks.require_same_on_ranks(options(args))
+    ranks.require_same_on_ranks(cli.options(args))
     ranks.on_rank_0(partial(check_out, args, kind))
     for name in models:
         path = getattr(args, name)
@@ -427,4 +426,4 @@ def print_summary(run: Run, before: dict, after: dict, steps: int, script: str, 
     print("pictures:", ", ".join(str(path) for path in drawn if path.exists()))
     path = Path(__file__).parents[1] / script
     if path.exists():  # a fork may lack the sibling scripts
-        print(f"next: python {shlex.quote(os.path.relpath(path))}{same_inputs(args)}")
+        print(f"next: python {shlex.quote(os.path.relpath(path))}{cli.same_inputs(args)}")

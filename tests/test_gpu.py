@@ -105,7 +105,7 @@ def test_a_step_runs_in_the_memory_it_was_expected_to_need(size, layers, process
         memory, compute_dtype=lambda: torch.bfloat16, LOGIT_CHUNK=2**26, ATTENTION_CHUNK=2**26
     ):
         frozen = [] if lora_rank else [config]
-        need = memory.memory_gb(config, args, lora_rank, 8, frozen, processes=processes)
+        need = memory.memory_gb(config, args, lora_rank, frozen, processes=processes)
     if args.train_vision:  # each pass encodes
         del need["vision"]
     for phase, parts in need.items():
@@ -125,7 +125,7 @@ def test_distillation_counts_the_logits_of_both_models(script, tokens, layers):
     with mock.patch.multiple(
         memory, compute_dtype=lambda: torch.bfloat16, LOGIT_CHUNK=2**26, ATTENTION_CHUNK=2**26
     ):
-        need = memory.memory_gb(config, args, 64, 8, [config], distils=True)["update"]
+        need = memory.memory_gb(config, args, 64, [config], distils=True)["update"]
     assert need["activations"] == pytest.approx(traced, rel=0.1)
 
 
@@ -143,7 +143,7 @@ def test_a_second_graph_adds_what_it_was_expected_to_add(monkeypatch):
         peaks = fake_gpu.step(grpo_baseline, config, args, 1, evaluates=False)
         traced.append(peaks["update"]["activations"] / fake_gpu.GIB)
         with mock.patch.object(memory, "compute_dtype", lambda: torch.bfloat16):
-            need = memory.memory_gb(config, args, 64, 8, passes=passes)
+            need = memory.memory_gb(config, args, 64, passes=passes)
         needed.append(need["update"]["activations"])
     assert needed[1] - needed[0] == pytest.approx(traced[1] - traced[0], rel=0.1) != 0
 

@@ -345,7 +345,7 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(monkeypatch, gb, lora_ra
     fields = {"frames": 32, "gradient_checkpointing": True}
     args = ral_grpo.Args(model="m", beta=beta, lora_rank=lora_rank, **fields)
     if isinstance(outcome, int):
-        assert memory.fit_memory(args, config, 8, beta > 0).lora_rank == outcome
+        assert memory.fit_memory(args, config, beta > 0).lora_rank == outcome
     else:
         with pytest.raises(ranks.UsageError, match=outcome):
-            memory.fit_memory(args, config, 8, beta > 0)
+            memory.fit_memory(args, config, beta > 0)

@@ -184,7 +184,8 @@ def limits_end():
 @pytest.mark.parametrize(
     ("function", "call", "size", "name", "intact"),
     [
-        ("update", 1, 3000, "metrics.jsonl", "nothing is saved there yet"),
+        ("update", 1, 100, "samples.jsonl", "nothing is saved there yet"),
+        ("log", 2, 3000, "metrics.jsonl", "nothing is saved there yet"),
         ("update", 2, 300_000, "state/step-000002", "nothing is saved there yet"),
         ("save_model", 1, 100_000, "checkpoint", "step-000002"),
         ("draw_attention", 1, 1000, "attention.png", "step-000002, .*/checkpoint"),
@@ -194,7 +195,8 @@ def limits_end():
 def test_what_cannot_be_written_is_one_line(
     drawn, cold_start, tmp_path, monkeypatch, capsys, function, call, size, name, intact
 ):
-    owner = {"update": grpo_baseline, "save_model": common}.get(function, pictures)
+    owners = {"update": grpo_baseline, "log": runs.Run, "save_model": common}
+    owner = owners.get(function, pictures)
     out, original, calls = tmp_path / "run", getattr(owner, function), []
 
     def limited(*args, **kwargs):

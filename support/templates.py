@@ -21,9 +21,10 @@ END_OF_TURN = "<|im_end|>"
 SLOTS = {kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video")}
 SLOTS["text"] = "\N{OBJECT REPLACEMENT CHARACTER}"
 # Qwen2-VL's and Qwen2.5-VL's own chat template, for checkpoints without a usable one.
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 CHATML = (
     "{% for message in messages %}{% if loop.first and message.role != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    f"{SYSTEM}{{% endif %}}"
     "<|im_start|>{{ message.role }}\n{% if message.content is string %}{{ message.content }}"
     "{% else %}{% for part in message.content %}"
     "{% if part.type in ('image', 'image_url') %}<|vision_start|><|image_pad|><|vision_end|>"

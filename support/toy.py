@@ -37,6 +37,7 @@ from support.disk import loading
 from support.grounding import Box
 from support.prompts import Example, Media, Prompt, PromptConfig
 from support.ranks import rank, require, world_size
+from support.templates import CHATML, SYSTEM
 
 CELL = 28  # pixels; one visual token of Qwen2-VL
 STAR = (14, 2, 17, 10, 25, 10, 19, 15, 21, 24, 14, 19, 6, 24, 8, 15, 2, 10, 10, 10)
@@ -211,9 +212,8 @@ def sample_scene(rng: random.Random, task: Task, held_out: bool) -> Scene:
         dots = []
         for cell in range(task.grid**2):
             if cell not in cells and rng.random() < 0.5:
-                dots.append(
-                    (cell, rng.randint(3, 20), rng.randint(3, 20), rng.choice(list(COLOURS)))
-                )
+                x, y = rng.randint(3, 20), rng.randint(3, 20)
+                dots.append((cell, x, y, rng.choice(list(COLOURS))))
         scene = Scene(tuple(shapes), tuple(dots))
         if scene.held_out() == held_out:
             return scene
@@ -299,19 +299,9 @@ SPECIAL += ("<|image_pad|>", "<|video_pad|>")
 WORDS = ("<unk>", "user", "assistant", "what", "colour", "is", "the", "?", "list", "all")
 WORDS += ("<think>", "</think>", "<answer>", "</answer>")
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|> {{ message.role }} "
-    "{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|> {% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
-)
-
-SIZES = {  # hidden, layers, heads, key-value heads, MLP: 0.7 M and 3.9 M parameters
-    "small": (128, 2, 4, 2, 384),
-    "large": (256, 3, 8, 4, 1280),
-}
+CHAT_TEMPLATE = CHATML.replace(SYSTEM, "")  # the toy does not know the words of a system message
+# Hidden size, layers, heads, key-value heads, MLP: 0.7 M and 3.9 M parameters.
+SIZES = {"small": (128, 2, 4, 2, 384), "large": (256, 3, 8, 4, 1280)}
 
 
 def make_tokenizer(words: Iterable[str] = (*WORDS, *SHAPES, *COLOURS)) -> PreTrainedTokenizerFast:

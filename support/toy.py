@@ -330,6 +330,10 @@ def write_base(directory: Path, seed: int, size: str = "small") -> None:
     hidden, layers, heads, kv_heads, mlp = SIZES[size]
     tokenizer = make_tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+    # The sections are the 16 frequencies of a head: time, height, width.
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]}
+    spread = {"initializer_range": 0.05}  # of the new weights
+    vision = {"depth": 2, "embed_dim": 64, "hidden_size": hidden, "num_heads": 4, **spread}
     config = Qwen2VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -339,24 +343,14 @@ def write_base(directory: Path, seed: int, size: str = "small") -> None:
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
             "max_position_embeddings": 4096,
-            "initializer_range": 0.05,
             "rms_norm_eps": 1e-6,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10_000.0,
-                "mrope_section": [4, 6, 6],  # the 16 frequencies of a head: time, height, width
-            },
+            "rope_parameters": rope,
             "bos_token_id": None,
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
+            **spread,
         },
-        vision_config={
-            "depth": 2,
-            "embed_dim": 64,
-            "hidden_size": hidden,
-            "num_heads": 4,
-            "initializer_range": 0.05,
-        },
+        vision_config=vision,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],

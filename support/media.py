@@ -60,13 +60,16 @@ class MediaBytes:
         return BytesIO(self.content)
 
 
-def is_video(path: Path | MediaBytes) -> bool:
+MediaFile = Path | MediaBytes
+
+
+def is_video(path: MediaFile) -> bool:
     """Whether a file is a video, by its first bytes."""
     with reading(f"{path.name}: cannot be read"), path.open("rb") as file:
         return VIDEO.match(file.read(512)) is not None
 
 
-def read_image(path: Path | MediaBytes) -> Image.Image:
+def read_image(path: MediaFile) -> Image.Image:
     """Read an image as upright RGB; transparent areas become white. Its `info["orientation"]` says
     how it is stored, as in EXIF: 1 (upright) to 8.
 
@@ -116,11 +119,7 @@ def frame_indices(
 
 
 def read_video(
-    path: Path | MediaBytes,
-    frames: int | None,
-    fps: float | None,
-    start: float = 0,
-    end: float = math.inf,
+    path: MediaFile, frames: int | None, fps: float | None, start: float = 0, end: float = math.inf
 ) -> Media:
     """The chosen frames of a video, upright, with the times at which it shows them. They are chosen
     from those shown from `start` to `end` (seconds, both included).
@@ -150,7 +149,7 @@ def read_video(
 
 
 def read_frames(
-    paths: Sequence[Path | MediaBytes],
+    paths: Sequence[MediaFile],
     rate: float,
     frames: int | None,
     fps: float | None,
@@ -183,7 +182,7 @@ def in_clip(shown: np.ndarray, start: float, end: float, name: str) -> np.ndarra
     return clip
 
 
-def open_video(path: Path | MediaBytes) -> Any:
+def open_video(path: MediaFile) -> Any:
     import av
 
     return av.open(str(path) if isinstance(path, Path) else path.open("rb"), **UNTRUSTED)
@@ -235,7 +234,7 @@ def index_video(
     return stamps, keys, (len(times) - 1) / times[-1], times, size
 
 
-def seek_frames(path: Path | MediaBytes, wanted: list[int], keys: list[int]) -> list[Image.Image]:
+def seek_frames(path: MediaFile, wanted: list[int], keys: list[int]) -> list[Image.Image]:
     """Decode the frames with the time stamps `wanted` (ascending), each from the keyframe before
     it. Returns no frames if any of them is not found."""
     pictures, key = [], None
@@ -254,7 +253,7 @@ def seek_frames(path: Path | MediaBytes, wanted: list[int], keys: list[int]) -> 
     return pictures
 
 
-def count_frames(path: Path | MediaBytes, indices: list[int]) -> list[Image.Image]:
+def count_frames(path: MediaFile, indices: list[int]) -> list[Image.Image]:
     """Decode the frames with these numbers, counted from the beginning: slower, but correct even if
     time stamps or seeking are not."""
     with open_video(path) as container:

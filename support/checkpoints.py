@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import transformers
 from huggingface_hub import constants, set_client_factory, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils._http import default_client_factory
@@ -19,23 +20,9 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn import Module
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    GenerationConfig,
-)
 
 from support.disk import loading
-from support.prompts import (
-    Example,
-    Media,
-    Processor,
-    PromptConfig,
-    encode_prompt,
-    read_prompt_config,
-)
+from support.prompts import Example, Media, Processor, PromptConfig, encode_prompt
 from support.ranks import UsageError, compute_dtype, print_once, require
 from support.templates import SLOTS, repair_turns
 
@@ -131,7 +118,8 @@ def read_config(content: Any, named: str) -> Any:
     # Keys that name code or other weights, or change how the model computes.
     ours = ("auto_map", "attn_implementation", "_attn_implementation", "fusion_config")
     ours += ("transformers_weights",)
-    config = AutoConfig.for_model(**{k: v for k, v in content.items() if k not in ours})
+    known = {name: value for name, value in content.items() if name not in ours}
+    config = transformers.AutoConfig.for_model(**known)
     layers = getattr(config.get_text_config(), "layer_types", None) or ()
     sliding = "sliding_attention" in layers
     require(not sliding, f"{family} with sliding-window attention, which is not supported")
@@ -194,12 +182,12 @@ def load_processor(
             for name in weight_files(folder):
                 require((folder / name).is_file(), f"{named}: has no {name}; download it again")
         files.pop(INDEX, None)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        image_processor = AutoImageProcessor.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        image_processor = transformers.AutoImageProcessor.from_pretrained(
             folder, backend="pil", trust_remote_code=False
         )
         with loading(f"{named}: its prompt.json", "fix or delete it"):
-            asked = read_prompt_config(files.get("prompt.json", b'{"prompts": {}}'))
+            asked = PromptConfig.read(files.get("prompt.json", b'{"prompts": {}}'))
         tokens = {"image_tokens": image_tokens, "min_image_tokens": min_image_tokens}
         tokens |= {"frame_tokens": frame_tokens}
         processor = Processor(config, tokenizer, image_processor, asked, files, **tokens)
@@ -269,10 +257,10 @@ def read_model(
     with TemporaryDirectory() as links:
         for name in names:
             (Path(links) / name).symlink_to((folder / name).resolve())
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        model, info = transformers.AutoModelForImageTextToText.from_pretrained(
             links,
             config=processor.config,
-            generation_config=GenerationConfig(eos_token_id=sorted(processor.end_ids)),
+            generation_config=transformers.GenerationConfig(eos_token_id=sorted(processor.end_ids)),
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,

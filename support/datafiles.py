@@ -44,21 +44,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HOME
 from pyarrow import ipc, parquet
 
+from support import media
 from support.answers import MAX_ANSWER, extract_answer, folded, option_letter, option_texts
 from support.cli import each
 from support.disk import data_files, fingerprint, loading, without_split
 from support.grounding import Box
-from support.media import (
-    MAX_FRAME_BYTES,
-    BadRow,
-    MediaBytes,
-    is_video,
-    read_frames,
-    read_image,
-    read_video,
-    reading,
-    upright_box,
-)
+from support.media import BadRow, MediaBytes, reading
 from support.prompts import Example, Media
 from support.ranks import UsageError, print_once, require
 
@@ -68,10 +59,8 @@ COLUMNS = {
     "solution": ("solution", "answer", "ground_truth", "label", "answers"),
     "process": ("process", "thought"),
     "options": ("options", "choices", "candidates"),
-    "problem_type": ("problem_type",),
-    "data_type": ("data_type",),
-    "data_source": ("data_source",),
 }
+COLUMNS |= {name: (name,) for name in ("problem_type", "data_type", "data_source")}
 CHATS = ("conversations", "messages")  # they hold the answer, too
 # The columns image_1, image_2, ... are one list of images, too.
 MEDIA_COLUMNS = {
@@ -355,11 +344,9 @@ class DataFile:
             present, inspected = {*part.rows.names}, 10
         for row in range(part.start, len(self))[:inspected]:
             try:
-                fields = self.fields(row)
+                present.update(self.fields(row))
             except BadRow as error:
                 reason = reason or f"{self.place(row)} {error}"
-                continue
-            present.update(fields)
         require(present, f"{reason or f'the rows of {part.name} are empty'}; {EXPECTED}")
         for name, names in COLUMNS.items():
             part.columns[name] = next((x for x in names if x in present), name)
@@ -420,25 +407,25 @@ class DataFile:
         """The example of row number `row`, given its `named_fields`."""
         part, _ = self.locate(row)
         example = read_example(fields)
-        media, boxes, size, box_format = [], [], 0, fields.get("bbox_format")
+        found, boxes, size, box_format = [], [], 0, fields.get("bbox_format")
         for kind, source, clip, listed in self.media_sources(fields, example, part.roots):
             flags = {"frames": self.frames, "fps": None if "frames" in clip else self.fps}
             if kind == "image":
-                medium = Media([read_image(source)])
+                medium = Media([media.read_image(source)])
             elif isinstance(source, list):
                 rate = clip.pop("fps", 2.0)
-                medium = read_frames(source, rate, **flags | clip)
+                medium = media.read_frames(source, rate, **flags | clip)
             else:
-                medium = read_video(source, **flags | clip)
-            boxes += [read_box(item, box_format, medium, len(media)) for item in listed]
-            media.append(medium)
+                medium = media.read_video(source, **flags | clip)
+            boxes += [read_box(item, box_format, medium, len(found)) for item in listed]
+            found.append(medium)
             size += sum(3 * frame.width * frame.height for frame in medium.frames)
-            if size > MAX_FRAME_BYTES:
+            if size > media.MAX_FRAME_BYTES:
                 raise BadRow("its media take more than 4 GB")
         extra = other_columns(self.fields(row), read={*part.columns.values(), *ROW_KEYS})
         source = example.source or part.source
         about = {"name": self.name(row), "source": source, "extra": extra}
-        return replace(example, media=media, boxes=tuple(boxes), **about)
+        return replace(example, media=found, boxes=tuple(boxes), **about)
 
     def media_sources(
         self, fields: dict[str, Any], example: Example, roots: list[Path]
@@ -453,7 +440,7 @@ class DataFile:
             open_item = partial(open_medium, roots=roots, name=name)
             if kind == "video" and len(items) > 1:
                 first = open_item(items[0], number=1)
-                items = items if isinstance(first, list) or is_video(first) else [items]
+                items = items if isinstance(first, list) or media.is_video(first) else [items]
             if len(items) > MAX_MEDIA:
                 raise BadRow(f"{name!r} has {len(items):,} files; at most {MAX_MEDIA} are allowed")
             for number, item in enumerate(items, 1):
@@ -465,7 +452,7 @@ class DataFile:
                     source = [open_item(frame, number=number) for frame in source]
                     if list in map(type, source):
                         raise BadRow(f"{name!r} has a folder among its frames")
-                medium = kind or ("video" if is_video(source) else "image")
+                medium = kind or ("video" if media.is_video(source) else "image")
                 found.append((medium, source, read_clip(item if isinstance(item, dict) else {})))
         of_row = read_clip(fields) if found else {}
         videos = [clip for kind, _, clip in found if kind == "video"]
@@ -494,9 +481,7 @@ def listed_media(fields: dict[str, Any]) -> list[tuple[str | None, str, list]]:
     return found
 
 
-def open_medium(
-    item: Any, roots: list[Path], name: str, number: int
-) -> Path | MediaBytes | list[Any]:
+def open_medium(item: Any, roots: list[Path], name: str, number: int) -> media.MediaFile | list:
     """The file or content of an item of the column `name`; a list, or the files in a folder."""
     content = medium_source(item)
     if isinstance(content, list):
@@ -554,7 +539,7 @@ def read_clip(fields: dict[str, Any]) -> dict[str, float]:
     return clip
 
 
-def listed_boxes(fields: dict[str, Any], media: int) -> list[list[Any]]:
+def listed_boxes(fields: dict[str, Any], count: int) -> list[list[Any]]:
     """The boxes of each medium of a row, as written, in the order in which its columns list media.
     A row with one medium has one box or a list of boxes, any other a list of boxes for each."""
 
@@ -563,17 +548,17 @@ def listed_boxes(fields: dict[str, Any], media: int) -> list[list[Any]]:
 
     name = next((x for x in BOXES if fields.get(x) not in (None, [])), None)
     if name is None:
-        return [[]] * media
+        return [[]] * count
     listed = fields[name]
-    if isinstance(listed, list) and media > 1:  # Parquet may have null for no boxes
+    if isinstance(listed, list) and count > 1:  # Parquet may have null for no boxes
         listed = [[] if boxes is None else boxes for boxes in listed]
     listed = listed if is_list(listed) else [listed]
     boxes = listed if all(map(is_list, listed)) else [listed]
-    if len(boxes) != media:
-        has = f"the row has {media} images and videos; give a list of boxes for each"
+    if len(boxes) != count:
+        has = f"the row has {count} images and videos; give a list of boxes for each"
         raise BadRow(f"{name} lists the boxes of {len(boxes):,} media, but {has}")
-    if (count := sum(map(len, boxes))) > MAX_BOXES:
-        raise BadRow(f"{name} has {count:,} boxes; at most {MAX_BOXES:,} are allowed")
+    if (total := sum(map(len, boxes))) > MAX_BOXES:
+        raise BadRow(f"{name} has {total:,} boxes; at most {MAX_BOXES:,} are allowed")
     return boxes
 
 
@@ -606,7 +591,8 @@ def read_box(item: Any, box_format: Any, medium: Media, number: int) -> Box:
     if left >= right or top >= bottom or span.get("start", 0) > span.get("end", math.inf):
         expected = "[x1, y1, x2, y2], or bbox_format xywh, is expected"
         raise BadRow(f"{box} has no area, or ends before it starts; {expected}")
-    return Box(*upright_box((left, top, right, bottom), medium.size, orientation), number, **span)
+    corners = media.upright_box((left, top, right, bottom), medium.size, orientation)
+    return Box(*corners, number, **span)
 
 
 def read_chat(turns: list[Any]) -> dict[str, Any]:

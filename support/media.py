@@ -60,13 +60,16 @@ class MediaBytes:
         return BytesIO(self.content)
 
 
-def is_video(path: Path | MediaBytes) -> bool:
+MediaFile = Path | MediaBytes
+
+
+def is_video(path: MediaFile) -> bool:
     """Whether a file is a video, by its first bytes."""
     with reading(f"{path.name}: cannot be read"), path.open("rb") as file:
         return VIDEO.match(file.read(512)) is not None
 
 
-def read_image(path: Path | MediaBytes) -> Image.Image:
+def read_image(path: MediaFile) -> Image.Image:
     """Read an image as upright RGB; transparent areas become white. Its `info["orientation"]` says
     how it is stored, as in EXIF: 1 (upright) to 8.
 
@@ -115,15 +118,9 @@ def frame_indices(
     return np.unique(places.round().astype(int)).tolist()
 
 
-def read_video(
-    path: Path | MediaBytes,
-    frames: int | None,
-    fps: float | None,
-    start: float = 0,
-    end: float = math.inf,
-) -> Media:
+def read_video(path: MediaFile, frames: int | None, fps: float | None, **span: float) -> Media:
     """The chosen frames of a video, upright, with the times at which it shows them. They are chosen
-    from those shown from `start` to `end` (seconds, both included).
+    from those shown from `start` to `end` (seconds, both included), where `span` has these.
 
     Raises:
         BadRow: the video is cut off or too large, shows no frame from `start` to `end`, or a frame
@@ -135,7 +132,7 @@ def read_video(
         with open_video(path) as container:
             stamps, keys, rate, times, (width, height) = index_video(container, path.name)
         shown = np.arange(len(stamps)) / rate if times is None else times
-        clip = in_clip(shown, start, end, path.name)
+        clip = in_clip(shown, path.name, **span)
         if times is not None and 1 < len(clip) < len(times):
             rate = (len(clip) - 1) / (times[clip[-1]] - times[clip[0]])
         chosen = frame_indices(len(clip), rate, frames, fps, None if times is None else times[clip])
@@ -150,12 +147,7 @@ def read_video(
 
 
 def read_frames(
-    paths: Sequence[Path | MediaBytes],
-    rate: float,
-    frames: int | None,
-    fps: float | None,
-    start: float = 0,
-    end: float = math.inf,
+    paths: Sequence[MediaFile], rate: float, frames: int | None, fps: float | None, **span: float
 ) -> Media:
     """The chosen frames of a video whose frames are image files, `rate` a second; see `read_video`.
 
@@ -163,7 +155,7 @@ def read_frames(
         BadRow: an image cannot be read, or they are of different sizes or too large together.
     """
     shown, pictures = np.arange(len(paths)) / rate, []
-    clip = in_clip(shown, start, end, paths[0].name)
+    clip = in_clip(shown, paths[0].name, **span)
     indices = clip[frame_indices(len(clip), rate, frames, fps)].tolist()
     for i in indices:
         pictures.append(read_image(paths[i]))
@@ -174,7 +166,7 @@ def read_frames(
     return Media(pictures, is_video=True, times=shown[indices].tolist())
 
 
-def in_clip(shown: np.ndarray, start: float, end: float, name: str) -> np.ndarray:
+def in_clip(shown: np.ndarray, name: str, start: float = 0, end: float = math.inf) -> np.ndarray:
     """Indices of the frames shown from `start` to `end`; a time stamp is exact to a millisecond."""
     clip = np.flatnonzero((shown > start - 1e-3) & (shown < end + 1e-3))
     if not len(clip):
@@ -183,7 +175,7 @@ def in_clip(shown: np.ndarray, start: float, end: float, name: str) -> np.ndarra
     return clip
 
 
-def open_video(path: Path | MediaBytes) -> Any:
+def open_video(path: MediaFile) -> Any:
     import av
 
     return av.open(str(path) if isinstance(path, Path) else path.open("rb"), **UNTRUSTED)
@@ -235,7 +227,7 @@ def index_video(
     return stamps, keys, (len(times) - 1) / times[-1], times, size
 
 
-def seek_frames(path: Path | MediaBytes, wanted: list[int], keys: list[int]) -> list[Image.Image]:
+def seek_frames(path: MediaFile, wanted: list[int], keys: list[int]) -> list[Image.Image]:
     """Decode the frames with the time stamps `wanted` (ascending), each from the keyframe before
     it. Returns no frames if any of them is not found."""
     pictures, key = [], None
@@ -254,7 +246,7 @@ def seek_frames(path: Path | MediaBytes, wanted: list[int], keys: list[int]) -> 
     return pictures
 
 
-def count_frames(path: Path | MediaBytes, indices: list[int]) -> list[Image.Image]:
+def count_frames(path: MediaFile, indices: list[int]) -> list[Image.Image]:
     """Decode the frames with these numbers, counted from the beginning: slower, but correct even if
     time stamps or seeking are not."""
     with open_video(path) as container:

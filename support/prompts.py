@@ -167,6 +167,22 @@ class PromptConfig:
     def content(self) -> bytes:
         return json.dumps(vars(self), indent=2, ensure_ascii=False).encode()
 
+    @staticmethod
+    def read(content: bytes) -> "PromptConfig":
+        """The prompt configuration in a `prompt.json`, which may hold anything.
+
+        Raises:
+            ValueError, TypeError, AttributeError: it is not a prompt configuration.
+        """
+        config = PromptConfig(**json.loads(content))
+        if any(re.search("<image>|<video>", text) for text in config.prompts.values()):
+            raise ValueError("a prompt holds the marker of a medium")
+        if not {type(config.think), type(config.question_first)} <= {bool}:
+            raise ValueError("think or question_first is not true or false")
+        if config.accuracy_rule not in ("by-type", "exact"):
+            raise ValueError(f"its accuracy_rule is {config.accuracy_rule!r}")
+        return config
+
 
 @dataclass
 class Processor:
@@ -211,22 +227,6 @@ class Processor:
         if name in self.files:
             content = json.loads(self.files[name]) | values
             self.files[name] = json.dumps(content, indent=2, ensure_ascii=False).encode()
-
-
-def read_prompt_config(content: bytes) -> PromptConfig:
-    """The prompt configuration in a `prompt.json`, which may hold anything.
-
-    Raises:
-        ValueError, TypeError, AttributeError: it is not a prompt configuration.
-    """
-    config = PromptConfig(**json.loads(content))
-    if any(re.search("<image>|<video>", text) for text in config.prompts.values()):
-        raise ValueError("a prompt holds the marker of a medium")
-    if not {type(config.think), type(config.question_first)} <= {bool}:
-        raise ValueError("think or question_first is not true or false")
-    if config.accuracy_rule not in ("by-type", "exact"):
-        raise ValueError(f"its accuracy_rule is {config.accuracy_rule!r}")
-    return config
 
 
 def encode_prompt(processor: Processor, example: Example) -> Prompt:

@@ -21,9 +21,10 @@ END_OF_TURN = "<|im_end|>"
 SLOTS = {kind: f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video")}
 SLOTS["text"] = "\N{OBJECT REPLACEMENT CHARACTER}"
 # Qwen2-VL's and Qwen2.5-VL's own chat template, for checkpoints without a usable one.
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 CHATML = (
     "{% for message in messages %}{% if loop.first and message.role != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    f"{SYSTEM}{{% endif %}}"
     "<|im_start|>{{ message.role }}\n{% if message.content is string %}{{ message.content }}"
     "{% else %}{% for part in message.content %}"
     "{% if part.type in ('image', 'image_url') %}<|vision_start|><|image_pad|><|vision_end|>"
@@ -49,12 +50,8 @@ def render_turn(
     Raises:
         ValueError: the chat template does not render every part once, in order.
     """
-    turn = tokenizer.apply_chat_template(
-        conversation(kinds),
-        chat_template=template,
-        tokenize=False,
-        add_generation_prompt=open_response,
-    )
+    options = {"chat_template": template, "add_generation_prompt": open_response}
+    turn = tokenizer.apply_chat_template(conversation(kinds), tokenize=False, **options)
     if len(turn) > MAX_TURN:
         raise ValueError(f"renders {len(turn):,} characters for {len(kinds)} parts")
     asked = f"the question's {' and '.join(dict.fromkeys(kinds))}"
@@ -84,6 +81,7 @@ def template_fault(tokenizer: Any, template: str) -> str:
 # Renders chat templates as transformers does, in 3 seconds and 1 GB; ends with 3 if it needs more.
 TRIAL = r"""
 import json, re, resource, sys
+from contextlib import suppress
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 def refuse(message):
@@ -92,10 +90,8 @@ def refuse(message):
 given = json.load(sys.stdin)
 limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_CPU: 3, resource.RLIMIT_AS: 2**30}
 for limit, value in limits.items():
-    try:
+    with suppress(ValueError, OSError):  # it is lower already, or unknown here
         resource.setrlimit(limit, (value, value))
-    except (ValueError, OSError):  # it is lower already, or unknown here
-        pass
 options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": ["jinja2.ext.loopcontrols"]}
 environment = ImmutableSandboxedEnvironment(**options)
 environment.globals.update(raise_exception=refuse, strftime_now=str)

@@ -37,6 +37,7 @@ from support.disk import loading
 from support.grounding import Box
 from support.prompts import Example, Media, Prompt, PromptConfig
 from support.ranks import rank, require, world_size
+from support.templates import CHATML, SYSTEM
 
 CELL = 28  # pixels; one visual token of Qwen2-VL
 STAR = (14, 2, 17, 10, 25, 10, 19, 15, 21, 24, 14, 19, 6, 24, 8, 15, 2, 10, 10, 10)
@@ -211,9 +212,8 @@ def sample_scene(rng: random.Random, task: Task, held_out: bool) -> Scene:
         dots = []
         for cell in range(task.grid**2):
             if cell not in cells and rng.random() < 0.5:
-                dots.append(
-                    (cell, rng.randint(3, 20), rng.randint(3, 20), rng.choice(list(COLOURS)))
-                )
+                x, y = rng.randint(3, 20), rng.randint(3, 20)
+                dots.append((cell, x, y, rng.choice(list(COLOURS))))
         scene = Scene(tuple(shapes), tuple(dots))
         if scene.held_out() == held_out:
             return scene
@@ -299,19 +299,9 @@ SPECIAL += ("<|image_pad|>", "<|video_pad|>")
 WORDS = ("<unk>", "user", "assistant", "what", "colour", "is", "the", "?", "list", "all")
 WORDS += ("<think>", "</think>", "<answer>", "</answer>")
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|> {{ message.role }} "
-    "{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|> {% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
-)
-
-SIZES = {  # hidden, layers, heads, key-value heads, MLP: 0.7 M and 3.9 M parameters
-    "small": (128, 2, 4, 2, 384),
-    "large": (256, 3, 8, 4, 1280),
-}
+CHAT_TEMPLATE = CHATML.replace(SYSTEM, "")  # the toy does not know the words of a system message
+# Hidden size, layers, heads, key-value heads, MLP: 0.7 M and 3.9 M parameters.
+SIZES = {"small": (128, 2, 4, 2, 384), "large": (256, 3, 8, 4, 1280)}
 
 
 def make_tokenizer(words: Iterable[str] = (*WORDS, *SHAPES, *COLOURS)) -> PreTrainedTokenizerFast:
@@ -340,6 +330,10 @@ def write_base(directory: Path, seed: int, size: str = "small") -> None:
     hidden, layers, heads, kv_heads, mlp = SIZES[size]
     tokenizer = make_tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+    # The sections are the 16 frequencies of a head: time, height, width.
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]}
+    spread = {"initializer_range": 0.05}  # of the new weights
+    vision = {"depth": 2, "embed_dim": 64, "hidden_size": hidden, "num_heads": 4, **spread}
     config = Qwen2VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -349,24 +343,14 @@ def write_base(directory: Path, seed: int, size: str = "small") -> None:
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
             "max_position_embeddings": 4096,
-            "initializer_range": 0.05,
             "rms_norm_eps": 1e-6,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10_000.0,
-                "mrope_section": [4, 6, 6],  # the 16 frequencies of a head: time, height, width
-            },
+            "rope_parameters": rope,
             "bos_token_id": None,
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
+            **spread,
         },
-        vision_config={
-            "depth": 2,
-            "embed_dim": 64,
-            "hidden_size": hidden,
-            "num_heads": 4,
-            "initializer_range": 0.05,
-        },
+        vision_config=vision,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],

@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 import torch
+import transformers
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import common
-from support import checkpoints, ranks, toy
+from support import ranks, toy
 
 
 def by_length(group_size: int, idle: bool):
@@ -70,7 +71,7 @@ def run_rank(jobs: str, out: str) -> None:
     """The jobs of a file as one of several ranks."""
     ranks.start_ranks()
     if ranks.rank() != 0:  # one process reads the checkpoint for all
-        checkpoints.AutoModelForImageTextToText.from_pretrained = None
+        transformers.AutoModelForImageTextToText.from_pretrained = None
     run_all(json.loads(Path(jobs).read_text()), Path(out))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -902,7 +902,7 @@ def test_a_video_in_a_column_reads_like_its_file(media_dir):
 def test_a_rows_media_are_bounded_together(media_dir, monkeypatch):
     file = open_rows(media_dir, json.dumps(ROW | {"path": ["a.png"] * 3}))
     assert len(file.example(0).media) == 3
-    monkeypatch.setattr(datafiles, "MAX_FRAME_BYTES", 3 * 40 * 30 * 3 - 1)
+    monkeypatch.setattr(media, "MAX_FRAME_BYTES", 3 * 40 * 30 * 3 - 1)
     with pytest.raises(media.BadRow, match="its media take more than 4 GB"):
         file.example(0)
 

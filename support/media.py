@@ -118,9 +118,11 @@ def frame_indices(
     return np.unique(places.round().astype(int)).tolist()
 
 
-def read_video(path: MediaFile, frames: int | None, fps: float | None, **span: float) -> Media:
+def read_video(
+    path: MediaFile, frames: int | None, fps: float | None, start: float = 0, end: float = math.inf
+) -> Media:
     """The chosen frames of a video, upright, with the times at which it shows them. They are chosen
-    from those shown from `start` to `end` (seconds, both included), where `span` has these.
+    from those shown from `start` to `end` (seconds, both included).
 
     Raises:
         BadRow: the video is cut off or too large, shows no frame from `start` to `end`, or a frame
@@ -132,7 +134,7 @@ def read_video(path: MediaFile, frames: int | None, fps: float | None, **span: f
         with open_video(path) as container:
             stamps, keys, rate, times, (width, height) = index_video(container, path.name)
         shown = np.arange(len(stamps)) / rate if times is None else times
-        clip = in_clip(shown, path.name, **span)
+        clip = in_clip(shown, start, end, path.name)
         if times is not None and 1 < len(clip) < len(times):
             rate = (len(clip) - 1) / (times[clip[-1]] - times[clip[0]])
         chosen = frame_indices(len(clip), rate, frames, fps, None if times is None else times[clip])
@@ -147,7 +149,12 @@ def read_video(path: MediaFile, frames: int | None, fps: float | None, **span: f
 
 
 def read_frames(
-    paths: Sequence[MediaFile], rate: float, frames: int | None, fps: float | None, **span: float
+    paths: Sequence[MediaFile],
+    rate: float,
+    frames: int | None,
+    fps: float | None,
+    start: float = 0,
+    end: float = math.inf,
 ) -> Media:
     """The chosen frames of a video whose frames are image files, `rate` a second; see `read_video`.
 
@@ -155,7 +162,7 @@ def read_frames(
         BadRow: an image cannot be read, or they are of different sizes or too large together.
     """
     shown, pictures = np.arange(len(paths)) / rate, []
-    clip = in_clip(shown, paths[0].name, **span)
+    clip = in_clip(shown, start, end, paths[0].name)
     indices = clip[frame_indices(len(clip), rate, frames, fps)].tolist()
     for i in indices:
         pictures.append(read_image(paths[i]))
@@ -166,7 +173,7 @@ def read_frames(
     return Media(pictures, is_video=True, times=shown[indices].tolist())
 
 
-def in_clip(shown: np.ndarray, name: str, start: float = 0, end: float = math.inf) -> np.ndarray:
+def in_clip(shown: np.ndarray, start: float, end: float, name: str) -> np.ndarray:
     """Indices of the frames shown from `start` to `end`; a time stamp is exact to a millisecond."""
     clip = np.flatnonzero((shown > start - 1e-3) & (shown < end + 1e-3))
     if not len(clip):

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_check.py                        # ten minutes on one GPU
     python benchmarks/gpu_check.py --parts env numerics   # some parts only
-    python benchmarks/gpu_check.py --rehearse             # all of it, tiny, on a CPU
+    python benchmarks/gpu_check.py --rehearse             # tiny, on a CPU; numerics of one family
 
     env       versions, the card, attention kernels, sampling
     numerics  log-probabilities, attention rows, gradients and tokens of each model family, against
@@ -196,7 +196,7 @@ def computing(device: str, dtype: torch.dtype, sharded: bool) -> Iterator[None]:
 
 def numerics(found: Findings, work: Path) -> None:
     torch.backends.cudnn.allow_tf32 = False  # the patch embedding's convolution
-    for family in FAMILIES if GPU else FAMILIES[1:3]:
+    for family in FAMILIES if GPU else FAMILIES[1:2]:
         found.attempt(family, compare, found, work / family, family)
 
 

@@ -382,8 +382,8 @@ def one_run(found: Findings, script: Any, args: Any, config: Any) -> dict[str, f
     with mock.patch.object(runs.Stopwatch, "lap", metered):
         script.main(args)
     last = read_metrics(args.out)[-1]
-    for name_of_none in ("perf/tokens_per_s", "perf/run_s", "perf/eval_s"):  # not of the step
-        del last[name_of_none]
+    for other in ("perf/tokens_per_s", "perf/run_s", "perf/eval_s"):  # not seconds of the step
+        del last[other]
     seconds = {x[5:-2]: v for x, v in last.items() if x.startswith("perf/") and x.endswith("_s")}
     found.note(f"{name}: seconds of the last step", seconds, all(map(math.isfinite, last.values())))
     token = 1000 * last["perf/rollout_s"] / args.max_new_tokens
